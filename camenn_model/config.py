@@ -1,0 +1,267 @@
+"""What the model is made of: its fields, its sizes and the weights of its losses. Plain data, read and written as JSON.
+
+Nothing here imports torch, so a pipeline can read a model's config without loading a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["categorical", "numeric"]
+Attention = Literal["prefix", "full"]
+Weighting = Literal["fixed", "uncertainty"]
+
+ITEM_HASH = "item_hash"
+"""Name of the field in group ``item`` that holds the hashed item id (id dropout applies; shared with the history)."""
+SUBCATEGORY = "subcategory"
+"""Name of the field in group ``item`` that history items carry as well, in the same vocabulary."""
+USER_HASH = "user_hash"
+"""Name of the field in group ``audience`` that holds the hashed user id (id dropout applies)."""
+
+GROUP_KINDS: dict[str, Kind] = {
+    "item": "categorical",
+    "item_numeric": "numeric",
+    "item_quality": "numeric",
+    "audience": "categorical",
+    "audience_counts": "numeric",
+    "item_counts": "numeric",
+    "pair_counts": "numeric",
+}
+"""Field groups and the kind of field each one takes.
+
+``item``: static fields of the listing, one token each. ``item_numeric``, ``item_quality``: one token for each group, the
+sum over its fields. ``audience``: user, store, hour, weekday, one token each. ``audience_counts``: one summed token.
+``item_counts``, ``pair_counts``: as-of counts on the pair's side, one summed token each.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldSpec:
+    """One input column.
+
+    ``size``: for a categorical field the vocabulary's size with index 0 = unknown or missing; for a numeric field the
+    number of quantile buckets with bucket 0 = missing (real values use 1 .. size-1).
+    """
+
+    name: str
+    group: str
+    kind: Kind
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUP_KINDS:
+            raise ValueError(f"field {self.name!r}: unknown group {self.group!r}; one of {sorted(GROUP_KINDS)}")
+        if self.kind != GROUP_KINDS[self.group]:
+            raise ValueError(
+                f"field {self.name!r}: group {self.group!r} takes {GROUP_KINDS[self.group]} fields, not {self.kind}"
+            )
+        if self.size < 2:
+            raise ValueError(f"field {self.name!r}: size {self.size}; index 0 and one more are the least")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ProfileSizes:
+    """One row of the table of profiles in ``docs/model.md``."""
+
+    width: int
+    heads: int
+    ffn: int
+    shared_layers: int
+    experts: int
+    top_k: int
+    text_tokens: int
+    patch_grid: int
+
+
+PROFILES: dict[str, _ProfileSizes] = {
+    "small": _ProfileSizes(
+        width=64, heads=4, ffn=256, shared_layers=1, experts=4, top_k=2, text_tokens=16, patch_grid=4
+    ),
+    "base": _ProfileSizes(
+        width=256, heads=8, ffn=1024, shared_layers=2, experts=8, top_k=2, text_tokens=32, patch_grid=8
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Every size and rate that CameNN is built from. ``dataclasses.replace`` changes single ones.
+
+    ``fields`` fixes the column order of every tensor in ``batch.py``: the fields of a group, in their order here.
+    ``text_width`` and ``image_width`` are the frozen encoders' widths, ``patch_grid`` the side of the patch grid,
+    ``position_size`` the rows of the display position's table (0 = unknown), ``base_rate`` the share of training
+    clicks with an order (the CVR head starts at its logit). Rates of dropout are probabilities of dropping.
+    """
+
+    profile_name: str
+    fields: tuple[FieldSpec, ...]
+    width: int
+    heads: int
+    ffn: int
+    shared_layers: int
+    experts: int
+    top_k: int
+    text_tokens: int
+    text_width: int
+    patch_grid: int
+    image_width: int
+    history_length: int
+    position_size: int
+    base_rate: float
+    attention: Attention = "prefix"
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    id_dropout: float = 0.1
+    modality_dropout: float = 0.1
+    position_dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in self.fields]
+        if len(set(names)) != len(names):
+            raise ValueError(f"fields: names must be unique, got {sorted(names)}")
+        for group, name in (("item", ITEM_HASH), ("item", SUBCATEGORY), ("audience", USER_HASH)):
+            if name not in {field.name for field in self.group(group)}:
+                raise ValueError(f"fields: group {group!r} must hold a field {name!r}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k {self.top_k} must lie in 1 .. experts ({self.experts})")
+        if self.shared_layers < 1:
+            raise ValueError(f"shared_layers {self.shared_layers}: at least 1")
+        if self.attention not in ("prefix", "full"):
+            raise ValueError(f"attention {self.attention!r}: 'prefix' or 'full'")
+        if not 0.0 < self.base_rate < 1.0:
+            raise ValueError(f"base_rate {self.base_rate} must lie strictly between 0 and 1")
+        for name in ("dropout", "attention_dropout", "id_dropout", "modality_dropout", "position_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1)")
+
+    @classmethod
+    def profile(
+        cls,
+        name: str,
+        *,
+        fields: tuple[FieldSpec, ...],
+        text_width: int,
+        image_width: int,
+        base_rate: float,
+        history_length: int = 20,
+        position_size: int = 32,
+        text_tokens: int | None = None,
+        patch_grid: int | None = None,
+        attention: Attention = "prefix",
+    ) -> ModelConfig:
+        """A config from a named profile (``small`` or ``base``); ``text_tokens`` and ``patch_grid`` override its own."""
+        if name not in PROFILES:
+            raise ValueError(f"profile {name!r}: one of {sorted(PROFILES)}")
+        sizes = dataclasses.asdict(PROFILES[name])
+        if text_tokens is not None:
+            sizes["text_tokens"] = text_tokens
+        if patch_grid is not None:
+            sizes["patch_grid"] = patch_grid
+        return cls(
+            profile_name=name,
+            fields=fields,
+            text_width=text_width,
+            image_width=image_width,
+            base_rate=base_rate,
+            history_length=history_length,
+            position_size=position_size,
+            attention=attention,
+            **sizes,
+        )
+
+    @property
+    def patches(self) -> int:
+        """P, the patches of one photo."""
+        return self.patch_grid**2
+
+    @property
+    def item_hash_size(self) -> int:
+        """Rows of the item id's hashed table."""
+        return self._size(ITEM_HASH)
+
+    @property
+    def user_hash_size(self) -> int:
+        """Rows of the user id's hashed table."""
+        return self._size(USER_HASH)
+
+    @property
+    def item_categorical(self) -> tuple[FieldSpec, ...]:
+        """Columns of ``ItemBatch.cats``."""
+        return self.group("item")
+
+    @property
+    def item_numeric(self) -> tuple[FieldSpec, ...]:
+        """Columns of ``ItemBatch.values`` and ``.buckets``: group ``item_numeric``, then ``item_quality``."""
+        return self.group("item_numeric") + self.group("item_quality")
+
+    @property
+    def audience_categorical(self) -> tuple[FieldSpec, ...]:
+        """Columns of ``AudienceBatch.cats``."""
+        return self.group("audience")
+
+    @property
+    def audience_numeric(self) -> tuple[FieldSpec, ...]:
+        """Columns of ``AudienceBatch.values`` and ``.buckets``."""
+        return self.group("audience_counts")
+
+    @property
+    def pair_numeric(self) -> tuple[FieldSpec, ...]:
+        """Columns of ``PairBatch.values`` and ``.buckets``: group ``item_counts``, then ``pair_counts``."""
+        return self.group("item_counts") + self.group("pair_counts")
+
+    def group(self, name: str) -> tuple[FieldSpec, ...]:
+        """The fields of one group, in order."""
+        return tuple(field for field in self.fields if field.group == name)
+
+    def to_json(self) -> str:
+        """The config as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """The config that ``to_json`` wrote; an unknown or absent key is a TypeError that names it."""
+        raw: dict[str, Any] = json.loads(text)
+        raw["fields"] = tuple(FieldSpec(**field) for field in raw["fields"])
+        return cls(**raw)
+
+    def _size(self, name: str) -> int:
+        return next(field.size for field in self.fields if field.name == name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the parts of the loss (``docs/model.md``, Loss and optimiser).
+
+    ``alignment``: w of the mean of the ITA and TIA losses; ``contrastive``: w_c. Both are used by ``fixed`` weighting
+    only; ``uncertainty`` learns them. ``balance`` and ``z`` are added as they are under either.
+    """
+
+    weighting: Weighting = "fixed"
+    alignment: float = 0.5
+    contrastive: float = 0.1
+    balance: float = 0.01
+    z: float = 0.001
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("fixed", "uncertainty"):
+            raise ValueError(f"weighting {self.weighting!r}: 'fixed' or 'uncertainty'")
+        for name in ("alignment", "contrastive", "balance", "z"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing {self.label_smoothing} must lie in [0, 1)")
+
+    def to_json(self) -> str:
+        """The config as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> LossConfig:
+        """The config that ``to_json`` wrote."""
+        return cls(**json.loads(text))

@@ -1,0 +1,331 @@
+"""Examples, streamed: a seeded order over files and sessions, a bounded buffer, and batches whose items and sessions are encoded once.
+
+Shapes: B examples, S sessions, H history, N items of the table.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from camenn_model.batch import AlignmentBatch, AlignmentPairs, AudienceBatch, Batch, PairBatch
+from camenn_model.feature_space import FeatureSpace, to_float
+from camenn_model.item_table import Ints, ItemTable
+
+T = TypeVar("T")
+
+BUFFER_ROWS = 65_536
+"""Examples read ahead and mixed: some 40 MB."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded examples, struct of arrays; everything but embeddings. [B] unless said."""
+
+    item: Ints
+    session: Ints
+    audience_cats: Ints
+    audience_values: NDArray[np.float32]
+    audience_buckets: Ints
+    values: NDArray[np.float32]
+    buckets: Ints
+    position: Ints
+    label: NDArray[np.float32]
+    history: Ints
+    history_kind: Ints
+    history_gap: NDArray[np.float32]
+    user: NDArray[np.uint64]
+    start: Ints
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def take(self, rows: Ints) -> "Rows":
+        """Some rows, in the given order."""
+        return Rows(**{name: values[rows] for name, values in vars(self).items()})
+
+
+class ExampleReader:
+    """Reads example files into `Rows`.
+
+    Args:
+        table: the items; ids in examples are looked up there.
+        users: table of user_id and fields.
+        history_length, position_size: the model's.
+    """
+
+    def __init__(self, space: FeatureSpace, table: ItemTable, users: pa.Table, history_length: int, position_size: int) -> None:
+        self.space, self.table, self.users = space, table, users
+        self.history_length, self.position_size = history_length, position_size
+
+    def read(self, path: str) -> Rows:
+        """All rows of one file, in the file's order. Sessions are numbered from 0 within the file."""
+        return self.encode(pq.ParquetFile(path).read())
+
+    def encode(self, examples: pa.Table) -> Rows:
+        """Rows of a table under the contract `EXAMPLES`."""
+        from camenn_model.hashing import stable_hash
+
+        item = _codes(examples["item_id"], self.table.ids)
+        user_row = _codes(examples["user_id"], self.users["user_id"].combine_chunks())
+        fields = self.users.take(pa.array(np.where(user_row < 0, None, user_row).tolist(), pa.int64()))
+        hour, weekday = examples["hour"].to_numpy(), examples["weekday"].to_numpy()
+        audience_cats = self.space.encode_audience(examples["user_id"], examples["store_id"], hour, weekday, fields)
+        columns = {name: to_float(examples[name]) for name in self.space.numbers if name in examples.column_names}
+        audience_values, audience_buckets = self.space.encode_numbers(("audience_counts",), columns)
+        values, buckets = self.space.encode_numbers(("item_counts", "pair_counts"), columns)
+        position = np.nan_to_num(to_float(examples["position"]), nan=-1).astype(np.int64)
+        history, kind, gap = self._history(examples)
+        user = stable_hash(examples["user_id"])
+        key = np.stack([user, stable_hash(examples["session_id"])], axis=1)
+        _, session = np.unique(key, axis=0, return_inverse=True)
+        return Rows(
+            item=item,
+            session=session.astype(np.int64),
+            audience_cats=audience_cats,
+            audience_values=audience_values,
+            audience_buckets=audience_buckets,
+            values=values,
+            buckets=buckets,
+            position=np.clip(position + 1, 0, self.position_size - 1),
+            label=examples["label"].to_numpy().astype(np.float32),
+            history=history,
+            history_kind=kind,
+            history_gap=gap,
+            user=user,
+            start=examples["session_start"].cast(pa.int64()).to_numpy(),
+        )
+
+    def _history(self, examples: pa.Table) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        column = examples["history_item"].combine_chunks()
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+        item = _codes(pa.chunked_array([column.flatten()]), self.table.ids)
+        kind = examples["history_kind"].combine_chunks().flatten().to_numpy()
+        hours = examples["history_hours"].combine_chunks().flatten().to_numpy()
+        return pack_history(item, kind, hours, lengths, self.history_length)
+
+
+def pack_history(item: Ints, kind: NDArray[np.int8], hours: NDArray[np.float32], lengths: Ints, size: int) -> tuple[Ints, Ints, NDArray[np.float32]]:
+    """Flat histories → ([S, H] item row, -1 = padding; [S, H] kind; [S, H] log1p of hours). Items that are no longer listed become padding."""
+    count = len(lengths)
+    row = np.repeat(np.arange(count), lengths)
+    place = np.arange(len(item)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    keep = (place < size) & (item >= 0)
+    history = np.full((count, size), -1, dtype=np.int64)
+    kinds = np.zeros((count, size), dtype=np.int64)
+    gap = np.zeros((count, size), dtype=np.float32)
+    history[row[keep], place[keep]] = item[keep]
+    kinds[row[keep], place[keep]] = kind[keep]
+    gap[row[keep], place[keep]] = np.log1p(np.maximum(hours[keep], 0))
+    return history, kinds, gap
+
+
+def _codes(column: pa.ChunkedArray, known: pa.Array) -> Ints:
+    if len(known) == 0:
+        return np.full(len(column), -1, dtype=np.int64)
+    return pc.fill_null(pc.index_in(column, value_set=known), -1).to_numpy().astype(np.int64)
+
+
+def audience_batch(cats: Ints, values: NDArray[np.float32], buckets: Ints, history: Ints, kind: Ints, gap: NDArray[np.float32]) -> tuple[AudienceBatch, Ints]:
+    """AudienceBatch of S rows, and the item rows [G] that its histories point to (table rows become places in [G])."""
+    distinct, place = np.unique(history, return_inverse=True)
+    place = place.reshape(history.shape)
+    offset = int(len(distinct) > 0 and distinct[0] == -1)
+    batch = AudienceBatch(
+        cats=torch.from_numpy(cats),
+        values=torch.from_numpy(values),
+        buckets=torch.from_numpy(buckets),
+        history=torch.from_numpy(place - offset if offset else place),
+        history_kind=torch.from_numpy(kind),
+        history_gap=torch.from_numpy(gap),
+    )
+    return batch, distinct[offset:]
+
+
+def collate(rows: Rows, table: ItemTable) -> Batch:
+    """Rows → the model's batch: each distinct item and session once."""
+    items, item = np.unique(rows.item, return_inverse=True)
+    _, first, session = np.unique(rows.session, return_index=True, return_inverse=True)
+    audience, history_items = audience_batch(
+        rows.audience_cats[first], rows.audience_values[first], rows.audience_buckets[first], rows.history[first], rows.history_kind[first], rows.history_gap[first]
+    )  # fmt: skip
+    return Batch(
+        items=table.batch(items),
+        audience=audience,
+        history=table.history(history_items),
+        pairs=PairBatch(
+            item=torch.from_numpy(item),
+            audience=torch.from_numpy(session),
+            values=torch.from_numpy(rows.values),
+            buckets=torch.from_numpy(rows.buckets),
+            position=torch.from_numpy(rows.position),
+            label=torch.from_numpy(rows.label),
+        ),
+    )
+
+
+def concat_rows(pieces: list[Rows]) -> Rows:
+    """Rows of several files as one; sessions keep apart."""
+    offset, sessions = 0, []
+    for piece in pieces:
+        sessions.append(piece.session + offset)
+        offset += int(piece.session.max(initial=-1)) + 1
+    columns = {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in vars(pieces[0]) if name != "session"}
+    return Rows(session=np.concatenate(sessions), **columns)
+
+
+def stream_batches(reader: ExampleReader, files: list[tuple[str, int]], batch_size: int, rng: np.random.Generator | None) -> Iterator[Rows]:
+    """Batches of about `batch_size` examples, whole sessions together.
+
+    With `rng`: files in a random order, sessions mixed within a buffer of some 65,000 examples. Without: the order of the files.
+    The order depends on nothing but the generator's state.
+    """
+    order = np.arange(len(files)) if rng is None else rng.permutation(len(files))
+    waiting: list[Rows] = []
+    held = 0
+    for place, number in enumerate(order):
+        waiting.append(reader.read(files[number][0]))
+        held += len(waiting[-1])
+        if held >= BUFFER_ROWS or place == len(order) - 1:
+            rows = concat_rows(waiting)
+            waiting, held = [], 0
+            if len(rows):
+                yield from cut_batches(rows, batch_size, rng)
+
+
+def cut_batches(rows: Rows, batch_size: int, rng: np.random.Generator | None) -> Iterator[Rows]:
+    """Cut rows into batches of at most `batch_size`, whole sessions together: in a random order of sessions, or in theirs."""
+    count = int(rows.session.max()) + 1
+    rank = np.arange(count) if rng is None else rng.permutation(count)
+    if rng is None:
+        # Sessions are numbered by hash; keep the files' order (by time) instead.
+        rank = np.argsort(np.argsort(np.unique(rows.session, return_index=True)[1]))
+    order = np.argsort(rank[rows.session], kind="stable")
+    session = rows.session[order]
+    edges = np.flatnonzero(np.append(session[1:] != session[:-1], True)) + 1
+    start = 0
+    while start < len(order):
+        # The last whole session that still fits; a session longer than a batch is cut.
+        fits = edges[(edges > start) & (edges <= start + batch_size)]
+        end = int(fits[-1]) if len(fits) else min(start + batch_size, len(order))
+        yield rows.take(order[start:end])
+        start = end
+
+
+def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """Run an iterator in a thread, `depth` elements ahead: gathering from mapped files and computing overlap."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for element in source:
+                while not stop.is_set():
+                    try:
+                        ready.put((element, None), timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                if stop.is_set():
+                    return
+            ready.put((None, StopIteration()))
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
+            ready.put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            element, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield element  # type: ignore[misc]
+    finally:
+        stop.set()
+
+
+class AlignmentSampler:
+    """Draws alignment pairs uniformly over the training catalog (FashionBERT's matching, made directional).
+
+    Half of the pairs are the listing's own; of the others half come from the same subcategory, half from anywhere, never from the same
+    product, photo or title. Held-out listings are never drawn.
+
+    Args:
+        fold: 0 or 1 = draw from the *other* fold only, so that this fold can be judged without having been seen; None = from all.
+    """
+
+    def __init__(self, table: ItemTable, fold: int | None = None) -> None:
+        self.table = table
+        usable = table.with_content() & ~table.held_out
+        if fold is not None:
+            usable &= table.fold != fold
+        self.rows = np.flatnonzero(usable)
+        groups = table.subcategory[self.rows]
+        self.by_group = np.argsort(groups, kind="stable")
+        self.group_start = np.searchsorted(groups[self.by_group], groups)
+        self.group_end = np.searchsorted(groups[self.by_group], groups, side="right")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def others(self, anchors: Ints, rng: np.random.Generator) -> Ints:
+        """For each anchor (a place in `rows`) the place of a listing of another product; -1 where ten draws found none."""
+        found = np.full(len(anchors), -1, dtype=np.int64)
+        near = rng.random(len(anchors)) < 0.5
+        for attempt in range(10):
+            open_ = np.flatnonzero(found < 0)
+            if not len(open_):
+                break
+            anchor = anchors[open_]
+            low, high = self.group_start[anchor], self.group_end[anchor]
+            within = self.by_group[(low + rng.random(len(open_)) * (high - low)).astype(np.int64)]
+            anywhere = rng.integers(0, len(self.rows), len(open_))
+            drawn = np.where(near[open_], within, anywhere)
+            a, b = self.rows[anchor], self.rows[drawn]
+            table = self.table
+            same = (table.product[a] == table.product[b]) | (table.image_row[a] == table.image_row[b]) | (table.title_row[a] == table.title_row[b])
+            found[open_] = np.where(same, -1, drawn)
+            # A subcategory of one product has no foreign listing: look anywhere from the sixth draw on.
+            near &= attempt < 5
+        return found
+
+    def draw(self, count: int, rng: np.random.Generator) -> AlignmentBatch | None:
+        """A batch of `count` ITA and `count` TIA pairs and `count` listings for the contrastive loss; None if the catalog has no two."""
+        if len(self.rows) < 2:
+            return None
+        anchors = rng.choice(len(self.rows), size=min(count, len(self.rows)), replace=False)
+        pieces, columns = [anchors], []
+        for _ in ("ita", "tia"):
+            foreign = self.others(anchors, rng)
+            swap = (rng.random(len(anchors)) < 0.5) & (foreign >= 0)
+            other = np.where(swap, foreign, anchors)
+            pieces.append(other)
+            columns.append((other, ~swap))
+        places, inverse = np.unique(np.concatenate(pieces), return_inverse=True)
+        n = len(anchors)
+        anchor, ita_other, tia_other = inverse[:n], inverse[n : 2 * n], inverse[2 * n :]
+        table_rows = self.rows[places]
+
+        def pairs(image: Ints, text: Ints, label: NDArray[np.bool_]) -> AlignmentPairs:
+            return AlignmentPairs(image_of=torch.from_numpy(image), text_of=torch.from_numpy(text), label=torch.from_numpy(label.astype(np.float32)))
+
+        _, group = np.unique(self.table.product[self.rows[anchors]], return_inverse=True)
+        return AlignmentBatch(
+            items=self.table.batch(table_rows, content_only=True),
+            ita=pairs(anchor, ita_other, columns[0][1]),
+            tia=pairs(tia_other, anchor, columns[1][1]),
+            index=torch.from_numpy(anchor),
+            group=torch.from_numpy(group),
+        )
+
+

@@ -1,0 +1,94 @@
+"""All items, ready to be gathered: codes in memory, embeddings mapped. Serves training, validation and scoring.
+
+Shapes: N items of the table, I items of a batch, T text tokens, P patches, G history items.
+"""
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from camenn_model.batch import HistoryItems, ItemBatch
+from camenn_model.config import ITEM_HASH, SUBCATEGORY
+from camenn_model.feature_space import FeatureSpace, to_float
+from camenn_model.hashing import stable_hash
+from camenn_model.shards import Contents
+
+HELD_OUT_SHARE = 0.1
+"""Share of products whose listings never enter an alignment loss: representation is measured on them."""
+
+Ints = NDArray[np.int64]
+
+
+class ItemTable:
+    """The `items` table encoded by a feature space, with its contents.
+
+    Args:
+        items: table under the contract `ITEMS`.
+        images, titles: mapped embeddings; their keys are the items' image_key and title_key.
+    """
+
+    def __init__(self, items: pa.Table, space: FeatureSpace, images: Contents, titles: Contents) -> None:
+        self.ids: pa.Array = items["item_id"].combine_chunks()
+        self.images, self.titles = images, titles
+        self.cats, self.values, self.buckets = space.encode_items(items)
+        names = [field.name for field in space.fields if field.group == "item"]
+        self.history_cats = self.cats[:, [names.index(ITEM_HASH), names.index(SUBCATEGORY)]]
+        self.image_row = images.rows_of(items["image_key"])
+        self.title_row = titles.rows_of(items["title_key"])
+        self.tokens = np.nan_to_num(to_float(items["title_tokens"])).astype(np.int64)
+        self.subcategory = self.cats[:, names.index(SUBCATEGORY)]
+        used = np.ones(len(titles), dtype=np.int64)
+        used[self.title_row[self.title_row >= 0]] = self.tokens[self.title_row >= 0]
+        self.pooled_images = images.pooled()
+        self.pooled_titles = titles.pooled(used)
+        # Listings of one product, or with the same photo or title, must not be taken for each other's mismatch.
+        product = stable_hash(items["product_key"])
+        null = items["product_key"].is_null().to_numpy()
+        self.product = np.where(null, stable_hash(items["item_id"]), product)
+        self.held_out = (self.product >> np.uint64(7)) % np.uint64(1000) < np.uint64(1000 * HELD_OUT_SHARE)
+        self.fold = ((self.product >> np.uint64(23)) % np.uint64(2)).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Ints, *, content_only: bool = False) -> ItemBatch:
+        """ItemBatch of table rows, int64 [I]. With `content_only`, fields are left empty (the alignment tasks never look at them)."""
+        image_row, title_row = self.image_row[rows], self.title_row[rows]
+        text = self.titles.gather(title_row)
+        tokens = np.where(title_row >= 0, self.tokens[rows], 0)
+        cats, values, buckets = (array[rows, :0] if content_only else array[rows] for array in (self.cats, self.values, self.buckets))
+        return ItemBatch(
+            text=torch.from_numpy(text),
+            text_mask=torch.from_numpy(np.arange(text.shape[1])[None, :] < tokens[:, None]),
+            has_text=torch.from_numpy(title_row >= 0),
+            patches=torch.from_numpy(self.images.gather(image_row)),
+            has_image=torch.from_numpy(image_row >= 0),
+            cats=torch.from_numpy(cats),
+            values=torch.from_numpy(values),
+            buckets=torch.from_numpy(buckets),
+        )
+
+    def history(self, rows: Ints) -> HistoryItems:
+        """HistoryItems of table rows, int64 [G]."""
+        image_row, title_row = self.image_row[rows], self.title_row[rows]
+        image = _rows_or_zero(self.pooled_images, image_row)
+        text = _rows_or_zero(self.pooled_titles, title_row)
+        return HistoryItems(
+            image=torch.from_numpy(image),
+            text=torch.from_numpy(text),
+            has_image=torch.from_numpy(image_row >= 0),
+            has_text=torch.from_numpy(title_row >= 0),
+            cats=torch.from_numpy(self.history_cats[rows]),
+        )
+
+    def with_content(self) -> NDArray[np.bool_]:
+        """Which items have both a photo and a title, bool [N]."""
+        return (self.image_row >= 0) & (self.title_row >= 0)
+
+
+def _rows_or_zero(table: NDArray[np.float16], rows: Ints) -> NDArray[np.float16]:
+    out = np.zeros((len(rows), table.shape[1]), dtype=np.float16)
+    some = rows >= 0
+    out[some] = table[rows[some]]
+    return out

@@ -1,0 +1,192 @@
+"""CameNN: three tasks over a shared transformer bottom and a gated mixture of transformer experts.
+
+Source: "Cross-Modal Alignment with Mixture Experts Neural Network for Intral-City Retail Recommendation"
+(arXiv 2009.09926); ``docs/model.md`` tells which parts come from it and which are choices of this project.
+
+Shapes: B pairs, I items, S audience rows, A alignment pairs, C items of the contrastive loss, E experts, d width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from camenn_model.alignment import ContrastiveHead, TaskTokens, init_heads, pair_content
+from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch, ItemBatch
+from camenn_model.config import ModelConfig
+from camenn_model.experts import Gate, GateOutput, Mixed, Mixture
+from camenn_model.layers import EncoderLayer, Side, init_linear
+from camenn_model.tokens import AudienceTokens, Content, ItemTokens, PairTokens
+from camenn_model.towers import Tower, init_tower
+
+
+@dataclass(frozen=True)
+class CvrOutput:
+    """The CVR task's answer."""
+
+    logits: Tensor  # [B] float32, raw (before calibration)
+    gate: GateOutput
+    computed: Tensor  # [E, 1 + sides] int64: pairs and side rows each expert was computed for
+
+
+@dataclass(frozen=True)
+class AlignOutput:
+    """The alignment tasks' answers."""
+
+    ita: Tensor  # [A_ita] float32 logits
+    tia: Tensor  # [A_tia] float32 logits
+    ita_gate: GateOutput
+    tia_gate: GateOutput
+    similarities: Tensor  # [C, C] float32, images x texts, over the temperature
+    group: Tensor  # [C] int64, the product of each; items that lack a modality are left out
+    image: Tensor  # [C, d] float32 unit vectors
+    text: Tensor  # [C, d]
+    computed: Tensor  # [E] int64: pairs each expert was computed for, ITA and TIA together
+
+
+class CameNN(nn.Module):
+    """The model. ``forward`` is the CVR task, ``align`` the alignment tasks; both train the same bottom and experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.item_tokens = ItemTokens(config)
+        self.audience_tokens = AudienceTokens(config)
+        self.pair_tokens = PairTokens(config)
+        self.task_tokens = TaskTokens(config)
+        self.shared = nn.ModuleList(EncoderLayer(config) for _ in range(config.shared_layers))
+        self.mixture = Mixture(config)
+        self.cvr_gate = Gate((3 * width, 2 * width), config)
+        self.ita_gate = Gate((2 * width,), config)
+        self.tia_gate = Gate((2 * width,), config)
+        self.cvr_tower = Tower(config, config.base_rate)
+        self.ita_tower = Tower(config, 0.5)
+        self.tia_tower = Tower(config, 0.5)
+        self.contrastive = ContrastiveHead(config)
+        for part in (self.shared, self.mixture):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    init_linear(module)
+        for tower in (self.cvr_tower, self.ita_tower, self.tia_tower):
+            init_tower(tower)
+        init_heads(self.contrastive)
+
+    @torch.no_grad()
+    def fit_features(self, items: ItemBatch) -> None:
+        """Sets the standardisation of the frozen features from a sample of training items (some hundred will do).
+
+        Call it once, before training. Without it the features enter as they are. Raises ValueError where the sample
+        holds no photo or no title.
+        """
+        if not items.has_image.any() or not items.has_text.any():
+            raise ValueError("fit_features: the sample must hold at least one photo and one title")
+        text, mask = items.text.float(), items.text_mask & items.has_text[:, None]
+        patches = items.patches[items.has_image].float()
+        titled = mask.any(1)
+        pooled = (text * mask[..., None]).sum(1)[titled] / mask.sum(1)[titled, None]
+        self.item_tokens.text.fit(text[mask])
+        self.item_tokens.patch.fit(patches.flatten(0, 1))
+        self.audience_tokens.text.fit(pooled)
+        self.audience_tokens.image.fit(patches.mean(1))
+
+    def forward(self, batch: Batch) -> CvrOutput:
+        """Logit of an order for each pair. In eval mode every display position counts as unknown."""
+        pairs = batch.pairs
+        items = self.item_tokens(batch.items)
+        identity = self.item_tokens.identity(batch.history.cats)
+        audience = self.audience_tokens(batch.audience, batch.history, identity)
+        gate = self.cvr_gate((items.gate, audience.gate), (pairs.item, pairs.audience))
+        sides = (
+            Side(items.tokens, items.mask, pairs.item),
+            Side(audience.tokens, audience.mask, pairs.audience),
+        )
+        mixed = self._bottom_and_experts(sides, self.pair_tokens(pairs), gate)
+        return CvrOutput(self.cvr_tower(mixed), gate, mixed.computed)
+
+    def align(self, batch: AlignmentBatch) -> AlignOutput:
+        """ITA and TIA logits and the contrastive similarities; fields are hidden, photos and titles are all there is.
+
+        Raises ValueError where an ITA or TIA pair lacks a photo or a title.
+        """
+        items = batch.items
+        for pairs in (batch.ita, batch.tia):
+            if not (items.has_image[pairs.image_of].all() and items.has_text[pairs.text_of].all()):
+                raise ValueError("align: every ITA and TIA pair needs a photo and a title")
+        content = self.item_tokens.content(items)
+        ita, ita_gate, ita_computed = self._match(0, self.ita_gate, self.ita_tower, content, batch.ita)
+        tia, tia_gate, tia_computed = self._match(1, self.tia_gate, self.tia_tower, content, batch.tia)
+        whole = items.has_image[batch.index] & items.has_text[batch.index]
+        index = batch.index[whole]
+        image, text = self._states(content, index)
+        return AlignOutput(
+            ita=ita,
+            tia=tia,
+            ita_gate=ita_gate,
+            tia_gate=tia_gate,
+            similarities=self.contrastive.similarities(image, text),
+            group=batch.group[whole],
+            image=image,
+            text=text,
+            computed=ita_computed + tia_computed,
+        )
+
+    def content_vectors(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
+        """Photo and title of each item as unit vectors, two [I, d] float32, each from its own modality alone.
+
+        Their dot product is the cosine used for retrieval. Where a modality is absent its vector is that of
+        ``no image`` or ``no text``: mind ``has_image`` and ``has_text``.
+        """
+        content = self.item_tokens.content(items)
+        return self._states(content, torch.arange(len(items), device=items.cats.device))
+
+    def alignment_scores(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
+        """Probability that an item's own photo and title belong together, by ITA and by TIA: two [I] float32.
+
+        NaN where either modality is absent.
+        """
+        content = self.item_tokens.content(items)
+        both = items.has_image & items.has_text
+        rows = both.nonzero().squeeze(1)
+        pairs = AlignmentPairs(image_of=rows, text_of=rows, label=torch.ones(len(rows), device=rows.device))
+        scores = []
+        for task, (gate, tower) in enumerate(((self.ita_gate, self.ita_tower), (self.tia_gate, self.tia_tower))):
+            score = torch.full((len(items),), torch.nan, device=rows.device)
+            if len(rows):
+                score[rows] = self._match(task, gate, tower, content, pairs)[0].sigmoid()
+            scores.append(score)
+        return scores[0], scores[1]
+
+    def _match(
+        self, task: int, gate: Gate, tower: Tower, content: Content, pairs: AlignmentPairs
+    ) -> tuple[Tensor, GateOutput, Tensor]:
+        """Logits [A], gate and computed pairs [E] of one alignment task."""
+        side = pair_content(content, pairs.image_of, pairs.text_of)
+        features = torch.cat([content.text_gate[pairs.text_of], content.image_gate[pairs.image_of]], dim=-1)
+        chosen = gate((features,), (side.index,))
+        if len(pairs) == 0:
+            return chosen.logits.sum(1), chosen, torch.zeros(self.config.experts, dtype=torch.int64)
+        mixed = self._bottom_and_experts((side,), self.task_tokens(task, len(pairs)), chosen)
+        return tower(mixed), chosen, mixed.computed[:, 0]
+
+    def _states(self, content: Content, index: Tensor) -> tuple[Tensor, Tensor]:
+        """``[IMG]`` and ``[TXT]`` out of the shared bottom, each modality alone, as unit vectors [C, d]."""
+        image, text = content.image.index_select(0, index), content.text.index_select(0, index)
+        image_mask, text_mask = content.image_mask[index], content.text_mask[index]
+        for layer in self.shared:
+            image, text = layer.own(image, image_mask)[0], layer.own(text, text_mask)[0]
+        return self.contrastive(image[:, 0], text[:, 0])
+
+    def _bottom_and_experts(self, sides: tuple[Side, ...], x: Tensor, gate: GateOutput) -> Mixed:
+        """Shared layers, experts and mixture under either kind of attention; x [B, X, d] starts with the task token."""
+        x_mask = None
+        if self.config.attention == "full":
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            x_mask = torch.cat([real, *(side.mask.index_select(0, side.index) for side in sides)], dim=1)
+            x = torch.cat([x, *(side.tokens.index_select(0, side.index) for side in sides)], dim=1)
+            sides = ()
+        for layer in self.shared:
+            sides, x = layer(sides, x, x_mask)
+        return self.mixture(sides, x, x_mask, gate)

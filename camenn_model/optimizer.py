@@ -1,0 +1,115 @@
+"""AdamW with decay where it belongs, the learning rate's schedule, and averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """``warmup``: share of all steps with a rising rate; then it falls linearly to 0. ``clip``: largest gradient norm."""
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+    ema_decay: float = 0.999
+
+
+def decayed_names(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters that take weight decay: the weights of linear maps, and nothing else.
+
+    LayerNorms, biases, embedding tables, learned vectors and scalars take none.
+    """
+    names = set()
+    for prefix, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            names.add(f"{prefix}.weight" if prefix else "weight")
+    return frozenset(names)
+
+
+def build_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters of all modules (the model, and the loss where it learns weights), in two groups."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in modules:
+        names = decayed_names(module)
+        for name, parameter in module.named_parameters():
+            (decayed if name in names else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+def rate_factor(step: int, total: int, warmup: float) -> float:
+    """Factor on the learning rate at ``step`` (from 0) of ``total``: linear up over ``warmup`` of them, linear down to 0."""
+    rising = max(1, round(total * warmup))
+    if step < rising:
+        return (step + 1) / rising
+    return max(0.0, (total - step) / max(1, total - rising))
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, total: int, config: OptimizerConfig
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """``rate_factor`` as a scheduler: call ``step()`` after each optimizer step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, total, config.warmup))
+
+
+class WeightAverage:
+    """Exponential moving average of a module's parameters, float32; buffers are the module's own.
+
+    Early on the decay is min(decay, (1 + n) / (10 + n)) after n updates, so that the start is forgotten soon.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay {decay} must lie in [0, 1)")
+        self.decay = decay
+        self.updates = 0
+        self.average = {name: parameter.detach().float().clone() for name, parameter in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Takes in the module's present weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for name, parameter in module.named_parameters():
+            self.average[name].lerp_(parameter.detach().float(), 1.0 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Overwrites the module's weights with the average."""
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.average[name])
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """The module with averaged weights inside the block, and with its own again after it."""
+        own = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(own[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors only, fit for safetensors: the averages under ``average.<name>``, the count under ``updates``."""
+        return {"updates": torch.tensor(self.updates)} | {f"average.{k}": v for k, v in self.average.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """What ``state_dict`` gave; raises ValueError where names or shapes differ."""
+        expected = {f"average.{name}": tensor.shape for name, tensor in self.average.items()} | {"updates": torch.Size()}
+        found = {name: tensor.shape for name, tensor in state.items()}
+        if expected != found:
+            differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ValueError(f"averaged weights do not fit the module: {', '.join(differ[:5])}")
+        self.updates = int(state["updates"])
+        for name, tensor in self.average.items():
+            tensor.copy_(state[f"average.{name}"])

@@ -1,0 +1,60 @@
+"""InceptionV4 without training, for machines that no weights reach: an explicit choice (`random:SEED`), never a
+fallback."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_SAMPLE = 128
+"""Generated patches on which batch-norm statistics settle."""
+
+
+def draw_weights(model: nn.Module, seed: int, patch_size: int) -> None:
+    """Fill `model` in place: convolutions from N(0, 2 / fan_in) (He 2015), which keeps the variance through ReLUs, and
+    batch-norm
+    statistics of generated patches. With statistics of 0 and 1 instead, the signal dies: outputs of about 1e-12.
+
+    The weights depend on the seed and `patch_size` alone (NumPy draws them: its stream is the same on every processor).
+    Settling is done on one thread, so that the number of cores does not change a bit.
+    """
+    random = np.random.default_rng(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                fan_in = math.prod(parameter.shape[1:])
+                values = random.standard_normal(parameter.shape, dtype=np.float32) * np.float32(math.sqrt(2 / fan_in))
+                parameter.copy_(torch.from_numpy(values))
+        sample = generate_patches(random, _SAMPLE, patch_size)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            _settle(model, sample)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def generate_patches(random: np.random.Generator, count: int, size: int) -> Tensor:
+    """Patches that vary as photos do: a colour, smooth shading and some texture. float32 [count, 3, size, size], -1 to
+    1."""
+    colour, shading, texture = (
+        torch.from_numpy(random.standard_normal((count, 3, cells, cells), dtype=np.float32)) for cells in (1, 5, size)
+    )
+    shading = functional.interpolate(shading, size=(size, size), mode="bilinear", align_corners=False)
+    return (0.4 * colour + 0.4 * shading + 0.1 * texture).clamp(-1, 1)
+
+
+def _settle(model: nn.Module, sample: Tensor) -> None:
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        # None = the plain mean over all batches seen: after one batch, that batch's statistics.
+        norm.momentum = None
+    model.train()
+    model(sample.contiguous(memory_format=torch.channels_last))
+    model.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,127 @@
+"""A shard set, opened: its items, users and example files, and the embeddings mapped into memory. Nothing here imports torch or Beam."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from schemas.contract import InputError
+from schemas.embeddings import embedding_shape
+
+
+class Contents:
+    """Embeddings of one kind, mapped: `gather` reads only the rows asked for.
+
+    Args:
+        paths: Arrow IPC files of (key, embedding).
+        key: name of the key column.
+    """
+
+    def __init__(self, paths: list[str], key: str) -> None:
+        self.views: list[NDArray[np.float16]] = []
+        self.maps: list[pa.MemoryMappedFile] = []
+        keys: list[pa.Array] = []
+        starts = [0]
+        self.shape = (0, 0)
+        for path in sorted(paths):
+            mapped = pa.memory_map(path)
+            self.maps.append(mapped)
+            reader = pa.ipc.open_file(mapped)
+            self.shape = embedding_shape(reader.schema)
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                column = batch.column(batch.schema.get_field_index("embedding"))
+                data = np.frombuffer(column.buffers()[1], dtype=np.float16)
+                size = self.shape[0] * self.shape[1]
+                first = column.offset * size
+                self.views.append(data[first : first + len(column) * size].reshape(len(column), *self.shape))
+                keys.append(batch.column(batch.schema.get_field_index(key)))
+                starts.append(starts[-1] + len(column))
+        self.starts = np.asarray(starts, dtype=np.int64)
+        self.keys: pa.Array = pa.concat_arrays(keys) if keys else pa.array([], pa.string())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def rows_of(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+        """Row of each key, int64 [n]; -1 where the key is null or not there."""
+        import pyarrow.compute as pc
+
+        found = pc.fill_null(pc.index_in(keys, value_set=self.keys), -1)
+        return np.asarray(found.to_numpy() if isinstance(found, pa.ChunkedArray) else found.to_numpy(zero_copy_only=False), dtype=np.int64)
+
+    def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Embeddings of rows, float16 [n, tokens, width]; a row of -1 gives zeros."""
+        out = np.zeros((len(rows), *self.shape), dtype=np.float16)
+        place = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(place[rows >= 0]):
+            mine = np.flatnonzero((place == number) & (rows >= 0))
+            out[mine] = self.views[number][rows[mine] - self.starts[number]]
+        return out
+
+    def pooled(self, used: NDArray[np.int64] | None = None) -> NDArray[np.float16]:
+        """Mean over tokens (or patches) of every content, float16 [n, width]; with `used` [n], over the first `used` tokens only."""
+        out = np.zeros((len(self), self.shape[1]), dtype=np.float16)
+        for number, view in enumerate(self.views):
+            first, last = self.starts[number], self.starts[number + 1]
+            total = view.astype(np.float32).sum(axis=1)
+            count = np.full(last - first, self.shape[0]) if used is None else np.maximum(used[first:last], 1)
+            out[first:last] = total / count[:, None]
+        return out
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A published shard set.
+
+    Raises:
+        InputError: nothing is published at `root`, or something else than shards.
+    """
+
+    root: str
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The published run's manifest."""
+        pointer = Path(self.root) / "latest.json"
+        if not pointer.exists():
+            raise InputError(f"--shards {self.root}: nothing is published there (no latest.json). Run `camenn shards` into it first.")
+        latest = json.loads(pointer.read_text())
+        if latest["stage"] != "shards":
+            raise InputError(f"--shards {self.root}: holds the output of `camenn {latest['stage']}`, not of `camenn shards`. Give another directory.")
+        return dict(json.loads((Path(self.root) / latest["manifest"]).read_text()))
+
+    def files(self, table: str) -> list[tuple[str, int]]:
+        """(path, rows) of a table's files, ordered by path."""
+        entries = self.manifest["tables"].get(table, {}).get("files", [])
+        return sorted((str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries)
+
+    def examples(self, split: str) -> list[tuple[str, int]]:
+        """(path, rows) of the example files of one split, by date."""
+        return [(path, rows) for path, rows in self.files("examples") if f"/split={split}/" in path]
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """The items, ordered by item_id."""
+        return pa.concat_tables([pq.ParquetFile(path).read() for path, _ in self.files("items")])
+
+    @cached_property
+    def users(self) -> pa.Table:
+        """The users and their fields."""
+        return pa.concat_tables([pq.ParquetFile(path).read() for path, _ in self.files("users")])
+
+    @cached_property
+    def images(self) -> Contents:
+        """Photos' patch features."""
+        return Contents([path for path, _ in self.files("contents_images")], "image_key")
+
+    @cached_property
+    def titles(self) -> Contents:
+        """Titles' token states."""
+        return Contents([path for path, _ in self.files("contents_titles")], "title_key")

@@ -1,0 +1,306 @@
+"""From a batch to tokens: what the shared bottom reads.
+
+Shapes: I items, S audience rows, G history items, B pairs, T text tokens, P patches, F field tokens, H history, d width.
+
+Every token is (features → d) + type + position embedding, then LayerNorm. ``[TXT]`` and ``[IMG]`` carry the mean of
+their modality's projected features beside a learned vector, so that they say something below the shared bottom too, where
+the gates read them. An absent modality leaves its summary token alone, with a learned ``no image`` / ``no text`` vector in
+place of the mean; its other tokens are masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camenn_model.batch import AudienceBatch, HistoryItems, ItemBatch, PairBatch
+from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec, ModelConfig
+from camenn_model.layers import drop, init_embedding, init_linear, wide_scale
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x [R, N, d] over the tokens where mask [R, N] is True; 0 where there is none."""
+    weight = mask.to(x.dtype).unsqueeze(-1)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+
+def forget_ids(ids: Tensor, rate: float, training: bool) -> Tensor:
+    """``ids`` [R] int64 with a share ``rate`` replaced by 0 (unknown), in training only: new items then look familiar."""
+    if not training or rate == 0.0:
+        return ids
+    return torch.where(torch.rand(ids.shape, device=ids.device) < rate, torch.zeros_like(ids), ids)
+
+
+class FrozenProjection(nn.Module):
+    """Linear map from a frozen encoder's feature to the width, after standardising each feature.
+
+    Mean and scale are buffers (0 and 1 until ``fit`` is called), stored with the weights.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, width)
+        init_linear(self.linear, wide_scale(inputs, width))
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+
+    def fit(self, sample: Tensor) -> None:
+        """Takes mean and spread from a sample [n, inputs]; a tenth of the mean spread is added, for rare features."""
+        sample = sample.float()
+        spread = sample.std(0, correction=0)
+        self.mean.copy_(sample.mean(0))
+        self.scale.copy_(1.0 / (spread + 0.1 * spread.mean() + 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Folded into the weight: the features are far larger than the map.
+        weight = self.linear.weight * self.scale
+        return F.linear(x.to(weight.dtype), weight, self.linear.bias - weight @ self.mean)
+
+
+class NumericToken(nn.Module):
+    """One token from a group of numeric fields: the sum over fields of bucket embedding + value x learned vector."""
+
+    offsets: Tensor
+
+    def __init__(self, fields: tuple[FieldSpec, ...], width: int) -> None:
+        super().__init__()
+        sizes = torch.tensor([field.size for field in fields])
+        self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)
+        self.table = nn.Embedding(int(sizes.sum()), width)
+        self.slope = nn.Parameter(torch.empty(len(fields), width))
+        self.kind = nn.Parameter(torch.empty(width))
+        for weight in (self.table.weight, self.slope, self.kind):
+            init_embedding(weight)
+
+    def forward(self, values: Tensor, buckets: Tensor) -> Tensor:
+        """values [..., n] float32, buckets [..., n] int64 → [..., d]; a value counts only where its bucket is not 0."""
+        count = buckets.shape[-1]
+        rows = (buckets + self.offsets).reshape(-1, count)
+        known = torch.where(buckets > 0, values, 0.0)
+        total = F.embedding_bag(rows, self.table.weight, mode="sum").view(*buckets.shape[:-1], -1)
+        return total + known.to(self.slope.dtype) @ self.slope + self.kind
+
+
+@dataclass(frozen=True)
+class Content:
+    """A listing's photo and title as tokens; ``*_gate`` are gate inputs, before dropout."""
+
+    text: Tensor  # [I, 1 + T, d], [TXT] first
+    text_mask: Tensor  # [I, 1 + T] bool
+    image: Tensor  # [I, 1 + P, d], [IMG] first
+    image_mask: Tensor  # [I, 1 + P] bool
+    text_gate: Tensor  # [I, d]: [TXT]
+    image_gate: Tensor  # [I, d]: mean of patches
+
+
+@dataclass(frozen=True)
+class SideTokens:
+    """Tokens of one side and its gate input."""
+
+    tokens: Tensor  # [R, N, d]
+    mask: Tensor  # [R, N] bool
+    gate: Tensor  # [R, gate width]
+
+
+class ItemTokens(nn.Module):
+    """Tokens of group I: title, photo, static fields."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.text = FrozenProjection(config.text_width, width)
+        self.patch = FrozenProjection(config.image_width, width)
+        self.text_summary = nn.Parameter(torch.empty(width))
+        self.image_summary = nn.Parameter(torch.empty(width))
+        self.no_text = nn.Parameter(torch.empty(width))
+        self.no_image = nn.Parameter(torch.empty(width))
+        self.text_type = nn.Parameter(torch.empty(width))
+        self.patch_type = nn.Parameter(torch.empty(width))
+        self.text_position = nn.Parameter(torch.empty(config.text_tokens, width))
+        self.row = nn.Parameter(torch.empty(config.patch_grid, width))
+        self.column = nn.Parameter(torch.empty(config.patch_grid, width))
+        self.tables = nn.ModuleList(nn.Embedding(field.size, width) for field in config.item_categorical)
+        self.field_type = nn.Parameter(torch.empty(len(config.item_categorical), width))
+        self.groups = nn.ModuleList(
+            NumericToken(config.group(group), width)
+            for group in ("item_numeric", "item_quality")
+            if config.group(group)
+        )
+        self.text_norm = nn.LayerNorm(width)
+        self.image_norm = nn.LayerNorm(width)
+        self.field_norm = nn.LayerNorm(width)
+        names = [field.name for field in config.item_categorical]
+        self.identity_columns = (names.index(ITEM_HASH), names.index(SUBCATEGORY))
+        for name, weight in self.named_parameters(recurse=False):
+            assert weight.shape[-1] == width, name
+            init_embedding(weight)
+        for table in self.tables:
+            init_embedding(table.weight)
+
+    def content(self, items: ItemBatch, modality_dropout: float = 0.0) -> Content:
+        """Photo and title of each item; in training a share ``modality_dropout`` of either is taken as absent."""
+        text_mask, has_text, has_image = items.text_mask, items.has_text, items.has_image
+        if self.training and modality_dropout > 0.0:
+            has_text = has_text & (torch.rand(has_text.shape, device=has_text.device) >= modality_dropout)
+            has_image = has_image & (torch.rand(has_image.shape, device=has_image.device) >= modality_dropout)
+        text_mask = text_mask & has_text[:, None]
+        patch_mask = has_image[:, None].expand(-1, items.patches.shape[1])
+
+        text = self.text(items.text)
+        summary = torch.where(has_text[:, None], masked_mean(text, text_mask), self.no_text)
+        text = text + self.text_type + self.text_position[: text.shape[1]]
+        text = torch.cat([(summary + self.text_summary)[:, None], text], dim=1)
+        patches = self.patch(items.patches)
+        summary = torch.where(has_image[:, None], masked_mean(patches, patch_mask), self.no_image)
+        place = (self.row[:, None] + self.column[None, :]).flatten(0, 1)  # row-major
+        patches = patches + self.patch_type + place
+        image = torch.cat([(summary + self.image_summary)[:, None], patches], dim=1)
+
+        text, image = self.text_norm(text), self.image_norm(image)
+        mean_patch = torch.where(has_image[:, None], masked_mean(image[:, 1:], patch_mask), image[:, 0])
+        always = torch.ones_like(has_text)[:, None]
+        return Content(
+            text=drop(text, self.config.dropout, self.training),
+            text_mask=torch.cat([always, text_mask], dim=1),
+            image=drop(image, self.config.dropout, self.training),
+            image_mask=torch.cat([always, patch_mask], dim=1),
+            text_gate=text[:, 0],
+            image_gate=mean_patch,
+        )
+
+    def forward(self, items: ItemBatch) -> SideTokens:
+        """All item tokens: text, image, fields. Gate: mean of fields ‖ [TXT] ‖ mean of patches, [I, 3 d]."""
+        content = self.content(items, self.config.modality_dropout)
+        fields = []
+        for column, table in enumerate(self.tables):
+            ids = items.cats[:, column]
+            if column == self.identity_columns[0]:
+                ids = forget_ids(ids, self.config.id_dropout, self.training)
+            fields.append(table(ids) + self.field_type[column])
+        start = 0
+        for group in self.groups:
+            end = start + group.slope.shape[0]
+            fields.append(group(items.values[:, start:end], items.buckets[:, start:end]))
+            start = end
+        field_tokens = self.field_norm(torch.stack(fields, dim=1))
+        mean_field = field_tokens.mean(1)
+        field_tokens = drop(field_tokens, self.config.dropout, self.training)
+        real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=field_tokens.device)
+        return SideTokens(
+            tokens=torch.cat([content.text, content.image, field_tokens], dim=1),
+            mask=torch.cat([content.text_mask, content.image_mask, real], dim=1),
+            gate=torch.cat([mean_field, content.text_gate, content.image_gate], dim=-1),
+        )
+
+    def identity(self, cats: Tensor) -> Tensor:
+        """Item hash + subcategory of history items, cats [G, 2] → [G, d], from the item fields' own tables."""
+        hashes = forget_ids(cats[:, 0], self.config.id_dropout, self.training)
+        item_table, subcategory_table = (self.tables[column] for column in self.identity_columns)
+        return item_table(hashes) + subcategory_table(cats[:, 1])
+
+
+class AudienceTokens(nn.Module):
+    """Tokens of group U: user and context fields, and the history."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.tables = nn.ModuleList(nn.Embedding(field.size, width) for field in config.audience_categorical)
+        self.field_type = nn.Parameter(torch.empty(len(config.audience_categorical), width))
+        counts = config.audience_numeric
+        self.counts = NumericToken(counts, width) if counts else None
+        self.image = FrozenProjection(config.image_width, width)
+        self.text = FrozenProjection(config.text_width, width)
+        self.no_image = nn.Parameter(torch.empty(width))
+        self.no_text = nn.Parameter(torch.empty(width))
+        self.history_type = nn.Parameter(torch.empty(width))
+        self.kind = nn.Embedding(3, width)
+        self.gap = nn.Parameter(torch.empty(width))
+        self.slot = nn.Parameter(torch.empty(config.history_length, width))
+        self.field_norm = nn.LayerNorm(width)
+        self.history_norm = nn.LayerNorm(width)
+        self.user_column = [field.name for field in config.audience_categorical].index(USER_HASH)
+        for weight in self.parameters(recurse=False):
+            init_embedding(weight)
+        for table in (*self.tables, self.kind):
+            init_embedding(table.weight)
+
+    def forward(self, audience: AudienceBatch, history: HistoryItems, identity: Tensor) -> SideTokens:
+        """Audience tokens; ``identity`` [G, d] from ``ItemTokens.identity``. Gate: mean of fields ‖ of history, [S, 2 d]."""
+        fields = []
+        for column, table in enumerate(self.tables):
+            ids = audience.cats[:, column]
+            if column == self.user_column:
+                ids = forget_ids(ids, self.config.id_dropout, self.training)
+            fields.append(table(ids) + self.field_type[column])
+        if self.counts is not None:
+            fields.append(self.counts(audience.values, audience.buckets))
+        field_tokens = self.field_norm(torch.stack(fields, dim=1))
+
+        bought = (
+            identity
+            + torch.where(history.has_image[:, None], self.image(history.image), self.no_image)
+            + torch.where(history.has_text[:, None], self.text(history.text), self.no_text)
+        )
+        bought = torch.cat([torch.zeros_like(bought[:1]) if len(bought) else bought.new_zeros(1, bought.shape[1]), bought])
+        past = (
+            F.embedding(audience.history + 1, bought)
+            + self.kind(audience.history_kind)
+            + audience.history_gap.to(self.gap.dtype)[..., None] * self.gap
+            + self.slot[: audience.history.shape[1]]
+            + self.history_type
+        )
+        past = self.history_norm(past)
+        past_mask = audience.history >= 0
+        gate = torch.cat([field_tokens.mean(1), masked_mean(past, past_mask)], dim=-1)
+        real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=past.device)
+        return SideTokens(
+            tokens=drop(torch.cat([field_tokens, past], dim=1), self.config.dropout, self.training),
+            mask=torch.cat([real, past_mask], dim=1),
+            gate=gate,
+        )
+
+
+class PairTokens(nn.Module):
+    """Tokens of group X: ``[CVR]`` first, then the item's counts, the pair's counts, the display position."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.task = nn.Parameter(torch.empty(config.width))
+        self.position = nn.Embedding(config.position_size, config.width)
+        self.groups = nn.ModuleList(
+            NumericToken(config.group(group), config.width)
+            for group in ("item_counts", "pair_counts")
+            if config.group(group)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        init_embedding(self.task)
+        init_embedding(self.position.weight)
+
+    def forward(self, pairs: PairBatch) -> Tensor:
+        """[B, X, d]. In training ``position_dropout`` of the positions become unknown; in eval mode all are."""
+        if self.training:
+            position = forget_ids(pairs.position, self.config.position_dropout, True)
+        else:
+            position = torch.zeros_like(pairs.position)
+        return drop(self.embed(pairs.values, pairs.buckets, position), self.config.dropout, self.training)
+
+    def embed(self, values: Tensor, buckets: Tensor, position: Tensor) -> Tensor:
+        """values, buckets [..., n], position [...] → [..., X, d], without any dropout."""
+        tokens = [self.task.expand(*position.shape, -1)]
+        start = 0
+        for group in self.groups:
+            end = start + group.slope.shape[0]
+            tokens.append(group(values[..., start:end], buckets[..., start:end]))
+            start = end
+        tokens.append(self.position(position))
+        return self.norm(torch.stack(tokens, dim=-2))

@@ -1,0 +1,171 @@
+"""Where an encoder's weights lie, and their hash, without torch.
+
+What cannot be had is an error that names the flag and the remedy.
+"""
+
+import hashlib
+import json
+import mmap
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from schemas.contract import InputError
+
+IMAGE_FLAG, TEXT_FLAG = "--image_weights", "--text_encoder"
+
+_TEXT_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+_HUB_TIMEOUT_S = 5
+
+
+class WeightsError(InputError):
+    """An encoder cannot be had as asked: the message names the flag and the remedy, and nothing takes its place."""
+
+
+def _safetensors_error(path: Path, flag: str) -> WeightsError:
+    return WeightsError(f"{flag}: {path} is not a whole safetensors file. Fetch it again, or name another one.")
+
+
+def hash_safetensors(path: Path, flag: str) -> str:
+    """sha256 (hex) over names, types, shapes and bytes of the tensors, ordered by name: the file's layout is no matter.
+
+    Raises:
+        WeightsError: the file is cut off or of another format.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            (length,) = struct.unpack_from("<Q", data)
+            header = json.loads(data[8 : 8 + length])
+            tensors: dict[str, dict[str, Any]] = {key: value for key, value in header.items() if key != "__metadata__"}
+            for key, tensor in sorted(tensors.items()):
+                begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+                if end > len(data):
+                    raise _safetensors_error(path, flag)
+                digest.update(f"{key}:{tensor['dtype']}:{tensor['shape']}\n".encode())
+                with memoryview(data) as view, view[begin:end] as piece:
+                    digest.update(piece)
+    except (struct.error, ValueError, KeyError, AttributeError) as error:
+        raise _safetensors_error(path, flag) from error
+    return digest.hexdigest()
+
+
+def _fetch_from_hub(name: str, files: tuple[str, ...], flag: str) -> Path:
+    """Directory of a hub model's files, downloaded or from the hub's local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        # One listing of the model, not one request per file: without a network this fails at once instead of retrying.
+        return Path(snapshot_download(name, allow_patterns=list(files), etag_timeout=_HUB_TIMEOUT_S))
+    except (OSError, ValueError, HTTPError) as error:
+        raise WeightsError(
+            f"{flag} {name}: neither a local path nor to be had from the hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Fetch it on a machine with a network and give its local path: {flag} PATH."
+        ) from error
+
+
+def _file_in(directory: Path, name: str, flag: str) -> Path:
+    path = directory / name
+    if not path.is_file():
+        raise WeightsError(
+            f"{flag}: {directory} holds no {name}. Name a directory or hub model that has one (pickled "
+            "weights are not read)."
+        )
+    return path
+
+
+def random_seed(source: str) -> int | None:
+    """SEED of `random:SEED`; None for any other source.
+
+    Raises:
+        WeightsError: the seed is not a whole number of 0 or more.
+    """
+    if not source.startswith("random:"):
+        return None
+    seed = source.removeprefix("random:")
+    if not re.fullmatch(r"\d{1,9}", seed):
+        raise WeightsError(f"{IMAGE_FLAG} {source}: the seed must be a whole number, as in random:7.")
+    return int(seed)
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.endswith(".safetensors") or source.count("/") > 1
+
+
+def find_image_weights(source: str) -> Path:
+    """The .safetensors file of a hub name, a local file or a local directory with `model.safetensors`.
+
+    Raises:
+        WeightsError: nothing of that kind is there, or the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _file_in(path, "model.safetensors", IMAGE_FLAG)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise WeightsError(
+                f"{IMAGE_FLAG} {source}: not a .safetensors file (pickled weights are not read). Convert it, "
+                "or name another one."
+            )
+        return path
+    if _looks_local(source):
+        raise WeightsError(
+            f"{IMAGE_FLAG} {source}: no such file. Give a .safetensors file, a directory with "
+            "model.safetensors, a hub name, or random:SEED."
+        )
+    name = source if "/" in source else f"timm/{source}"
+    return _file_in(_fetch_from_hub(name, ("model.safetensors",), IMAGE_FLAG), "model.safetensors", IMAGE_FLAG)
+
+
+def find_text_encoder(source: str) -> Path:
+    """The directory of a BERT model: local, or fetched by hub name.
+
+    Raises:
+        WeightsError: there is none, it lacks its configuration, weights or vocabulary, or it is no BERT.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        if path.exists() or _looks_local(source):
+            raise WeightsError(
+                f"{TEXT_FLAG} {source}: no such directory. Give one with config.json, model.safetensors and "
+                "vocab.txt, or a hub name."
+            )
+        path = _fetch_from_hub(source, _TEXT_FILES, TEXT_FLAG)
+    config = text_config(path)
+    if config.get("model_type") != "bert":
+        raise WeightsError(
+            f"{TEXT_FLAG} {source}: its architecture is '{config.get('model_type')}', and only 'bert' "
+            "(BertModel) is read. Name a BERT model."
+        )
+    _file_in(path, "model.safetensors", TEXT_FLAG)
+    if not (path / "tokenizer.json").is_file():
+        _file_in(path, "vocab.txt", TEXT_FLAG)
+    return path
+
+
+def text_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a model directory; raises WeightsError where there is none."""
+    file = _file_in(path, "config.json", TEXT_FLAG)
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{TEXT_FLAG}: {file} is not JSON ({error}). Fetch it again.") from error
+
+
+def hash_vocabulary(directory: Path) -> str:
+    """sha256 (hex) over the tokenizer's files: other tokens are another encoder."""
+    digest = hashlib.sha256()
+    for name in _VOCABULARY_FILES:
+        if (directory / name).is_file():
+            digest.update(name.encode() + b"\n" + (directory / name).read_bytes())
+    return digest.hexdigest()

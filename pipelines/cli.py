@@ -1,0 +1,64 @@
+"""`camenn`: a thin dispatcher. Each command is a module with `main(argv)`, imported only when it is called."""
+
+import importlib
+import logging
+import sys
+
+COMMANDS = {
+    "simulate": ("simulator.cli", "make a data directory: a simulated city with known truth"),
+    "embed": ("pipelines.embed_catalog", "encode every distinct photo and title of the catalog, once"),
+    "shards": ("pipelines.build_shards", "label clicks, add as-of features, write training shards"),
+    "train": ("pipelines.train_model", "train CameNN on a shard set, calibrate it, write a model package"),
+    "score": ("pipelines.score_catalog", "score the catalog for an audience, and publish"),
+    "report": ("pipelines.report", "write one self-contained HTML page about a run"),
+    "nightly": ("pipelines.nightly", "embed, shards, train if due, score and report, from one config file"),
+    "doctor": ("pipelines.doctor", "look at this machine: versions, devices, weights, disk; say what to do"),
+}
+
+
+def usage() -> str:
+    """The text of `camenn --help`."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: camenn COMMAND [flags]\n\nMultimodal conversion prediction for intra-city retail.\n\ncommands:\n" + "\n".join(lines) + "\n\ncamenn COMMAND --help tells a command's flags."
+
+
+class _QuietImport(logging.Filter):
+    """Beam says on import that Google's client libraries are absent, which is how most users want it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "apitools not found" not in record.getMessage()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("camenn"))
+        return 0
+    if argv[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        print(f"camenn: no command '{argv[0]}'" + (f"; did you mean '{near[0]}'?" if near else "") + "\n" + usage(), file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_QuietImport())
+    from pipelines.options import run_main
+
+    return run_main(importlib.import_module(COMMANDS[argv[0]][0]).main, argv[1:])
+
+
+def console() -> None:
+    """Entry point of the console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,62 @@
+"""Users and stores: optional tables, small enough to be held whole."""
+
+import zoneinfo
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import files
+from pipelines.tables import Source
+from schemas.contract import Contract, InputError
+from schemas.users import STORES, USERS
+
+
+def _find_optional(data: str, contract: Contract) -> Source | None:
+    present = files.exists(files.join(data, f"{contract.name}.parquet")) or files.exists(files.join(data, contract.name))
+    return Source.find(data, contract) if present else None
+
+
+def _check_key(source: Source, table: pa.Table, key: str) -> None:
+    """Stop on a null or repeated key: these tables are configuration, not logs, and guessing which row is meant would be wrong."""
+    if table[key].null_count:
+        row = pc.index(pc.is_null(table[key]), value=True).as_py()
+        raise InputError(f"{source.files[0]}: row {row}: column '{key}' of table '{source.contract.name}' is null. Give it a value or leave the row out.")
+    counts = pc.value_counts(table[key].combine_chunks())
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        raise InputError(f"{source.files[0]}: column '{key}' of table '{source.contract.name}': '{repeated[0]}' stands there more than once. Keep one row for each {key}.")
+
+
+def read_users(data: str) -> tuple[pa.Table, Source | None]:
+    """The users, every column a string (fields are categorical), ordered by user_id; an empty table where there is none.
+
+    Raises:
+        InputError: a null or repeated user_id.
+    """
+    source = _find_optional(data, USERS)
+    if source is None:
+        return USERS.schema.empty_table(), None
+    table = source.read_all()
+    _check_key(source, table, "user_id")
+    strings = [column if pa.types.is_string(column.type) else column.cast(pa.string()) for column in table.columns]
+    return pa.table(strings, names=table.column_names).sort_by("user_id"), source
+
+
+def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | None]:
+    """IANA zone of each store that the table `stores` names.
+
+    Raises:
+        InputError: a zone, or the default, is not in the time zone database; a null or repeated store_id.
+    """
+    if default not in zoneinfo.available_timezones():
+        raise InputError(f"--timezone {default}: no such zone. Use an IANA name, for example Europe/Amsterdam.")
+    source = _find_optional(data, STORES)
+    if source is None:
+        return {}, None
+    table = source.read_all()
+    _check_key(source, table, "store_id")
+    zones = dict(zip(table["store_id"].to_pylist(), table["timezone"].to_pylist(), strict=True))
+    for store, zone in zones.items():
+        if zone not in zoneinfo.available_timezones():
+            raise InputError(f"{source.files[0]}: store_id '{store}': column 'timezone': '{zone}' is not an IANA zone. Use a name such as Asia/Shanghai.")
+    return zones, source

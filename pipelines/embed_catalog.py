@@ -1,0 +1,467 @@
+"""`camenn embed`: every distinct photo and title of the catalog through its encoder, once.
+
+    catalog ──► Clean ──► Resolve (which photo, which title) ──► items/
+                              │ wanted keys        ▲ previous items: unchanged photos are not read
+                              ▼
+                  minus committed keys ──► chunks of ≤ 256 ──► RunInference ──► one part + commit marker each
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.ml.inference.base import RunInference
+
+from camenn_model.encoder_spec import EncoderSpec, ImageSpec, TextSpec, normalise_title
+from pipelines import files
+from pipelines.catalog import add_origin, drop_duplicates
+from pipelines.console import ProgressFile, closing_table, watch
+from pipelines.inference import ImageChunk, ImageChunkHandler, TitleChunk, TitleChunkHandler, content_key
+from pipelines.manifest import Count, FinishRun, Manifest, add_files, check_accounting, check_reject_rate, new_run, publish, read_finished, read_latest, read_rejects
+from pipelines.options import add_common_flags, is_local_run, new_parser, parse_with_beam, pipeline_options, run_main
+from pipelines.patches import LIMITS, UriDefect, resolve_uri
+from pipelines.store import IMAGES, TITLES, Part, commit_part, generation, list_parts
+from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Slice, Source, WriteTable, drop_nulls, make_rejects
+from schemas.catalog import CATALOG
+from schemas.contract import Contract
+from schemas.embeddings import EMBEDDED_ITEMS, image_embeddings, title_embeddings
+from schemas.rejects import DEFECTS, REJECTS
+
+STAGE = "embed"
+CHUNK = 256
+ROWS_PER_BUCKET = 16_384
+READ_THREADS = 8
+
+_WANTED_IMAGE = pa.schema([("image_key", pa.string()), ("path", pa.string()), ("bytes", pa.binary())])
+_WANTED_TITLE = pa.schema([("title_key", pa.string()), ("title", pa.string())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """One embed run, resolved."""
+
+    data: str
+    store: str
+    image_root: str
+    allow_absolute: bool
+    image: ImageSpec
+    text: TextSpec
+    max_reject_rate: float
+
+
+class CleanRows(beam.DoFn):
+    """(Slice, catalog rows) → rows with their origin; rejects and counts beside."""
+
+    def process(self, element: tuple[Slice, pa.Table]) -> Iterator[Any]:
+        where, table = element
+        kept, rejects = drop_nulls(STAGE, where, add_origin(where, table), CATALOG)
+        yield kept
+        yield beam.pvalue.TaggedOutput("counts", Count("catalog", "in", table.num_rows))
+        if rejects.num_rows:
+            yield beam.pvalue.TaggedOutput("rejects", rejects)
+            yield beam.pvalue.TaggedOutput("counts", Count("catalog", "rejected", rejects.num_rows))
+
+
+@dataclass(frozen=True)
+class _Photo:
+    """What is known of one listing's photo."""
+
+    key: str | None = None
+    path: str | None = None
+    size: int | None = None
+    mtime: float | None = None
+    data: bytes | None = None
+    defect: str | None = None
+    detail: str | None = None
+
+
+def _stat(path: str) -> tuple[int, float]:
+    if files.is_local(path):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime
+    found = FileSystems.match([path])[0].metadata_list
+    if not found:
+        raise FileNotFoundError(path)
+    return found[0].size_in_bytes, found[0].last_updated_in_seconds
+
+
+class ResolveItems(beam.DoFn):
+    """One bucket of the catalog → its items, and the photos and titles that they want.
+
+    A photo whose (address, size, modification time) is the previous run's is not opened: its key is known.
+    """
+
+    def __init__(self, image_root: str, allow_absolute: bool) -> None:
+        self.image_root = image_root
+        self.allow_absolute = allow_absolute
+        self.read = beam.metrics.Metrics.counter(STAGE, "photos-read")
+
+    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[Any]:
+        _, kinds = element
+        if "catalog" not in kinds:
+            return
+        rows, rejects, copies = drop_duplicates(STAGE, kinds["catalog"])
+        known: dict[str, tuple[str, int, float, str]] = {}
+        if "previous" in kinds:
+            columns = [kinds["previous"][name].to_pylist() for name in ("item_id", "image_uri", "image_size", "image_mtime", "image_key")]
+            known = {item: (uri, size, mtime, key) for item, uri, size, mtime, key in zip(*columns, strict=True) if key is not None}
+        items, uris, inline = (rows[name].to_pylist() for name in ("item_id", "image_uri", "image_bytes"))
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            photos = list(pool.map(lambda row: self._photo(row[1], row[2], known.get(row[0])), zip(items, uris, inline, strict=True)))
+        titles = [normalise_title(title) for title in rows["title"].to_pylist()]
+        title_keys = [content_key(title.encode()) if title else None for title in titles]
+        yield pa.table(
+            {
+                "item_id": items,
+                "title_key": title_keys,
+                "image_key": [photo.key for photo in photos],
+                "image_uri": uris,
+                "image_size": [photo.size for photo in photos],
+                "image_mtime": [photo.mtime for photo in photos],
+                "image_defect": [photo.defect for photo in photos],
+                "image_defect_detail": [photo.detail for photo in photos],
+            },
+            schema=EMBEDDED_ITEMS.schema,
+        )
+        wanted = {photo.key: photo for photo in photos if photo.key is not None}
+        yield beam.pvalue.TaggedOutput(
+            "images",
+            pa.table(
+                {"image_key": list(wanted), "path": [p.path for p in wanted.values()], "bytes": [p.data for p in wanted.values()]}, schema=_WANTED_IMAGE
+            ),
+        )
+        by_key = {key: title for key, title in zip(title_keys, titles, strict=True) if key is not None}
+        yield beam.pvalue.TaggedOutput("titles", pa.table({"title_key": list(by_key), "title": list(by_key.values())}, schema=_WANTED_TITLE))
+        if rejects.num_rows:
+            yield beam.pvalue.TaggedOutput("rejects", rejects)
+        yield beam.pvalue.TaggedOutput("counts", Count("catalog", "out", rows.num_rows))
+        yield beam.pvalue.TaggedOutput("counts", Count("catalog", "rejected", rejects.num_rows))
+        yield beam.pvalue.TaggedOutput("counts", Count("catalog", "duplicates", copies))
+
+    def _photo(self, uri: str | None, data: bytes | None, known: tuple[str, int, float, str] | None) -> _Photo:
+        if data is not None:
+            return _Photo(key=content_key(data), data=data, size=len(data), mtime=0.0)
+        if uri is None or not uri.strip():
+            return _Photo()
+        try:
+            path = resolve_uri(uri, self.image_root, self.allow_absolute)
+            size, mtime = _stat(path)
+            if size > LIMITS.bytes:
+                detail = f"column 'image_uri': '{uri}' has {size:,} bytes, more than {LIMITS.bytes:,}. Upload a smaller photo."
+                return _Photo(defect="too_many_bytes", detail=detail)
+            if known is not None and known[:3] == (uri, size, mtime):
+                return _Photo(key=known[3], path=path, size=size, mtime=mtime)
+            with files.open_read(path) as handle:
+                key = content_key(handle.read())
+            self.read.inc()
+            return _Photo(key=key, path=path, size=size, mtime=mtime)
+        except UriDefect as defect:
+            return _Photo(defect=defect.reason, detail=defect.detail)
+        except FileNotFoundError:
+            detail = f"column 'image_uri': '{uri}' is not a file under {self.image_root}. Upload the photo, or mend the address."
+            return _Photo(defect="missing_image", detail=detail)
+        except OSError as error:
+            detail = f"column 'image_uri': '{uri}' cannot be read ({error.strerror or error}). Mend its permissions, or upload it again."
+            return _Photo(defect="unreadable_image", detail=detail)
+
+
+class ReadKeys(beam.DoFn):
+    """A committed part → the table of its content keys, those that could not be encoded included."""
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+
+    def process(self, part: Part) -> Iterator[pa.Table]:
+        keys = pa.chunked_array([[key for key, _, _ in part.failures]], pa.string())
+        if part.rows:
+            with files.open_read(part.path) as handle:
+                stored = pq.read_table(handle, columns=[self.column])[self.column]
+            keys = pa.chunked_array([*stored.chunks, *keys.chunks])
+        yield pa.table({self.column: keys})
+
+
+def pending(kinds: dict[str, pa.Table], column: str) -> pa.Table:
+    """Of the wanted contents, one row per key that is not stored yet, ordered by key."""
+    if "wanted" not in kinds:
+        return pa.table({})
+    wanted = kinds["wanted"].sort_by(column)
+    keys = np.asarray(wanted[column].to_pylist(), dtype=object)
+    keep = np.ones(len(keys), dtype=bool)
+    keep[1:] = keys[1:] != keys[:-1]
+    if "stored" in kinds:
+        stored = set(kinds["stored"][column].to_pylist())
+        keep &= np.fromiter((key not in stored for key in keys), bool, len(keys))
+    return wanted.filter(pa.array(keep))
+
+
+class CutChunks(beam.DoFn):
+    """A bucket's wanted and stored contents → chunks of at most 256 pending ones: the unit of work and of loss."""
+
+    def __init__(self, kind: str, progress: str | None) -> None:
+        self.kind = kind
+        self.progress_directory = progress
+
+    def setup(self) -> None:
+        self.progress = ProgressFile(self.progress_directory)
+
+    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[ImageChunk | TitleChunk]:
+        bucket, kinds = element
+        table = pending(kinds, "image_key" if self.kind == IMAGES else "title_key")
+        self.progress.add(0, expected=table.num_rows)
+        self.progress.flush()
+        for start in range(0, table.num_rows, CHUNK):
+            piece = table.slice(start, CHUNK).to_pydict()
+            chunk_id = f"{bucket}-{start}"
+            if self.kind == IMAGES:
+                yield ImageChunk(chunk_id, piece["image_key"], piece["path"], piece["bytes"])
+            else:
+                yield TitleChunk(chunk_id, piece["title_key"], piece["title"])
+
+
+class CommitChunk(beam.DoFn):
+    """An encoded chunk → one part and its commit marker."""
+
+    def __init__(self, kind: str, directory: str, contract: Contract, shape: tuple[int, int], progress: str | None) -> None:
+        self.kind, self.directory, self.contract, self.shape = kind, directory, contract, shape
+        self.progress_directory = progress
+        self.contents = beam.metrics.Metrics.counter(STAGE, f"{kind}-encoded")
+
+    def setup(self) -> None:
+        self.progress = ProgressFile(self.progress_directory)
+
+    def process(self, encoded: Any) -> Iterator[Any]:
+        if self.kind == IMAGES:
+            columns = {
+                "image_key": encoded.keys,
+                "embedding": [row.tobytes() for row in encoded.embeddings],
+                "blur": encoded.blur,
+                "luminance": encoded.luminance,
+                "width": encoded.width,
+                "height": encoded.height,
+            }
+        else:
+            columns = {
+                "title_key": encoded.keys,
+                "embedding": [row.tobytes() for row in encoded.states],
+                "tokens": encoded.lengths,
+                "unknown_share": encoded.unknown_share,
+            }
+        failures = encoded.defects if self.kind == IMAGES else []
+        if self.kind == IMAGES and encoded.unread:
+            # Not remembered in the store: it says something about this moment, not about the content.
+            keys, reasons, details = zip(*encoded.unread, strict=True)
+            yield beam.pvalue.TaggedOutput("unread", pa.table([[STAGE] * len(keys), keys, reasons, details], schema=DEFECTS.schema))
+        table = pa.table(columns, schema=self.contract.schema)
+        part = commit_part(self.directory, self.contract, self.shape, table, failures, {})
+        self.contents.inc(table.num_rows)
+        self.progress.add(table.num_rows + len(failures))
+        self.progress.flush()
+        yield FileRecord(self.contract.name, part.path, part.rows, part.bytes)
+
+
+@dataclass
+class EncodeContents(beam.PTransform):
+    """Wanted contents of one kind, minus the stored ones, through the encoder into the store."""
+
+    kind: str
+    spec: EncoderSpec
+    directory: str
+    contract: Contract
+    buckets: int
+    progress: str | None
+
+    def expand(self, wanted: beam.PCollection) -> Any:
+        column = "image_key" if self.kind == IMAGES else "title_key"
+        handler = ImageChunkHandler(self.spec) if self.kind == IMAGES else TitleChunkHandler(self.spec)
+        stored = wanted.pipeline | "ListParts" >> beam.Create(list_parts(self.directory)) | "SpreadParts" >> beam.Reshuffle() | "ReadKeys" >> beam.ParDo(ReadKeys(column))
+        return (
+            {"wanted": wanted, "stored": stored}
+            | "ByKey" >> ShuffleByBucket({"wanted": column, "stored": column}, self.buckets)
+            | "CutChunks" >> beam.ParDo(CutChunks(self.kind, self.progress))
+            | "SpreadChunks" >> beam.Reshuffle()
+            | "Encode" >> RunInference(handler)
+            | "Commit" >> beam.ParDo(CommitChunk(self.kind, self.directory, self.contract, self.spec.shape, self.progress)).with_outputs("unread", main="files")
+        )
+
+
+@dataclass
+class EmbedCatalog(beam.PTransform):
+    """The whole stage: catalog in, store parts and the run's tables out; yields what `FinishRun` wants."""
+
+    options: EmbedOptions
+    source: Source
+    previous: Source | None
+    run_directory: str
+    progress: str | None
+
+    def expand(self, pipeline: beam.Pipeline) -> Any:
+        o = self.options
+        buckets = max(1, -(-self.source.rows // ROWS_PER_BUCKET))
+        clean = pipeline | "ReadCatalog" >> ReadTable(self.source) | "Clean" >> beam.ParDo(CleanRows()).with_outputs("rejects", "counts", main="rows")
+        if self.previous is None:
+            previous = pipeline | "NoPreviousItems" >> beam.Create([])
+        else:
+            previous = pipeline | "ReadPrevious" >> ReadTable(self.previous) | "DropSlice" >> beam.Values()
+        resolved = (
+            {"catalog": clean.rows, "previous": previous}
+            | "ByItem" >> ShuffleByBucket({"catalog": "item_id", "previous": "item_id"}, buckets)
+            | "Resolve" >> beam.ParDo(ResolveItems(o.image_root, o.allow_absolute)).with_outputs("images", "titles", "rejects", "counts", main="items")
+        )
+        rejects = [clean.rejects, resolved.rejects] | "MergeRejects" >> beam.Flatten()
+        images = resolved.images | "EncodeImages" >> EncodeContents(IMAGES, o.image, *store_place(o, IMAGES), buckets, self.progress)
+        titles = resolved.titles | "EncodeTitles" >> EncodeContents(TITLES, o.text, *store_place(o, TITLES), buckets, self.progress)
+        written = [
+            resolved.items | "WriteItems" >> WriteTable(EMBEDDED_ITEMS, files.join(self.run_directory, "items")),
+            rejects | "WriteRejects" >> WriteTable(REJECTS, files.join(self.run_directory, "rejects")),
+            images.unread | "WriteUnread" >> WriteTable(DEFECTS, files.join(self.run_directory, "unread")),
+            images.files,
+            titles.files,
+        ]
+        return {
+            "files": written | "MergeFiles" >> beam.Flatten(),
+            "counts": [clean.counts, resolved.counts] | "MergeCounts" >> beam.Flatten(),
+        }
+
+
+def store_place(options: EmbedOptions, kind: str) -> tuple[str, Contract]:
+    """Directory and contract of one kind's generation in the store."""
+    spec: EncoderSpec = options.image if kind == IMAGES else options.text
+    contract = image_embeddings(*spec.shape) if kind == IMAGES else title_embeddings(*spec.shape)
+    return generation(options.store, kind, spec.fingerprint), contract
+
+
+def write_defects(run_directory: str, item_files: list[str], unread_files: list[str], parts: list[Part]) -> list[FileRecord]:
+    """Listings whose photo is missing, unreadable or undecodable, as the run's `defects` table: one file, ordered by key."""
+    failures = {key: (reason, detail) for part in parts for key, reason, detail in part.failures}
+    for path in unread_files:
+        with files.open_read(path) as handle:
+            for row in pq.read_table(handle).to_pylist():
+                failures[row["key"]] = (row["reason"], row["detail"])
+    keys: list[str] = []
+    reasons: list[str] = []
+    details: list[str] = []
+    for path in item_files:
+        with files.open_read(path) as handle:
+            table = pq.read_table(handle, columns=["item_id", "image_uri", "image_key", "image_defect", "image_defect_detail"])
+        for item, uri, key, defect, detail in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            if key in failures:
+                defect, detail = failures[key]
+                detail = f"column 'image_uri': '{uri}': {detail}" if uri else f"column 'image_bytes': {detail}"
+            if defect is not None:
+                keys.append(f"catalog:{item}")
+                reasons.append(defect)
+                details.append(f"item_id '{item}': {detail}")
+    if not keys:
+        return []
+    table = pa.table({"stage": [STAGE] * len(keys), "key": keys, "reason": reasons, "detail": details}, schema=DEFECTS.schema).sort_by("key")
+    path = files.join(run_directory, "defects", "part-0.parquet")
+    return [FileRecord("defects", path, table.num_rows, files.write_parquet(path, table))]
+
+
+def describe_options(options: EmbedOptions) -> dict[str, Any]:
+    """The options for the manifest; the encoders with the fingerprints of their generations."""
+    record = asdict(options)
+    for name, spec in (("image", options.image), ("text", options.text)):
+        record[name] |= {"fingerprint": spec.fingerprint, "description": spec.describe()}
+    return record
+
+
+def run(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
+    """Run the stage and publish; returns the closing table."""
+    started = time.monotonic()
+    source = Source.find(options.data, CATALOG)
+    with files.single_writer(options.store):
+        latest = read_latest(options.store)
+        previous_files = latest.paths("items") if latest else []
+        previous = None
+        if latest and previous_files:
+            previous = Source(contract=EMBEDDED_ITEMS, files=tuple(previous_files), rows=latest.rows("items"), fingerprint="")
+        before = {kind: {part.path for part in list_parts(store_place(options, kind)[0])} for kind in (IMAGES, TITLES)}
+        run_name, run_directory = new_run(options.store)
+        local = is_local_run(beam_flags)
+        with watch("embed", None, "contents", local) as progress, beam.Pipeline(options=pipeline_options(beam_flags)) as pipeline:
+            pipeline | "Embed" >> EmbedCatalog(options, source, previous, run_directory, progress) | "Finish" >> FinishRun(run_directory)
+        records, counts = read_finished(run_directory)
+        parts = {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
+        check_accounting(counts)
+        check_reject_rate(counts, options.max_reject_rate, read_rejects(records))
+        run_records = [record for record in records if record.table in ("items", "rejects")]
+        item_files, unread_files = ([record.path for record in records if record.table == table] for table in ("items", "defects"))
+        defects = write_defects(run_directory, item_files, unread_files, parts[IMAGES])
+        manifest = Manifest(stage=STAGE, run=run_name, inputs={"catalog": source.fingerprint}, options=describe_options(options), counts=counts)
+        contracts = {c.name: c.fingerprint() for c in (EMBEDDED_ITEMS, REJECTS, DEFECTS, store_place(options, IMAGES)[1], store_place(options, TITLES)[1])}
+        stored = [FileRecord(f"{kind[:-1]}_embeddings", part.path, part.rows, part.bytes) for kind, found in parts.items() for part in found]
+        add_files(manifest, contracts, [*run_records, *defects, *stored])
+        new = {kind: sum(part.rows for part in parts[kind] if part.path not in before[kind]) for kind in (IMAGES, TITLES)}
+        seconds = time.monotonic() - started
+        manifest.seconds = seconds
+        catalog = counts["catalog"]
+        manifest.summary = {
+            "rows_in": catalog["in"],
+            "rows_out": catalog.get("out", 0),
+            "rejected": catalog.get("rejected", 0),
+            "duplicates": catalog.get("duplicates", 0),
+            "defects": sum(record.rows for record in defects),
+            "encoded_images": new[IMAGES],
+            "encoded_titles": new[TITLES],
+            "images_in_store": sum(part.rows for part in parts[IMAGES]),
+            "titles_in_store": sum(part.rows for part in parts[TITLES]),
+            "image_weights": options.image.describe(),
+            "text_encoder": options.text.describe(),
+            "seconds": round(seconds, 1),
+            "rows_per_second": round(catalog["in"] / seconds, 1),
+            "run": run_name,
+            "out": options.store,
+        }
+        publish(options.store, manifest)
+    return manifest.summary
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `camenn embed`."""
+    parser = new_parser(STAGE, "Encode every distinct photo (InceptionV4 on grid patches) and title (BERT) of the catalog, once.")
+    parser.add_argument("--data", required=True, help="data directory with the table `catalog`")
+    parser.add_argument("--store", required=True, help="embedding store; made if it is not there")
+    parser.add_argument("--image_root", help="directory that image_uri is relative to (default: --data)")
+    parser.add_argument("--allow_absolute", action="store_true", help="let image_uri be an absolute path, or leave --image_root")
+    parser.add_argument("--image_weights", default="timm/inception_v4.tf_in1k", help="InceptionV4: hub name, .safetensors file or its directory, or random:SEED (default %(default)s)")
+    parser.add_argument("--text_encoder", default="google-bert/bert-base-uncased", help="BERT: hub name or directory (default %(default)s)")
+    parser.add_argument("--grid", type=int, default=8, help="patches per side of a photo (default %(default)s: 64 patches)")
+    parser.add_argument("--patch_size", type=int, default=75, help="pixels per side of a patch, 75 or more (default %(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=32, help="tokens kept of a title (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default %(default)s)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the image encoder; auto = bf16 where the device has it (default %(default)s)")
+    add_common_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, resolve the encoders once, run, print."""
+    arguments, beam_flags = parse_with_beam(build_parser(), argv)
+    image = ImageSpec.resolve(arguments.image_weights, grid=arguments.grid, patch_size=arguments.patch_size, device=arguments.device, precision=arguments.precision)
+    text = TextSpec.resolve(arguments.text_encoder, max_tokens=arguments.max_tokens, device=arguments.device)
+    options = EmbedOptions(
+        data=arguments.data,
+        store=arguments.store,
+        image_root=arguments.image_root or arguments.data,
+        allow_absolute=arguments.allow_absolute,
+        image=image,
+        text=text,
+        max_reject_rate=arguments.max_reject_rate,
+    )
+    closing_table(STAGE, run(options, beam_flags), as_json=arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,278 @@
+"""The two passes that make examples: by user (sessions, labels, tastes), then by listing (its counts). Pure table in, table out."""
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.attribution import HOUR_US, NEVER, attribute_orders
+from pipelines.events import Outcomes, clean_log, usable_clicks, usable_orders
+from pipelines.features import Events, ItemAttributes, Queries, item_features, local_hour_weekday, pair_features, user_features, user_history
+from pipelines.files import open_read
+from pipelines.manifest import Count
+from schemas.events import CLICKS, ORDERS
+from schemas.training import EXAMPLES
+
+EARLY_STOP_SHARE = 0.06
+CALIBRATION_SHARE = 0.06
+CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT = 0, 1, 2
+
+_ITEM_EVENTS = pa.schema([("item", pa.int64()), ("store_id", pa.string()), ("kind", pa.int8()), ("time", pa.int64())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitTimes:
+    """Starts of the parts, int64 microseconds: train < gap < early_stop < calibration < gap < test."""
+
+    gap: int
+    early_stop: int
+    calibration: int
+    second_gap: int
+    test: int
+
+    def of(self, session_start: np.ndarray) -> np.ndarray:
+        """Name of each session's part, object [n]."""
+        edges = np.array([self.gap, self.early_stop, self.calibration, self.second_gap, self.test])
+        names = np.array(["train", "gap", "early_stop", "calibration", "gap", "test"], dtype=object)
+        return names[np.searchsorted(edges, session_start, side="right")]
+
+
+def split_times(clicked_at: np.ndarray, window: int, test_share: float) -> SplitTimes:
+    """Cut by time so that `test_share` of the clicks comes last, the parts before it in order, and a window's length of clicks lies unused before
+    early stop and before test: labels of the earlier part are then known before the later part starts.
+
+    Args:
+        clicked_at: int64 microseconds [n >= 1], of clicks whose window is closed.
+        window: attribution window, microseconds.
+        test_share: share of clicks in `test`, 0 to 1.
+    """
+    times = np.sort(clicked_at)
+
+    def at(share: float) -> int:
+        return int(times[min(int(max(share, 0.0) * len(times)), len(times) - 1)])
+
+    test = at(1 - test_share)
+    second_gap = test - window
+    share = float(np.searchsorted(times, second_gap)) / len(times)
+    calibration = at(share - CALIBRATION_SHARE)
+    early_stop = at(share - CALIBRATION_SHARE - EARLY_STOP_SHARE)
+    return SplitTimes(gap=early_stop - window, early_stop=early_stop, calibration=calibration, second_gap=second_gap, test=test)
+
+
+class _ItemsDoFn(beam.DoFn):
+    """A DoFn that knows the items: read once per worker from the run's own items file."""
+
+    def __init__(self, items_path: str) -> None:
+        self.items_path = items_path
+
+    def setup(self) -> None:
+        with open_read(self.items_path) as handle:
+            items = pq.read_table(handle, columns=["item_id", "subcategory", "brand"])
+        self.item_ids = items["item_id"].combine_chunks()
+        self.attributes = item_attributes(items)
+
+
+def item_attributes(items: pa.Table) -> ItemAttributes:
+    """Codes of subcategory and brand, in the items' order."""
+    codes = [pd.factorize(items[name].to_pandas())[0].astype(np.int64) for name in ("subcategory", "brand")]
+    return ItemAttributes(subcategory=codes[0], brand=codes[1])
+
+
+@dataclass
+class UserResult:
+    """What one bucket of users gives."""
+
+    examples: pa.Table
+    item_events: pa.Table
+    rejects: list[pa.Table] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
+
+
+def build_user_examples(
+    clicks_table: pa.Table, orders_table: pa.Table, item_ids: pa.Array, attributes: ItemAttributes, *, stage: str, as_of: int, window: int, history: int, timezones: dict[str, str], timezone: str
+) -> UserResult:
+    """Labels, user and pair features and histories of a bucket of users.
+
+    Args:
+        clicks_table, orders_table: all events of these users.
+        item_ids: ids of the catalog in code order.
+        attributes: subcategory and brand of each item code.
+        as_of: nothing after it is read, int64 microseconds; clicks whose window ends after it are `open_window`.
+        window: attribution window, microseconds.
+        history: entries of a history.
+        timezones: IANA zone of each store; `timezone` for stores that are not there.
+    """
+    clicks, click_rejects, click_copies = clean_log(stage, CLICKS, clicks_table)
+    orders, order_rejects, order_copies = clean_log(stage, ORDERS, orders_table)
+    click_outcomes, order_outcomes = Outcomes("clicks", []), Outcomes("orders", [])
+    click_outcomes.counts += [Count("clicks", "duplicates", click_copies), Count("clicks", "rejected", click_rejects.num_rows)]
+    order_outcomes.counts += [Count("orders", "duplicates", order_copies), Count("orders", "rejected", order_rejects.num_rows)]
+    orders = usable_orders(orders, item_ids, as_of, order_outcomes)
+    clicks = usable_clicks(clicks, item_ids, as_of, click_outcomes)
+    order_outcomes.counts.append(Count("orders", "out", len(orders)))
+
+    users, user_names = pd.factorize(pd.concat([clicks["user_id"], orders["user_id"]], ignore_index=True))
+    stores, _ = pd.factorize(pd.concat([clicks["store_id"], orders["store_id"]], ignore_index=True))
+    n = len(clicks)
+    click_user, order_user = users[:n].astype(np.int64), users[n:].astype(np.int64)
+    click_item, order_item = clicks["item"].to_numpy(np.int64), orders["item"].to_numpy(np.int64)
+    clicked_at, ordered_at = clicks["clicked_at"].to_numpy(np.int64), orders["ordered_at"].to_numpy(np.int64)
+    size = np.int64(len(item_ids))
+    _, converted_at = attribute_orders(click_user * size + click_item, clicked_at, order_user * size + order_item, ordered_at, window)
+    events = Events(
+        click_user=click_user,
+        click_item=click_item,
+        click_store=stores[:n].astype(np.int64),
+        clicked_at=clicked_at,
+        converted_at=converted_at,
+        order_user=order_user,
+        order_item=order_item,
+        order_store=stores[n:].astype(np.int64),
+        ordered_at=ordered_at,
+    )
+    item_events = pa.concat_tables(
+        [
+            _item_events(click_item, clicks["store_id"], CLICK_EVENT, clicked_at),
+            _item_events(order_item, orders["store_id"], ORDER_EVENT, ordered_at),
+            _item_events(click_item[converted_at != NEVER], clicks["store_id"][converted_at != NEVER], CONVERSION_EVENT, converted_at[converted_at != NEVER]),
+        ]
+    )
+    clicks = clicks.assign(user=click_user, label=(converted_at != NEVER).astype(np.int8))
+    closed = click_outcomes.keep(clicks, (clicked_at + window <= as_of), "open_window")
+    # Repeated clicks on one listing in a session are one example: placed where the first was, positive if any led to an order.
+    label = closed.groupby(["user_id", "session_id", "item"], sort=False)["label"].transform("max")
+    closed = closed.assign(label=label)
+    first = click_outcomes.keep(closed, ~closed.duplicated(["user_id", "session_id", "item"]).to_numpy(), "repeated_clicks")
+    click_outcomes.counts.append(Count("clicks", "out", len(first)))
+    examples = _describe(first, events, attributes, item_ids, history, timezones, timezone)
+    return UserResult(examples, item_events, [click_rejects, order_rejects], [*click_outcomes.counts, *order_outcomes.counts])
+
+
+def _item_events(item: np.ndarray, store: pd.Series, kind: int, time: np.ndarray) -> pa.Table:
+    return pa.table({"item": item, "store_id": pa.Array.from_pandas(store, type=pa.string()), "kind": np.full(len(item), kind, dtype=np.int8), "time": time}, schema=_ITEM_EVENTS)
+
+
+def _describe(first: pd.DataFrame, events: Events, attributes: ItemAttributes, item_ids: pa.Array, length: int, timezones: dict[str, str], timezone: str) -> pa.Table:
+    user, item, start = first["user"].to_numpy(np.int64), first["item"].to_numpy(np.int64), first["session_start"].to_numpy(np.int64)
+    # User features and histories once per session, then spread over its examples.
+    sessions, session_row = np.unique(np.stack([user, start], axis=1), axis=0, return_inverse=True)
+    per_session = user_features(events, sessions[:, 0], sessions[:, 1])
+    history = user_history(events, sessions[:, 0], sessions[:, 1], length)
+    pairs = pair_features(events, Queries(user=user, item=item, store=np.zeros_like(user), time=start), attributes)
+    store_code, store_names = pd.factorize(first["store_id"])
+    zones = [timezones.get(name, timezone) for name in store_names]
+    hour, weekday = local_hour_weekday(start, store_code.astype(np.int64), zones)
+    valid = history.kind != 0
+    lengths = valid.sum(axis=1)
+    rows, offsets = _spread(lengths, session_row)
+    flat_item, flat_kind, flat_hours = history.item[valid], history.kind[valid], history.hours[valid]
+
+    def nested(values: pa.Array) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+    strings = {name: pa.Array.from_pandas(first[name], type=pa.string()) for name in ("user_id", "session_id", "store_id", "item_id")}
+    return pa.table(
+        {
+            **strings,
+            "session_start": pa.array(start).cast(pa.timestamp("us")),
+            "clicked_at": pa.array(first["clicked_at"].to_numpy(np.int64)).cast(pa.timestamp("us")),
+            "position": pa.Array.from_pandas(first["position"], type=pa.int64()) if first["position"].notna().any() else pa.nulls(len(first), pa.int64()),
+            "label": first["label"].to_numpy(np.int8),
+            "hour": hour,
+            "weekday": weekday,
+            **{name: _nullable(values[session_row]) for name, values in per_session.items()},
+            **{name: _nullable(values) for name, values in pairs.items()},
+            "history_item": nested(item_ids.take(pa.array(flat_item[rows]))),
+            "history_kind": nested(pa.array(flat_kind[rows])),
+            "history_hours": nested(pa.array(flat_hours[rows])),
+            "item": item,
+        }
+    )
+
+
+def _spread(lengths: np.ndarray, session_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the flat history for each example, in order, and the list offsets."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    own = lengths[session_row]
+    offsets = np.concatenate([[0], np.cumsum(own)])
+    rows = np.repeat(starts[session_row] - offsets[:-1], own) + np.arange(offsets[-1])
+    return rows.astype(np.int64), offsets.astype(np.int32)
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values, mask=np.isnan(values))
+
+
+def build_item_features(examples: pa.Table, item_events: pa.Table) -> pa.Table:
+    """Add `ITEM_COUNTS` to a bucket of listings' examples; `item_events` are all their clicks, orders and conversions."""
+    item, kind, time = (item_events[name].to_numpy() for name in ("item", "kind", "time"))
+    n = len(item)
+    stores, names = pd.factorize(pd.concat([item_events["store_id"].to_pandas(), examples["store_id"].to_pandas()], ignore_index=True))
+    stores = stores.astype(np.int64)
+    clicks, orders, conversions = (np.flatnonzero(kind == value) for value in (CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT))
+    # Which click converted does not matter to a listing's counts, only when: conversions stand as clicks of their own index.
+    start = examples["session_start"].cast(pa.int64()).to_numpy()
+    queries = Queries(user=np.zeros(len(start), dtype=np.int64), item=examples["item"].to_numpy(), store=stores[n:], time=start)
+    features = item_features(
+        click_item=item[clicks], click_store=stores[:n][clicks], clicked_at=time[clicks], conversion_item=item[conversions], converted_at=time[conversions],
+        order_item=item[orders], order_store=stores[:n][orders], ordered_at=time[orders], queries=queries, n_stores=len(names),
+    )  # fmt: skip
+    table = examples.drop_columns(["item"])
+    for name, values in features.items():
+        table = table.append_column(name, _nullable(values))
+    return table.select(EXAMPLES.names)
+
+
+class UserPass(_ItemsDoFn):
+    """A bucket of users → examples without listing counts, and the listings' events."""
+
+    def __init__(self, items_path: str, *, stage: str, as_of: int, window: int, history: int, timezones: dict[str, str], timezone: str) -> None:
+        super().__init__(items_path)
+        self.stage, self.as_of, self.window, self.history = stage, as_of, window, history
+        self.timezones, self.timezone = timezones, timezone
+
+    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[Any]:
+        _, kinds = element
+        result = build_user_examples(
+            kinds.get("clicks", CLICKS.schema.empty_table()),
+            kinds.get("orders", ORDERS.schema.empty_table()),
+            self.item_ids,
+            self.attributes,
+            stage=self.stage,
+            as_of=self.as_of,
+            window=self.window,
+            history=self.history,
+            timezones=self.timezones,
+            timezone=self.timezone,
+        )
+        yield result.examples
+        yield beam.pvalue.TaggedOutput("item_events", result.item_events)
+        for rejects in result.rejects:
+            yield beam.pvalue.TaggedOutput("rejects", rejects)
+        for count in result.counts:
+            yield beam.pvalue.TaggedOutput("counts", count)
+
+
+class ItemPass(beam.DoFn):
+    """A bucket of listings → finished examples, cut by split and day: ((split, date), table as Arrow IPC bytes)."""
+
+    def __init__(self, splits: SplitTimes) -> None:
+        self.splits = splits
+
+    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[tuple[tuple[str, str], pa.Table]]:
+        _, kinds = element
+        if "examples" not in kinds or not kinds["examples"].num_rows:
+            return
+        table = build_item_features(kinds["examples"], kinds["item_events"])
+        start = table["session_start"].cast(pa.int64()).to_numpy()
+        frame = pd.DataFrame({"split": self.splits.of(start), "day": start // (24 * HOUR_US)})
+        for (split, day), rows in frame.groupby(["split", "day"]).indices.items():
+            date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=int(day))).isoformat()
+            yield (str(split), date), table.take(pa.array(rows))
+

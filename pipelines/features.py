@@ -1,0 +1,201 @@
+"""As-of features: what was known of user, listing and pair strictly before a time.
+
+One set of functions for training (the time is the session's first click) and for scoring (the time is the score's own). They take events as
+arrays and queries as arrays, and never look at an event at or after a query's time. Times are int64 microseconds, UTC; ids are int64 codes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pipelines.attribution import DAY_US, HOUR_US, NEVER, Ints, TimeIndex
+from schemas.training import CLICKED, NO_HISTORY, PURCHASED
+
+Floats = NDArray[np.float32]
+
+PRIOR_CVR = 0.15
+PRIOR_CLICKS = 20.0
+"""A new listing or user starts at a CVR of 0.15 with the weight of 20 clicks. Constants, not today's rates, so that yesterday's features stay what they were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Events:
+    """Clicks and orders as codes. `converted_at` is when a click's first credited order came, NEVER = none (yet)."""
+
+    click_user: Ints
+    click_item: Ints
+    click_store: Ints
+    clicked_at: Ints
+    converted_at: Ints
+    order_user: Ints
+    order_item: Ints
+    order_store: Ints
+    ordered_at: Ints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """Whom, what and where to describe, as of when: int64 [n] each. A user or store of -1 has no events."""
+
+    user: Ints
+    item: Ints
+    store: Ints
+    time: Ints
+
+
+def _pair(left: Ints, right: Ints, size: int) -> Ints:
+    return left * np.int64(size) + right
+
+
+def _counts(index: TimeIndex, key: Ints, time: Ints) -> Floats:
+    return index.count(key, time).astype(np.float32)
+
+
+def _days(index: TimeIndex, key: Ints, time: Ints) -> Floats:
+    last = index.last(key, time)
+    return np.where(last == NEVER, np.nan, (time - last) / DAY_US).astype(np.float32)
+
+
+def smoothed_cvr(conversions: Floats, clicks: Floats) -> Floats:
+    """(conversions + prior) / (clicks + prior weight), float32 [n]."""
+    return ((conversions + np.float32(PRIOR_CVR * PRIOR_CLICKS)) / (clicks + np.float32(PRIOR_CLICKS))).astype(np.float32)
+
+
+def user_features(events: Events, user: Ints, time: Ints) -> dict[str, Floats]:
+    """Columns of `AUDIENCE_COUNTS` for each (user, time), float32 [n]."""
+    clicks = TimeIndex(events.click_user, events.clicked_at)
+    orders = TimeIndex(events.order_user, events.ordered_at)
+    happened = events.converted_at != NEVER
+    conversions = TimeIndex(events.click_user[happened], events.converted_at[happened])
+    n_clicks = _counts(clicks, user, time)
+    return {
+        "user_clicks": n_clicks,
+        "user_orders": _counts(orders, user, time),
+        "user_cvr": smoothed_cvr(_counts(conversions, user, time), n_clicks),
+        "user_days_since_order": _days(orders, user, time),
+    }
+
+
+def item_features(
+    *, click_item: Ints, click_store: Ints, clicked_at: Ints, conversion_item: Ints, converted_at: Ints, order_item: Ints, order_store: Ints, ordered_at: Ints, queries: Queries, n_stores: int
+) -> dict[str, Floats]:
+    """Columns of `ITEM_COUNTS` for each query's (item, store, time), float32 [n]. A conversion is the first order credited to a click."""
+    n_clicks = _counts(TimeIndex(click_item, clicked_at), queries.item, queries.time)
+    n_conversions = _counts(TimeIndex(conversion_item, converted_at), queries.item, queries.time)
+    orders = TimeIndex(order_item, ordered_at)
+    here = _pair(queries.item, queries.store, n_stores)
+    return {
+        "item_clicks": n_clicks,
+        "item_orders": _counts(orders, queries.item, queries.time),
+        "item_cvr": smoothed_cvr(n_conversions, n_clicks),
+        "item_days_since_order": _days(orders, queries.item, queries.time),
+        "store_item_clicks": _counts(TimeIndex(_pair(click_item, click_store, n_stores), clicked_at), here, queries.time),
+        "store_item_orders": _counts(TimeIndex(_pair(order_item, order_store, n_stores), ordered_at), here, queries.time),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemAttributes:
+    """Subcategory and brand of each item code, int64 [items], as codes; -1 = unknown, which matches nothing."""
+
+    subcategory: Ints
+    brand: Ints
+
+    @property
+    def size(self) -> int:
+        """Number of items."""
+        return len(self.subcategory)
+
+
+def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> dict[str, Floats]:
+    """Columns of `PAIR_COUNTS` for each query's (user, item, time), float32 [n]."""
+    n_groups = 1 + int(max(items.subcategory.max(initial=-1), items.brand.max(initial=-1), 0))
+    pair = _pair(queries.user, queries.item, items.size)
+    clicks = TimeIndex(_pair(events.click_user, events.click_item, items.size), events.clicked_at)
+    orders = TimeIndex(_pair(events.order_user, events.order_item, items.size), events.ordered_at)
+
+    def in_group(user: Ints, item: Ints, time: Ints, codes: Ints) -> Floats:
+        group = codes[item]
+        known = group >= 0
+        index = TimeIndex(_pair(user[known], group[known], n_groups), time[known])
+        asked = codes[queries.item]
+        counts = _counts(index, _pair(queries.user, np.maximum(asked, 0), n_groups), queries.time)
+        return np.where(asked >= 0, counts, 0).astype(np.float32)
+
+    known_user = queries.user >= 0
+    features = {
+        "pair_clicks": _counts(clicks, pair, queries.time),
+        "pair_orders": _counts(orders, pair, queries.time),
+        "pair_days_since_click": _days(clicks, pair, queries.time),
+        "pair_days_since_order": _days(orders, pair, queries.time),
+        "user_subcategory_clicks": in_group(events.click_user, events.click_item, events.clicked_at, items.subcategory),
+        "user_subcategory_orders": in_group(events.order_user, events.order_item, events.ordered_at, items.subcategory),
+        "user_brand_orders": in_group(events.order_user, events.order_item, events.ordered_at, items.brand),
+    }
+    for name, values in features.items():
+        values[~known_user] = np.nan if "days" in name else 0
+    return features
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The last entries of each query's user, latest first: item code (-1 = padding), kind, hours before; [n, length]."""
+
+    item: Ints
+    kind: NDArray[np.int8]
+    hours: Floats
+
+
+def user_history(events: Events, user: Ints, time: Ints, length: int) -> History:
+    """A user's last purchases and clicks without a known purchase strictly before `time`, at most `length`, latest first.
+
+    A click whose credited order came before `time` is left out, as the purchase itself stands in the list. Ties in time are ordered purchases
+    first, then by item code, so that the result does not depend on the order of files.
+    """
+    n_clicks = len(events.click_user)
+    who = np.concatenate([events.click_user, events.order_user])
+    when = np.concatenate([events.clicked_at, events.ordered_at])
+    item = np.concatenate([events.click_item, events.order_item])
+    converted = np.concatenate([events.converted_at, np.full(len(events.order_user), NEVER)])
+    kind = np.concatenate([np.full(n_clicks, CLICKED), np.full(len(events.order_user), PURCHASED)]).astype(np.int8)
+    presorted = np.lexsort((-item, kind))
+    who, when, item, converted, kind = (array[presorted] for array in (who, when, item, converted, kind))
+    index = TimeIndex(who, when)
+    start, end = index.bounds(user, time)
+    # Each click left out has its own order, later than the click and before `time`: of the last 2·length events at least `length` stay.
+    back = np.arange(1, 2 * length + 1)
+    position = end[:, None] - back[None, :]
+    inside = position >= start[:, None]
+    event = index.order[np.where(inside, position, 0)] if len(who) else np.zeros(position.shape, dtype=np.int64)
+    keep = inside & (converted[event] >= time[:, None]) if len(who) else inside
+    place = np.argsort(~keep, axis=1, kind="stable")[:, :length]
+    keep = np.take_along_axis(keep, place, axis=1)
+    event = np.take_along_axis(event, place, axis=1)
+    if not len(who):
+        shape = keep.shape
+        return History(item=np.full(shape, -1, dtype=np.int64), kind=np.zeros(shape, dtype=np.int8), hours=np.zeros(shape, dtype=np.float32))
+    hours = ((time[:, None] - when[event]) / HOUR_US).astype(np.float32)
+    return History(
+        item=np.where(keep, item[event], -1),
+        kind=np.where(keep, kind[event], NO_HISTORY).astype(np.int8),
+        hours=np.where(keep, hours, np.float32(0)),
+    )
+
+
+def local_hour_weekday(time: Ints, store: Ints, store_timezones: list[str]) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """Hour (0 to 23) and weekday (0 = Monday) of each time on the clock of its store, int8 [n].
+
+    Args:
+        time: int64 microseconds, UTC.
+        store: code of the store, an index into `store_timezones`.
+        store_timezones: IANA name of each store's zone.
+    """
+    hour, weekday = np.zeros(len(time), dtype=np.int8), np.zeros(len(time), dtype=np.int8)
+    zones = np.asarray(store_timezones, dtype=object)[store] if len(time) else np.zeros(0, dtype=object)
+    for zone in sorted(set(zones)):
+        rows = np.flatnonzero(zones == zone)
+        local = pd.DatetimeIndex(time[rows].view("datetime64[us]")).tz_localize("UTC").tz_convert(zone)
+        hour[rows], weekday[rows] = local.hour, local.weekday
+    return hour, weekday

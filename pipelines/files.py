@@ -1,0 +1,141 @@
+"""Files through Beam's FileSystems: local paths, gs:// and s3:// alike. Every write is atomic: a unique temporary name, then the final one."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.contract import InputError
+
+
+def join(*parts: str) -> str:
+    """Join path parts on the file system that the first part names."""
+    return FileSystems.join(*parts)
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` is on this machine's own file system."""
+    return "://" not in path
+
+
+def exists(path: str) -> bool:
+    """Whether a file or directory exists."""
+    return FileSystems.exists(path)
+
+
+def open_read(path: str) -> BinaryIO:
+    """Open for reading bytes, as they are (a .gz stays compressed)."""
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+def read_json(path: str) -> Any:
+    """Parse one JSON file."""
+    with open_read(path) as handle:
+        return json.loads(handle.read())
+
+
+def make_directory(path: str) -> None:
+    """Create a local directory and its parents; object stores need none."""
+    if is_local(path):
+        os.makedirs(path, exist_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[BinaryIO]:
+    """Yield a binary handle; `path` appears, whole, when the block ends without an error, and not at all otherwise.
+
+    On object stores an object appears only when it is complete, so it is written under its own name at once: a rename would copy it.
+    """
+    if not is_local(path):
+        with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as handle:
+            yield handle
+        return
+    make_directory(os.path.dirname(path))
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as handle:
+            yield handle
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write one JSON file atomically."""
+    with atomic_write(path) as handle:
+        handle.write(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def write_parquet(path: str, table: pa.Table, *, row_group_size: int = 65_536) -> int:
+    """Write `table` atomically (zstd, dictionary-encoded strings); returns its size in bytes."""
+    with atomic_write(path) as handle:
+        pq.write_table(table, handle, compression="zstd", row_group_size=row_group_size)
+        return handle.tell()
+
+
+def list_parquet(path: str, table: str) -> list[str]:
+    """Files of a table given as `DIR/table.parquet`, a directory `DIR/table` of Parquet files, or a file itself; sorted by name.
+
+    Raises:
+        InputError: nothing is there; the message names both places that were tried.
+    """
+    candidates = [f"{path}.parquet", join(path, "**.parquet")] if not path.endswith(".parquet") else [path]
+    if is_local(path) and os.path.isdir(path):
+        candidates = [join(path, "**.parquet")]
+    for pattern in candidates:
+        found = sorted(metadata.path for match in FileSystems.match([pattern]) for metadata in match.metadata_list)
+        if found:
+            return found
+    raise InputError(f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with .parquet files exists. Put it there.")
+
+
+def fingerprint(paths: list[str]) -> str:
+    """16 hex digits over names, sizes and modification times of files: changes when any of them does."""
+    lines = []
+    for match in FileSystems.match(list(paths)):
+        for metadata in match.metadata_list:
+            lines.append(f"{metadata.path}:{metadata.size_in_bytes}:{metadata.last_updated_in_seconds}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def single_writer(root: str) -> Iterator[None]:
+    """Hold the output root for one writer.
+
+    Raises:
+        InputError: another process writes there now.
+    """
+    if not is_local(root):
+        # An object store offers no lock to hold; two writers make two runs, and the later latest.json wins whole.
+        yield
+        return
+    make_directory(root)
+    with open(os.path.join(root, ".lock"), "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{root}: another camenn process is writing there. Wait for it to end, or choose another output.") from error
+        yield
+
+
+def ipc_bytes(table: pa.Table) -> bytes:
+    """An Arrow IPC stream, lz4: what travels through a shuffle."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def ipc_table(data: bytes) -> pa.Table:
+    """The table of an Arrow IPC stream."""
+    return pa.ipc.open_stream(data).read_all()

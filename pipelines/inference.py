@@ -1,0 +1,288 @@
+"""RunInference handlers for the two encoders. The element is a chunk of at most 256 contents: decoded, encoded, pixels
+dropped at once.
+
+torch, timm and transformers are imported where a worker loads a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from apache_beam.metrics import Metrics
+from apache_beam.ml.inference.base import ModelHandler
+
+from camenn_model.encoder_spec import ImageSpec, TextSpec
+from pipelines import files
+from pipelines.patches import LIMITS, ImageDefect, ImageQuality, decode_image, grid_patches, image_quality
+
+if TYPE_CHECKING:
+    from camenn_model.image_encoder import ImageEncoder
+    from camenn_model.text_encoder import TextEncoder
+
+IMAGE_METRICS, TITLE_METRICS = "embed-images", "embed-titles"
+"""Metrics namespaces of RunInference and of the counters below."""
+
+_READ_THREADS = 4
+"""Photos read and decoded at a time beside the encoder; Pillow and file reads let other threads run."""
+
+
+def content_key(data: bytes) -> str:
+    """Content hash of a photo's or title's bytes: 32 hex digits of sha256."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class ImageChunk:
+    """Distinct photos to encode. `keys`: their `content_key`s; `uris`: paths to open; `bytes`: the photo itself, where
+    the catalog has it inline."""
+
+    chunk_id: str
+    keys: list[str]
+    uris: list[str | None]
+    bytes: list[bytes | None]
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """A chunk's photos, encoded: the arrays have one row per key. In memory only."""
+
+    chunk_id: str
+    keys: list[str]
+    embeddings: np.ndarray
+    """float16 [n, P, 1536]"""
+    blur: np.ndarray
+    """float32 [n]"""
+    luminance: np.ndarray
+    """float32 [n], 0 to 1"""
+    width: np.ndarray
+    """int32 [n], px"""
+    height: np.ndarray
+    """int32 [n], px"""
+    defects: list[tuple[str, str, str]] = field(default_factory=list)
+    """(key, reason, detail) of contents that no run will ever decode"""
+    unread: list[tuple[str, str, str]] = field(default_factory=list)
+    """(key, reason, detail) of contents that were not there any more: says nothing about the content, so it is not to
+    be remembered"""
+
+
+@dataclass(frozen=True)
+class TitleChunk:
+    """Distinct titles to encode, normalised and not empty."""
+
+    chunk_id: str
+    keys: list[str]
+    titles: list[str]
+
+
+@dataclass(frozen=True)
+class EncodedTitles:
+    """A chunk's titles, encoded: the arrays have one row per key. In memory only."""
+
+    chunk_id: str
+    keys: list[str]
+    states: np.ndarray
+    """float16 [n, T, d]"""
+    lengths: np.ndarray
+    """int32 [n]"""
+    unknown_share: np.ndarray
+    """float32 [n], 0 to 1"""
+
+
+class _Photo(NamedTuple):
+    key: str
+    patches: np.ndarray
+    quality: ImageQuality
+
+
+class _Unread(Exception):
+    """A photo that is not what it was when it was hashed."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "ImageEncoder"]):
+    """Photos → patch features. A photo that cannot be decoded is a defect; the rest of its chunk goes on."""
+
+    def __init__(self, spec: ImageSpec, *, torch_threads: int | None = None) -> None:
+        """`torch_threads`: per worker process; None leaves torch's default, one for each core."""
+        super().__init__(min_batch_size=1, max_batch_size=1)
+        self._spec = spec
+        self._torch_threads = torch_threads
+
+    def load_model(self) -> ImageEncoder:
+        """Load the encoder; raises WeightsError or DeviceError where this worker cannot honour the spec."""
+        from camenn_model.image_encoder import ImageEncoder
+
+        _set_threads(self._torch_threads)
+        return ImageEncoder(self._spec)
+
+    def run_inference(
+        self, batch: Sequence[ImageChunk], model: ImageEncoder, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[EncodedImages]:
+        """Encode each chunk; photos are read and decoded on threads while the encoder computes."""
+        return [encode_images(chunk, model) for chunk in batch]
+
+    def get_num_bytes(self, batch: Sequence[ImageChunk]) -> int:
+        """Bytes of keys, paths and inline photos (the default would pickle them)."""
+        return sum(
+            len(text or "") for chunk in batch for texts in (chunk.keys, chunk.uris, chunk.bytes) for text in texts
+        )
+
+    def get_metrics_namespace(self) -> str:
+        """Namespace of RunInference's own metrics."""
+        return IMAGE_METRICS
+
+    def share_model_across_processes(self) -> bool:
+        """One model for each process: sharing would send every batch through a proxy."""
+        return False
+
+
+class TitleChunkHandler(ModelHandler[TitleChunk, EncodedTitles, "TextEncoder"]):
+    """Titles → token states."""
+
+    def __init__(self, spec: TextSpec, *, torch_threads: int | None = None) -> None:
+        """`torch_threads`: per worker process; None leaves torch's default, one for each core."""
+        super().__init__(min_batch_size=1, max_batch_size=1)
+        self._spec = spec
+        self._torch_threads = torch_threads
+
+    def load_model(self) -> TextEncoder:
+        """Load the encoder; raises WeightsError or DeviceError where this worker cannot honour the spec."""
+        from camenn_model.text_encoder import TextEncoder
+
+        _set_threads(self._torch_threads)
+        return TextEncoder(self._spec)
+
+    def run_inference(
+        self, batch: Sequence[TitleChunk], model: TextEncoder, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[EncodedTitles]:
+        """Encode each chunk."""
+        return [EncodedTitles(chunk.chunk_id, chunk.keys, *model.encode(chunk.titles)) for chunk in batch]
+
+    def get_num_bytes(self, batch: Sequence[TitleChunk]) -> int:
+        """Characters of keys and titles (the default would pickle them)."""
+        return sum(len(text) for chunk in batch for texts in (chunk.keys, chunk.titles) for text in texts)
+
+    def get_metrics_namespace(self) -> str:
+        """Namespace of RunInference's own metrics."""
+        return TITLE_METRICS
+
+    def share_model_across_processes(self) -> bool:
+        """One model for each process: sharing would send every batch through a proxy."""
+        return False
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def encode_images(chunk: ImageChunk, model: ImageEncoder) -> EncodedImages:
+    """Read, decode, cut and encode a chunk's photos.
+
+    Raises:
+        OSError: a file system that fails in other ways than by not having the photo; the chunk is to be tried again.
+    """
+    spec = model.spec
+    patches = spec.shape[0]
+    # As many photos as fill whole batches: padding is left to the chunk's tail.
+    step = spec.batch_size // math.gcd(spec.batch_size, patches)
+    found: list[tuple[str, ImageQuality]] = []
+    features: list[np.ndarray] = []
+    waiting: list[_Photo] = []
+    defects: list[tuple[str, str, str]] = []
+    unread: list[tuple[str, str, str]] = []
+    encode_ms = 0
+
+    def flush() -> None:
+        nonlocal encode_ms
+        started = time.monotonic()
+        pixels = np.concatenate([photo.patches for photo in waiting])
+        features.append(model.encode(pixels).reshape(len(waiting), *spec.shape))
+        encode_ms += int(1000 * (time.monotonic() - started))
+        found.extend((photo.key, photo.quality) for photo in waiting)
+        waiting.clear()
+
+    started = time.monotonic()
+    for key, result in _decode_ahead(chunk, spec, step + 2 * _READ_THREADS):
+        try:
+            waiting.append(result.result())
+        except ImageDefect as defect:
+            defects.append((key, defect.reason, defect.detail))
+        except _Unread as change:
+            unread.append((key, change.reason, change.detail))
+        if len(waiting) == step:
+            flush()
+    if waiting:
+        flush()
+    total_ms = int(1000 * (time.monotonic() - started))
+    for name, count in (
+        ("photos-encoded", len(found)),
+        ("photos-defective", len(defects)),
+        ("photos-unread", len(unread)),
+        ("encode-msec", encode_ms),
+        ("wait-for-decode-msec", total_ms - encode_ms),
+    ):
+        Metrics.counter(IMAGE_METRICS, name).inc(count)
+    qualities = [quality for _, quality in found]
+    return EncodedImages(
+        chunk_id=chunk.chunk_id,
+        keys=[key for key, _ in found],
+        embeddings=np.concatenate([np.empty((0, *spec.shape), dtype=np.float16), *features]),
+        blur=np.array([quality.blur for quality in qualities], dtype=np.float32),
+        luminance=np.array([quality.luminance for quality in qualities], dtype=np.float32),
+        width=np.array([quality.width for quality in qualities], dtype=np.int32),
+        height=np.array([quality.height for quality in qualities], dtype=np.int32),
+        defects=defects,
+        unread=unread,
+    )
+
+
+def _decode_ahead(chunk: ImageChunk, spec: ImageSpec, ahead: int) -> Iterator[tuple[str, Future[_Photo]]]:
+    """Photos in the chunk's order, at most `ahead` of them decoded before they are asked for."""
+    rows = iter(zip(chunk.keys, chunk.uris, chunk.bytes, strict=True))
+    with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="decode") as pool:
+        queue: deque[tuple[str, Future[_Photo]]] = deque()
+        for key, uri, data in rows:
+            queue.append((key, pool.submit(_load_photo, key, uri, data, spec)))
+            if len(queue) == ahead:
+                yield queue.popleft()
+        while queue:
+            yield queue.popleft()
+
+
+def _load_photo(key: str, uri: str | None, data: bytes | None, spec: ImageSpec) -> _Photo:
+    if data is None:
+        data = _read(key, uri)
+    image = decode_image(data, spec.side)
+    return _Photo(key, grid_patches(image.pixels, spec.grid, spec.patch_size), image_quality(image))
+
+
+def _read(key: str, uri: str | None) -> bytes:
+    """The photo's bytes, of which no more than the limit and one are read."""
+    if uri is None:
+        raise ValueError(f"photo {key}: neither a path nor bytes")
+    again = "The next run reads it again."
+    if not files.is_local(uri) and not files.exists(uri):
+        raise _Unread("missing_image", f"{uri} is not there any more. {again}")
+    try:
+        with files.open_read(uri) as handle:
+            data = handle.read(LIMITS.bytes + 1)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise _Unread("missing_image", f"{uri} cannot be opened any more ({error.strerror}). {again}") from error
+    if len(data) <= LIMITS.bytes and content_key(data) != key:
+        raise _Unread("changed_image", f"{uri} changed while the run was reading. {again}")
+    return data

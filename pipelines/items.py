@@ -1,0 +1,176 @@
+"""The catalog joined with its embeddings' keys and quality figures: the `items` table that shards and score share."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import apache_beam as beam
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from camenn_model.encoder_spec import normalise_title
+from pipelines import files
+from pipelines.catalog import read_catalog
+from pipelines.manifest import Manifest
+from pipelines.tables import FileRecord, Source
+from schemas.contract import InputError
+from schemas.embeddings import embedding_shape
+from schemas.training import ITEMS
+
+ROWS_PER_CONTENT_FILE = 4_096
+
+
+def read_stored(manifest: Manifest, table: str, columns: list[str]) -> pa.Table:
+    """Columns (not the embeddings) of a store table, one row per content key; the first by path wins where a retry wrote a key twice."""
+    paths = sorted(manifest.paths(table))
+    pieces = []
+    for number, path in enumerate(paths):
+        with files.open_read(path) as handle:
+            piece = pq.read_table(handle, columns=columns)
+        pieces.append(piece.append_column("__part", pa.array(np.full(piece.num_rows, number, dtype=np.int32))))
+    if not pieces:
+        return pa.table({name: pa.array([], pa.string() if name.endswith("_key") else pa.float32()) for name in columns} | {"__part": pa.array([], pa.int32())})
+    stored = pa.concat_tables(pieces).replace_schema_metadata(None)
+    frame = stored.select([columns[0]]).to_pandas()
+    first = ~frame[columns[0]].duplicated().to_numpy()
+    return stored.filter(pa.array(first))
+
+
+def _gather(stored: pa.Table, key: str, wanted: pa.ChunkedArray, columns: list[str]) -> dict[str, pa.Array]:
+    row = pc.index_in(wanted, stored[key])
+    return {name: stored[name].take(row.combine_chunks()) for name in columns}
+
+
+def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, pa.Table, dict[str, int]]:
+    """The `items` table of a catalog under a pinned store run: (items ordered by item_id, rejects, counts).
+
+    Raises:
+        InputError: listings of the catalog were never embedded.
+    """
+    catalog, rejects, counts = read_catalog(stage, source)
+    embedded = [pq.read_table(files.open_read(path), columns=["item_id", "title_key", "image_key"]) for path in store.paths("items")]
+    keys = pa.concat_tables(embedded) if embedded else pa.table({name: pa.array([], pa.string()) for name in ("item_id", "title_key", "image_key")})
+    row = pc.index_in(catalog["item_id"], keys["item_id"])
+    if row.null_count:
+        missing = catalog["item_id"].filter(pc.is_null(row))
+        raise InputError(
+            f"{source.files[0]}: {len(missing):,} of {catalog.num_rows:,} listings are not in the embedding store (item_id '{missing[0]}' is the first). "
+            "Run `camenn embed` on this catalog first."
+        )
+    keys = keys.take(row.combine_chunks())
+    images = read_stored(store, "image_embeddings", ["image_key", "blur", "luminance", "width", "height"])
+    titles = read_stored(store, "title_embeddings", ["title_key", "tokens", "unknown_share"])
+    image = _gather(images, "image_key", keys["image_key"], ["image_key", "blur", "luminance", "width", "height"])
+    title = _gather(titles, "title_key", keys["title_key"], ["title_key", "tokens", "unknown_share"])
+    megapixels = pc.divide(pc.multiply(pc.cast(image["width"], pa.float32()), pc.cast(image["height"], pa.float32())), 1e6)
+    columns = {
+        **{name: catalog[name] for name in ("item_id", "category", "subcategory", "brand", "product_key", "store_id", "image_uri", "price")},
+        "title": pa.array([normalise_title(text) or None for text in catalog["title"].to_pylist()], pa.string()),
+        # A photo that could not be decoded has a key in the store's items but no embedding: the listing has no photo.
+        "image_key": image["image_key"],
+        "title_key": title["title_key"],
+        "price_relative": relative_price(catalog["price"], catalog["subcategory"]),
+        "blur": image["blur"],
+        "luminance": image["luminance"],
+        "megapixels": pc.cast(megapixels, pa.float32()),
+        "title_tokens": pc.cast(title["tokens"], pa.float32()),
+        "unknown_share": title["unknown_share"],
+    }
+    return pa.table({name: columns[name] for name in ITEMS.names}).cast(ITEMS.schema), rejects, counts
+
+
+def relative_price(price: pa.ChunkedArray, subcategory: pa.ChunkedArray) -> pa.Array:
+    """log(price / median price of the subcategory), float32 [n]; null where the price is unknown or not positive."""
+    frame = pd.DataFrame({"price": price.to_numpy().astype(np.float64), "group": subcategory.to_pandas().fillna("")})
+    frame.loc[~(frame["price"] > 0), "price"] = np.nan
+    median = frame.groupby("group")["price"].transform("median")
+    values = np.log(frame["price"] / median).to_numpy(dtype=np.float32)
+    return pa.array(values, mask=~np.isfinite(values))
+
+
+@dataclass(frozen=True)
+class ContentJob:
+    """Some store parts whose rows, where wanted, go into one contents file."""
+
+    kind: str
+    parts: tuple[str, ...]
+    wanted: bytes
+    """Arrow IPC of the content keys to copy from these parts, ordered."""
+
+
+def plan_contents(kind: str, store: Manifest, wanted: pa.ChunkedArray, present: list[str]) -> list[ContentJob]:
+    """Jobs that copy the embeddings of `wanted` keys, which no file of `present` holds yet, out of the store in one pass over its parts."""
+    key = f"{kind[:-1]}_key"
+    stored = read_stored(store, f"{kind[:-1]}_embeddings", [key])
+    keep = pc.is_in(stored[key], pc.drop_null(wanted).unique())
+    for path in present:
+        with pa.memory_map(path) as mapped:
+            keep = pc.and_not(keep, pc.is_in(stored[key], pa.ipc.open_file(mapped).read_all()[key]))
+    chosen = stored.filter(keep)
+    paths = sorted(store.paths(f"{kind[:-1]}_embeddings"))
+    jobs: list[ContentJob] = []
+    numbers = chosen["__part"].to_numpy()
+    start = 0
+    while start < len(numbers):
+        end = int(np.searchsorted(numbers, numbers[min(start + ROWS_PER_CONTENT_FILE, len(numbers)) - 1], side="right"))
+        parts = tuple(paths[number] for number in np.unique(numbers[start:end]))
+        jobs.append(ContentJob(kind, parts, files.ipc_bytes(chosen.slice(start, end - start).select([key]))))
+        start = end
+    return jobs
+
+
+def copy_contents(job: ContentJob, directory: str) -> FileRecord:
+    """Copy a job's rows into one Arrow IPC file, uncompressed, so that a reader can map it and gather rows without decoding.
+
+    Columns: the content key, `embedding` as fixed_size_binary (float16, shape in the field's metadata).
+    """
+    key = f"{job.kind[:-1]}_key"
+    wanted = files.ipc_table(job.wanted)[key]
+    path = files.join(directory, f"part-{uuid.uuid4().hex}.arrow")
+    rows = 0
+    with files.atomic_write(path) as handle:
+        writer = None
+        done: set[str] = set()
+        for part in job.parts:
+            with files.open_read(part) as source:
+                table = pq.read_table(source, columns=[key, "embedding"])
+            table = table.filter(pc.is_in(table[key], wanted))
+            fresh = [value not in done for value in table[key].to_pylist()]
+            table = table.filter(pa.array(fresh, pa.bool_()))
+            done.update(table[key].to_pylist())
+            if table.num_rows == 0:
+                continue
+            shape = embedding_shape(table.schema)
+            field = pa.field("embedding", pa.binary(shape[0] * shape[1] * 2), metadata=table.schema.field("embedding").metadata)
+            table = table.cast(pa.schema([pa.field(key, pa.string()), field]))
+            if writer is None:
+                writer = pa.ipc.new_file(handle, table.schema)
+            writer.write_table(table)
+            rows += table.num_rows
+        if writer is not None:
+            writer.close()
+        size = handle.tell()
+    return FileRecord(f"contents_{job.kind}", path, rows, size)
+
+
+class CopyContents(beam.DoFn):
+    """(directory, ContentJob) → FileRecord of the contents file it wrote."""
+
+    def process(self, element: tuple[str, ContentJob]) -> Iterator[FileRecord]:
+        directory, job = element
+        yield copy_contents(job, directory)
+
+
+def local_only(path: str, flag: str) -> str:
+    """`path`, if it is on this machine.
+
+    Raises:
+        InputError: it is on an object store, whose files cannot be mapped into memory.
+    """
+    if not files.is_local(path):
+        raise InputError(f"{flag} {path}: embeddings are mapped into memory, which needs a local directory. Copy it, or mount the bucket.")
+    return os.path.abspath(path)

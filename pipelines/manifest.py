@@ -1,0 +1,236 @@
+"""Publication: a run's directory, its manifest, and `latest.json`, the one file that ever changes."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import apache_beam as beam
+import pyarrow.parquet as pq
+
+from pipelines import files
+from pipelines.tables import FileRecord
+from schemas.contract import SCHEMA_VERSION, InputError
+
+LATEST = "latest.json"
+MANIFEST = "manifest.json"
+_FINISHED = "finished.json"
+
+
+@dataclass(frozen=True)
+class Count:
+    """`rows` of `table` that went `where`: `in`, `out`, `rejected`, or a named exclusion such as `duplicates`. Summed over the job."""
+
+    table: str
+    where: str
+    rows: int
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """What a finished run is made of."""
+
+    stage: str
+    run: str
+    request: str = ""
+    inputs: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    created_at: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def paths(self, table: str) -> list[str]:
+        """Paths of a table's files."""
+        return [entry["path"] for entry in self.tables.get(table, {}).get("files", [])]
+
+    def records(self, table: str) -> list[FileRecord]:
+        """A table's files as the records that a job emitted."""
+        return [FileRecord(table, entry["path"], entry["rows"], entry["bytes"]) for entry in self.tables.get(table, {}).get("files", [])]
+
+    def content_fingerprint(self) -> str:
+        """16 hex digits over the files of all tables: two runs of the same content written twice differ, one run always equals itself."""
+        lines = sorted(f"{name}:{entry['path']}:{entry['bytes']}" for name, table in self.tables.items() for entry in table["files"])
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def rows(self, table: str) -> int:
+        """Rows of a table."""
+        return sum(entry["rows"] for entry in self.tables.get(table, {}).get("files", []))
+
+
+def request_fingerprint(inputs: dict[str, str], options: dict[str, Any]) -> str:
+    """16 hex digits over inputs, options and the program's version: equal ones give equal output, so the work need not be done again."""
+    value = {"inputs": inputs, "options": options, "camenn": versions()["camenn"], "schema": SCHEMA_VERSION}
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def new_run(root: str) -> tuple[str, str]:
+    """Name and directory of a run that does not exist yet: names sort by time."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    run = f"{stamp}-{secrets.token_hex(3)}"
+    directory = files.join(root, "runs", run)
+    files.make_directory(directory)
+    return run, directory
+
+
+def versions() -> dict[str, str]:
+    """Versions that results depend on."""
+    packages = ("camenn", "apache-beam", "torch", "transformers", "timm", "pyarrow", "pandas", "numpy")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}
+
+
+def read_latest(root: str) -> Manifest | None:
+    """Manifest of the published run, or None where nothing was published. Its paths are made absolute under `root`."""
+    pointer = files.join(root, LATEST)
+    if not files.exists(pointer):
+        return None
+    return read_run(root, files.read_json(pointer)["run"])
+
+
+def read_run(root: str, run: str) -> Manifest:
+    """Manifest of one run; paths are made absolute under `root`."""
+    manifest = Manifest(**files.read_json(files.join(root, "runs", run, MANIFEST)))
+    if manifest.schema_version > SCHEMA_VERSION:
+        raise InputError(
+            f"{root}: run {run} has schema version {manifest.schema_version}, this camenn reads up to {SCHEMA_VERSION}. Install the newer camenn."
+        )
+    for table in manifest.tables.values():
+        for entry in table["files"]:
+            entry["path"] = files.join(root, entry["path"])
+    return manifest
+
+
+def require_latest(root: str, stage: str, flag: str) -> Manifest:
+    """The published run of `stage` at `root`.
+
+    Raises:
+        InputError: nothing is published there, or it was written by another stage.
+    """
+    manifest = read_latest(root)
+    if manifest is None:
+        raise InputError(f"{flag} {root}: nothing is published there (no {LATEST}). Run `camenn {stage}` into it first.")
+    if manifest.stage != stage:
+        raise InputError(f"{flag} {root}: holds the output of `camenn {manifest.stage}`, not of `camenn {stage}`. Give another directory.")
+    return manifest
+
+
+def publish(root: str, manifest: Manifest) -> None:
+    """Write the run's manifest, then let `latest.json` point to it: the one moment at which readers see the run."""
+    manifest.created_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    manifest.versions = versions()
+    record = asdict(manifest)
+    prefix = root.rstrip("/") + "/"
+    for table in record["tables"].values():
+        for entry in table["files"]:
+            # Relative paths, so that a directory can be moved or copied whole.
+            entry["path"] = entry["path"].removeprefix(prefix)
+        table["files"].sort(key=lambda entry: entry["path"])
+    files.write_json(files.join(root, "runs", manifest.run, MANIFEST), record)
+    files.write_json(files.join(root, LATEST), {"run": manifest.run, "stage": manifest.stage, "manifest": f"runs/{manifest.run}/{MANIFEST}"})
+
+
+def add_files(manifest: Manifest, contracts: dict[str, str], records: Iterable[FileRecord]) -> None:
+    """Enter finished files under their tables; `contracts` maps a table's name to its contract's fingerprint."""
+    for name, contract_fingerprint in contracts.items():
+        manifest.tables.setdefault(name, {"fingerprint": contract_fingerprint, "files": []})
+    for record in records:
+        entry = {"path": record.path, "rows": record.rows, "bytes": record.bytes}
+        manifest.tables[record.table]["files"].append(entry)
+
+
+class _WriteFinished(beam.DoFn):
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    def process(self, _: None, records: list[FileRecord], counts: list[tuple[tuple[str, str], int]]) -> Iterator[str]:
+        path = files.join(self.directory, _FINISHED)
+        value = {
+            "files": [asdict(record) for record in records],
+            "counts": [[table, where, rows] for (table, where), rows in counts],
+        }
+        files.write_json(path, value)
+        yield path
+
+
+@dataclass
+class FinishRun(beam.PTransform):
+    """Last step of a job: writes what the job emitted (finished files, summed counts) as one small file that the submitter reads.
+
+    Files that a retried bundle left behind are not emitted, so they never enter a manifest; counts come from emitted elements, so
+    a retry does not count twice.
+    """
+
+    directory: str
+
+    def expand(self, emitted: Any) -> beam.PCollection:
+        counts = (
+            emitted["counts"]
+            | "KeyCounts" >> beam.Map(lambda c: ((c.table, c.where), c.rows))
+            | "SumCounts" >> beam.CombinePerKey(sum)
+        )
+        return (
+            emitted["files"].pipeline
+            | "Once" >> beam.Create([None])
+            | "WriteFinished" >> beam.ParDo(_WriteFinished(self.directory), beam.pvalue.AsList(emitted["files"]), beam.pvalue.AsList(counts))
+        )
+
+
+def read_finished(directory: str) -> tuple[list[FileRecord], dict[str, dict[str, int]]]:
+    """What `FinishRun` wrote: file records, and counts as {table: {where: rows}}."""
+    value = files.read_json(files.join(directory, _FINISHED))
+    counts: dict[str, dict[str, int]] = {}
+    for table, where, rows in value["counts"]:
+        counts.setdefault(table, {})[where] = rows
+    return [FileRecord(**record) for record in value["files"]], counts
+
+
+def read_rejects(records: list[FileRecord], limit: int = 5) -> list[dict[str, str]]:
+    """The first few rejects of a run, as dicts."""
+    found: list[dict[str, str]] = []
+    for record in records:
+        if record.table == "rejects" and len(found) < limit:
+            with files.open_read(record.path) as handle:
+                found += pq.read_table(handle).slice(0, limit).to_pylist()
+    return found[:limit]
+
+
+def check_accounting(counts: dict[str, dict[str, int]]) -> None:
+    """Every input row has exactly one outcome: in = out + rejected + each exclusion.
+
+    Raises:
+        RuntimeError: the books of a table do not balance, which is a bug, so nothing may be published.
+    """
+    for table, row in counts.items():
+        outcomes = {where: rows for where, rows in row.items() if where != "in"}
+        if row.get("in", 0) != sum(outcomes.values()):
+            raise RuntimeError(f"table '{table}': {row.get('in', 0)} rows came in, but these went somewhere: {outcomes}. Nothing was published.")
+
+
+def check_reject_rate(counts: dict[str, dict[str, int]], limit: float, examples: list[dict[str, str]]) -> None:
+    """Stop when a table loses more than `limit` of its rows to rejects.
+
+    Raises:
+        InputError: with up to five rejects as examples.
+    """
+    for table, row in counts.items():
+        rejected, total = row.get("rejected", 0), row.get("in", 0)
+        if total and rejected / total > limit:
+            shown = "\n".join(f"  {reject['key']}: {reject['reason']}: {reject['detail']}" for reject in examples if reject["key"].startswith(f"{table}:"))
+            raise InputError(
+                f"table '{table}': {rejected:,} of {total:,} rows were rejected ({rejected / total:.1%}), more than --max_reject_rate {limit}. "
+                f"Nothing was published. First ones:\n{shown}\nMend the rows, or raise --max_reject_rate."
+            )

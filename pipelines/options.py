@@ -1,0 +1,103 @@
+"""Flags: the ones all stages share, and the rest, which go to Beam unchanged."""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from schemas.contract import InputError
+
+JOB_SERVER_OPTIONS = ("parallelism", "max_parallelism", "checkpointing_interval", "object_reuse", "state_backend", "execution_mode_for_batch")
+"""Options that Flink's job server announces only when a job is submitted; Python's parsers do not know them."""
+
+LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """`--json`, which every command has."""
+    parser.add_argument("--json", action="store_true", help="print the closing table as one JSON object on the last line of stdout")
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """`--json` and `--max_reject_rate`, which every stage that reads tables has."""
+    add_json_flag(parser)
+    parser.add_argument("--max_reject_rate", type=float, default=0.01, help="share of a table's rows that may be rejected before the run stops (default %(default)s)")
+
+
+def new_parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """A stage's parser. Abbreviated flags are refused: they would shadow Beam's."""
+    return argparse.ArgumentParser(prog=f"camenn {stage}", description=description, allow_abbrev=False, epilog="Flags not listed here go to Apache Beam unchanged.")
+
+
+def parse_with_beam(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a stage's flags; returns them and the flags for Beam. A flag that neither knows ends the program with a suggestion."""
+    arguments, rest = parser.parse_known_args(argv)
+    beam_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    for options in _all_option_classes():
+        options._add_argparse_args(beam_parser)  # noqa: SLF001 - how Beam itself builds its parser
+    for name in JOB_SERVER_OPTIONS:
+        beam_parser.add_argument(f"--{name}")
+    _, unknown = beam_parser.parse_known_args(rest)
+    if unknown:
+        known = [flag for p in (parser, beam_parser) for action in p._actions for flag in action.option_strings]  # noqa: SLF001
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unknown argument {unknown[0]}{hint} (neither camenn nor Apache Beam has it)")
+    return arguments, rest
+
+
+def _all_option_classes() -> list[type[PipelineOptions]]:
+    found: dict[str, type[PipelineOptions]] = {}
+    for options in PipelineOptions.__subclasses__():
+        if options.__module__.startswith("apache_beam.options"):
+            found[options.__name__] = options
+    return list(found.values())
+
+
+def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
+    """Beam's options, with FnApiRunner where no runner is named: DirectRunner may try a downloaded binary first, whose results differ."""
+    named = any(flag.split("=")[0] == "--runner" for flag in beam_flags)
+    return PipelineOptions(beam_flags if named else ["--runner=FnApiRunner", *beam_flags])
+
+
+def is_local_run(beam_flags: list[str]) -> bool:
+    """Whether the workers are on this machine."""
+    runner = pipeline_options(beam_flags).get_all_options()["runner"]
+    return runner is None or runner in LOCAL_RUNNERS
+
+
+def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+    """Run a command: what the user can mend is one message on stderr and exit code 2, everything else a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # Encoders come from a path or a hub that the user named; nothing else may reach out.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    try:
+        return main(argv)
+    except InputError as error:
+        print(f"camenn: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        cause = _input_error_behind(error)
+        if cause is None:
+            raise
+        print(f"camenn: error: {cause}", file=sys.stderr)
+        return 2
+
+
+def _input_error_behind(error: BaseException) -> InputError | None:
+    """The InputError that a Beam worker wrapped in its own exceptions, if that is what ended the job."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, InputError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    marker = "InputError: "
+    text = str(error)
+    if marker in text:
+        return InputError(text.split(marker)[-1].split(" [while running")[0].strip().strip("'\""))
+    return None

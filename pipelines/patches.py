@@ -1,0 +1,284 @@
+"""Photos as arrays: addresses, decoding, grid patches and quality. Pure functions; what is wrong with a photo is a
+value with a reason."""
+
+import os
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""Formats that are tried; the rarer ones of Pillow are left closed."""
+
+# Pillow loads the decoders of WebP, TIFF and AVIF only when it is asked to, and does not know them by name before.
+Image.init()
+
+_QUALITY_SIDE = 256
+"""px; photos are compared in sharpness at one size."""
+
+# What Pillow's decoders raise on bytes that are broken (its own fuzzers allow for the same), never on good ones.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+_OPAQUE = ("RGB", "L", "P", "1")
+"""Modes of pixels that may have one transparent colour beside them."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → the turn that undoes it."""
+
+
+class _Defect(ValueError):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["_Defect"], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+class ImageDefect(_Defect):
+    """A photo that cannot be used.
+
+    `reason`: empty_image, too_many_bytes, too_many_pixels, not_an_image, truncated_image, corrupt_image or
+    unsupported_mode. `detail`: what was found and what to do, for a person; the caller knows the address and puts it
+    before.
+    """
+
+
+class UriDefect(_Defect):
+    """An address that is not read.
+
+    `reason`: unsupported_scheme, outside_root or malformed_uri. `detail`: column, value and remedy, for a person.
+    """
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before a single pixel is decoded."""
+
+    bytes: int = 32 * 2**20
+    pixels: int = 64_000_000
+
+
+LIMITS = Limits()
+
+
+class DecodedImage(NamedTuple):
+    """A photo, upright, in RGB, resized."""
+
+    pixels: np.ndarray
+    """uint8 [side, side, 3]"""
+    width: int
+    """of the original, upright, px"""
+    height: int
+    """of the original, upright, px"""
+
+
+class ImageQuality(NamedTuple):
+    """What a photo looks like, without knowing what it shows."""
+
+    blur: float
+    """variance of the Laplacian of the grey photo at 256 × 256 px, values 0 to 255; low = blurred
+
+    (Pech-Pacheco et al. 2000)."""
+    luminance: float
+    """mean, 0 = black to 1 = white (Rec. 601)"""
+    width: int
+    """of the original, px"""
+    height: int
+    """of the original, px"""
+
+
+# --- addresses
+
+
+def resolve_uri(uri: str, image_root: str, allow_absolute: bool) -> str:
+    """The path to open for a catalog's `image_uri`: gs:// and s3:// as they are, anything else under `image_root`.
+
+    With `allow_absolute`, an address may be an absolute path, or lead out of `image_root`. Whether the file is there is
+    not asked.
+
+    Raises:
+        UriDefect: another scheme, a path that leaves `image_root` (by '..', from the file system's root or through a
+        symbolic link), or no path at all.
+    """
+    column = f"column 'image_uri': '{uri[:200]}'"
+    if not uri.strip() or "\0" in uri:
+        raise UriDefect("malformed_uri", f"{column} is no path. Leave it null, or give a path under --image_root.")
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file|https?|ftps?):", uri)
+    if scheme:
+        name = (scheme[1] or scheme[2]).lower()
+        if name not in ("gs", "s3"):
+            remedy = "Copy the photo under --image_root, gs:// or s3:// and give that path."
+            raise UriDefect("unsupported_scheme", f"{column}: '{name}' addresses are not read. {remedy}")
+        return uri
+    remedy = "Move the photo under --image_root, or pass --allow_absolute."
+    if os.path.isabs(uri):
+        if not allow_absolute:
+            raise UriDefect("outside_root", f"{column} is an absolute path. {remedy}")
+        return uri
+    if "://" in image_root:
+        if ".." in uri.split("/"):
+            raise UriDefect(
+                "outside_root", f"{column} has '..' in it, which {image_root} does not know. {remedy.split(',')[0]}."
+            )
+        return f"{image_root.rstrip('/')}/{uri}"
+    path = os.path.join(image_root, uri)
+    if not allow_absolute:
+        root = os.path.realpath(image_root)
+        if not os.path.realpath(path).startswith(root.rstrip(os.sep) + os.sep):
+            raise UriDefect("outside_root", f"{column} leads out of {image_root}. {remedy}")
+    return path
+
+
+# --- decoding
+
+
+def decode_image(data: bytes, side: int, limits: Limits = LIMITS) -> DecodedImage:
+    """Decode, turn upright, convert to RGB and resize (bicubic, antialiased, without keeping the aspect) to side × side
+    px.
+
+    Of an animation the first frame counts; transparency becomes white; JPEGs are decoded at a reduced scale where that
+    suffices.
+
+    Raises:
+        ImageDefect: the bytes are beyond `limits`, which is checked before decoding, or no photo.
+    """
+    if not data:
+        raise ImageDefect("empty_image", "the photo has no bytes. Upload it again.")
+    if len(data) > limits.bytes:
+        raise ImageDefect(
+            "too_many_bytes", f"the photo has {len(data):,} bytes, more than {limits.bytes:,}. Upload a smaller one."
+        )
+    try:
+        with _open(data) as image:
+            width, height = image.size
+            if width * height > limits.pixels:
+                raise ImageDefect(
+                    "too_many_pixels",
+                    f"the photo has {width} × {height} pixels, more than {limits.pixels:,}. Upload a smaller one.",
+                )
+            small = _decode(image, side)
+            orientation = _orientation(image)
+    except _BOMBS as error:
+        raise ImageDefect(
+            "too_many_pixels", f"the photo unpacks to more than {limits.pixels:,} pixels. Upload a smaller one."
+        ) from error
+    if orientation in _TURNS:
+        # The resized photo is square, so turning it after is the same and cheaper.
+        small = small.transpose(_TURNS[orientation])
+    if orientation >= 5:
+        width, height = height, width
+    return DecodedImage(np.asarray(small), width, height)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        start = data[:16].decode("ascii", errors="replace")
+        formats = ", ".join(FORMATS)
+        raise ImageDefect(
+            "not_an_image", f"the file starts with {start!r} and is none of {formats}. Upload the photo itself."
+        ) from error
+    except _BROKEN as error:
+        raise _name_damage(error) from error
+
+
+def _decode(image: Image.Image, side: int) -> Image.Image:
+    """First frame, RGB, side × side."""
+    try:
+        image.draft("RGB", (side, side))
+        image.load()
+    except _BROKEN as error:
+        raise _name_damage(error) from error
+    return to_rgb(image).resize((side, side), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def _name_damage(error: Exception) -> ImageDefect:
+    if isinstance(error, EOFError) or "truncat" in str(error).lower():
+        return ImageDefect("truncated_image", f"the photo is cut off ({error}). Upload it again.")
+    return ImageDefect("corrupt_image", f"the photo cannot be decoded ({error}). Upload it again.")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any photo's mode to RGB: 16 bits a channel are scaled to 8, transparency is laid over white.
+
+    Raises:
+        ImageDefect: unsupported_mode, for values whose range is not known (floats, 32-bit integers) or colour spaces
+        Pillow cannot convert.
+    """
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
+        values = np.asarray(image)
+        if values.min() >= 0 and values.max() <= 65535:
+            return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+    elif image.mode in ("RGBA", "RGBa", "LA", "PA") or (image.mode in _OPAQUE and "transparency" in image.info):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    elif image.mode in (*_OPAQUE, "CMYK", "YCbCr", "RGBX"):
+        return image.convert("RGB")
+    raise ImageDefect(
+        "unsupported_mode",
+        f"the photo's pixels are of mode '{image.mode}', which has no known range or colours. Save it as RGB.",
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where the tag is absent or unreadable: the pixels are good all the same."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _BROKEN:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+# --- patches and quality
+
+
+def grid_patches(image: np.ndarray, grid: int, size: int) -> np.ndarray:
+    """Cut uint8 [grid·size, grid·size, 3] into uint8 [grid·grid, size, size, 3], row by row from the top left.
+
+    Raises:
+        ValueError: the image is not of that size.
+    """
+    side = grid * size
+    if image.shape != (side, side, 3):
+        raise ValueError(
+            f"image is {image.shape}, expected ({side}, {side}, 3) for {grid} × {grid} patches of {size} px"
+        )
+    return image.reshape(grid, size, grid, size, 3).swapaxes(1, 2).reshape(grid * grid, size, size, 3)
+
+
+def image_quality(image: DecodedImage) -> ImageQuality:
+    """Blur, luminance and size of a decoded photo."""
+    small = Image.fromarray(image.pixels).convert("L").resize((_QUALITY_SIDE, _QUALITY_SIDE), Image.Resampling.BILINEAR)
+    grey = np.asarray(small, dtype=np.float32)
+    around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+    laplacian = around - 4 * grey[1:-1, 1:-1]
+    return ImageQuality(float(laplacian.var()), float(grey.mean() / 255), image.width, image.height)

@@ -1,0 +1,151 @@
+"""What the report reads: the manifests, metrics, curves and tables of a working directory. Every one of them may be absent."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from apache_beam.io.filesystems import FileSystems
+
+from pipelines import files
+from pipelines.manifest import MANIFEST, Manifest, read_latest, read_run
+from schemas.contract import InputError
+
+STAGES = (("embed", "store"), ("shards", "shards"), ("train", "model"), ("score", "scores"))
+"""Stage and the folder of the working directory that it publishes in."""
+
+_ITEM_COLUMNS = ("item_id", "title", "subcategory", "image_uri", "store_id", "price", "product_key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A working directory, as far as it exists. `metrics`, `curves` and `retrieval` are as their files have them."""
+
+    root: str
+    manifests: dict[str, Manifest]
+    previous_scores: Manifest | None
+    metrics: dict[str, Any] | None
+    curves: pd.DataFrame | None
+    retrieval: list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A listing, as it was clicked or scored. `price`: currency units."""
+
+    item_id: str
+    title: str | None = None
+    subcategory: str | None = None
+    image_uri: str | None = None
+    store_id: str | None = None
+    price: float | None = None
+    product_key: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """One reason of a rejects or defects table: its rows, and a few of them as examples (key, detail)."""
+
+    stage: str
+    reason: str
+    rows: int
+    examples: list[dict[str, str]]
+
+
+def read_work(root: str) -> Work:
+    """Read what a working directory has, tables excepted.
+
+    Raises:
+        InputError: it is no directory, or one of its files is not what it should be.
+    """
+    if files.is_local(root) and not files.exists(root):
+        raise InputError(f"--run {root}: no such directory. Give the working directory that holds store/, shards/, model/ and scores/.")
+    found = {stage: read_latest(files.join(root, folder)) for stage, folder in STAGES}
+    manifests = {stage: manifest for stage, manifest in found.items() if manifest is not None}
+    scores, model = manifests.get("score"), manifests.get("train")
+    curves = retrieval = None
+    if model is not None:
+        directory = files.join(root, "model", "runs", model.run)
+        curves = _read_curves(files.join(directory, "curves.csv"))
+        retrieval = _read_object(files.join(directory, "retrieval.json"))
+    return Work(
+        root=root,
+        manifests=manifests,
+        previous_scores=_read_previous(files.join(root, "scores"), scores.run) if scores else None,
+        metrics=_read_object(files.join(root, "metrics.json")),
+        curves=curves,
+        retrieval=retrieval["queries"] if retrieval else None,
+    )
+
+
+def _read_object(path: str) -> dict[str, Any] | None:
+    if not files.exists(path):
+        return None
+    try:
+        value = files.read_json(path)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON ({error}). Write it again, or remove it.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, expected an object. Write it again, or remove it.")
+    return value
+
+
+def _read_curves(path: str) -> pd.DataFrame | None:
+    if not files.exists(path):
+        return None
+    with files.open_read(path) as handle:
+        curves = pd.read_csv(handle)
+    needed = {"step", "total", "cvr", "ita", "tia", "contrastive", "balance", "z", "early_stop_log_loss"}
+    missing = sorted(needed - set(curves.columns))
+    if missing:
+        raise InputError(f"{path}: columns {', '.join(missing)} are missing. Train again, or remove the file.")
+    return curves
+
+
+def _read_previous(root: str, run: str) -> Manifest | None:
+    """The run before `run` that has a manifest: names sort by time."""
+    found = FileSystems.match([files.join(root, "runs", "*", MANIFEST)])[0].metadata_list
+    earlier = sorted(name for name in (metadata.path.rstrip("/").split("/")[-2] for metadata in found) if name < run)
+    return read_run(root, earlier[-1]) if earlier else None
+
+
+def read_columns(paths: list[str], columns: list[str]) -> Iterator[pa.Table]:
+    """Some columns of Parquet files, one file at a time."""
+    for path in paths:
+        with files.open_read(path) as handle:
+            # A ParquetFile reads this file alone; hive folders of its path would add columns.
+            yield pq.ParquetFile(handle).read(columns=columns)
+
+
+def read_items(work: Work, wanted: set[str]) -> dict[str, Item]:
+    """The listings of some ids, from the scored catalog, else from the shards' one; ids that neither knows are left out."""
+    for stage in ("score", "shards"):
+        manifest = work.manifests.get(stage)
+        paths = manifest.paths("items") if manifest else []
+        if paths:
+            ids = pa.array(sorted(wanted), pa.string())
+            tables = [table.filter(pc.is_in(table["item_id"], value_set=ids)) for table in read_columns(paths, list(_ITEM_COLUMNS))]
+            return {row["item_id"]: Item(**row) for table in tables for row in table.to_pylist()}
+    return {}
+
+
+def count_reasons(manifests: dict[str, Manifest], table: str, examples: int) -> list[Reason]:
+    """Rows of `rejects` or `defects` by stage and reason, most frequent first, with the first few of each."""
+    rows: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for manifest in manifests.values():
+        for piece in read_columns(manifest.paths(table), ["stage", "key", "reason", "detail"]):
+            grouped = piece.group_by(["stage", "reason"], use_threads=False).aggregate([([], "count_all")])
+            for group in grouped.to_pylist():
+                name = group["stage"], group["reason"]
+                rows[name] = rows.get(name, 0) + group["count_all"]
+                shown = first.setdefault(name, [])
+                if len(shown) < examples:
+                    same = pc.and_(pc.equal(piece["stage"], name[0]), pc.equal(piece["reason"], name[1]))
+                    shown += piece.filter(same).slice(0, examples - len(shown)).select(["key", "detail"]).to_pylist()
+    order = sorted(rows, key=lambda name: (-rows[name], name))
+    return [Reason(stage=stage, reason=reason, rows=rows[stage, reason], examples=first[stage, reason]) for stage, reason in order]

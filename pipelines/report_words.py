@@ -1,0 +1,104 @@
+"""The report's words: what counts and metrics mean, in plain English, and how numbers are written."""
+
+from dataclasses import dataclass
+from typing import Any
+
+OUTCOMES = {
+    "rejected": "cannot be used: a required value is missing or contradicts another",
+    "duplicates": "exact copies of another row",
+    "unknown_item": "the listing is not in the catalog",
+    "open_window": "too recent: an order may still follow",
+    "repeated_clicks": "a further click on the same listing in the same session",
+    "returns": "quantity of zero or less",
+    "after_as_of": "later than the moment up to which the logs are read",
+}
+"""Why rows of a table fell out."""
+
+STAGE_TITLES = {"embed": "Embed the catalog", "shards": "Build training shards", "train": "Train the model", "score": "Score the catalog"}
+
+SPLIT_WORDS = {
+    "train": "the model learns from these",
+    "gap": "left out, so that no label reaches into the next part",
+    "early_stop": "decides when training stops",
+    "calibration": "turns scores into probabilities",
+    "test": "opened once, for the figures on this page",
+}
+
+BASELINE_TITLES = {"popularity": "Popularity", "lightgbm": "LightGBM"}
+
+FLAG_WORDS = {
+    "mismatch": "photo and title do not belong together",
+    "no_image": "no photo",
+    "no_text": "no title",
+    "vague_image": "photo is blurred, dark or small",
+    "poor_title": "title says little",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How one metric is shown; `best`: 'high', 'low' or 'one' (the closer to 1, the better)."""
+
+    name: str
+    title: str
+    meaning: str
+    best: str
+
+
+METRICS = (
+    Metric(name="auc", title="AUC", meaning="chance that a bought click ranks above one that was not; 0.5 is a coin toss", best="high"),
+    Metric(name="gauc", title="GAUC", meaning="AUC within each user, weighted by clicks", best="high"),
+    Metric(name="session_auc", title="Session AUC", meaning="AUC within each session", best="high"),
+    Metric(name="ndcg_at_10", title="NDCG@10", meaning="how far up a session's bought listings stand; 1 is perfect", best="high"),
+    Metric(name="hr_at_10", title="Hit rate@10", meaning="sessions whose first ten hold a bought listing", best="high"),
+    Metric(name="log_loss", title="Log loss", meaning="mean surprise of the predicted probabilities", best="low"),
+    Metric(name="ne", title="Normalised entropy", meaning="log loss over that of always saying the average; below 1 is better than that", best="low"),
+    Metric(name="ece", title="Calibration error", meaning="mean distance between predicted and bought share, 15 bins", best="low"),
+    Metric(name="pcoc", title="Predicted / bought", meaning="1 is right on average, above 1 promises too much", best="one"),
+)
+
+
+def count(value: float | None) -> str:
+    """A whole number with separators, or a dash."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number with fixed decimals, or a dash."""
+    return "–" if value is None or value != value else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as per cent, or a dash."""
+    return "–" if value is None or value != value else f"{value:.{digits}%}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them: 8.2 s, 3 min 20 s, 2 h 5 min."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def phrase(name: str) -> str:
+    """A column or reason name as words."""
+    return name.replace("_", " ")
+
+
+def shown(value: Any) -> str:
+    """A value of a stage's summary, whatever its type."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{phrase(name)} {shown(inner)}" for name, inner in value.items()) or "–"
+    if isinstance(value, list):
+        return ", ".join(shown(inner) for inner in value) or "–"
+    return str(value)

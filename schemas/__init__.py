@@ -1,0 +1,1 @@
+"""The contracts: one module per table, each a pyarrow schema with units. Imports pyarrow only."""

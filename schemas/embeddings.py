@@ -1,0 +1,75 @@
+"""The embedding store: one row per distinct photo or title under one encoder fingerprint, and what the catalog refers to."""
+
+import pyarrow as pa
+
+from schemas.contract import Column, Contract, text_column
+
+SHAPE_KEY = b"camenn.shape"
+"""Field metadata of an `embedding` column: the array's shape, comma separated; values are little-endian float16, row major."""
+
+
+def _embedding_column(shape: tuple[int, int], doc: str) -> Column:
+    return Column(name="embedding", type=pa.binary(shape[0] * shape[1] * 2), doc=f"{doc}, float16 [{shape[0]}, {shape[1]}]")
+
+
+def image_embeddings(patches: int, width: int) -> Contract:
+    """Contract of the photo embeddings: `patches` rows of `width` float16 each, patches row by row from the top left."""
+    return Contract(
+        name="image_embeddings",
+        doc="One row per distinct photo.",
+        key=("image_key",),
+        columns=(
+            text_column("image_key", "content hash of the encoded photo's bytes"),
+            _embedding_column((patches, width), "patch features"),
+            Column(name="blur", type=pa.float32(), doc="variance of the Laplacian of the grey photo; low = blurred"),
+            Column(name="luminance", type=pa.float32(), doc="mean luminance, 0 (black) to 1 (white)"),
+            Column(name="width", type=pa.int32(), doc="width of the original, px"),
+            Column(name="height", type=pa.int32(), doc="height of the original, px"),
+        ),
+    )
+
+
+def title_embeddings(tokens: int, width: int) -> Contract:
+    """Contract of the title embeddings: `tokens` rows of `width` float16, zero beyond the title's own tokens."""
+    return Contract(
+        name="title_embeddings",
+        doc="One row per distinct title.",
+        key=("title_key",),
+        columns=(
+            text_column("title_key", "content hash of the normalised title"),
+            _embedding_column((tokens, width), "last hidden states of BERT"),
+            Column(name="tokens", type=pa.int32(), doc="tokens in use, [CLS] and [SEP] included"),
+            Column(name="unknown_share", type=pa.float32(), doc="share of words that the vocabulary does not know, 0 to 1"),
+        ),
+    )
+
+
+EMBEDDED_ITEMS = Contract(
+    name="items",
+    doc="One row per listing that was embedded: which photo and which title it has.",
+    key=("item_id",),
+    columns=(
+        text_column("item_id", "listing of the catalog"),
+        text_column("title_key", "its title in the title embeddings; null = no title", nullable=True),
+        text_column("image_key", "its photo in the image embeddings; null = none that could be read", nullable=True),
+        text_column("image_uri", "the photo's address as the catalog has it", nullable=True),
+        Column(name="image_size", type=pa.int64(), doc="bytes of the photo when it was read", nullable=True),
+        Column(name="image_mtime", type=pa.float64(), doc="modification time of the photo when it was read, s since 1970", nullable=True),
+        text_column("image_defect", "reason why there is no photo, where there should be one", nullable=True),
+        text_column("image_defect_detail", "the same for a person", nullable=True),
+    ),
+)
+
+
+def embedding_shape(schema: pa.Schema) -> tuple[int, int]:
+    """Shape of the `embedding` column of a stored file, from its metadata."""
+    text = (schema.field("embedding").metadata or {})[SHAPE_KEY].decode()
+    rows, width = text.split(",")
+    return int(rows), int(width)
+
+
+def with_shape(table: pa.Table, shape: tuple[int, int]) -> pa.Table:
+    """Stamp `shape` on the `embedding` column's metadata."""
+    index = table.schema.get_field_index("embedding")
+    field = table.schema.field(index).with_metadata({SHAPE_KEY: f"{shape[0]},{shape[1]}".encode()})
+    return table.cast(table.schema.set(index, field))

@@ -1,0 +1,34 @@
+"""What is published: scores and listing quality, each an ordinary hive-partitioned dataset by score_date."""
+
+import pyarrow as pa
+
+from schemas.contract import Column, Contract, text_column
+
+SCORES = Contract(
+    name="scores",
+    doc="One row per audience row and item, in scores/score_date=YYYY-MM-DD/.",
+    key=("audience_id", "item_id"),
+    columns=(
+        text_column("audience_id", "row of the audience table"),
+        text_column("item_id", "listing of the catalog"),
+        Column(name="cvr", type=pa.float32(), doc="calibrated probability of an order after a click, 0 to 1"),
+        Column(name="rank", type=pa.int32(), doc="rank within the audience row, 1 = highest cvr; ties by item_id"),
+        text_column("model_version", "fingerprint of the model package"),
+    ),
+)
+
+LISTING_QUALITY = Contract(
+    name="listing_quality",
+    doc="One row per listing, in listing_quality/score_date=YYYY-MM-DD/.",
+    key=("item_id",),
+    columns=(
+        text_column("item_id", "listing of the catalog"),
+        Column(name="ita", type=pa.float32(), doc="probability that the text belongs to the image; null without both", nullable=True),
+        Column(name="tia", type=pa.float32(), doc="probability that the image belongs to the text; null without both", nullable=True),
+        Column(name="cosine", type=pa.float32(), doc="cosine of photo and title vectors, -1 to 1; null without both", nullable=True),
+        Column(name="mismatch", type=pa.float32(), doc="1 - (ita + tia) / 2; null without both", nullable=True),
+        Column(name="mismatch_percentile", type=pa.float32(), doc="share of listings with a lower mismatch; null without both", nullable=True),
+        Column(name="flags", type=pa.list_(pa.string()), doc="mismatch, no_image, no_text, vague_image, poor_title"),
+        text_column("model_version", "fingerprint of the model package"),
+    ),
+)

@@ -1,0 +1,221 @@
+"""Writes a city to a data directory: all of it or nothing, and the same again from the same configuration."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.catalog import CATALOG
+from schemas.contract import Contract, InputError, conform
+from schemas.events import CLICKS, ORDERS
+from schemas.users import STORES, USERS
+from simulator import tables
+from simulator.behaviour import simulate_days
+from simulator.catalog import Catalog, make_catalog
+from simulator.classes import make_classes
+from simulator.config import CityConfig
+from simulator.people import Users, make_users
+from simulator.photos import write_photos
+from simulator.truth import ClickTerms, expected_ladder
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is counted, done, total)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CitySummary:
+    """What came out. `rows`: of the data tables together, truth aside."""
+
+    rows: int
+    listings: int
+    clicks: int
+    orders: int
+    users: int
+    stores: int
+    photos: int
+    exposures: int
+    ctr: float
+    cvr: float
+    """Share of clicks that were followed by an order, ever."""
+
+
+class _Table:
+    """A Parquet file that grows by tables; its schema is the first one's, or its contract's."""
+
+    def __init__(self, path: Path, contract: Contract | None = None) -> None:
+        self.path, self.contract = path, contract
+        self.rows = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def append(self, table: pa.Table) -> None:
+        """Write `table` as a row group, held to the contract; optional columns that it lacks are left out."""
+        if self.contract is not None:
+            table = conform(table, self.contract, str(self.path)).select(table.column_names)
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self.path, table.schema, compression="zstd")
+        self._writer.write_table(table)
+        self.rows += table.num_rows
+
+    def close(self) -> int:
+        """Finish the file; returns its rows."""
+        if self._writer is not None:
+            self._writer.close()
+        return self.rows
+
+
+def _write(path: Path, table: pa.Table, contract: Contract | None = None) -> int:
+    file = _Table(path, contract)
+    file.append(table)
+    return file.close()
+
+
+def _write_logs(
+    out: Path, catalog: Catalog, users: Users, config: CityConfig, progress: Progress | None
+) -> tuple[int, int, int]:
+    """(exposures, clicks, order lines); one day in memory at a time."""
+    clicks_file = _Table(out / "clicks.parquet", CLICKS)
+    orders_file = _Table(out / "orders.parquet", ORDERS)
+    truth_file = _Table(out / "truth" / "clicks.parquet")
+    exposures = 0
+    for day in simulate_days(catalog, users, config):
+        exposures += day.exposures
+        clicks = tables.clicks_table(day.clicks, day.day, catalog, config)
+        clicks_file.append(clicks)
+        truth_file.append(tables.truth_clicks_table(day.clicks, day.day, clicks, catalog, config))
+        orders_file.append(tables.orders_table(day.orders, day.day, catalog, config))
+        if progress is not None:
+            progress("days", day.day + 1, config.days)
+    truth_file.close()
+    return exposures, clicks_file.close(), orders_file.close()
+
+
+def ladder_of(truth_clicks: Path) -> dict[str, dict[str, float]]:
+    """Expected AUC ladders from a truth/clicks.parquet: of all clicks, the test days', and their uniform sessions'.
+
+    Strata in which an AUC is not defined (too few clicks) are left out.
+    """
+    names = [*ClickTerms._fields, "test", "uniform"]
+    table = pq.read_table(truth_clicks, columns=names)
+    columns = {name: table[name].to_numpy() for name in names}
+    test = columns["test"]
+    strata = {"all": test | True, "test": test, "test_uniform": test & columns["uniform"]}
+    return {
+        name: expected_ladder(ClickTerms(*(columns[field][rows] for field in ClickTerms._fields)))
+        for name, rows in strata.items()
+        if rows.sum() >= 100
+    }
+
+
+def _write_city(out: Path, config: CityConfig, progress: Progress | None) -> CitySummary:
+    classes = make_classes(config)
+    catalog = make_catalog(classes, config)
+    users = make_users(catalog.stores, config)
+    truth = out / "truth"
+    truth.mkdir(parents=True)
+
+    def photo_progress(done: int, total: int) -> None:
+        if progress is not None:
+            progress("photos", done, total)
+
+    photos = write_photos(catalog.bank, classes, config, out, photo_progress)
+    listings = _write(out / "catalog.parquet", tables.catalog_table(catalog, config), CATALOG)
+    user_rows = _write(out / "users.parquet", tables.users_table(users), USERS)
+    stores = _write(out / "stores.parquet", tables.stores_table(config), STORES)
+    exposures, clicks, orders = _write_logs(out, catalog, users, config, progress)
+    _write(truth / "listings.parquet", tables.truth_listings_table(catalog, config))
+    _write(truth / "photos.parquet", tables.truth_photos_table(catalog))
+    _write(truth / "classes.parquet", tables.truth_classes_table(catalog))
+    _write(truth / "stores.parquet", tables.truth_stores_table(catalog, config))
+    _write(truth / "users.parquet", tables.truth_users_table(users))
+    (truth / "ladder.json").write_text(json.dumps(ladder_of(truth / "clicks.parquet"), indent=2) + "\n")
+    ordered = pq.read_table(truth / "clicks.parquet", columns=["ordered"])["ordered"]
+    summary = CitySummary(
+        rows=listings + user_rows + stores + clicks + orders,
+        listings=listings,
+        clicks=clicks,
+        orders=orders,
+        users=user_rows,
+        stores=stores,
+        photos=photos,
+        exposures=exposures,
+        ctr=clicks / exposures,
+        cvr=ordered.to_numpy().mean().item(),
+    )
+    (truth / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    (truth / "config.json").write_text(json.dumps(config_record(config), indent=2) + "\n")
+    return summary
+
+
+def config_record(config: CityConfig) -> dict[str, Any]:
+    """What must be equal for two cities to be equal: the configuration, and names and sizes of the photos it reads.
+
+    Raises:
+        InputError: the photo folder cannot be used.
+    """
+    record = config.to_json()
+    if config.photo_folder is not None:
+        files = [f"{path} {path.stat().st_size}" for c in make_classes(config) for path in c.files]
+        record["photo_files"] = hashlib.sha256("\n".join(files).encode()).hexdigest()
+    return record
+
+
+def read_existing(out: Path, config: CityConfig) -> CitySummary | None:
+    """The summary of the city that `out` already holds, or None where `out` is absent or an empty folder.
+
+    Raises:
+        InputError: `out` holds something else, or a city of another configuration (naming what differs).
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    remedy = "choose another --out, or delete it yourself; nothing was changed"
+    config_file, summary_file = out / "truth" / "config.json", out / "truth" / "summary.json"
+    if not (config_file.is_file() and summary_file.is_file()):
+        raise InputError(f"simulate: {out} exists and does not hold a simulated city; {remedy}")
+    try:
+        there: dict[str, Any] = json.loads(config_file.read_text())
+        summary = CitySummary(**json.loads(summary_file.read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"simulate: {config_file} or {summary_file} cannot be read ({error}); {remedy}") from error
+    asked = config_record(config)
+    other = [
+        f"{name} is {there.get(name)}, asked for {asked.get(name)}"
+        for name in sorted({*there, *asked})
+        if there.get(name) != asked.get(name)
+    ]
+    if other:
+        raise InputError(f"simulate: {out} holds another city ({'; '.join(other[:4])}); {remedy}")
+    return summary
+
+
+def generate_city(out: Path, config: CityConfig, progress: Progress | None = None) -> tuple[CitySummary, bool]:
+    """(summary, made): write the city to `out`; not made where `out` already holds this very city.
+
+    Everything is written to a hidden folder next to `out`, which takes its place when complete: an interrupted run
+    leaves `out` as it was.
+
+    Raises:
+        InputError: `out` holds something else; a configuration that does not work out; an unreadable photo folder.
+    """
+    existing = read_existing(out, config)
+    if existing is not None:
+        return existing, False
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    if partial.exists():
+        # Left by a killed run that had this process id.
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        summary = _write_city(partial, config, progress)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return summary, True

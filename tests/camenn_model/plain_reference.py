@@ -1,0 +1,118 @@
+"""The prefix formula of ``docs/model.md`` written out for one pair at a time, with loops and without masks.
+
+It shares nothing with the model but its weights and its tokens: padding is cut away instead of masked, heads are a loop,
+every pair computes its own item and audience.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camenn_model.batch import Batch
+from camenn_model.layers import EncoderLayer
+from camenn_model.model import CameNN
+from camenn_model.towers import Tower
+
+
+def reference_logits(model: CameNN, batch: Batch) -> Tensor:
+    """Logits [B] of a model in eval mode with prefix attention."""
+    items = model.item_tokens(batch.items)
+    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.identity(batch.history.cats))
+    x = model.pair_tokens(batch.pairs)
+    logits = []
+    for pair in range(len(batch.pairs)):
+        i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
+        item, user, tokens = items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]], x[pair]
+        for layer in model.shared:
+            item, user, tokens = prefix_layer(layer, item, user, tokens)
+        score = model.cvr_gate.weights[0].weight @ items.gate[i] + model.cvr_gate.weights[1].weight @ audience.gate[u]
+        order = sorted(range(len(score)), key=lambda e: (-float(score[e]), e))[: model.config.top_k]
+        gate = torch.softmax(score[order], dim=0)
+        mixed = [torch.zeros_like(group) for group in (item, user, tokens)]
+        for weight, expert in zip(gate, order, strict=True):
+            outputs = prefix_layer(model.mixture.experts[expert], item, user, tokens)
+            norm = model.mixture.norms[expert]
+            mixed = [total + weight * layer_norm(norm, output) for total, output in zip(mixed, outputs, strict=True)]
+        logits.append(tower_logit(model.cvr_tower, torch.cat(mixed), mixed[2][0]))
+    return torch.stack(logits)
+
+
+def full_logits(model: CameNN, batch: Batch) -> Tensor:
+    """Logits [B] of a model in eval mode with full attention: all tokens of a pair attend to all."""
+    items = model.item_tokens(batch.items)
+    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.identity(batch.history.cats))
+    x = model.pair_tokens(batch.pairs)
+    logits = []
+    for pair in range(len(batch.pairs)):
+        i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
+        tokens = torch.cat([x[pair], items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]]])
+        for layer in model.shared:
+            tokens = layer_output(layer, tokens, tokens)
+        score = model.cvr_gate.weights[0].weight @ items.gate[i] + model.cvr_gate.weights[1].weight @ audience.gate[u]
+        order = sorted(range(len(score)), key=lambda e: (-float(score[e]), e))[: model.config.top_k]
+        gate = torch.softmax(score[order], dim=0)
+        mixed = torch.zeros_like(tokens)
+        for weight, expert in zip(gate, order, strict=True):
+            output = layer_output(model.mixture.experts[expert], tokens, tokens)
+            mixed = mixed + weight * layer_norm(model.mixture.norms[expert], output)
+        logits.append(tower_logit(model.cvr_tower, mixed, mixed[0]))
+    return torch.stack(logits)
+
+
+def prefix_layer(layer: EncoderLayer, item: Tensor, user: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """I' = f(I; I), U' = f(U; U), X' = f(X; [I, U, X])."""
+    return (
+        layer_output(layer, item, item),
+        layer_output(layer, user, user),
+        layer_output(layer, x, torch.cat([item, user, x])),
+    )
+
+
+def layer_output(layer: EncoderLayer, tokens: Tensor, context: Tensor) -> Tensor:
+    """A pre-LN encoder layer: ``tokens`` [n, d] attend to ``context`` [m, d]."""
+    width = tokens.shape[1]
+    w_query, w_key, w_value = layer.qkv.weight.split(width)
+    b_query, b_key, b_value = layer.qkv.bias.split(width)
+    normal, seen = layer_norm(layer.attention_norm, tokens), layer_norm(layer.attention_norm, context)
+    query, key, value = normal @ w_query.T + b_query, seen @ w_key.T + b_key, seen @ w_value.T + b_value
+    tokens = tokens + linear(layer.out, multi_head(query, key, value, layer.heads))
+    return tokens + feed_forward(layer.ffn, layer_norm(layer.ffn_norm, tokens))
+
+
+def tower_logit(tower: Tower, mixed: Tensor, task: Tensor) -> Tensor:
+    """One logit from all mixed tokens [n, d] and the task's own [d]."""
+    query = linear(tower.query, layer_norm(tower.query_norm, task))[None]
+    attended = multi_head(query, mixed @ tower.key.weight.T, mixed @ tower.value.weight.T, tower.heads)[0]
+    z = task + linear(tower.out, attended)
+    out = z + feed_forward(tower.ffn, layer_norm(tower.ffn_norm, z))
+    hidden = F.gelu(linear(tower.head_hidden, layer_norm(tower.head_norm, out)))
+    return linear(tower.head, hidden)[0]
+
+
+def multi_head(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Softmax attention head by head, [n, d]."""
+    width = query.shape[1] // heads
+    outputs = []
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        scores = query[:, part] @ key[:, part].T / width**0.5
+        outputs.append(torch.softmax(scores, dim=1) @ value[:, part])
+    return torch.cat(outputs, dim=1)
+
+
+def feed_forward(ffn: nn.Module, x: Tensor) -> Tensor:
+    """rise, GELU, fall."""
+    return linear(ffn.fall, F.gelu(linear(ffn.rise, x)))
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """x Wᵀ + b."""
+    return x @ layer.weight.T + layer.bias
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + eps) · w + b over the last axis."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + norm.eps) * norm.weight + norm.bias
