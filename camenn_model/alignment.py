@@ -36,8 +36,9 @@ class ContrastiveHead(nn.Module):
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
     def similarities(self, image: Tensor, text: Tensor) -> Tensor:
-        """[C, C] float32: cosine of each image (rows) with each text, over the temperature (scale at most 100, as CLIP)."""
-        return image @ text.T * self.log_scale.exp().clamp(max=LARGEST_SCALE)
+        """[C, C] float32: cosine of each image (rows) with each text, over the temperature (scale ≤ 100, as CLIP)."""
+        with torch.autocast(image.device.type, enabled=False):
+            return image @ text.T * self.log_scale.exp().clamp(max=LARGEST_SCALE)
 
 
 class TaskTokens(nn.Module):

@@ -3,11 +3,11 @@
 Shapes: I unique items, S unique audience rows (a session, or a row of the audience table), G unique items that occur in
 histories, B pairs, A alignment pairs, C items of the contrastive loss, T text tokens, P patches, H history, d_txt and
 d_img the frozen encoders' widths. "float" is float16, bfloat16 or float32: the model casts it. Column orders come from
-``ModelConfig``: its properties ``item_categorical``, ``item_numeric``, ``audience_categorical``, ``audience_numeric`` and
-``pair_numeric``.
+``ModelConfig``: its properties ``item_categorical``, ``item_numeric``, ``audience_categorical``, ``audience_numeric``
+and ``pair_numeric``.
 
-Numeric fields come twice: ``buckets`` (int64, 0 = missing, else 1 .. size-1) and ``values`` (float32, normalised to about
-mean 0, variance 1; ignored where the bucket is 0).
+Numeric fields come twice: ``buckets`` (int64, 0 = missing, else 1 .. size-1) and ``values`` (float32, normalised to
+about mean 0, variance 1; ignored where the bucket is 0).
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class AlignmentPairs(_Tensors):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentBatch(_Tensors):
-    """One step of the alignment tasks. Fields of ``items`` (cats, values, buckets) are never looked at: any width will do.
+    """One step of the alignment tasks. Fields of ``items`` (cats, values, buckets) are not looked at: any width will do.
 
     ``index`` names C distinct items for the contrastive loss and ``group`` their product (equal = same product, never
     taken as each other's negatives). Items of ``index`` that lack a modality are left out by the model.
@@ -194,8 +194,7 @@ def check_batch(batch: Batch, config: ModelConfig) -> None:
         (f"audience.cats[{f.name}]", audience.cats[:, k], f.size) for k, f in enumerate(config.audience_categorical)
     ]
     sizes += [
-        (f"audience.buckets[{f.name}]", audience.buckets[:, k], f.size)
-        for k, f in enumerate(config.audience_numeric)
+        (f"audience.buckets[{f.name}]", audience.buckets[:, k], f.size) for k, f in enumerate(config.audience_numeric)
     ]
     sizes += [(f"pairs.buckets[{f.name}]", pairs.buckets[:, k], f.size) for k, f in enumerate(config.pair_numeric)]
     sizes += [
@@ -206,7 +205,7 @@ def check_batch(batch: Batch, config: ModelConfig) -> None:
         ("pairs.position", pairs.position, config.position_size),
     ]
     for name, index, size in sizes:
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < size):
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
             raise ValueError(f"{name}: values {int(index.min())} .. {int(index.max())}, expected 0 .. {size - 1}")
 
 

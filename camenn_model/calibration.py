@@ -47,12 +47,13 @@ def fit_platt(labels: ArrayLike, logits: ArrayLike, *, tolerance: float = 1e-10,
     if not np.isfinite(z).all():
         raise ValueError(f"fit_platt: {int((~np.isfinite(z)).sum())} of {len(z)} logits are not finite")
     positives = int(y.sum())
-    counts = {"examples": len(y), "positives": positives}
     if positives in (0, len(y)):
-        return PlattScaling(reason=f"one class only: {positives} positives of {len(y)}", **counts)
+        reason = f"one class only: {positives} positives of {len(y)}"
+        return PlattScaling(reason=reason, examples=len(y), positives=positives)
     if z.min() == z.max():
         intercept = float(np.log(positives / (len(y) - positives)) - z[0])
-        return PlattScaling(intercept=intercept, reason="all logits are equal: the intercept alone was fitted", **counts)
+        reason = "all logits are equal: the intercept alone was fitted"
+        return PlattScaling(intercept=intercept, reason=reason, examples=len(y), positives=positives)
     target = np.where(y == 1, (positives + 1) / (positives + 2), 1 / (len(y) - positives + 2))
     centre, spread = z.mean(), z.std()
     x = np.stack([(z - centre) / spread, np.ones(len(z))], axis=1)  # well-conditioned whatever the logits' scale
@@ -78,8 +79,9 @@ def fit_platt(labels: ArrayLike, logits: ArrayLike, *, tolerance: float = 1e-10,
         value = loss(w)
     slope, intercept = float(w[0] / spread), float(w[1] - w[0] * centre / spread)
     if slope <= 0.0:
-        return PlattScaling(reason=f"the best slope, {slope:.4g}, is not positive: it would turn the ranks", **counts)
-    return PlattScaling(slope=slope, intercept=intercept, **counts)
+        reason = f"the best slope, {slope:.4g}, is not positive: it would turn the ranks"
+        return PlattScaling(reason=reason, examples=len(y), positives=positives)
+    return PlattScaling(slope=slope, intercept=intercept, examples=len(y), positives=positives)
 
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:

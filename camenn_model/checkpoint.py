@@ -1,9 +1,9 @@
 """Checkpoints and packages: safetensors and JSON, never pickle.
 
-    MODEL/runs/RUN/model.safetensors      averaged weights of the best evaluation
-    MODEL/runs/RUN/fold0.safetensors ...  alignment-only models, each trained without the listings of its fold
-    MODEL/runs/RUN/config.json features.json calibration.json metrics.json curves.csv
-    MODEL/checkpoints/*.safetensors       where a killed training goes on; removed when the package is written
+MODEL/runs/RUN/model.safetensors      averaged weights of the best evaluation
+MODEL/runs/RUN/fold0.safetensors ...  alignment-only models, each trained without the listings of its fold
+MODEL/runs/RUN/config.json features.json calibration.json metrics.json curves.csv
+MODEL/checkpoints/*.safetensors       where a killed training goes on; removed when the package is written
 """
 
 import hashlib
@@ -32,7 +32,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     temporary = path.with_suffix(".tmp")
     header = {"camenn": json.dumps(metadata or {})}
     # Tied or sliced tensors would share storage, which safetensors refuses: each entry gets its own.
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+    save_file(
+        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
+        temporary,
+        metadata=header,
+    )
     os.replace(temporary, path)
 
 
@@ -47,7 +51,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = json.loads((handle.metadata() or {}).get("camenn", "{}"))
             return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118 - not a dict
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}). Train again, or give another directory.") from error
+        raise InputError(
+            f"{path}: cannot be read as safetensors ({error}). Train again, or give another directory."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,12 @@ class Package:
     space: FeatureSpace
     calibration: PlattScaling
     metrics: dict[str, Any]
-    encoders: dict[str, Any]
+    meta: dict[str, Any]
+
+    @property
+    def encoders(self) -> dict[str, Any]:
+        """Fingerprint and description of the encoders whose embeddings it was trained on."""
+        return dict(self.meta["encoders"])
 
     @property
     def version(self) -> str:
@@ -90,10 +101,14 @@ def open_package(root: str) -> Package:
     """
     pointer = Path(root) / "latest.json"
     if not pointer.exists():
-        raise InputError(f"--model {root}: nothing is published there (no latest.json). Run `camenn train` into it first.")
+        raise InputError(
+            f"--model {root}: nothing is published there (no latest.json). Run `camenn train` into it first."
+        )
     latest = json.loads(pointer.read_text())
     if latest["stage"] != "train":
-        raise InputError(f"--model {root}: holds the output of `camenn {latest['stage']}`, not of `camenn train`. Give another directory.")
+        raise InputError(
+            f"--model {root}: holds the output of `camenn {latest['stage']}`, not of `camenn train`. Give another directory."
+        )
     return read_package(Path(root) / "runs" / latest["run"])
 
 
@@ -106,7 +121,5 @@ def read_package(directory: Path) -> Package:
         space=FeatureSpace.from_json((directory / "features.json").read_text()),
         calibration=PlattScaling.from_json((directory / "calibration.json").read_text()),
         metrics=json.loads((directory / "metrics.json").read_text()),
-        encoders=meta["encoders"],
+        meta=meta,
     )
-
-

@@ -32,8 +32,8 @@ GROUP_KINDS: dict[str, Kind] = {
 }
 """Field groups and the kind of field each one takes.
 
-``item``: static fields of the listing, one token each. ``item_numeric``, ``item_quality``: one token for each group, the
-sum over its fields. ``audience``: user, store, hour, weekday, one token each. ``audience_counts``: one summed token.
+``item``: static fields of the listing, one token each. ``item_numeric``, ``item_quality``: one token for each group,
+the sum over its fields. ``audience``: user, store, hour, weekday, one token each. ``audience_counts``: one summed token.
 ``item_counts``, ``pair_counts``: as-of counts on the pair's side, one summed token each.
 """
 
@@ -154,7 +154,7 @@ class ModelConfig:
         patch_grid: int | None = None,
         attention: Attention = "prefix",
     ) -> ModelConfig:
-        """A config from a named profile (``small`` or ``base``); ``text_tokens`` and ``patch_grid`` override its own."""
+        """A config from a profile (``small`` or ``base``); ``text_tokens`` and ``patch_grid`` override the profile's."""
         if name not in PROFILES:
             raise ValueError(f"profile {name!r}: one of {sorted(PROFILES)}")
         sizes = dataclasses.asdict(PROFILES[name])

@@ -62,7 +62,9 @@ class ExampleReader:
         history_length, position_size: the model's.
     """
 
-    def __init__(self, space: FeatureSpace, table: ItemTable, users: pa.Table, history_length: int, position_size: int) -> None:
+    def __init__(
+        self, space: FeatureSpace, table: ItemTable, users: pa.Table, history_length: int, position_size: int
+    ) -> None:
         self.space, self.table, self.users = space, table, users
         self.history_length, self.position_size = history_length, position_size
 
@@ -76,7 +78,7 @@ class ExampleReader:
 
         item = _codes(examples["item_id"], self.table.ids)
         user_row = _codes(examples["user_id"], self.users["user_id"].combine_chunks())
-        fields = self.users.take(pa.array(np.where(user_row < 0, None, user_row).tolist(), pa.int64()))
+        fields = self.users.take(pa.array(user_row, mask=user_row < 0))
         hour, weekday = examples["hour"].to_numpy(), examples["weekday"].to_numpy()
         audience_cats = self.space.encode_audience(examples["user_id"], examples["store_id"], hour, weekday, fields)
         columns = {name: to_float(examples[name]) for name in self.space.numbers if name in examples.column_names}
@@ -113,7 +115,9 @@ class ExampleReader:
         return pack_history(item, kind, hours, lengths, self.history_length)
 
 
-def pack_history(item: Ints, kind: NDArray[np.int8], hours: NDArray[np.float32], lengths: Ints, size: int) -> tuple[Ints, Ints, NDArray[np.float32]]:
+def pack_history(
+    item: Ints, kind: NDArray[np.int8], hours: NDArray[np.float32], lengths: Ints, size: int
+) -> tuple[Ints, Ints, NDArray[np.float32]]:
     """Flat histories → ([S, H] item row, -1 = padding; [S, H] kind; [S, H] log1p of hours). Items that are no longer listed become padding."""
     count = len(lengths)
     row = np.repeat(np.arange(count), lengths)
@@ -134,7 +138,9 @@ def _codes(column: pa.ChunkedArray, known: pa.Array) -> Ints:
     return pc.fill_null(pc.index_in(column, value_set=known), -1).to_numpy().astype(np.int64)
 
 
-def audience_batch(cats: Ints, values: NDArray[np.float32], buckets: Ints, history: Ints, kind: Ints, gap: NDArray[np.float32]) -> tuple[AudienceBatch, Ints]:
+def audience_batch(
+    cats: Ints, values: NDArray[np.float32], buckets: Ints, history: Ints, kind: Ints, gap: NDArray[np.float32]
+) -> tuple[AudienceBatch, Ints]:
     """AudienceBatch of S rows, and the item rows [G] that its histories point to (table rows become places in [G])."""
     distinct, place = np.unique(history, return_inverse=True)
     place = place.reshape(history.shape)
@@ -178,11 +184,17 @@ def concat_rows(pieces: list[Rows]) -> Rows:
     for piece in pieces:
         sessions.append(piece.session + offset)
         offset += int(piece.session.max(initial=-1)) + 1
-    columns = {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in vars(pieces[0]) if name != "session"}
+    columns = {
+        name: np.concatenate([getattr(piece, name) for piece in pieces])
+        for name in vars(pieces[0])
+        if name != "session"
+    }
     return Rows(session=np.concatenate(sessions), **columns)
 
 
-def stream_batches(reader: ExampleReader, files: list[tuple[str, int]], batch_size: int, rng: np.random.Generator | None) -> Iterator[Rows]:
+def stream_batches(
+    reader: ExampleReader, files: list[tuple[str, int]], batch_size: int, rng: np.random.Generator | None
+) -> Iterator[Rows]:
     """Batches of about `batch_size` examples, whole sessions together.
 
     With `rng`: files in a random order, sessions mixed within a buffer of some 65,000 examples. Without: the order of the files.
@@ -237,7 +249,7 @@ def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:
                 if stop.is_set():
                     return
             ready.put((None, StopIteration()))
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
+        except BaseException as error:
             ready.put((None, error))
 
     thread = threading.Thread(target=work, daemon=True)
@@ -249,7 +261,7 @@ def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:
                 return
             if error is not None:
                 raise error
-            yield element  # type: ignore[misc]
+            yield element
     finally:
         stop.set()
 
@@ -293,7 +305,11 @@ class AlignmentSampler:
             drawn = np.where(near[open_], within, anywhere)
             a, b = self.rows[anchor], self.rows[drawn]
             table = self.table
-            same = (table.product[a] == table.product[b]) | (table.image_row[a] == table.image_row[b]) | (table.title_row[a] == table.title_row[b])
+            same = (
+                (table.product[a] == table.product[b])
+                | (table.image_row[a] == table.image_row[b])
+                | (table.title_row[a] == table.title_row[b])
+            )
             found[open_] = np.where(same, -1, drawn)
             # A subcategory of one product has no foreign listing: look anywhere from the sixth draw on.
             near &= attempt < 5
@@ -317,7 +333,11 @@ class AlignmentSampler:
         table_rows = self.rows[places]
 
         def pairs(image: Ints, text: Ints, label: NDArray[np.bool_]) -> AlignmentPairs:
-            return AlignmentPairs(image_of=torch.from_numpy(image), text_of=torch.from_numpy(text), label=torch.from_numpy(label.astype(np.float32)))
+            return AlignmentPairs(
+                image_of=torch.from_numpy(image),
+                text_of=torch.from_numpy(text),
+                label=torch.from_numpy(label.astype(np.float32)),
+            )
 
         _, group = np.unique(self.table.product[self.rows[anchors]], return_inverse=True)
         return AlignmentBatch(
@@ -327,5 +347,3 @@ class AlignmentSampler:
             index=torch.from_numpy(anchor),
             group=torch.from_numpy(group),
         )
-
-

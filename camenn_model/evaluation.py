@@ -42,7 +42,13 @@ class Predictions:
         return replace(self, logits=logits)
 
 
-def predict(model: CameNN, reader: ExampleReader, table: ItemTable, files: list[tuple[str, int]], progress: Callable[[int, int], None] | None = None) -> Predictions:
+def predict(
+    model: CameNN,
+    reader: ExampleReader,
+    table: ItemTable,
+    files: list[tuple[str, int]],
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
     """Logits of every example of some files. The display position is unknown, as it is in scoring."""
     scorer = Scorer(model)
     device = next(model.parameters()).device
@@ -114,17 +120,26 @@ def reliability(found: Predictions, calibration: PlattScaling, bins: int = 15) -
     probability = calibration(found.logits)
     order = np.argsort(probability, kind="stable")
     pieces = [rows for rows in np.array_split(order, bins) if len(rows)]
-    return [{"predicted": float(probability[rows].mean()), "observed": float(found.labels[rows].mean()), "rows": len(rows)} for rows in pieces]
+    return [
+        {"predicted": float(probability[rows].mean()), "observed": float(found.labels[rows].mean()), "rows": len(rows)}
+        for rows in pieces
+    ]
 
 
-def _match_scores(model: CameNN, table: ItemTable, image_of: Ints, text_of: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _match_scores(
+    model: CameNN, table: ItemTable, image_of: Ints, text_of: Ints
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """ITA and TIA probabilities that photos and titles of given listings belong together, [n] each."""
     device = next(model.parameters()).device
     ita, tia = [], []
     for start in range(0, len(image_of), 512):
-        rows, place = np.unique(np.concatenate([image_of[start : start + 512], text_of[start : start + 512]]), return_inverse=True)
+        rows, place = np.unique(
+            np.concatenate([image_of[start : start + 512], text_of[start : start + 512]]), return_inverse=True
+        )
         half = len(place) // 2
-        pairs = AlignmentPairs(image_of=torch.from_numpy(place[:half]), text_of=torch.from_numpy(place[half:]), label=torch.zeros(half))
+        pairs = AlignmentPairs(
+            image_of=torch.from_numpy(place[:half]), text_of=torch.from_numpy(place[half:]), label=torch.zeros(half)
+        )
         none = torch.zeros(0, dtype=torch.int64)
         batch = AlignmentBatch(items=table.batch(rows, content_only=True), ita=pairs, tia=pairs, index=none, group=none)
         with torch.inference_mode():
@@ -164,7 +179,14 @@ def representation(model: CameNN, table: ItemTable, seed: int) -> tuple[dict[str
         figures[direction] = {f"r_at_{k}": share for k, share in metrics.recall_at_k(scores, product, product).items()}
         for query in shown:
             best = np.argsort(-scores[query], kind="stable")[:5]
-            results = [{"item_id": table.ids[int(rows[b])].as_py(), "cosine": float(scores[query, b]), "same_product": bool(relevant[query, b])} for b in best]
+            results = [
+                {
+                    "item_id": table.ids[int(rows[b])].as_py(),
+                    "cosine": float(scores[query, b]),
+                    "same_product": bool(relevant[query, b]),
+                }
+                for b in best
+            ]
             queries.append({"direction": direction, "item_id": table.ids[int(rows[query])].as_py(), "results": results})
     other = rng.permutation(len(rows))
     swapped = product != product[other]

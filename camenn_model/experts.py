@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camenn_model.config import ModelConfig
-from camenn_model.layers import EncoderLayer, Side
+from camenn_model.layers import EncoderLayer, Side, layers_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class GateOutput:
 
 
 def choose(logits: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The ``keep`` best experts and their softmax weights, logits [..., E] → two [..., K]. Ties: the lowest index wins."""
+    """The ``keep`` best experts and their softmax weights, logits [..., E] → two [..., K]. Ties: lowest index first."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     return order[..., :keep], ordered[..., :keep].softmax(dim=-1)
 
@@ -102,7 +102,7 @@ class Mixture(nn.Module):
         side_outputs: list[list[Tensor]] = [[] for _ in sides]
         computed = torch.zeros(len(self.experts), 1 + len(sides), dtype=torch.int64)
         filled = [0] * (1 + len(sides))
-        for expert, (layer, norm) in enumerate(zip(self.experts, self.norms, strict=True)):
+        for expert, (layer, norm) in enumerate(zip(layers_of(self.experts), self.norms, strict=True)):
             pairs, slot = (gate.chosen == expert).nonzero(as_tuple=True)
             if len(pairs) == 0:
                 continue

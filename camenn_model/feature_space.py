@@ -83,7 +83,9 @@ class HashedIds:
         frequent = np.isin(hashes, np.asarray(self.frequent, dtype=np.uint64))
         codes = np.where(frequent, 2 + (hashes % np.uint64(self.table)).astype(np.int64), RARE)
         null = pc.is_null(column)
-        return np.where(null.to_numpy(zero_copy_only=False) if isinstance(null, pa.Array) else null.to_numpy(), MISSING, codes)
+        return np.where(
+            null.to_numpy(zero_copy_only=False) if isinstance(null, pa.Array) else null.to_numpy(), MISSING, codes
+        )
 
 
 @dataclass(frozen=True)
@@ -135,13 +137,20 @@ class FeatureSpace:
     @property
     def fields(self) -> tuple[FieldSpec, ...]:
         """The model's fields."""
-        item = [FieldSpec(name=name, group="item", kind="categorical", size=self.vocabularies[name].size) for name in ("category", SUBCATEGORY, "brand")]
+        item = [
+            FieldSpec(name=name, group="item", kind="categorical", size=self.vocabularies[name].size)
+            for name in ("category", SUBCATEGORY, "brand")
+        ]
         item.append(FieldSpec(name=ITEM_HASH, group="item", kind="categorical", size=self.ids[ITEM_HASH].size))
         audience = [FieldSpec(name=USER_HASH, group="audience", kind="categorical", size=self.ids[USER_HASH].size)]
         for name in ("store", "hour", "weekday", *self.user_fields):
-            audience.append(FieldSpec(name=name, group="audience", kind="categorical", size=self.vocabularies[name].size))
+            audience.append(
+                FieldSpec(name=name, group="audience", kind="categorical", size=self.vocabularies[name].size)
+            )
         numbers = [
-            FieldSpec(name=name, group=group, kind="numeric", size=self.numbers[name].size) for group, names in NUMERIC_GROUPS.items() for name in names
+            FieldSpec(name=name, group=group, kind="numeric", size=self.numbers[name].size)
+            for group, names in NUMERIC_GROUPS.items()
+            for name in names
         ]
         return (*item, *audience, *numbers)
 
@@ -155,7 +164,11 @@ class FeatureSpace:
         vocabularies["weekday"] = Vocabulary(tuple(str(day) for day in range(7)))
         for name in user_fields:
             vocabularies[name] = Vocabulary.fit(users[name.removeprefix("user_")])
-        numbers = {name: Numeric.fit(to_float(items[name])) for group in ("item_numeric", "item_quality") for name in NUMERIC_GROUPS[group]}
+        numbers = {
+            name: Numeric.fit(to_float(items[name]))
+            for group in ("item_numeric", "item_quality")
+            for name in NUMERIC_GROUPS[group]
+        }
         for group in ("audience_counts", "item_counts", "pair_counts"):
             numbers |= {name: Numeric.fit(to_float(examples[name])) for name in NUMERIC_GROUPS[group]}
         ids = {ITEM_HASH: HashedIds.fit(examples["item_id"]), USER_HASH: HashedIds.fit(examples["user_id"])}
@@ -165,11 +178,19 @@ class FeatureSpace:
         """(cats [N, n], values [N, m], buckets [N, m]) of an `items` table."""
         cats = [self.vocabularies[name].encode(items[name]) for name in ("category", SUBCATEGORY, "brand")]
         cats.append(self.ids[ITEM_HASH].encode(items["item_id"]))
-        values, buckets = self.encode_numbers(("item_numeric", "item_quality"), {name: to_float(items[name]) for name in items.column_names if name in self.numbers})
+        values, buckets = self.encode_numbers(
+            ("item_numeric", "item_quality"),
+            {name: to_float(items[name]) for name in items.column_names if name in self.numbers},
+        )
         return np.stack(cats, axis=1), values, buckets
 
     def encode_audience(
-        self, user_id: pa.Array | pa.ChunkedArray, store_id: pa.Array | pa.ChunkedArray, hour: NDArray[Any], weekday: NDArray[Any], fields: pa.Table
+        self,
+        user_id: pa.Array | pa.ChunkedArray,
+        store_id: pa.Array | pa.ChunkedArray,
+        hour: NDArray[Any],
+        weekday: NDArray[Any],
+        fields: pa.Table,
     ) -> NDArray[np.int64]:
         """cats [S, n]; `fields` holds the users' columns under their own names, one row per audience row."""
         cats = [
@@ -181,10 +202,16 @@ class FeatureSpace:
         # Hours and weekdays are ordered by name in their vocabularies, as strings are; their codes are the number + 1 instead.
         for name in self.user_fields:
             column = name.removeprefix("user_")
-            cats.append(self.vocabularies[name].encode(fields[column]) if column in fields.column_names else np.zeros(len(hour), dtype=np.int64))
+            cats.append(
+                self.vocabularies[name].encode(fields[column])
+                if column in fields.column_names
+                else np.zeros(len(hour), dtype=np.int64)
+            )
         return np.stack(cats, axis=1)
 
-    def encode_numbers(self, groups: tuple[str, ...], columns: dict[str, NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def encode_numbers(
+        self, groups: tuple[str, ...], columns: dict[str, NDArray[np.float32]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(values [..., m] float32, buckets [..., m] int64) of the groups' columns, in the model's order."""
         encoded = [self.numbers[name].encode(columns[name]) for group in groups for name in NUMERIC_GROUPS[group]]
         return np.stack([value for value, _ in encoded], axis=-1), np.stack([bucket for _, bucket in encoded], axis=-1)
@@ -207,7 +234,10 @@ class FeatureSpace:
         return cls(
             vocabularies={name: Vocabulary(tuple(values)) for name, values in raw["vocabularies"].items()},
             ids={name: HashedIds(tuple(value["frequent"]), value["table"]) for name, value in raw["ids"].items()},
-            numbers={name: Numeric(tuple(n["boundaries"]), n["log"], n["mean"], n["std"]) for name, n in raw["numbers"].items()},
+            numbers={
+                name: Numeric(tuple(n["boundaries"]), n["log"], n["mean"], n["std"])
+                for name, n in raw["numbers"].items()
+            },
             user_fields=tuple(raw["user_fields"]),
         )
 

@@ -57,7 +57,9 @@ class ItemTable:
         image_row, title_row = self.image_row[rows], self.title_row[rows]
         text = self.titles.gather(title_row)
         tokens = np.where(title_row >= 0, self.tokens[rows], 0)
-        cats, values, buckets = (array[rows, :0] if content_only else array[rows] for array in (self.cats, self.values, self.buckets))
+        cats, values, buckets = (
+            array[rows, :0] if content_only else array[rows] for array in (self.cats, self.values, self.buckets)
+        )
         return ItemBatch(
             text=torch.from_numpy(text),
             text_mask=torch.from_numpy(np.arange(text.shape[1])[None, :] < tokens[:, None]),

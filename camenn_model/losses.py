@@ -30,7 +30,7 @@ class Losses(NamedTuple):
 
 
 def balance_loss(gate: GateOutput) -> Tensor:
-    """E · Σ f_i · P_i: f_i the share of assignments, P_i the mean probability, of expert i; 1 when all are used alike."""
+    """E · Σ f_i · P_i: f_i the share of assignments, P_i the mean probability of expert i; 1 when all are used alike."""
     experts = gate.logits.shape[-1]
     share = F.one_hot(gate.chosen, experts).sum((0, 1)).float() / gate.chosen.numel()
     return experts * (share * gate.logits.softmax(dim=-1).mean(0)).sum()
@@ -65,8 +65,8 @@ def smoothed_bce(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 class MultiTaskLoss(nn.Module):
     """Weighs the tasks.
 
-    ``fixed``: cvr + w (ita + tia) / 2 + w_c contrastive. ``uncertainty`` (Kendall, Gal, Cipolla 2018): sum over the four
-    of exp(-s) loss + s / 2, s a learned log variance without bounds: train ``parameters()`` with the model's.
+    ``fixed``: cvr + w (ita + tia) / 2 + w_c contrastive. ``uncertainty`` (Kendall, Gal, Cipolla 2018): sum over the
+    four of exp(-s) loss + s / 2, s a learned log variance without bounds: train ``parameters()`` with the model's.
     Balance and z losses of all gates are added with their own weights.
     """
 
@@ -106,5 +106,13 @@ class MultiTaskLoss(nn.Module):
             log_variances = self.log_variances[: len(tasks)]
             total = ((-log_variances).exp() * stacked + log_variances / 2).sum()
         zero = stacked.new_zeros(())
-        parts = [task.detach() for task in tasks] + [zero] * (4 - len(tasks))
-        return Losses(*parts, balance.detach(), z.detach(), total + config.balance * balance + config.z * z)
+        known, ita, tia, contrastive = [task.detach() for task in tasks] + [zero] * (4 - len(tasks))
+        return Losses(
+            cvr=known,
+            ita=ita,
+            tia=tia,
+            contrastive=contrastive,
+            balance=balance.detach(),
+            z=z.detach(),
+            total=total + config.balance * balance + config.z * z,
+        )

@@ -1,7 +1,7 @@
 """Metrics of predictions, with numpy only and without loops over groups.
 
-Shapes: n examples; ``labels`` are 0 or 1, ``scores`` any real numbers that rank (raw logits), ``probabilities`` in [0, 1],
-``groups`` any array of n keys (users, sessions). Ties count a half, or are averaged over their orders, throughout.
+Shapes: n examples; ``labels`` are 0 or 1, ``scores`` any real numbers that rank (raw logits), ``probabilities`` in
+[0, 1], ``groups`` any array of n keys (users, sessions). Ties count a half, or are averaged over their orders, throughout.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def hit_rate_at_k(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: in
 def recall_at_k(
     similarities: ArrayLike, query_groups: ArrayLike, target_groups: ArrayLike, ks: tuple[int, ...] = (1, 5, 10)
 ) -> dict[int, float]:
-    """R@k of retrieval: similarities [q, t]; a hit is a target of the query's own group (product class) among the k best.
+    """R@k of retrieval: similarities [q, t]; a hit is a target of the query's group (product class) among the k best.
 
     A query without any target of its group is left out. A foreign target that ties with the best own one counts as
     ranked before it, so that constant vectors do not look good.

@@ -17,7 +17,7 @@ from camenn_model.alignment import ContrastiveHead, TaskTokens, init_heads, pair
 from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch, ItemBatch
 from camenn_model.config import ModelConfig
 from camenn_model.experts import Gate, GateOutput, Mixed, Mixture
-from camenn_model.layers import EncoderLayer, Side, init_linear
+from camenn_model.layers import EncoderLayer, Side, init_linear, layers_of
 from camenn_model.tokens import AudienceTokens, Content, ItemTokens, PairTokens
 from camenn_model.towers import Tower, init_tower
 
@@ -175,7 +175,7 @@ class CameNN(nn.Module):
         """``[IMG]`` and ``[TXT]`` out of the shared bottom, each modality alone, as unit vectors [C, d]."""
         image, text = content.image.index_select(0, index), content.text.index_select(0, index)
         image_mask, text_mask = content.image_mask[index], content.text_mask[index]
-        for layer in self.shared:
+        for layer in layers_of(self.shared):
             image, text = layer.own(image, image_mask)[0], layer.own(text, text_mask)[0]
         return self.contrastive(image[:, 0], text[:, 0])
 
@@ -187,6 +187,6 @@ class CameNN(nn.Module):
             x_mask = torch.cat([real, *(side.mask.index_select(0, side.index) for side in sides)], dim=1)
             x = torch.cat([x, *(side.tokens.index_select(0, side.index) for side in sides)], dim=1)
             sides = ()
-        for layer in self.shared:
+        for layer in layers_of(self.shared):
             sides, x = layer(sides, x, x_mask)
         return self.mixture(sides, x, x_mask, gate)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """``warmup``: share of all steps with a rising rate; then it falls linearly to 0. ``clip``: largest gradient norm."""
+    """``warmup``: share of steps with a rising rate; then it falls linearly to 0. ``clip``: largest gradient norm."""
 
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
@@ -46,7 +46,7 @@ def build_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> to
 
 
 def rate_factor(step: int, total: int, warmup: float) -> float:
-    """Factor on the learning rate at ``step`` (from 0) of ``total``: linear up over ``warmup`` of them, linear down to 0."""
+    """Factor on the rate at ``step`` (from 0) of ``total``: linear up over a share ``warmup``, then linear down to 0."""
     rising = max(1, round(total * warmup))
     if step < rising:
         return (step + 1) / rising
@@ -105,7 +105,9 @@ class WeightAverage:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """What ``state_dict`` gave; raises ValueError where names or shapes differ."""
-        expected = {f"average.{name}": tensor.shape for name, tensor in self.average.items()} | {"updates": torch.Size()}
+        expected = {f"average.{name}": tensor.shape for name, tensor in self.average.items()} | {
+            "updates": torch.Size()
+        }
         found = {name: tensor.shape for name, tensor in state.items()}
         if expected != found:
             differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

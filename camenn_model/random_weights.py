@@ -17,8 +17,8 @@ def draw_weights(model: nn.Module, seed: int, patch_size: int) -> None:
     batch-norm
     statistics of generated patches. With statistics of 0 and 1 instead, the signal dies: outputs of about 1e-12.
 
-    The weights depend on the seed and `patch_size` alone (NumPy draws them: its stream is the same on every processor).
-    Settling is done on one thread, so that the number of cores does not change a bit.
+    NumPy draws the weights: its stream is the same on every processor. The sample is made and the statistics settle on
+    one thread, as the number of threads changes their last bits.
     """
     random = np.random.default_rng(seed)
     with torch.no_grad():
@@ -27,18 +27,16 @@ def draw_weights(model: nn.Module, seed: int, patch_size: int) -> None:
                 fan_in = math.prod(parameter.shape[1:])
                 values = random.standard_normal(parameter.shape, dtype=np.float32) * np.float32(math.sqrt(2 / fan_in))
                 parameter.copy_(torch.from_numpy(values))
-        sample = generate_patches(random, _SAMPLE, patch_size)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            _settle(model, sample)
+            _settle(model, generate_patches(random, _SAMPLE, patch_size))
         finally:
             torch.set_num_threads(threads)
 
 
 def generate_patches(random: np.random.Generator, count: int, size: int) -> Tensor:
-    """Patches that vary as photos do: a colour, smooth shading and some texture. float32 [count, 3, size, size], -1 to
-    1."""
+    """Patches that vary as photos do, by colour, shading and texture: float32 [count, 3, size, size], -1 to 1."""
     colour, shading, texture = (
         torch.from_numpy(random.standard_normal((count, 3, cells, cells), dtype=np.float32)) for cells in (1, 5, size)
     )

@@ -54,7 +54,10 @@ class Contents:
         import pyarrow.compute as pc
 
         found = pc.fill_null(pc.index_in(keys, value_set=self.keys), -1)
-        return np.asarray(found.to_numpy() if isinstance(found, pa.ChunkedArray) else found.to_numpy(zero_copy_only=False), dtype=np.int64)
+        return np.asarray(
+            found.to_numpy() if isinstance(found, pa.ChunkedArray) else found.to_numpy(zero_copy_only=False),
+            dtype=np.int64,
+        )
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """Embeddings of rows, float16 [n, tokens, width]; a row of -1 gives zeros."""
@@ -91,10 +94,14 @@ class ShardSet:
         """The published run's manifest."""
         pointer = Path(self.root) / "latest.json"
         if not pointer.exists():
-            raise InputError(f"--shards {self.root}: nothing is published there (no latest.json). Run `camenn shards` into it first.")
+            raise InputError(
+                f"--shards {self.root}: nothing is published there (no latest.json). Run `camenn shards` into it first."
+            )
         latest = json.loads(pointer.read_text())
         if latest["stage"] != "shards":
-            raise InputError(f"--shards {self.root}: holds the output of `camenn {latest['stage']}`, not of `camenn shards`. Give another directory.")
+            raise InputError(
+                f"--shards {self.root}: holds the output of `camenn {latest['stage']}`, not of `camenn shards`. Give another directory."
+            )
         return dict(json.loads((Path(self.root) / latest["manifest"]).read_text()))
 
     def files(self, table: str) -> list[tuple[str, int]]:

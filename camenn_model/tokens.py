@@ -1,15 +1,16 @@
 """From a batch to tokens: what the shared bottom reads.
 
-Shapes: I items, S audience rows, G history items, B pairs, T text tokens, P patches, F field tokens, H history, d width.
+Shapes: I items, S audience rows, G history items, B pairs, T text tokens, P patches, F fields, H history, d width.
 
 Every token is (features → d) + type + position embedding, then LayerNorm. ``[TXT]`` and ``[IMG]`` carry the mean of
-their modality's projected features beside a learned vector, so that they say something below the shared bottom too, where
-the gates read them. An absent modality leaves its summary token alone, with a learned ``no image`` / ``no text`` vector in
-place of the mean; its other tokens are masked.
+their modality's projected features beside a learned vector, so that they say something below the shared bottom too,
+where the gates read them. An absent modality leaves its summary token alone, with a learned ``no image`` / ``no text``
+vector in place of the mean; its other tokens are masked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,17 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def forget_ids(ids: Tensor, rate: float, training: bool) -> Tensor:
-    """``ids`` [R] int64 with a share ``rate`` replaced by 0 (unknown), in training only: new items then look familiar."""
+    """``ids`` [R] int64 with a share ``rate`` set to 0 (unknown), in training only: new items then look familiar."""
     if not training or rate == 0.0:
         return ids
     return torch.where(torch.rand(ids.shape, device=ids.device) < rate, torch.zeros_like(ids), ids)
+
+
+def init_tables(tables: Iterable[nn.Module]) -> None:
+    """Truncated normal rows."""
+    for table in tables:
+        for weight in table.parameters():
+            init_embedding(weight)
 
 
 class FrozenProjection(nn.Module):
@@ -87,6 +95,21 @@ class NumericToken(nn.Module):
         return total + known.to(self.slope.dtype) @ self.slope + self.kind
 
 
+class NumericTokens(nn.Module):
+    """One ``NumericToken`` for each group that has fields; columns run through the groups in order."""
+
+    def __init__(self, config: ModelConfig, groups: tuple[str, ...]) -> None:
+        super().__init__()
+        fields = [config.group(group) for group in groups if config.group(group)]
+        self.sizes = [len(group) for group in fields]
+        self.parts = nn.ModuleList(NumericToken(group, config.width) for group in fields)
+
+    def forward(self, values: Tensor, buckets: Tensor) -> list[Tensor]:
+        """values, buckets [..., n] → a token [..., d] for each group."""
+        columns = zip(self.parts, values.split(self.sizes, -1), buckets.split(self.sizes, -1), strict=True)
+        return [part(value, bucket) for part, value, bucket in columns] if self.sizes else []
+
+
 @dataclass(frozen=True)
 class Content:
     """A listing's photo and title as tokens; ``*_gate`` are gate inputs, before dropout."""
@@ -128,21 +151,15 @@ class ItemTokens(nn.Module):
         self.column = nn.Parameter(torch.empty(config.patch_grid, width))
         self.tables = nn.ModuleList(nn.Embedding(field.size, width) for field in config.item_categorical)
         self.field_type = nn.Parameter(torch.empty(len(config.item_categorical), width))
-        self.groups = nn.ModuleList(
-            NumericToken(config.group(group), width)
-            for group in ("item_numeric", "item_quality")
-            if config.group(group)
-        )
+        self.groups = NumericTokens(config, ("item_numeric", "item_quality"))
         self.text_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.field_norm = nn.LayerNorm(width)
         names = [field.name for field in config.item_categorical]
         self.identity_columns = (names.index(ITEM_HASH), names.index(SUBCATEGORY))
-        for name, weight in self.named_parameters(recurse=False):
-            assert weight.shape[-1] == width, name
+        for weight in self.parameters(recurse=False):
             init_embedding(weight)
-        for table in self.tables:
-            init_embedding(table.weight)
+        init_tables(self.tables)
 
     def content(self, items: ItemBatch, modality_dropout: float = 0.0) -> Content:
         """Photo and title of each item; in training a share ``modality_dropout`` of either is taken as absent."""
@@ -184,11 +201,7 @@ class ItemTokens(nn.Module):
             if column == self.identity_columns[0]:
                 ids = forget_ids(ids, self.config.id_dropout, self.training)
             fields.append(table(ids) + self.field_type[column])
-        start = 0
-        for group in self.groups:
-            end = start + group.slope.shape[0]
-            fields.append(group(items.values[:, start:end], items.buckets[:, start:end]))
-            start = end
+        fields += self.groups(items.values, items.buckets)
         field_tokens = self.field_norm(torch.stack(fields, dim=1))
         mean_field = field_tokens.mean(1)
         field_tokens = drop(field_tokens, self.config.dropout, self.training)
@@ -230,11 +243,10 @@ class AudienceTokens(nn.Module):
         self.user_column = [field.name for field in config.audience_categorical].index(USER_HASH)
         for weight in self.parameters(recurse=False):
             init_embedding(weight)
-        for table in (*self.tables, self.kind):
-            init_embedding(table.weight)
+        init_tables([*self.tables, self.kind])
 
     def forward(self, audience: AudienceBatch, history: HistoryItems, identity: Tensor) -> SideTokens:
-        """Audience tokens; ``identity`` [G, d] from ``ItemTokens.identity``. Gate: mean of fields ‖ of history, [S, 2 d]."""
+        """Audience tokens; ``identity`` [G, d]: ``ItemTokens.identity``. Gate: mean of fields ‖ of history, [S, 2 d]."""
         fields = []
         for column, table in enumerate(self.tables):
             ids = audience.cats[:, column]
@@ -250,7 +262,7 @@ class AudienceTokens(nn.Module):
             + torch.where(history.has_image[:, None], self.image(history.image), self.no_image)
             + torch.where(history.has_text[:, None], self.text(history.text), self.no_text)
         )
-        bought = torch.cat([torch.zeros_like(bought[:1]) if len(bought) else bought.new_zeros(1, bought.shape[1]), bought])
+        bought = torch.cat([bought.new_zeros(1, bought.shape[1]), bought])  # row 0: padding
         past = (
             F.embedding(audience.history + 1, bought)
             + self.kind(audience.history_kind)
@@ -277,11 +289,7 @@ class PairTokens(nn.Module):
         self.config = config
         self.task = nn.Parameter(torch.empty(config.width))
         self.position = nn.Embedding(config.position_size, config.width)
-        self.groups = nn.ModuleList(
-            NumericToken(config.group(group), config.width)
-            for group in ("item_counts", "pair_counts")
-            if config.group(group)
-        )
+        self.groups = NumericTokens(config, ("item_counts", "pair_counts"))
         self.norm = nn.LayerNorm(config.width)
         init_embedding(self.task)
         init_embedding(self.position.weight)
@@ -296,11 +304,5 @@ class PairTokens(nn.Module):
 
     def embed(self, values: Tensor, buckets: Tensor, position: Tensor) -> Tensor:
         """values, buckets [..., n], position [...] → [..., X, d], without any dropout."""
-        tokens = [self.task.expand(*position.shape, -1)]
-        start = 0
-        for group in self.groups:
-            end = start + group.slope.shape[0]
-            tokens.append(group(values[..., start:end], buckets[..., start:end]))
-            start = end
-        tokens.append(self.position(position))
+        tokens = [self.task.expand(*position.shape, -1), *self.groups(values, buckets), self.position(position)]
         return self.norm(torch.stack(tokens, dim=-2))

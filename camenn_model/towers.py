@@ -52,8 +52,10 @@ class Tower(nn.Module):
         """Logits [...] float32 from the task tokens [..., d] and what they attended to [..., d] (before ``out``)."""
         task = task + drop(self.out(attended), self.dropout, self.training)
         task = task + drop(self.ffn(self.ffn_norm(task)), self.dropout, self.training)
-        logits: Tensor = self.head(F.gelu(self.head_hidden(self.head_norm(task))))
-        return logits.squeeze(-1).float()
+        hidden = F.gelu(self.head_hidden(self.head_norm(task)))
+        with torch.autocast(task.device.type, enabled=False):  # bfloat16 has three digits: too few for a logit
+            logits: Tensor = self.head(hidden.float())
+        return logits.squeeze(-1)
 
     def forward(self, mixed: Mixed) -> Tensor:
         """Logits [B] float32.

@@ -101,12 +101,16 @@ def open_corpus(options: TrainOptions) -> Corpus:
     examples = pa.concat_tables(fitted)
     base_rate = float(np.mean(examples["label"].to_numpy()))
     for split in ("early_stop", "calibration", "test"):
-        labels = np.concatenate([pq.ParquetFile(path).read(columns=["label"])["label"].to_numpy() for path, _ in shards.examples(split)])
+        labels = np.concatenate(
+            [pq.ParquetFile(path).read(columns=["label"])["label"].to_numpy() for path, _ in shards.examples(split)]
+        )
         _check_classes(options.shards, split, float(labels.mean()))
     _check_classes(options.shards, "train", base_rate)
     if not len(shards.images) or not len(shards.titles):
         missing = "photo" if not len(shards.images) else "title"
-        raise InputError(f"--shards {options.shards}: no listing has a {missing} that could be encoded: CameNN needs both. See the store's `defects`.")
+        raise InputError(
+            f"--shards {options.shards}: no listing has a {missing} that could be encoded: CameNN needs both. See the store's `defects`."
+        )
     space = FeatureSpace.fit(shards.items, shards.users, examples)
     table = ItemTable(shards.items, space, shards.images, shards.titles)
     patches, image_width = shards.images.shape
@@ -219,14 +223,18 @@ class Trainer:
         self.model.load_state_dict(self.best)
         self.model.eval()
 
-    def _collated(self, batches: Iterator[Rows], skip: int, step: int) -> Iterator[tuple[Rows, Any, AlignmentBatch | None]]:
+    def _collated(
+        self, batches: Iterator[Rows], skip: int, step: int
+    ) -> Iterator[tuple[Rows, Any, AlignmentBatch | None]]:
         """Gathered batches from the `skip`-th of the epoch on; every draw depends on the seed and the step alone."""
         for number, rows in enumerate(batches):
             if number < skip:
                 continue
             alignment = None
             if self.sampler is not None:
-                alignment = self.sampler.draw(max(2, self.options.batch_size // 16), np.random.default_rng([self.options.seed, 2, step]))
+                alignment = self.sampler.draw(
+                    max(2, self.options.batch_size // 16), np.random.default_rng([self.options.seed, 2, step])
+                )
             yield rows, collate(rows, self.corpus.table), alignment
             step += 1
 
@@ -250,8 +258,18 @@ class Trainer:
         )  # fmt: skip
         if not torch.isfinite(losses.total):
             path = Path(options.out) / f"nan-step-{state.step}.json"
-            path.write_text(json.dumps({"losses": {name: float(value) for name, value in losses._asdict().items()}, "items": rows.item.tolist(), "labels": rows.label.tolist()}))
-            raise InputError(f"training: the loss is not finite at step {state.step}; the batch is written to {path}. Lower --learning_rate, or look at these rows.")
+            path.write_text(
+                json.dumps(
+                    {
+                        "losses": {name: float(value) for name, value in losses._asdict().items()},
+                        "items": rows.item.tolist(),
+                        "labels": rows.label.tolist(),
+                    }
+                )
+            )
+            raise InputError(
+                f"training: the loss is not finite at step {state.step}; the batch is written to {path}. Lower --learning_rate, or look at these rows."
+            )
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.optimizer.clip)
@@ -260,8 +278,8 @@ class Trainer:
         state.step += 1
         state.batch += 1
         state.examples += len(rows)
-        use = torch.bincount(output.gate.chosen.flatten(), minlength=self.corpus.config.experts).float()
-        use = (use / use.sum()).tolist()
+        chosen = torch.bincount(output.gate.chosen.flatten(), minlength=self.corpus.config.experts).float()
+        use = (chosen / chosen.sum()).tolist()
         state.curves.append(
             {
                 "step": state.step,
@@ -279,7 +297,9 @@ class Trainer:
         state = self.state
         self.model.eval()
         with self.ema.applied_to(self.model):
-            loss = predict(self.model, self.corpus.reader, self.corpus.table, self.corpus.files("early_stop")).log_loss()
+            loss = predict(
+                self.model, self.corpus.reader, self.corpus.table, self.corpus.files("early_stop")
+            ).log_loss()
             weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         if state.curves:
             state.curves[-1]["early_stop_log_loss"] = loss
@@ -348,7 +368,10 @@ def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: in
         with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
             output = model.align(batch)
         config = options.loss
-        loss = (smoothed_bce(output.ita, batch.ita.label, config.label_smoothing) + smoothed_bce(output.tia, batch.tia.label, config.label_smoothing)) / 2
+        loss = (
+            smoothed_bce(output.ita, batch.ita.label, config.label_smoothing)
+            + smoothed_bce(output.tia, batch.tia.label, config.label_smoothing)
+        ) / 2
         loss = loss + config.contrastive * contrastive_loss(output.similarities, output.group)
         for gate in (output.ita_gate, output.tia_gate):
             loss = loss + config.balance * balance_loss(gate) + config.z * z_loss(gate)
@@ -371,7 +394,16 @@ def train(options: TrainOptions, directory: Path, progress: Progress) -> dict[st
     trainer = Trainer(corpus, options, progress)
     trainer.run()
     model, state = trainer.model, trainer.state
-    found = {split: predict(model, corpus.reader, corpus.table, corpus.files(split), lambda done, total, split=split: progress(f"measure {split}", done, total, "")) for split in ("calibration", "test")}
+    found = {
+        split: predict(
+            model,
+            corpus.reader,
+            corpus.table,
+            corpus.files(split),
+            lambda done, total, split=split: progress(f"measure {split}", done, total, ""),
+        )
+        for split in ("calibration", "test")
+    }
     calibration = fit_platt(found["calibration"].labels, found["calibration"].logits)
     test = found["test"]
     metrics: dict[str, Any] = {
@@ -405,7 +437,7 @@ def train(options: TrainOptions, directory: Path, progress: Progress) -> dict[st
         "loss": asdict(options.loss),
         "encoders": corpus.shards.manifest["options"]["encoders"],
         "attribution_hours": corpus.shards.manifest["options"]["attribution_hours"],
-        "shards_run": corpus.shards.manifest["run"],
+        "shards": corpus.shards.manifest["request"],
     }
     (directory / "config.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
     (directory / "features.json").write_text(corpus.space.to_json())

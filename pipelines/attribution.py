@@ -15,21 +15,26 @@ DAY_US = 24 * HOUR_US
 class TimeIndex:
     """Events sorted by (key, time), for asking what lay before a time under a key.
 
-    Keys are int64 codes >= 0. Times are ranked, so that (key, time) fits one int64 and one `searchsorted` answers all queries at once.
+    Keys are int64. Keys and times are ranked, so that (key, time) fits one int64 whatever the keys' size (codes of pairs grow as users × listings),
+    and one `searchsorted` answers all queries at once.
     """
 
     def __init__(self, key: Ints, time: Ints) -> None:
         self.order = np.lexsort((time, key))
+        self.keys, key_ranks = np.unique(key, return_inverse=True)
         self.times, ranks = np.unique(time, return_inverse=True)
         self.stride = np.int64(len(self.times) + 1)
-        self.combined = (key * self.stride + ranks)[self.order]
+        self.combined = (key_ranks * self.stride + ranks)[self.order]
         self.time = time[self.order]
 
     def bounds(self, key: Ints, time: Ints, *, inclusive: bool = False) -> tuple[Ints, Ints]:
         """First and one-past-last position (into `order`) of the events of `key` before `time`, or up to and including it."""
         ranks = np.searchsorted(self.times, time, side="right" if inclusive else "left")
-        base = key * self.stride
-        return np.searchsorted(self.combined, base), np.searchsorted(self.combined, base + ranks)
+        place = np.searchsorted(self.keys, key)
+        there = place < len(self.keys)
+        there[there] = self.keys[place[there]] == key[there]
+        base = place * self.stride
+        return np.searchsorted(self.combined, base), np.searchsorted(self.combined, np.where(there, base + ranks, base))
 
     def count(self, key: Ints, time: Ints) -> Ints:
         """Events of `key` strictly before `time`."""
@@ -45,7 +50,9 @@ class TimeIndex:
         return found
 
 
-def attribute_orders(click_pair: Ints, click_time: Ints, order_pair: Ints, order_time: Ints, window: int) -> tuple[Ints, Ints]:
+def attribute_orders(
+    click_pair: Ints, click_time: Ints, order_pair: Ints, order_time: Ints, window: int
+) -> tuple[Ints, Ints]:
     """Credit each order to the latest click of the same (user, item) at or before it, no more than `window` microseconds back.
 
     Args:

@@ -1,10 +1,10 @@
 """`camenn shards`: catalog, logs and embeddings → a self-contained training shard set.
 
-    clicks, orders ──► Clean ──► ByUser: sessions, labels, user and pair features, history
-                                   │
-                                   ▼
-                                ByItem: listing features ──► ByDay ──► examples/split=.../date=.../
-    store ──► Copy the embeddings in use, once ──► contents/
+clicks, orders ──► Clean ──► ByUser: sessions, labels, user and pair features, history
+                               │
+                               ▼
+                            ByItem: listing features ──► ByDay ──► examples/split=.../date=.../
+store ──► Copy the embeddings in use, once ──► contents/
 """
 
 import argparse
@@ -18,22 +18,31 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines import files
 from pipelines.attribution import HOUR_US
 from pipelines.console import ProgressFile, closing_table, watch
 from pipelines.dimensions import read_timezones, read_users
-from pipelines.events import CleanEvents
+from pipelines.events import CleanEvents, read_times
 from pipelines.examples import ItemPass, SplitTimes, UserPass, split_times
-from pipelines.items import CopyContents, load_items, local_only, plan_contents
+from pipelines.items import CopyContents, contents_jobs, load_items, local_only
 from pipelines.manifest import (
-    Count, FinishRun, Manifest, add_files, check_accounting, check_reject_rate, new_run, publish, read_finished, read_latest,
-    read_rejects, request_fingerprint, require_latest,
+    Count,
+    FinishRun,
+    Manifest,
+    add_files,
+    check_accounting,
+    check_reject_rate,
+    new_run,
+    publish,
+    read_finished,
+    read_latest,
+    read_rejects,
+    request_fingerprint,
+    require_latest,
 )
 from pipelines.options import add_common_flags, is_local_run, new_parser, parse_with_beam, pipeline_options, run_main
-from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable
+from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable, write_table
 from schemas.catalog import CATALOG
 from schemas.contract import InputError, check_output
 from schemas.events import CLICKS, ORDERS
@@ -74,19 +83,6 @@ class Plan:
     directory: str
 
 
-def read_times(source: Source, column: str) -> np.ndarray:
-    """One time column of a log, int64 microseconds, nulls left out: eight bytes a row in the submitting process."""
-    pieces = []
-    for path in source.files:
-        with files.open_read(path) as handle:
-            column_type = source.contract.schema.field(column).type
-            times = pq.read_table(handle, columns=[column])[column]
-        if pa.types.is_timestamp(times.type) and times.type.tz is not None:
-            times = times.cast(pa.timestamp(times.type.unit, tz="UTC")).cast(pa.timestamp(times.type.unit))
-        pieces.append(pc.drop_null(times.cast(column_type)).cast(pa.int64()).to_numpy())
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-
-
 def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndarray) -> int:
     """The last moment that is read, int64 microseconds: the flag's, or the smaller of both logs' ends."""
     if as_of is None:
@@ -94,7 +90,9 @@ def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndar
     try:
         moment = datetime.datetime.fromisoformat(as_of)
     except ValueError as error:
-        raise InputError(f"--as_of {as_of}: not a time. Write it as 2026-01-31 or 2026-01-31T06:00:00 (UTC).") from error
+        raise InputError(
+            f"--as_of {as_of}: not a time. Write it as 2026-01-31 or 2026-01-31T06:00:00 (UTC)."
+        ) from error
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.UTC)
     return int(moment.timestamp() * 1_000_000)
@@ -133,9 +131,25 @@ class BuildExamples(beam.PTransform):
 
     def expand(self, pipeline: beam.Pipeline) -> Any:
         o, plan = self.options, self.plan
-        clicks = pipeline | "ReadClicks" >> ReadTable(plan.clicks) | "CleanClicks" >> beam.ParDo(CleanEvents(STAGE, CLICKS)).with_outputs("rejects", "counts", main="rows")
-        orders = pipeline | "ReadOrders" >> ReadTable(plan.orders) | "CleanOrders" >> beam.ParDo(CleanEvents(STAGE, ORDERS)).with_outputs("rejects", "counts", main="rows")
-        user_pass = UserPass(plan.items_path, stage=STAGE, as_of=plan.as_of, window=plan.window, history=o.history, timezones=plan.timezones, timezone=o.timezone)
+        clicks = (
+            pipeline
+            | "ReadClicks" >> ReadTable(plan.clicks)
+            | "CleanClicks" >> beam.ParDo(CleanEvents(STAGE, CLICKS)).with_outputs("rejects", "counts", main="rows")
+        )
+        orders = (
+            pipeline
+            | "ReadOrders" >> ReadTable(plan.orders)
+            | "CleanOrders" >> beam.ParDo(CleanEvents(STAGE, ORDERS)).with_outputs("rejects", "counts", main="rows")
+        )
+        user_pass = UserPass(
+            plan.items_path,
+            stage=STAGE,
+            as_of=plan.as_of,
+            window=plan.window,
+            history=o.history,
+            timezones=plan.timezones,
+            timezone=o.timezone,
+        )
         user_buckets = max(1, -(-(plan.clicks.rows + plan.orders.rows) // ROWS_PER_BUCKET))
         by_user = (
             {"clicks": clicks.rows, "orders": orders.rows}
@@ -168,17 +182,22 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> di
     store = require_latest(options.store, "embed", "--store")
     sources = {"catalog": catalog, "clicks": clicks, "orders": orders, "users": users_source, "stores": stores_source}
     inputs = {name: source.fingerprint for name, source in sources.items() if source is not None}
-    inputs["store"] = store.content_fingerprint()
+    inputs["store"] = store.request
     request = request_fingerprint(inputs, asdict(options))
     with files.single_writer(out):
         latest = read_latest(out)
         if latest is not None and latest.request == request and not rerun:
-            print(f"shards: inputs and flags are those of run {latest.run}: nothing to do (--rerun builds it again)", file=sys.stderr)
+            print(
+                f"shards: inputs and flags are those of run {latest.run}: nothing to do (--rerun builds it again)",
+                file=sys.stderr,
+            )
             return {**latest.summary, "unchanged": True, "seconds": round(time.monotonic() - started, 1)}
         window = int(options.attribution_hours * HOUR_US)
         clicked_at, ordered_at = read_times(clicks, "clicked_at"), read_times(orders, "ordered_at")
         if not len(clicked_at):
-            raise InputError(f"{clicks.files[0]}: table 'clicks' is empty: there is nothing to learn from. Export a log with clicks in it.")
+            raise InputError(
+                f"{clicks.files[0]}: table 'clicks' is empty: there is nothing to learn from. Export a log with clicks in it."
+            )
         as_of = resolve_as_of(options.as_of, clicked_at, ordered_at)
         closed = clicked_at[clicked_at + window <= as_of]
         if not len(closed):
@@ -188,28 +207,30 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> di
             )
         run_name, directory = new_run(out)
         items, catalog_rejects, catalog_counts = load_items(STAGE, catalog, store)
-        written = [_write_table(directory, "items", items), _write_table(directory, "users", users)]
+        written = [write_table(directory, "items", items), write_table(directory, "users", users)]
         if catalog_rejects.num_rows:
-            written.append(_write_table(directory, "rejects", catalog_rejects))
-        contents_root = files.join(out, "contents")
-        present = {kind: [path for path in (latest.paths(f"contents_{kind}") if latest else []) if _same_generation(path, kind, store)] for kind in ("images", "titles")}
-        jobs = [job for kind in ("images", "titles") for job in plan_contents(kind, store, items[f"{kind[:-1]}_key"], present[kind])]
+            written.append(write_table(directory, "rejects", catalog_rejects))
+        jobs, kept = contents_jobs(store, items, latest, out)
         plan = Plan(
             clicks=clicks, orders=orders, items_path=written[0].path, as_of=as_of, window=window,
             splits=split_times(closed, window, options.test_share), timezones=timezones, directory=directory,
         )  # fmt: skip
         local = is_local_run(beam_flags)
-        with watch("shards", len(closed), "examples", local) as progress, beam.Pipeline(options=pipeline_options(beam_flags)) as pipeline:
+        with (
+            watch("shards", len(closed), "examples", local) as progress,
+            beam.Pipeline(options=pipeline_options(beam_flags)) as pipeline,
+        ):
             emitted = pipeline | "Examples" >> BuildExamples(options, plan, progress)
-            generation = {kind: _generation(kind, store) for kind in ("images", "titles")}
             contents = (
                 pipeline
-                | "ContentJobs" >> beam.Create([(files.join(contents_root, job.kind, generation[job.kind]), job) for job in jobs])
+                | "ContentJobs" >> beam.Create(jobs)
                 | "SpreadJobs" >> beam.Reshuffle()
                 | "CopyContents" >> beam.ParDo(CopyContents())
             )
             extra = pipeline | "SubmittersFiles" >> beam.Create(written)
-            counts = pipeline | "CatalogCounts" >> beam.Create([Count("catalog", where, rows) for where, rows in catalog_counts.items()])
+            counts = pipeline | "CatalogCounts" >> beam.Create(
+                [Count("catalog", where, rows) for where, rows in catalog_counts.items()]
+            )
             {
                 "files": [emitted["files"], contents, extra] | "AllFiles" >> beam.Flatten(),
                 "counts": [emitted["counts"], counts] | "AllCounts" >> beam.Flatten(),
@@ -217,11 +238,19 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> di
         records, found = read_finished(directory)
         check_accounting(found)
         check_reject_rate(found, options.max_reject_rate, read_rejects(records))
-        manifest = Manifest(stage=STAGE, run=run_name, request=request, inputs=inputs, options=asdict(options), counts=found)
-        encoders = {kind: {name: store.options[kind][name] for name in ("fingerprint", "description")} for kind in ("image", "text")}
+        manifest = Manifest(
+            stage=STAGE, run=run_name, request=request, inputs=inputs, options=asdict(options), counts=found
+        )
+        encoders = {
+            kind: {name: store.options[kind][name] for name in ("fingerprint", "description")}
+            for kind in ("image", "text")
+        }
         manifest.options["encoders"] = encoders
-        contracts = {c.name: c.fingerprint() for c in (EXAMPLES, ITEMS, REJECTS)} | {"users": "", "contents_images": "", "contents_titles": ""}
-        kept = [record for kind, paths in present.items() for record in (latest.records(f"contents_{kind}") if latest else []) if record.path in paths]
+        contracts = {c.name: c.fingerprint() for c in (EXAMPLES, ITEMS, REJECTS)} | {
+            "users": "",
+            "contents_images": "",
+            "contents_titles": "",
+        }
         add_files(manifest, contracts, [*records, *kept])
         manifest.seconds = time.monotonic() - started
         manifest.summary = _summary(options, manifest, plan, records, kept)
@@ -229,21 +258,9 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> di
     return manifest.summary
 
 
-def _generation(kind: str, store: Manifest) -> str:
-    """The encoder fingerprint under which the store keeps this kind: contents of two encoders never mix."""
-    return str(store.options["image" if kind == "images" else "text"]["fingerprint"])
-
-
-def _same_generation(path: str, kind: str, store: Manifest) -> bool:
-    return f"/contents/{kind}/{_generation(kind, store)}/" in path
-
-
-def _write_table(directory: str, name: str, table: pa.Table) -> FileRecord:
-    path = files.join(directory, name, "part-0.parquet")
-    return FileRecord(name, path, table.num_rows, files.write_parquet(path, table))
-
-
-def _summary(options: ShardOptions, manifest: Manifest, plan: Plan, records: list[FileRecord], kept: list[FileRecord]) -> dict[str, Any]:
+def _summary(
+    options: ShardOptions, manifest: Manifest, plan: Plan, records: list[FileRecord], kept: list[FileRecord]
+) -> dict[str, Any]:
     clicks = manifest.counts["clicks"]
     splits: dict[str, int] = {}
     for record in records:
@@ -256,7 +273,11 @@ def _summary(options: ShardOptions, manifest: Manifest, plan: Plan, records: lis
         "rows_out": clicks.get("out", 0),
         "rejected": sum(row.get("rejected", 0) for row in manifest.counts.values()),
         **{f"clicks_{name}": rows for name, rows in clicks.items() if name not in ("in", "out", "rejected") and rows},
-        **{f"orders_{name}": rows for name, rows in manifest.counts["orders"].items() if name not in ("in", "rejected") and rows},
+        **{
+            f"orders_{name}": rows
+            for name, rows in manifest.counts["orders"].items()
+            if name not in ("in", "rejected") and rows
+        },
         "examples": splits,
         "encoded_images": 0,
         "encoded_titles": 0,
@@ -274,14 +295,30 @@ def _summary(options: ShardOptions, manifest: Manifest, plan: Plan, records: lis
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `camenn shards`."""
     parser = new_parser(STAGE, "Label clicks, add as-of features, and write a self-contained training shard set.")
-    parser.add_argument("--data", required=True, help="data directory with catalog, clicks, orders and, optionally, users and stores")
+    parser.add_argument(
+        "--data", required=True, help="data directory with catalog, clicks, orders and, optionally, users and stores"
+    )
     parser.add_argument("--store", required=True, help="embedding store that `camenn embed` wrote")
     parser.add_argument("--out", required=True, help="shard set; made if it is not there")
-    parser.add_argument("--attribution_hours", type=float, default=24.0, help="an order within so many hours after a click is credited to it (default %(default)s)")
+    parser.add_argument(
+        "--attribution_hours",
+        type=float,
+        default=24.0,
+        help="an order within so many hours after a click is credited to it (default %(default)s)",
+    )
     parser.add_argument("--history", type=int, default=20, help="entries of a user's history (default %(default)s)")
     parser.add_argument("--as_of", help="read nothing after this time, UTC (default: the smaller of both logs' ends)")
-    parser.add_argument("--timezone", default="UTC", help="IANA zone of stores that the table `stores` does not name (default %(default)s)")
-    parser.add_argument("--test_share", type=float, default=0.2, help="share of clicks, the last by time, in the test part (default %(default)s)")
+    parser.add_argument(
+        "--timezone",
+        default="UTC",
+        help="IANA zone of stores that the table `stores` does not name (default %(default)s)",
+    )
+    parser.add_argument(
+        "--test_share",
+        type=float,
+        default=0.2,
+        help="share of clicks, the last by time, in the test part (default %(default)s)",
+    )
     parser.add_argument("--rerun", action="store_true", help="build again although neither inputs nor flags changed")
     add_common_flags(parser)
     return parser

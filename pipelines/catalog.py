@@ -15,14 +15,17 @@ FILE, ROW = "__file", "__row"
 def add_origin(where: Slice, table: pa.Table) -> pa.Table:
     """The catalog's own columns with each row's file and row number (from 0) beside them."""
     rows = pa.array(np.arange(where.first_row, where.first_row + table.num_rows))
-    files = pa.DictionaryArray.from_arrays(pa.array(np.zeros(table.num_rows, dtype=np.int32)), pa.array([where.file])).cast(pa.string())
+    files = pa.DictionaryArray.from_arrays(
+        pa.array(np.zeros(table.num_rows, dtype=np.int32)), pa.array([where.file])
+    ).cast(pa.string())
     return table.select(CATALOG.names).append_column(FILE, files).append_column(ROW, rows)
 
 
 def drop_duplicates(stage: str, table: pa.Table) -> tuple[pa.Table, pa.Table, int]:
     """One row per item_id: (rows ordered by item_id, rejects, number of exact copies).
 
-    Exact copies collapse. Of rows that share an item_id and differ, the first by file and row number stays and the others are rejects.
+    Exact copies collapse (a NaN is a copy of a NaN). Of rows that share an item_id and differ, the first by file and row number stays and the
+    others are rejects.
     """
     table = table.sort_by([("item_id", "ascending"), (FILE, "ascending"), (ROW, "ascending")])
     ids = table["item_id"]
@@ -37,7 +40,13 @@ def drop_duplicates(stage: str, table: pa.Table) -> tuple[pa.Table, pa.Table, in
     copy = np.ones(len(later), dtype=bool)
     differs: list[list[str]] = [[] for _ in later]
     for name in CATALOG.names:
-        same = np.array([a == b for a, b in zip(here[name].to_pylist(), there[name].to_pylist(), strict=True)], dtype=bool)
+        same = np.array(
+            [
+                a == b or (a != a and b != b)
+                for a, b in zip(here[name].to_pylist(), there[name].to_pylist(), strict=True)
+            ],
+            dtype=bool,
+        )
         copy &= same
         for index in np.flatnonzero(~same):
             differs[index].append(name)
@@ -76,7 +85,11 @@ def read_catalog(stage: str, source: Source) -> tuple[pa.Table, pa.Table, dict[s
         kept.append(good)
         rejects.append(bad)
     if not kept:
-        kept = [add_origin(Slice("", 0, 0), conform(pa.table({c.name: pa.array([], c.type) for c in CATALOG.columns}), CATALOG, ""))]
+        kept = [
+            add_origin(
+                Slice("", 0, 0), conform(pa.table({c.name: pa.array([], c.type) for c in CATALOG.columns}), CATALOG, "")
+            )
+        ]
     rows, conflicts, copies = drop_duplicates(stage, pa.concat_tables(kept))
     all_rejects = pa.concat_tables([*rejects, conflicts])
     counts = {"in": source.rows, "out": rows.num_rows, "rejected": all_rejects.num_rows, "duplicates": copies}

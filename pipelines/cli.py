@@ -20,7 +20,11 @@ def usage() -> str:
     """The text of `camenn --help`."""
     width = max(len(name) for name in COMMANDS)
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "usage: camenn COMMAND [flags]\n\nMultimodal conversion prediction for intra-city retail.\n\ncommands:\n" + "\n".join(lines) + "\n\ncamenn COMMAND --help tells a command's flags."
+    return (
+        "usage: camenn COMMAND [flags]\n\nMultimodal conversion prediction for intra-city retail.\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\ncamenn COMMAND --help tells a command's flags."
+    )
 
 
 class _QuietImport(logging.Filter):
@@ -45,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         import difflib
 
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        print(f"camenn: no command '{argv[0]}'" + (f"; did you mean '{near[0]}'?" if near else "") + "\n" + usage(), file=sys.stderr)
+        print(
+            f"camenn: no command '{argv[0]}'" + (f"; did you mean '{near[0]}'?" if near else "") + "\n" + usage(),
+            file=sys.stderr,
+        )
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for handler in logging.getLogger().handlers:

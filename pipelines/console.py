@@ -27,7 +27,14 @@ class Bar:
         self.note = ""
 
     def __enter__(self) -> "Bar":
-        self.bar = tqdm(total=self.total, desc=self.title, unit=f" {self.unit}", unit_scale=True, disable=not self.live, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=self.total,
+            desc=self.title,
+            unit=f" {self.unit}",
+            unit_scale=True,
+            disable=not self.live,
+            dynamic_ncols=True,
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,7 +60,11 @@ class Bar:
         rate = self.done / seconds
         left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
         note = f", {self.note}" if self.note else ""
-        print(f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s{left}{note}", file=sys.stderr, flush=True)
+        print(
+            f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s{left}{note}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class ProgressFile:

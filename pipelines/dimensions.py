@@ -2,8 +2,10 @@
 
 import zoneinfo
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipelines import files
 from pipelines.tables import Source
@@ -12,34 +14,62 @@ from schemas.users import STORES, USERS
 
 
 def _find_optional(data: str, contract: Contract) -> Source | None:
-    present = files.exists(files.join(data, f"{contract.name}.parquet")) or files.exists(files.join(data, contract.name))
+    present = files.exists(files.join(data, f"{contract.name}.parquet")) or files.exists(
+        files.join(data, contract.name)
+    )
     return Source.find(data, contract) if present else None
 
 
 def _check_key(source: Source, table: pa.Table, key: str) -> None:
     """Stop on a null or repeated key: these tables are configuration, not logs, and guessing which row is meant would be wrong."""
     if table[key].null_count:
-        row = pc.index(pc.is_null(table[key]), value=True).as_py()
-        raise InputError(f"{source.files[0]}: row {row}: column '{key}' of table '{source.contract.name}' is null. Give it a value or leave the row out.")
+        where = locate_row(source, pc.index(pc.is_null(table[key]), value=True).as_py())
+        raise InputError(
+            f"{where}: column '{key}' of table '{source.contract.name}' is null. Give it a value or leave the row out."
+        )
     counts = pc.value_counts(table[key].combine_chunks())
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
-        raise InputError(f"{source.files[0]}: column '{key}' of table '{source.contract.name}': '{repeated[0]}' stands there more than once. Keep one row for each {key}.")
+        rows = np.flatnonzero(pc.equal(table[key], repeated[0]).to_numpy())
+        places = " and ".join(locate_row(source, int(row)) for row in rows[:2])
+        raise InputError(
+            f"{places}: column '{key}' of table '{source.contract.name}': '{repeated[0]}' stands there more than once. Keep one row for each {key}."
+        )
+
+
+def locate_row(source: Source, row: int) -> str:
+    """File and row number (from 0, in that file) of a row of `source.read_all()`, as a message names it."""
+    for path in source.files:
+        with files.open_read(path) as handle:
+            rows = pq.ParquetFile(handle).metadata.num_rows
+        if row < rows:
+            break
+        row -= rows
+    return f"{path}: row {row}"
+
+
+def _as_category(source: Source, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(
+            f"{source.files[0]}: column '{name}' of table '{source.contract.name}' has type {column.type}, which is not a category. Write it as strings, or leave the column out."
+        ) from error
 
 
 def read_users(data: str) -> tuple[pa.Table, Source | None]:
     """The users, every column a string (fields are categorical), ordered by user_id; an empty table where there is none.
 
     Raises:
-        InputError: a null or repeated user_id.
+        InputError: a null or repeated user_id, or a column that is no category (a list, say).
     """
     source = _find_optional(data, USERS)
     if source is None:
         return USERS.schema.empty_table(), None
     table = source.read_all()
     _check_key(source, table, "user_id")
-    strings = [column if pa.types.is_string(column.type) else column.cast(pa.string()) for column in table.columns]
-    return pa.table(strings, names=table.column_names).sort_by("user_id"), source
+    strings = {name: _as_category(source, name, table[name]) for name in table.column_names}
+    return pa.table(strings).sort_by("user_id"), source
 
 
 def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | None]:
@@ -48,7 +78,8 @@ def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | No
     Raises:
         InputError: a zone, or the default, is not in the time zone database; a null or repeated store_id.
     """
-    if default not in zoneinfo.available_timezones():
+    known = zoneinfo.available_timezones()
+    if default not in known:
         raise InputError(f"--timezone {default}: no such zone. Use an IANA name, for example Europe/Amsterdam.")
     source = _find_optional(data, STORES)
     if source is None:
@@ -57,6 +88,8 @@ def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | No
     _check_key(source, table, "store_id")
     zones = dict(zip(table["store_id"].to_pylist(), table["timezone"].to_pylist(), strict=True))
     for store, zone in zones.items():
-        if zone not in zoneinfo.available_timezones():
-            raise InputError(f"{source.files[0]}: store_id '{store}': column 'timezone': '{zone}' is not an IANA zone. Use a name such as Asia/Shanghai.")
+        if zone not in known:
+            raise InputError(
+                f"{source.files[0]}: store_id '{store}': column 'timezone': '{zone}' is not an IANA zone. Use a name such as Asia/Shanghai."
+            )
     return zones, source

@@ -1,12 +1,13 @@
 """`camenn embed`: every distinct photo and title of the catalog through its encoder, once.
 
-    catalog ──► Clean ──► Resolve (which photo, which title) ──► items/
-                              │ wanted keys        ▲ previous items: unchanged photos are not read
-                              ▼
-                  minus committed keys ──► chunks of ≤ 256 ──► RunInference ──► one part + commit marker each
+catalog ──► Clean ──► Resolve (which photo, which title) ──► items/
+                          │ wanted keys        ▲ previous items: unchanged photos are not read
+                          ▼
+              minus committed keys ──► chunks of ≤ 256 ──► RunInference ──► one part + commit marker each
 """
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -22,16 +23,29 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.ml.inference.base import RunInference
 
-from camenn_model.encoder_spec import EncoderSpec, ImageSpec, TextSpec, normalise_title
+from camenn_model.encoder_spec import ImageSpec, TextSpec, normalise_title
 from pipelines import files
 from pipelines.catalog import add_origin, drop_duplicates
 from pipelines.console import ProgressFile, closing_table, watch
 from pipelines.inference import ImageChunk, ImageChunkHandler, TitleChunk, TitleChunkHandler, content_key
-from pipelines.manifest import Count, FinishRun, Manifest, add_files, check_accounting, check_reject_rate, new_run, publish, read_finished, read_latest, read_rejects
+from pipelines.manifest import (
+    Count,
+    FinishRun,
+    Manifest,
+    add_files,
+    check_accounting,
+    check_reject_rate,
+    new_run,
+    publish,
+    read_finished,
+    read_latest,
+    read_rejects,
+    request_fingerprint,
+)
 from pipelines.options import add_common_flags, is_local_run, new_parser, parse_with_beam, pipeline_options, run_main
 from pipelines.patches import LIMITS, UriDefect, resolve_uri
 from pipelines.store import IMAGES, TITLES, Part, commit_part, generation, list_parts
-from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Slice, Source, WriteTable, drop_nulls, make_rejects
+from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Slice, Source, WriteTable, drop_nulls
 from schemas.catalog import CATALOG
 from schemas.contract import Contract
 from schemas.embeddings import EMBEDDED_ITEMS, image_embeddings, title_embeddings
@@ -113,11 +127,22 @@ class ResolveItems(beam.DoFn):
         rows, rejects, copies = drop_duplicates(STAGE, kinds["catalog"])
         known: dict[str, tuple[str, int, float, str]] = {}
         if "previous" in kinds:
-            columns = [kinds["previous"][name].to_pylist() for name in ("item_id", "image_uri", "image_size", "image_mtime", "image_key")]
-            known = {item: (uri, size, mtime, key) for item, uri, size, mtime, key in zip(*columns, strict=True) if key is not None}
+            columns = [
+                kinds["previous"][name].to_pylist()
+                for name in ("item_id", "image_uri", "image_size", "image_mtime", "image_key")
+            ]
+            known = {
+                item: (uri, size, mtime, key)
+                for item, uri, size, mtime, key in zip(*columns, strict=True)
+                if key is not None
+            }
         items, uris, inline = (rows[name].to_pylist() for name in ("item_id", "image_uri", "image_bytes"))
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            photos = list(pool.map(lambda row: self._photo(row[1], row[2], known.get(row[0])), zip(items, uris, inline, strict=True)))
+            photos = list(
+                pool.map(
+                    lambda row: self._photo(row[1], row[2], known.get(row[0])), zip(items, uris, inline, strict=True)
+                )
+            )
         titles = [normalise_title(title) for title in rows["title"].to_pylist()]
         title_keys = [content_key(title.encode()) if title else None for title in titles]
         yield pa.table(
@@ -137,11 +162,18 @@ class ResolveItems(beam.DoFn):
         yield beam.pvalue.TaggedOutput(
             "images",
             pa.table(
-                {"image_key": list(wanted), "path": [p.path for p in wanted.values()], "bytes": [p.data for p in wanted.values()]}, schema=_WANTED_IMAGE
+                {
+                    "image_key": list(wanted),
+                    "path": [p.path for p in wanted.values()],
+                    "bytes": [p.data for p in wanted.values()],
+                },
+                schema=_WANTED_IMAGE,
             ),
         )
         by_key = {key: title for key, title in zip(title_keys, titles, strict=True) if key is not None}
-        yield beam.pvalue.TaggedOutput("titles", pa.table({"title_key": list(by_key), "title": list(by_key.values())}, schema=_WANTED_TITLE))
+        yield beam.pvalue.TaggedOutput(
+            "titles", pa.table({"title_key": list(by_key), "title": list(by_key.values())}, schema=_WANTED_TITLE)
+        )
         if rejects.num_rows:
             yield beam.pvalue.TaggedOutput("rejects", rejects)
         yield beam.pvalue.TaggedOutput("counts", Count("catalog", "out", rows.num_rows))
@@ -231,7 +263,9 @@ class CutChunks(beam.DoFn):
 class CommitChunk(beam.DoFn):
     """An encoded chunk → one part and its commit marker."""
 
-    def __init__(self, kind: str, directory: str, contract: Contract, shape: tuple[int, int], progress: str | None) -> None:
+    def __init__(
+        self, kind: str, directory: str, contract: Contract, shape: tuple[int, int], progress: str | None
+    ) -> None:
         self.kind, self.directory, self.contract, self.shape = kind, directory, contract, shape
         self.progress_directory = progress
         self.contents = beam.metrics.Metrics.counter(STAGE, f"{kind}-encoded")
@@ -260,7 +294,9 @@ class CommitChunk(beam.DoFn):
         if self.kind == IMAGES and encoded.unread:
             # Not remembered in the store: it says something about this moment, not about the content.
             keys, reasons, details = zip(*encoded.unread, strict=True)
-            yield beam.pvalue.TaggedOutput("unread", pa.table([[STAGE] * len(keys), keys, reasons, details], schema=DEFECTS.schema))
+            yield beam.pvalue.TaggedOutput(
+                "unread", pa.table([[STAGE] * len(keys), keys, reasons, details], schema=DEFECTS.schema)
+            )
         table = pa.table(columns, schema=self.contract.schema)
         part = commit_part(self.directory, self.contract, self.shape, table, failures, {})
         self.contents.inc(table.num_rows)
@@ -274,7 +310,7 @@ class EncodeContents(beam.PTransform):
     """Wanted contents of one kind, minus the stored ones, through the encoder into the store."""
 
     kind: str
-    spec: EncoderSpec
+    spec: ImageSpec | TextSpec
     directory: str
     contract: Contract
     buckets: int
@@ -282,15 +318,25 @@ class EncodeContents(beam.PTransform):
 
     def expand(self, wanted: beam.PCollection) -> Any:
         column = "image_key" if self.kind == IMAGES else "title_key"
-        handler = ImageChunkHandler(self.spec) if self.kind == IMAGES else TitleChunkHandler(self.spec)
-        stored = wanted.pipeline | "ListParts" >> beam.Create(list_parts(self.directory)) | "SpreadParts" >> beam.Reshuffle() | "ReadKeys" >> beam.ParDo(ReadKeys(column))
+        handler: Any = (
+            ImageChunkHandler(self.spec) if isinstance(self.spec, ImageSpec) else TitleChunkHandler(self.spec)
+        )
+        stored = (
+            wanted.pipeline
+            | "ListParts" >> beam.Create(list_parts(self.directory))
+            | "SpreadParts" >> beam.Reshuffle()
+            | "ReadKeys" >> beam.ParDo(ReadKeys(column))
+        )
         return (
             {"wanted": wanted, "stored": stored}
             | "ByKey" >> ShuffleByBucket({"wanted": column, "stored": column}, self.buckets)
             | "CutChunks" >> beam.ParDo(CutChunks(self.kind, self.progress))
             | "SpreadChunks" >> beam.Reshuffle()
             | "Encode" >> RunInference(handler)
-            | "Commit" >> beam.ParDo(CommitChunk(self.kind, self.directory, self.contract, self.spec.shape, self.progress)).with_outputs("unread", main="files")
+            | "Commit"
+            >> beam.ParDo(
+                CommitChunk(self.kind, self.directory, self.contract, self.spec.shape, self.progress)
+            ).with_outputs("unread", main="files")
         )
 
 
@@ -307,7 +353,11 @@ class EmbedCatalog(beam.PTransform):
     def expand(self, pipeline: beam.Pipeline) -> Any:
         o = self.options
         buckets = max(1, -(-self.source.rows // ROWS_PER_BUCKET))
-        clean = pipeline | "ReadCatalog" >> ReadTable(self.source) | "Clean" >> beam.ParDo(CleanRows()).with_outputs("rejects", "counts", main="rows")
+        clean = (
+            pipeline
+            | "ReadCatalog" >> ReadTable(self.source)
+            | "Clean" >> beam.ParDo(CleanRows()).with_outputs("rejects", "counts", main="rows")
+        )
         if self.previous is None:
             previous = pipeline | "NoPreviousItems" >> beam.Create([])
         else:
@@ -315,11 +365,18 @@ class EmbedCatalog(beam.PTransform):
         resolved = (
             {"catalog": clean.rows, "previous": previous}
             | "ByItem" >> ShuffleByBucket({"catalog": "item_id", "previous": "item_id"}, buckets)
-            | "Resolve" >> beam.ParDo(ResolveItems(o.image_root, o.allow_absolute)).with_outputs("images", "titles", "rejects", "counts", main="items")
+            | "Resolve"
+            >> beam.ParDo(ResolveItems(o.image_root, o.allow_absolute)).with_outputs(
+                "images", "titles", "rejects", "counts", main="items"
+            )
         )
         rejects = [clean.rejects, resolved.rejects] | "MergeRejects" >> beam.Flatten()
-        images = resolved.images | "EncodeImages" >> EncodeContents(IMAGES, o.image, *store_place(o, IMAGES), buckets, self.progress)
-        titles = resolved.titles | "EncodeTitles" >> EncodeContents(TITLES, o.text, *store_place(o, TITLES), buckets, self.progress)
+        images = resolved.images | "EncodeImages" >> EncodeContents(
+            IMAGES, o.image, *store_place(o, IMAGES), buckets, self.progress
+        )
+        titles = resolved.titles | "EncodeTitles" >> EncodeContents(
+            TITLES, o.text, *store_place(o, TITLES), buckets, self.progress
+        )
         written = [
             resolved.items | "WriteItems" >> WriteTable(EMBEDDED_ITEMS, files.join(self.run_directory, "items")),
             rejects | "WriteRejects" >> WriteTable(REJECTS, files.join(self.run_directory, "rejects")),
@@ -335,12 +392,14 @@ class EmbedCatalog(beam.PTransform):
 
 def store_place(options: EmbedOptions, kind: str) -> tuple[str, Contract]:
     """Directory and contract of one kind's generation in the store."""
-    spec: EncoderSpec = options.image if kind == IMAGES else options.text
+    spec = options.image if kind == IMAGES else options.text
     contract = image_embeddings(*spec.shape) if kind == IMAGES else title_embeddings(*spec.shape)
     return generation(options.store, kind, spec.fingerprint), contract
 
 
-def write_defects(run_directory: str, item_files: list[str], unread_files: list[str], parts: list[Part]) -> list[FileRecord]:
+def write_defects(
+    run_directory: str, item_files: list[str], unread_files: list[str], parts: list[Part]
+) -> list[FileRecord]:
     """Listings whose photo is missing, unreadable or undecodable, as the run's `defects` table: one file, ordered by key."""
     failures = {key: (reason, detail) for part in parts for key, reason, detail in part.failures}
     for path in unread_files:
@@ -352,7 +411,9 @@ def write_defects(run_directory: str, item_files: list[str], unread_files: list[
     details: list[str] = []
     for path in item_files:
         with files.open_read(path) as handle:
-            table = pq.read_table(handle, columns=["item_id", "image_uri", "image_key", "image_defect", "image_defect_detail"])
+            table = pq.read_table(
+                handle, columns=["item_id", "image_uri", "image_key", "image_defect", "image_defect_detail"]
+            )
         for item, uri, key, defect, detail in zip(*(column.to_pylist() for column in table.columns), strict=True):
             if key in failures:
                 defect, detail = failures[key]
@@ -363,9 +424,25 @@ def write_defects(run_directory: str, item_files: list[str], unread_files: list[
                 details.append(f"item_id '{item}': {detail}")
     if not keys:
         return []
-    table = pa.table({"stage": [STAGE] * len(keys), "key": keys, "reason": reasons, "detail": details}, schema=DEFECTS.schema).sort_by("key")
+    table = pa.table(
+        {"stage": [STAGE] * len(keys), "key": keys, "reason": reasons, "detail": details}, schema=DEFECTS.schema
+    ).sort_by("key")
     path = files.join(run_directory, "defects", "part-0.parquet")
     return [FileRecord("defects", path, table.num_rows, files.write_parquet(path, table))]
+
+
+def content_request(options: EmbedOptions, item_files: list[str], parts: list[Part]) -> str:
+    """What a reader of the store gets, as 16 hex digits: each listing's contents, the encoders, and which photos could not be decoded."""
+    columns = ["item_id", "title_key", "image_key"]
+    tables = []
+    for path in item_files:
+        with files.open_read(path) as handle:
+            tables.append(pq.read_table(handle, columns=columns))
+    items = pa.concat_tables(tables).sort_by("item_id").combine_chunks() if tables else pa.table({})
+    failed = sorted(key for part in parts for key, _, _ in part.failures)
+    fingerprints = {"image": options.image.fingerprint, "text": options.text.fingerprint}
+    digest = hashlib.sha256(files.ipc_bytes(items.replace_schema_metadata(None))).hexdigest()
+    return request_fingerprint({"items": digest, **fingerprints}, {"failed": failed})
 
 
 def describe_options(options: EmbedOptions) -> dict[str, Any]:
@@ -385,24 +462,57 @@ def run(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
         previous_files = latest.paths("items") if latest else []
         previous = None
         if latest and previous_files:
-            previous = Source(contract=EMBEDDED_ITEMS, files=tuple(previous_files), rows=latest.rows("items"), fingerprint="")
+            previous = Source(
+                contract=EMBEDDED_ITEMS, files=tuple(previous_files), rows=latest.rows("items"), fingerprint=""
+            )
         before = {kind: {part.path for part in list_parts(store_place(options, kind)[0])} for kind in (IMAGES, TITLES)}
         run_name, run_directory = new_run(options.store)
         local = is_local_run(beam_flags)
-        with watch("embed", None, "contents", local) as progress, beam.Pipeline(options=pipeline_options(beam_flags)) as pipeline:
-            pipeline | "Embed" >> EmbedCatalog(options, source, previous, run_directory, progress) | "Finish" >> FinishRun(run_directory)
+        with (
+            watch("embed", None, "contents", local) as progress,
+            beam.Pipeline(options=pipeline_options(beam_flags)) as pipeline,
+        ):
+            (
+                pipeline
+                | "Embed" >> EmbedCatalog(options, source, previous, run_directory, progress)
+                | "Finish" >> FinishRun(run_directory)
+            )
         records, counts = read_finished(run_directory)
         parts = {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
         check_accounting(counts)
         check_reject_rate(counts, options.max_reject_rate, read_rejects(records))
         run_records = [record for record in records if record.table in ("items", "rejects")]
-        item_files, unread_files = ([record.path for record in records if record.table == table] for table in ("items", "defects"))
+        item_files, unread_files = (
+            [record.path for record in records if record.table == table] for table in ("items", "defects")
+        )
         defects = write_defects(run_directory, item_files, unread_files, parts[IMAGES])
-        manifest = Manifest(stage=STAGE, run=run_name, inputs={"catalog": source.fingerprint}, options=describe_options(options), counts=counts)
-        contracts = {c.name: c.fingerprint() for c in (EMBEDDED_ITEMS, REJECTS, DEFECTS, store_place(options, IMAGES)[1], store_place(options, TITLES)[1])}
-        stored = [FileRecord(f"{kind[:-1]}_embeddings", part.path, part.rows, part.bytes) for kind, found in parts.items() for part in found]
+        manifest = Manifest(
+            stage=STAGE,
+            run=run_name,
+            request=content_request(options, item_files, parts[IMAGES]),
+            inputs={"catalog": source.fingerprint},
+            options=describe_options(options),
+            counts=counts,
+        )
+        contracts = {
+            c.name: c.fingerprint()
+            for c in (
+                EMBEDDED_ITEMS,
+                REJECTS,
+                DEFECTS,
+                store_place(options, IMAGES)[1],
+                store_place(options, TITLES)[1],
+            )
+        }
+        stored = [
+            FileRecord(f"{kind[:-1]}_embeddings", part.path, part.rows, part.bytes)
+            for kind, found in parts.items()
+            for part in found
+        ]
         add_files(manifest, contracts, [*run_records, *defects, *stored])
-        new = {kind: sum(part.rows for part in parts[kind] if part.path not in before[kind]) for kind in (IMAGES, TITLES)}
+        new = {
+            kind: sum(part.rows for part in parts[kind] if part.path not in before[kind]) for kind in (IMAGES, TITLES)
+        }
         seconds = time.monotonic() - started
         manifest.seconds = seconds
         catalog = counts["catalog"]
@@ -429,18 +539,39 @@ def run(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `camenn embed`."""
-    parser = new_parser(STAGE, "Encode every distinct photo (InceptionV4 on grid patches) and title (BERT) of the catalog, once.")
+    parser = new_parser(
+        STAGE, "Encode every distinct photo (InceptionV4 on grid patches) and title (BERT) of the catalog, once."
+    )
     parser.add_argument("--data", required=True, help="data directory with the table `catalog`")
     parser.add_argument("--store", required=True, help="embedding store; made if it is not there")
     parser.add_argument("--image_root", help="directory that image_uri is relative to (default: --data)")
-    parser.add_argument("--allow_absolute", action="store_true", help="let image_uri be an absolute path, or leave --image_root")
-    parser.add_argument("--image_weights", default="timm/inception_v4.tf_in1k", help="InceptionV4: hub name, .safetensors file or its directory, or random:SEED (default %(default)s)")
-    parser.add_argument("--text_encoder", default="google-bert/bert-base-uncased", help="BERT: hub name or directory (default %(default)s)")
-    parser.add_argument("--grid", type=int, default=8, help="patches per side of a photo (default %(default)s: 64 patches)")
-    parser.add_argument("--patch_size", type=int, default=75, help="pixels per side of a patch, 75 or more (default %(default)s)")
+    parser.add_argument(
+        "--allow_absolute", action="store_true", help="let image_uri be an absolute path, or leave --image_root"
+    )
+    parser.add_argument(
+        "--image_weights",
+        default="timm/inception_v4.tf_in1k",
+        help="InceptionV4: hub name, .safetensors file or its directory, or random:SEED (default %(default)s)",
+    )
+    parser.add_argument(
+        "--text_encoder",
+        default="google-bert/bert-base-uncased",
+        help="BERT: hub name or directory (default %(default)s)",
+    )
+    parser.add_argument(
+        "--grid", type=int, default=8, help="patches per side of a photo (default %(default)s: 64 patches)"
+    )
+    parser.add_argument(
+        "--patch_size", type=int, default=75, help="pixels per side of a patch, 75 or more (default %(default)s)"
+    )
     parser.add_argument("--max_tokens", type=int, default=32, help="tokens kept of a title (default %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default %(default)s)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the image encoder; auto = bf16 where the device has it (default %(default)s)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="of the image encoder; auto = bf16 where the device has it (default %(default)s)",
+    )
     add_common_flags(parser)
     return parser
 
@@ -448,7 +579,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, resolve the encoders once, run, print."""
     arguments, beam_flags = parse_with_beam(build_parser(), argv)
-    image = ImageSpec.resolve(arguments.image_weights, grid=arguments.grid, patch_size=arguments.patch_size, device=arguments.device, precision=arguments.precision)
+    image = ImageSpec.resolve(
+        arguments.image_weights,
+        grid=arguments.grid,
+        patch_size=arguments.patch_size,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
     text = TextSpec.resolve(arguments.text_encoder, max_tokens=arguments.max_tokens, device=arguments.device)
     options = EmbedOptions(
         data=arguments.data,

@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 
 from pipelines.attribution import HOUR_US, NEVER, attribute_orders
 from pipelines.events import Outcomes, clean_log, usable_clicks, usable_orders
-from pipelines.features import Events, ItemAttributes, Queries, item_features, local_hour_weekday, pair_features, user_features, user_history
+from pipelines.features import (
+    Events,
+    ItemAttributes,
+    Queries,
+    item_features,
+    local_hour_weekday,
+    pair_features,
+    user_features,
+    user_history,
+)
 from pipelines.files import open_read
 from pipelines.manifest import Count
 from schemas.events import CLICKS, ORDERS
@@ -62,7 +71,9 @@ def split_times(clicked_at: np.ndarray, window: int, test_share: float) -> Split
     share = float(np.searchsorted(times, second_gap)) / len(times)
     calibration = at(share - CALIBRATION_SHARE)
     early_stop = at(share - CALIBRATION_SHARE - EARLY_STOP_SHARE)
-    return SplitTimes(gap=early_stop - window, early_stop=early_stop, calibration=calibration, second_gap=second_gap, test=test)
+    return SplitTimes(
+        gap=early_stop - window, early_stop=early_stop, calibration=calibration, second_gap=second_gap, test=test
+    )
 
 
 class _ItemsDoFn(beam.DoFn):
@@ -95,7 +106,17 @@ class UserResult:
 
 
 def build_user_examples(
-    clicks_table: pa.Table, orders_table: pa.Table, item_ids: pa.Array, attributes: ItemAttributes, *, stage: str, as_of: int, window: int, history: int, timezones: dict[str, str], timezone: str
+    clicks_table: pa.Table,
+    orders_table: pa.Table,
+    item_ids: pa.Array,
+    attributes: ItemAttributes,
+    *,
+    stage: str,
+    as_of: int,
+    window: int,
+    history: int,
+    timezones: dict[str, str],
+    timezone: str,
 ) -> UserResult:
     """Labels, user and pair features and histories of a bucket of users.
 
@@ -111,8 +132,14 @@ def build_user_examples(
     clicks, click_rejects, click_copies = clean_log(stage, CLICKS, clicks_table)
     orders, order_rejects, order_copies = clean_log(stage, ORDERS, orders_table)
     click_outcomes, order_outcomes = Outcomes("clicks", []), Outcomes("orders", [])
-    click_outcomes.counts += [Count("clicks", "duplicates", click_copies), Count("clicks", "rejected", click_rejects.num_rows)]
-    order_outcomes.counts += [Count("orders", "duplicates", order_copies), Count("orders", "rejected", order_rejects.num_rows)]
+    click_outcomes.counts += [
+        Count("clicks", "duplicates", click_copies),
+        Count("clicks", "rejected", click_rejects.num_rows),
+    ]
+    order_outcomes.counts += [
+        Count("orders", "duplicates", order_copies),
+        Count("orders", "rejected", order_rejects.num_rows),
+    ]
     orders = usable_orders(orders, item_ids, as_of, order_outcomes)
     clicks = usable_clicks(clicks, item_ids, as_of, click_outcomes)
     order_outcomes.counts.append(Count("orders", "out", len(orders)))
@@ -124,7 +151,9 @@ def build_user_examples(
     click_item, order_item = clicks["item"].to_numpy(np.int64), orders["item"].to_numpy(np.int64)
     clicked_at, ordered_at = clicks["clicked_at"].to_numpy(np.int64), orders["ordered_at"].to_numpy(np.int64)
     size = np.int64(len(item_ids))
-    _, converted_at = attribute_orders(click_user * size + click_item, clicked_at, order_user * size + order_item, ordered_at, window)
+    _, converted_at = attribute_orders(
+        click_user * size + click_item, clicked_at, order_user * size + order_item, ordered_at, window
+    )
     events = Events(
         click_user=click_user,
         click_item=click_item,
@@ -140,7 +169,12 @@ def build_user_examples(
         [
             _item_events(click_item, clicks["store_id"], CLICK_EVENT, clicked_at),
             _item_events(order_item, orders["store_id"], ORDER_EVENT, ordered_at),
-            _item_events(click_item[converted_at != NEVER], clicks["store_id"][converted_at != NEVER], CONVERSION_EVENT, converted_at[converted_at != NEVER]),
+            _item_events(
+                click_item[converted_at != NEVER],
+                clicks["store_id"][converted_at != NEVER],
+                CONVERSION_EVENT,
+                converted_at[converted_at != NEVER],
+            ),
         ]
     )
     clicks = clicks.assign(user=click_user, label=(converted_at != NEVER).astype(np.int8))
@@ -148,18 +182,42 @@ def build_user_examples(
     # Repeated clicks on one listing in a session are one example: placed where the first was, positive if any led to an order.
     label = closed.groupby(["user_id", "session_id", "item"], sort=False)["label"].transform("max")
     closed = closed.assign(label=label)
-    first = click_outcomes.keep(closed, ~closed.duplicated(["user_id", "session_id", "item"]).to_numpy(), "repeated_clicks")
+    first = click_outcomes.keep(
+        closed, ~closed.duplicated(["user_id", "session_id", "item"]).to_numpy(), "repeated_clicks"
+    )
     click_outcomes.counts.append(Count("clicks", "out", len(first)))
     examples = _describe(first, events, attributes, item_ids, history, timezones, timezone)
-    return UserResult(examples, item_events, [click_rejects, order_rejects], [*click_outcomes.counts, *order_outcomes.counts])
+    return UserResult(
+        examples, item_events, [click_rejects, order_rejects], [*click_outcomes.counts, *order_outcomes.counts]
+    )
 
 
 def _item_events(item: np.ndarray, store: pd.Series, kind: int, time: np.ndarray) -> pa.Table:
-    return pa.table({"item": item, "store_id": pa.Array.from_pandas(store, type=pa.string()), "kind": np.full(len(item), kind, dtype=np.int8), "time": time}, schema=_ITEM_EVENTS)
+    return pa.table(
+        {
+            "item": item,
+            "store_id": pa.Array.from_pandas(store, type=pa.string()),
+            "kind": np.full(len(item), kind, dtype=np.int8),
+            "time": time,
+        },
+        schema=_ITEM_EVENTS,
+    )
 
 
-def _describe(first: pd.DataFrame, events: Events, attributes: ItemAttributes, item_ids: pa.Array, length: int, timezones: dict[str, str], timezone: str) -> pa.Table:
-    user, item, start = first["user"].to_numpy(np.int64), first["item"].to_numpy(np.int64), first["session_start"].to_numpy(np.int64)
+def _describe(
+    first: pd.DataFrame,
+    events: Events,
+    attributes: ItemAttributes,
+    item_ids: pa.Array,
+    length: int,
+    timezones: dict[str, str],
+    timezone: str,
+) -> pa.Table:
+    user, item, start = (
+        first["user"].to_numpy(np.int64),
+        first["item"].to_numpy(np.int64),
+        first["session_start"].to_numpy(np.int64),
+    )
     # User features and histories once per session, then spread over its examples.
     sessions, session_row = np.unique(np.stack([user, start], axis=1), axis=0, return_inverse=True)
     per_session = user_features(events, sessions[:, 0], sessions[:, 1])
@@ -176,13 +234,18 @@ def _describe(first: pd.DataFrame, events: Events, attributes: ItemAttributes, i
     def nested(values: pa.Array) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
-    strings = {name: pa.Array.from_pandas(first[name], type=pa.string()) for name in ("user_id", "session_id", "store_id", "item_id")}
+    strings = {
+        name: pa.Array.from_pandas(first[name], type=pa.string())
+        for name in ("user_id", "session_id", "store_id", "item_id")
+    }
     return pa.table(
         {
             **strings,
             "session_start": pa.array(start).cast(pa.timestamp("us")),
             "clicked_at": pa.array(first["clicked_at"].to_numpy(np.int64)).cast(pa.timestamp("us")),
-            "position": pa.Array.from_pandas(first["position"], type=pa.int64()) if first["position"].notna().any() else pa.nulls(len(first), pa.int64()),
+            "position": pa.Array.from_pandas(first["position"], type=pa.int64())
+            if first["position"].notna().any()
+            else pa.nulls(len(first), pa.int64()),
             "label": first["label"].to_numpy(np.int8),
             "hour": hour,
             "weekday": weekday,
@@ -213,12 +276,18 @@ def build_item_features(examples: pa.Table, item_events: pa.Table) -> pa.Table:
     """Add `ITEM_COUNTS` to a bucket of listings' examples; `item_events` are all their clicks, orders and conversions."""
     item, kind, time = (item_events[name].to_numpy() for name in ("item", "kind", "time"))
     n = len(item)
-    stores, names = pd.factorize(pd.concat([item_events["store_id"].to_pandas(), examples["store_id"].to_pandas()], ignore_index=True))
+    stores, names = pd.factorize(
+        pd.concat([item_events["store_id"].to_pandas(), examples["store_id"].to_pandas()], ignore_index=True)
+    )
     stores = stores.astype(np.int64)
-    clicks, orders, conversions = (np.flatnonzero(kind == value) for value in (CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT))
+    clicks, orders, conversions = (
+        np.flatnonzero(kind == value) for value in (CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT)
+    )
     # Which click converted does not matter to a listing's counts, only when: conversions stand as clicks of their own index.
     start = examples["session_start"].cast(pa.int64()).to_numpy()
-    queries = Queries(user=np.zeros(len(start), dtype=np.int64), item=examples["item"].to_numpy(), store=stores[n:], time=start)
+    queries = Queries(
+        user=np.zeros(len(start), dtype=np.int64), item=examples["item"].to_numpy(), store=stores[n:], time=start
+    )
     features = item_features(
         click_item=item[clicks], click_store=stores[:n][clicks], clicked_at=time[clicks], conversion_item=item[conversions], converted_at=time[conversions],
         order_item=item[orders], order_store=stores[:n][orders], ordered_at=time[orders], queries=queries, n_stores=len(names),
@@ -232,7 +301,17 @@ def build_item_features(examples: pa.Table, item_events: pa.Table) -> pa.Table:
 class UserPass(_ItemsDoFn):
     """A bucket of users → examples without listing counts, and the listings' events."""
 
-    def __init__(self, items_path: str, *, stage: str, as_of: int, window: int, history: int, timezones: dict[str, str], timezone: str) -> None:
+    def __init__(
+        self,
+        items_path: str,
+        *,
+        stage: str,
+        as_of: int,
+        window: int,
+        history: int,
+        timezones: dict[str, str],
+        timezone: str,
+    ) -> None:
         super().__init__(items_path)
         self.stage, self.as_of, self.window, self.history = stage, as_of, window, history
         self.timezones, self.timezone = timezones, timezone
@@ -272,7 +351,7 @@ class ItemPass(beam.DoFn):
         table = build_item_features(kinds["examples"], kinds["item_events"])
         start = table["session_start"].cast(pa.int64()).to_numpy()
         frame = pd.DataFrame({"split": self.splits.of(start), "day": start // (24 * HOUR_US)})
-        for (split, day), rows in frame.groupby(["split", "day"]).indices.items():
+        groups: Any = frame.groupby(["split", "day"]).indices
+        for (split, day), rows in groups.items():
             date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=int(day))).isoformat()
             yield (str(split), date), table.take(pa.array(rows))
-

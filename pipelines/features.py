@@ -60,7 +60,9 @@ def _days(index: TimeIndex, key: Ints, time: Ints) -> Floats:
 
 def smoothed_cvr(conversions: Floats, clicks: Floats) -> Floats:
     """(conversions + prior) / (clicks + prior weight), float32 [n]."""
-    return ((conversions + np.float32(PRIOR_CVR * PRIOR_CLICKS)) / (clicks + np.float32(PRIOR_CLICKS))).astype(np.float32)
+    return ((conversions + np.float32(PRIOR_CVR * PRIOR_CLICKS)) / (clicks + np.float32(PRIOR_CLICKS))).astype(
+        np.float32
+    )
 
 
 def user_features(events: Events, user: Ints, time: Ints) -> dict[str, Floats]:
@@ -79,20 +81,34 @@ def user_features(events: Events, user: Ints, time: Ints) -> dict[str, Floats]:
 
 
 def item_features(
-    *, click_item: Ints, click_store: Ints, clicked_at: Ints, conversion_item: Ints, converted_at: Ints, order_item: Ints, order_store: Ints, ordered_at: Ints, queries: Queries, n_stores: int
+    *,
+    click_item: Ints,
+    click_store: Ints,
+    clicked_at: Ints,
+    conversion_item: Ints,
+    converted_at: Ints,
+    order_item: Ints,
+    order_store: Ints,
+    ordered_at: Ints,
+    queries: Queries,
+    n_stores: int,
 ) -> dict[str, Floats]:
     """Columns of `ITEM_COUNTS` for each query's (item, store, time), float32 [n]. A conversion is the first order credited to a click."""
     n_clicks = _counts(TimeIndex(click_item, clicked_at), queries.item, queries.time)
     n_conversions = _counts(TimeIndex(conversion_item, converted_at), queries.item, queries.time)
     orders = TimeIndex(order_item, ordered_at)
-    here = _pair(queries.item, queries.store, n_stores)
+    here = np.where(queries.store >= 0, _pair(queries.item, queries.store, n_stores), -1)
     return {
         "item_clicks": n_clicks,
         "item_orders": _counts(orders, queries.item, queries.time),
         "item_cvr": smoothed_cvr(n_conversions, n_clicks),
         "item_days_since_order": _days(orders, queries.item, queries.time),
-        "store_item_clicks": _counts(TimeIndex(_pair(click_item, click_store, n_stores), clicked_at), here, queries.time),
-        "store_item_orders": _counts(TimeIndex(_pair(order_item, order_store, n_stores), ordered_at), here, queries.time),
+        "store_item_clicks": _counts(
+            TimeIndex(_pair(click_item, click_store, n_stores), clicked_at), here, queries.time
+        ),
+        "store_item_orders": _counts(
+            TimeIndex(_pair(order_item, order_store, n_stores), ordered_at), here, queries.time
+        ),
     }
 
 
@@ -161,7 +177,8 @@ def user_history(events: Events, user: Ints, time: Ints, length: int) -> History
     converted = np.concatenate([events.converted_at, np.full(len(events.order_user), NEVER)])
     kind = np.concatenate([np.full(n_clicks, CLICKED), np.full(len(events.order_user), PURCHASED)]).astype(np.int8)
     presorted = np.lexsort((-item, kind))
-    who, when, item, converted, kind = (array[presorted] for array in (who, when, item, converted, kind))
+    who, when, item, converted = (array[presorted] for array in (who, when, item, converted))
+    kind = kind[presorted]
     index = TimeIndex(who, when)
     start, end = index.bounds(user, time)
     # Each click left out has its own order, later than the click and before `time`: of the last 2·length events at least `length` stay.
@@ -175,7 +192,11 @@ def user_history(events: Events, user: Ints, time: Ints, length: int) -> History
     event = np.take_along_axis(event, place, axis=1)
     if not len(who):
         shape = keep.shape
-        return History(item=np.full(shape, -1, dtype=np.int64), kind=np.zeros(shape, dtype=np.int8), hours=np.zeros(shape, dtype=np.float32))
+        return History(
+            item=np.full(shape, -1, dtype=np.int64),
+            kind=np.zeros(shape, dtype=np.int8),
+            hours=np.zeros(shape, dtype=np.float32),
+        )
     hours = ((time[:, None] - when[event]) / HOUR_US).astype(np.float32)
     return History(
         item=np.where(keep, item[event], -1),
@@ -184,7 +205,9 @@ def user_history(events: Events, user: Ints, time: Ints, length: int) -> History
     )
 
 
-def local_hour_weekday(time: Ints, store: Ints, store_timezones: list[str]) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+def local_hour_weekday(
+    time: Ints, store: Ints, store_timezones: list[str]
+) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """Hour (0 to 23) and weekday (0 = Monday) of each time on the clock of its store, int8 [n].
 
     Args:

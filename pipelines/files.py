@@ -96,7 +96,9 @@ def list_parquet(path: str, table: str) -> list[str]:
         found = sorted(metadata.path for match in FileSystems.match([pattern]) for metadata in match.metadata_list)
         if found:
             return found
-    raise InputError(f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with .parquet files exists. Put it there.")
+    raise InputError(
+        f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with .parquet files exists. Put it there."
+    )
 
 
 def fingerprint(paths: list[str]) -> str:
@@ -124,7 +126,9 @@ def single_writer(root: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{root}: another camenn process is writing there. Wait for it to end, or choose another output.") from error
+            raise InputError(
+                f"{root}: another camenn process is writing there. Wait for it to end, or choose another output."
+            ) from error
         yield
 
 

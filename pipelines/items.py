@@ -33,7 +33,10 @@ def read_stored(manifest: Manifest, table: str, columns: list[str]) -> pa.Table:
             piece = pq.read_table(handle, columns=columns)
         pieces.append(piece.append_column("__part", pa.array(np.full(piece.num_rows, number, dtype=np.int32))))
     if not pieces:
-        return pa.table({name: pa.array([], pa.string() if name.endswith("_key") else pa.float32()) for name in columns} | {"__part": pa.array([], pa.int32())})
+        return pa.table(
+            {name: pa.array([], pa.string() if name.endswith("_key") else pa.float32()) for name in columns}
+            | {"__part": pa.array([], pa.int32())}
+        )
     stored = pa.concat_tables(pieces).replace_schema_metadata(None)
     frame = stored.select([columns[0]]).to_pandas()
     first = ~frame[columns[0]].duplicated().to_numpy()
@@ -52,8 +55,15 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
         InputError: listings of the catalog were never embedded.
     """
     catalog, rejects, counts = read_catalog(stage, source)
-    embedded = [pq.read_table(files.open_read(path), columns=["item_id", "title_key", "image_key"]) for path in store.paths("items")]
-    keys = pa.concat_tables(embedded) if embedded else pa.table({name: pa.array([], pa.string()) for name in ("item_id", "title_key", "image_key")})
+    embedded = [
+        pq.read_table(files.open_read(path), columns=["item_id", "title_key", "image_key"])
+        for path in store.paths("items")
+    ]
+    keys = (
+        pa.concat_tables(embedded)
+        if embedded
+        else pa.table({name: pa.array([], pa.string()) for name in ("item_id", "title_key", "image_key")})
+    )
     row = pc.index_in(catalog["item_id"], keys["item_id"])
     if row.null_count:
         missing = catalog["item_id"].filter(pc.is_null(row))
@@ -66,9 +76,14 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
     titles = read_stored(store, "title_embeddings", ["title_key", "tokens", "unknown_share"])
     image = _gather(images, "image_key", keys["image_key"], ["image_key", "blur", "luminance", "width", "height"])
     title = _gather(titles, "title_key", keys["title_key"], ["title_key", "tokens", "unknown_share"])
-    megapixels = pc.divide(pc.multiply(pc.cast(image["width"], pa.float32()), pc.cast(image["height"], pa.float32())), 1e6)
+    megapixels = pc.divide(
+        pc.multiply(pc.cast(image["width"], pa.float32()), pc.cast(image["height"], pa.float32())), 1e6
+    )
     columns = {
-        **{name: catalog[name] for name in ("item_id", "category", "subcategory", "brand", "product_key", "store_id", "image_uri", "price")},
+        **{
+            name: catalog[name]
+            for name in ("item_id", "category", "subcategory", "brand", "product_key", "store_id", "image_uri", "price")
+        },
         "title": pa.array([normalise_title(text) or None for text in catalog["title"].to_pylist()], pa.string()),
         # A photo that could not be decoded has a key in the store's items but no embedding: the listing has no photo.
         "image_key": image["image_key"],
@@ -85,10 +100,12 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
 
 def relative_price(price: pa.ChunkedArray, subcategory: pa.ChunkedArray) -> pa.Array:
     """log(price / median price of the subcategory), float32 [n]; null where the price is unknown or not positive."""
-    frame = pd.DataFrame({"price": price.to_numpy().astype(np.float64), "group": subcategory.to_pandas().fillna("")})
+    frame = pd.DataFrame(
+        {"price": price.to_pandas().to_numpy(dtype=np.float64), "group": subcategory.to_pandas().fillna("")}
+    )
     frame.loc[~(frame["price"] > 0), "price"] = np.nan
     median = frame.groupby("group")["price"].transform("median")
-    values = np.log(frame["price"] / median).to_numpy(dtype=np.float32)
+    values = np.log((frame["price"] / median).to_numpy(dtype=np.float64)).astype(np.float32)
     return pa.array(values, mask=~np.isfinite(values))
 
 
@@ -145,7 +162,9 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
             if table.num_rows == 0:
                 continue
             shape = embedding_shape(table.schema)
-            field = pa.field("embedding", pa.binary(shape[0] * shape[1] * 2), metadata=table.schema.field("embedding").metadata)
+            field = pa.field(
+                "embedding", pa.binary(shape[0] * shape[1] * 2), metadata=table.schema.field("embedding").metadata
+            )
             table = table.cast(pa.schema([pa.field(key, pa.string()), field]))
             if writer is None:
                 writer = pa.ipc.new_file(handle, table.schema)
@@ -157,12 +176,49 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
     return FileRecord(f"contents_{job.kind}", path, rows, size)
 
 
-class CopyContents(beam.DoFn):
-    """(directory, ContentJob) → FileRecord of the contents file it wrote."""
+@dataclass(frozen=True)
+class PlacedJob:
+    """A job and the directory that its file goes to."""
 
-    def process(self, element: tuple[str, ContentJob]) -> Iterator[FileRecord]:
-        directory, job = element
-        yield copy_contents(job, directory)
+    directory: str
+    job: ContentJob
+
+
+class CopyContents(beam.DoFn):
+    """PlacedJob → FileRecord of the contents file it wrote."""
+
+    @staticmethod
+    def copy(placed: PlacedJob) -> FileRecord:
+        """Do one job, here and now."""
+        return copy_contents(placed.job, placed.directory)
+
+    def process(self, placed: PlacedJob) -> Iterator[FileRecord]:
+        yield self.copy(placed)
+
+
+def contents_jobs(
+    store: Manifest, items: pa.Table, latest: Manifest | None, root: str
+) -> tuple[list[PlacedJob], list[FileRecord]]:
+    """What is still to be copied into `root`/contents/KIND/FINGERPRINT/, and the files of the last run that stay in use.
+
+    Contents are only ever added; those of another encoder lie in another directory and are not used.
+    """
+    jobs: list[PlacedJob] = []
+    kept: list[FileRecord] = []
+    for kind in ("images", "titles"):
+        generation = str(store.options["image" if kind == "images" else "text"]["fingerprint"])
+        directory = files.join(root, "contents", kind, generation)
+        present = [
+            record
+            for record in (latest.records(f"contents_{kind}") if latest else [])
+            if record.path.startswith(directory)
+        ]
+        kept += present
+        jobs += [
+            PlacedJob(directory, job)
+            for job in plan_contents(kind, store, items[f"{kind[:-1]}_key"], [record.path for record in present])
+        ]
+    return jobs, kept
 
 
 def local_only(path: str, flag: str) -> str:
@@ -172,5 +228,7 @@ def local_only(path: str, flag: str) -> str:
         InputError: it is on an object store, whose files cannot be mapped into memory.
     """
     if not files.is_local(path):
-        raise InputError(f"{flag} {path}: embeddings are mapped into memory, which needs a local directory. Copy it, or mount the bucket.")
+        raise InputError(
+            f"{flag} {path}: embeddings are mapped into memory, which needs a local directory. Copy it, or mount the bucket."
+        )
     return os.path.abspath(path)

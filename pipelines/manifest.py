@@ -38,6 +38,7 @@ class Manifest:
     stage: str
     run: str
     request: str = ""
+    """16 hex digits; two runs of a stage with equal ones hold the same rows, however often they were run."""
     inputs: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
@@ -54,12 +55,10 @@ class Manifest:
 
     def records(self, table: str) -> list[FileRecord]:
         """A table's files as the records that a job emitted."""
-        return [FileRecord(table, entry["path"], entry["rows"], entry["bytes"]) for entry in self.tables.get(table, {}).get("files", [])]
-
-    def content_fingerprint(self) -> str:
-        """16 hex digits over the files of all tables: two runs of the same content written twice differ, one run always equals itself."""
-        lines = sorted(f"{name}:{entry['path']}:{entry['bytes']}" for name, table in self.tables.items() for entry in table["files"])
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        return [
+            FileRecord(table, entry["path"], entry["rows"], entry["bytes"])
+            for entry in self.tables.get(table, {}).get("files", [])
+        ]
 
     def rows(self, table: str) -> int:
         """Rows of a table."""
@@ -122,9 +121,13 @@ def require_latest(root: str, stage: str, flag: str) -> Manifest:
     """
     manifest = read_latest(root)
     if manifest is None:
-        raise InputError(f"{flag} {root}: nothing is published there (no {LATEST}). Run `camenn {stage}` into it first.")
+        raise InputError(
+            f"{flag} {root}: nothing is published there (no {LATEST}). Run `camenn {stage}` into it first."
+        )
     if manifest.stage != stage:
-        raise InputError(f"{flag} {root}: holds the output of `camenn {manifest.stage}`, not of `camenn {stage}`. Give another directory.")
+        raise InputError(
+            f"{flag} {root}: holds the output of `camenn {manifest.stage}`, not of `camenn {stage}`. Give another directory."
+        )
     return manifest
 
 
@@ -140,7 +143,10 @@ def publish(root: str, manifest: Manifest) -> None:
             entry["path"] = entry["path"].removeprefix(prefix)
         table["files"].sort(key=lambda entry: entry["path"])
     files.write_json(files.join(root, "runs", manifest.run, MANIFEST), record)
-    files.write_json(files.join(root, LATEST), {"run": manifest.run, "stage": manifest.stage, "manifest": f"runs/{manifest.run}/{MANIFEST}"})
+    files.write_json(
+        files.join(root, LATEST),
+        {"run": manifest.run, "stage": manifest.stage, "manifest": f"runs/{manifest.run}/{MANIFEST}"},
+    )
 
 
 def add_files(manifest: Manifest, contracts: dict[str, str], records: Iterable[FileRecord]) -> None:
@@ -185,7 +191,10 @@ class FinishRun(beam.PTransform):
         return (
             emitted["files"].pipeline
             | "Once" >> beam.Create([None])
-            | "WriteFinished" >> beam.ParDo(_WriteFinished(self.directory), beam.pvalue.AsList(emitted["files"]), beam.pvalue.AsList(counts))
+            | "WriteFinished"
+            >> beam.ParDo(
+                _WriteFinished(self.directory), beam.pvalue.AsList(emitted["files"]), beam.pvalue.AsList(counts)
+            )
         )
 
 
@@ -217,7 +226,9 @@ def check_accounting(counts: dict[str, dict[str, int]]) -> None:
     for table, row in counts.items():
         outcomes = {where: rows for where, rows in row.items() if where != "in"}
         if row.get("in", 0) != sum(outcomes.values()):
-            raise RuntimeError(f"table '{table}': {row.get('in', 0)} rows came in, but these went somewhere: {outcomes}. Nothing was published.")
+            raise RuntimeError(
+                f"table '{table}': {row.get('in', 0)} rows came in, but these went somewhere: {outcomes}. Nothing was published."
+            )
 
 
 def check_reject_rate(counts: dict[str, dict[str, int]], limit: float, examples: list[dict[str, str]]) -> None:
@@ -229,7 +240,11 @@ def check_reject_rate(counts: dict[str, dict[str, int]], limit: float, examples:
     for table, row in counts.items():
         rejected, total = row.get("rejected", 0), row.get("in", 0)
         if total and rejected / total > limit:
-            shown = "\n".join(f"  {reject['key']}: {reject['reason']}: {reject['detail']}" for reject in examples if reject["key"].startswith(f"{table}:"))
+            shown = "\n".join(
+                f"  {reject['key']}: {reject['reason']}: {reject['detail']}"
+                for reject in examples
+                if reject["key"].startswith(f"{table}:")
+            )
             raise InputError(
                 f"table '{table}': {rejected:,} of {total:,} rows were rejected ({rejected / total:.1%}), more than --max_reject_rate {limit}. "
                 f"Nothing was published. First ones:\n{shown}\nMend the rows, or raise --max_reject_rate."

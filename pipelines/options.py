@@ -6,12 +6,20 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from schemas.contract import InputError
 
-JOB_SERVER_OPTIONS = ("parallelism", "max_parallelism", "checkpointing_interval", "object_reuse", "state_backend", "execution_mode_for_batch")
+JOB_SERVER_OPTIONS = (
+    "parallelism",
+    "max_parallelism",
+    "checkpointing_interval",
+    "object_reuse",
+    "state_backend",
+    "execution_mode_for_batch",
+)
 """Options that Flink's job server announces only when a job is submitted; Python's parsers do not know them."""
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
@@ -19,31 +27,43 @@ LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     """`--json`, which every command has."""
-    parser.add_argument("--json", action="store_true", help="print the closing table as one JSON object on the last line of stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print the closing table as one JSON object on the last line of stdout"
+    )
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """`--json` and `--max_reject_rate`, which every stage that reads tables has."""
     add_json_flag(parser)
-    parser.add_argument("--max_reject_rate", type=float, default=0.01, help="share of a table's rows that may be rejected before the run stops (default %(default)s)")
+    parser.add_argument(
+        "--max_reject_rate",
+        type=float,
+        default=0.01,
+        help="share of a table's rows that may be rejected before the run stops (default %(default)s)",
+    )
 
 
 def new_parser(stage: str, description: str) -> argparse.ArgumentParser:
     """A stage's parser. Abbreviated flags are refused: they would shadow Beam's."""
-    return argparse.ArgumentParser(prog=f"camenn {stage}", description=description, allow_abbrev=False, epilog="Flags not listed here go to Apache Beam unchanged.")
+    return argparse.ArgumentParser(
+        prog=f"camenn {stage}",
+        description=description,
+        allow_abbrev=False,
+        epilog="Flags not listed here go to Apache Beam unchanged.",
+    )
 
 
 def parse_with_beam(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Parse a stage's flags; returns them and the flags for Beam. A flag that neither knows ends the program with a suggestion."""
     arguments, rest = parser.parse_known_args(argv)
-    beam_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    beam_parser: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in _all_option_classes():
-        options._add_argparse_args(beam_parser)  # noqa: SLF001 - how Beam itself builds its parser
+        options._add_argparse_args(beam_parser)
     for name in JOB_SERVER_OPTIONS:
         beam_parser.add_argument(f"--{name}")
     _, unknown = beam_parser.parse_known_args(rest)
     if unknown:
-        known = [flag for p in (parser, beam_parser) for action in p._actions for flag in action.option_strings]  # noqa: SLF001
+        known = [flag for p in (parser, beam_parser) for action in p._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         parser.error(f"unknown argument {unknown[0]}{hint} (neither camenn nor Apache Beam has it)")
@@ -96,8 +116,9 @@ def _input_error_behind(error: BaseException) -> InputError | None:
         if isinstance(seen, InputError):
             return seen
         seen = seen.__cause__ or seen.__context__
-    marker = "InputError: "
+    # A runner may flatten a worker's exception to text.
     text = str(error)
-    if marker in text:
-        return InputError(text.split(marker)[-1].split(" [while running")[0].strip().strip("'\""))
+    for marker in ("InputError: ", "WeightsError: ", "DeviceError: "):
+        if marker in text:
+            return InputError(text.split(marker)[-1].split(" [while running")[0].strip().strip("'\""))
     return None

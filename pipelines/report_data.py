@@ -23,12 +23,16 @@ _ITEM_COLUMNS = ("item_id", "title", "subcategory", "image_uri", "store_id", "pr
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A working directory, as far as it exists. `metrics`, `curves` and `retrieval` are as their files have them."""
+    """A working directory, as far as it exists. `metrics`, `curves` and `retrieval` are as their files have them.
+
+    `metrics` come from `metrics.json` of the working directory, which has the baselines, or else from the model's own; `metrics_path` says which.
+    """
 
     root: str
     manifests: dict[str, Manifest]
     previous_scores: Manifest | None
     metrics: dict[str, Any] | None
+    metrics_path: str | None
     curves: pd.DataFrame | None
     retrieval: list[dict[str, Any]] | None
 
@@ -63,20 +67,26 @@ def read_work(root: str) -> Work:
         InputError: it is no directory, or one of its files is not what it should be.
     """
     if files.is_local(root) and not files.exists(root):
-        raise InputError(f"--run {root}: no such directory. Give the working directory that holds store/, shards/, model/ and scores/.")
+        raise InputError(
+            f"--run {root}: no such directory. Give the working directory that holds store/, shards/, model/ and scores/."
+        )
     found = {stage: read_latest(files.join(root, folder)) for stage, folder in STAGES}
     manifests = {stage: manifest for stage, manifest in found.items() if manifest is not None}
     scores, model = manifests.get("score"), manifests.get("train")
     curves = retrieval = None
+    places = [files.join(root, "metrics.json")]
     if model is not None:
         directory = files.join(root, "model", "runs", model.run)
         curves = _read_curves(files.join(directory, "curves.csv"))
         retrieval = _read_object(files.join(directory, "retrieval.json"))
+        places.append(files.join(directory, "metrics.json"))
+    metrics_path = next((path for path in places if files.exists(path)), None)
     return Work(
         root=root,
         manifests=manifests,
         previous_scores=_read_previous(files.join(root, "scores"), scores.run) if scores else None,
-        metrics=_read_object(files.join(root, "metrics.json")),
+        metrics=_read_object(metrics_path) if metrics_path else None,
+        metrics_path=metrics_path,
         curves=curves,
         retrieval=retrieval["queries"] if retrieval else None,
     )
@@ -99,6 +109,9 @@ def _read_curves(path: str) -> pd.DataFrame | None:
         return None
     with files.open_read(path) as handle:
         curves = pd.read_csv(handle)
+    if curves.empty:
+        # A run that stopped before its first step has nothing to draw.
+        return None
     needed = {"step", "total", "cvr", "ita", "tia", "contrastive", "balance", "z", "early_stop_log_loss"}
     missing = sorted(needed - set(curves.columns))
     if missing:
@@ -122,15 +135,15 @@ def read_columns(paths: list[str], columns: list[str]) -> Iterator[pa.Table]:
 
 
 def read_items(work: Work, wanted: set[str]) -> dict[str, Item]:
-    """The listings of some ids, from the scored catalog, else from the shards' one; ids that neither knows are left out."""
+    """The listings of some ids: from the scored catalog, and those that it no longer has from the shards' one; unknown ids are left out."""
+    found: dict[str, Item] = {}
     for stage in ("score", "shards"):
         manifest = work.manifests.get(stage)
-        paths = manifest.paths("items") if manifest else []
-        if paths:
-            ids = pa.array(sorted(wanted), pa.string())
-            tables = [table.filter(pc.is_in(table["item_id"], value_set=ids)) for table in read_columns(paths, list(_ITEM_COLUMNS))]
-            return {row["item_id"]: Item(**row) for table in tables for row in table.to_pylist()}
-    return {}
+        ids = pa.array(sorted(wanted - set(found)), pa.string())
+        for table in read_columns(manifest.paths("items") if manifest else [], list(_ITEM_COLUMNS)):
+            rows = table.filter(pc.is_in(table["item_id"], value_set=ids)).to_pylist()
+            found |= {row["item_id"]: Item(**row) for row in rows}
+    return found
 
 
 def count_reasons(manifests: dict[str, Manifest], table: str, examples: int) -> list[Reason]:
@@ -148,4 +161,7 @@ def count_reasons(manifests: dict[str, Manifest], table: str, examples: int) -> 
                     same = pc.and_(pc.equal(piece["stage"], name[0]), pc.equal(piece["reason"], name[1]))
                     shown += piece.filter(same).slice(0, examples - len(shown)).select(["key", "detail"]).to_pylist()
     order = sorted(rows, key=lambda name: (-rows[name], name))
-    return [Reason(stage=stage, reason=reason, rows=rows[stage, reason], examples=first[stage, reason]) for stage, reason in order]
+    return [
+        Reason(stage=stage, reason=reason, rows=rows[stage, reason], examples=first[stage, reason])
+        for stage, reason in order
+    ]

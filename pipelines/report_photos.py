@@ -80,5 +80,7 @@ def thumbnail(data: bytes) -> str:
     scale = SIDE / max(decoded.width, decoded.height)
     size = max(1, round(decoded.width * scale)), max(1, round(decoded.height * scale))
     buffer = io.BytesIO()
-    Image.fromarray(decoded.pixels).resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    Image.fromarray(decoded.pixels).resize(size, Image.Resampling.LANCZOS).save(
+        buffer, "JPEG", quality=_QUALITY, optimize=True
+    )
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

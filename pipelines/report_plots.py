@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 CHANCE_LOSS = float(np.log(2))
 """Binary cross-entropy of always saying 0.5."""
@@ -25,31 +26,34 @@ _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--line)"} 
     colour: f"var(--s{number})" for number, colour in enumerate(_SERIES, 1)
 }
 
-_STYLE = {
+# Matplotlib types its settings by a literal of every name.
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "camenn",
-    "font.size": 10,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "font.size": 10.5,
     "axes.titlesize": 10,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _MUTED,
-    "axes.labelsize": 9.5,
+    "axes.labelsize": 10.5,
     "axes.axisbelow": True,
     "text.color": _INK,
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5,
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": 10.5,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
 }
 
 
 def _new_axes(rows: int = 1, ratios: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.7, 2.9), layout="constrained")
+    figure = Figure(figsize=(4.5, 2.9), layout="constrained")
     grid = figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})
     axes = list(grid[:, 0])
     for axis in axes:
@@ -102,7 +106,14 @@ def _finish_steps(axis: Axes, ylabel: str, columns: int) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, handlelength=1.2, columnspacing=1.2, borderaxespad=0.2)
+        axis.legend(
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 1.0),
+            ncols=columns,
+            handlelength=1.2,
+            columnspacing=1.2,
+            borderaxespad=0.2,
+        )
 
 
 def plot_conversion_loss(curves: pd.DataFrame) -> str:
@@ -112,10 +123,23 @@ def plot_conversion_loss(curves: pd.DataFrame) -> str:
         _draw(axis, curves, "cvr", _SERIES[0], "training clicks")
         checked = curves[["step", "early_stop_log_loss"]].dropna()
         if len(checked):
-            axis.plot(checked["step"], checked["early_stop_log_loss"], color=_SERIES[1], marker="o", markersize=4, label="held-out clicks (early stop)")
-            best = checked.loc[checked["early_stop_log_loss"].idxmin()]
+            axis.plot(
+                checked["step"],
+                checked["early_stop_log_loss"],
+                color=_SERIES[1],
+                marker="o",
+                markersize=4,
+                label="held-out clicks (early stop)",
+            )
+            best = checked.sort_values("early_stop_log_loss").iloc[0]
             axis.annotate(
-                f"best {best['early_stop_log_loss']:.4f}", (best["step"], best["early_stop_log_loss"]), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=9, color=_SERIES[1]
+                f"best {best['early_stop_log_loss']:.4f}",
+                (best["step"], best["early_stop_log_loss"]),
+                xytext=(0, -14),
+                textcoords="offset points",
+                ha="right",
+                fontsize=9,
+                color=_SERIES[1],
             )
             axis.margins(y=0.15)
         _finish_steps(axis, "log loss", 2)
@@ -123,28 +147,42 @@ def plot_conversion_loss(curves: pd.DataFrame) -> str:
 
 
 def plot_alignment_loss(curves: pd.DataFrame) -> str:
-    """Losses of the two matching tasks with the loss of a coin toss, and the contrastive loss."""
+    """Losses of the two matching tasks, with the loss of a coin toss."""
     with matplotlib.rc_context(_STYLE):
         figure, (axis,) = _new_axes()
-        for number, (column, label) in enumerate((("ita", "photo → title"), ("tia", "title → photo"), ("contrastive", "contrastive"))):
+        for number, (column, label) in enumerate((("ita", "photo → title"), ("tia", "title → photo"))):
             _draw(axis, curves, column, _SERIES[number], label)
         axis.axhline(CHANCE_LOSS, color=_MUTED, linewidth=1, linestyle=(0, (3, 3)))
-        axis.annotate("coin toss", (1, CHANCE_LOSS), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8.5, color=_MUTED)
-        _finish_steps(axis, "loss", 3)
+        axis.annotate(
+            "coin toss",
+            (1, CHANCE_LOSS),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8.5,
+            color=_MUTED,
+        )
+        axis.margins(y=0.12)
+        _finish_steps(axis, "loss", 2)
         return _svg(figure, "plot-alignment", "Alignment losses over training steps")
 
 
 def plot_total_loss(curves: pd.DataFrame) -> str:
-    """What the optimiser minimised, and the two terms that keep the gates in order, on a logarithmic scale."""
+    """What the optimiser minimised, with its contrastive term and the two that keep the gates in order, on a logarithmic scale."""
     with matplotlib.rc_context(_STYLE):
         figure, (axis,) = _new_axes()
-        for number, (column, label) in enumerate((("total", "total"), ("balance", "expert balance"), ("z", "gate size (z)"))):
+        for number, (column, label) in enumerate(
+            (("total", "total"), ("contrastive", "contrastive"), ("balance", "balance"), ("z", "z"))
+        ):
             known = curves.assign(**{column: curves[column].where(curves[column] > 0)})
             _draw(axis, known, column, _SERIES[number], label)
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axis.minorticks_off()
-        _finish_steps(axis, "loss, log scale", 3)
-        return _svg(figure, "plot-total", "Total, balance and z loss over training steps")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _finish_steps(axis, "loss, log scale", 4)
+        return _svg(figure, "plot-total", "Total, contrastive, balance and z loss over training steps")
 
 
 def plot_expert_use(curves: pd.DataFrame, experts: Sequence[str]) -> str:
@@ -161,12 +199,13 @@ def plot_expert_use(curves: pd.DataFrame, experts: Sequence[str]) -> str:
             shares = np.stack([values for _, values in series])
             shares = shares / np.maximum(shares.sum(axis=0), 1e-12)
             colours = [_SERIES[number % len(_SERIES)] for number in range(len(experts))]
-            labels = [name.replace("expert_", "expert ") for name in experts]
+            # Short, as eight of them stand in one line.
+            labels = [f"expert {number}" if number == 0 else str(number) for number in range(len(experts))]
             axis.stackplot(series[0][0], shares, colors=colours, labels=labels, alpha=0.85, linewidth=0)
             axis.set_xlim(series[0][0][0], max(series[0][0][-1], series[0][0][0] + 1))
         axis.set_ylim(0, 1)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        _finish_steps(axis, "share of pairs", 4)
+        _finish_steps(axis, "share of pairs", 8)
         return _svg(figure, "plot-experts", "Share of pairs routed to each expert over training steps")
 
 

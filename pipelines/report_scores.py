@@ -61,7 +61,11 @@ def digest_scores(manifest: Manifest, *, with_stores: bool) -> ScoreDigest:
 
     Rows of audience ids that the run's `audience` table does not have count in the distribution, but in no store.
     """
-    audience = pa.concat_tables(read_columns(manifest.paths("audience"), ["audience_id", "store_id"])) if with_stores and manifest.paths("audience") else None
+    audience = (
+        pa.concat_tables(read_columns(manifest.paths("audience"), ["audience_id", "store_id"]))
+        if with_stores and manifest.paths("audience")
+        else None
+    )
     histogram = np.zeros(len(_EDGES) + 1, dtype=np.int64)
     rows, total = 0, 0.0
     sums: list[pa.Table] = []
@@ -78,7 +82,11 @@ def digest_scores(manifest: Manifest, *, with_stores: bool) -> ScoreDigest:
                 if audience is not None:
                     sums.append(_sum_by_store(table, audience))
     empty = pd.DataFrame({"store_id": [], "item_id": [], "total": [], "rows": []})
-    stores = pa.concat_tables(sums).group_by(["store_id", "item_id"]).aggregate([("total", "sum"), ("rows", "sum")]) if sums else None
+    stores = (
+        pa.concat_tables(sums).group_by(["store_id", "item_id"]).aggregate([("total", "sum"), ("rows", "sum")])
+        if sums
+        else None
+    )
     return ScoreDigest(
         rows=rows,
         mean=total / rows if rows else 0.0,
@@ -95,7 +103,13 @@ def _bins(cvr: np.ndarray) -> np.ndarray:
 
 def _sum_by_store(table: pa.Table, audience: pa.Table) -> pa.Table:
     place = pc.index_in(table["audience_id"], value_set=audience["audience_id"].combine_chunks())
-    keyed = pa.table({"store_id": audience["store_id"].combine_chunks().take(place), "item_id": table["item_id"], "cvr": table["cvr"]})
+    keyed = pa.table(
+        {
+            "store_id": audience["store_id"].combine_chunks().take(place),
+            "item_id": table["item_id"],
+            "cvr": table["cvr"],
+        }
+    )
     keyed = keyed.filter(pc.is_valid(keyed["store_id"]))
     summed = keyed.group_by(["store_id", "item_id"]).aggregate([("cvr", "sum"), ("cvr", "count")])
     return summed.rename_columns(["store_id", "item_id", "total", "rows"])

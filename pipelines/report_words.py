@@ -14,7 +14,12 @@ OUTCOMES = {
 }
 """Why rows of a table fell out."""
 
-STAGE_TITLES = {"embed": "Embed the catalog", "shards": "Build training shards", "train": "Train the model", "score": "Score the catalog"}
+STAGE_TITLES = {
+    "embed": "Embed the catalog",
+    "shards": "Build training shards",
+    "train": "Train the model",
+    "score": "Score the catalog",
+}
 
 SPLIT_WORDS = {
     "train": "the model learns from these",
@@ -46,15 +51,37 @@ class Metric:
 
 
 METRICS = (
-    Metric(name="auc", title="AUC", meaning="chance that a bought click ranks above one that was not; 0.5 is a coin toss", best="high"),
+    Metric(
+        name="auc",
+        title="AUC",
+        meaning="chance that a bought click ranks above one that was not; 0.5 is a coin toss",
+        best="high",
+    ),
     Metric(name="gauc", title="GAUC", meaning="AUC within each user, weighted by clicks", best="high"),
     Metric(name="session_auc", title="Session AUC", meaning="AUC within each session", best="high"),
-    Metric(name="ndcg_at_10", title="NDCG@10", meaning="how far up a session's bought listings stand; 1 is perfect", best="high"),
+    Metric(
+        name="ndcg_at_10",
+        title="NDCG@10",
+        meaning="how far up a session's bought listings stand; 1 is perfect",
+        best="high",
+    ),
     Metric(name="hr_at_10", title="Hit rate@10", meaning="sessions whose first ten hold a bought listing", best="high"),
     Metric(name="log_loss", title="Log loss", meaning="mean surprise of the predicted probabilities", best="low"),
-    Metric(name="ne", title="Normalised entropy", meaning="log loss over that of always saying the average; below 1 is better than that", best="low"),
-    Metric(name="ece", title="Calibration error", meaning="mean distance between predicted and bought share, 15 bins", best="low"),
-    Metric(name="pcoc", title="Predicted / bought", meaning="1 is right on average, above 1 promises too much", best="one"),
+    Metric(
+        name="ne",
+        title="Normalised entropy",
+        meaning="log loss over that of always saying the average; below 1 is better than that",
+        best="low",
+    ),
+    Metric(
+        name="ece",
+        title="Calibration error",
+        meaning="mean distance between predicted and bought share, 15 bins",
+        best="low",
+    ),
+    Metric(
+        name="pcoc", title="Predicted / bought", meaning="1 is right on average, above 1 promises too much", best="one"
+    ),
 )
 
 
@@ -68,9 +95,17 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or value != value else f"{value:,.{digits}f}"
 
 
+def signed(value: float, digits: int = 4) -> str:
+    """A difference, with its sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as per cent, or a dash."""
-    return "–" if value is None or value != value else f"{value:.{digits}%}"
+    if value is None or value != value:
+        return "–"
+    least = 10.0 ** -(digits + 2)
+    return f"<{least:.{digits}%}" if 0 < value < least else f"{value:.{digits}%}"
 
 
 def duration(seconds: float | None) -> str:

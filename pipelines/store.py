@@ -49,13 +49,24 @@ def read_marker(path: str) -> Part:
     """The part that a commit marker vouches for."""
     value = files.read_json(path)
     failures = tuple((key, reason, detail) for key, reason, detail in value["failures"])
-    return Part(path=path.removesuffix(".json") + ".parquet", rows=value["rows"], bytes=value["bytes"], failures=failures)
+    return Part(
+        path=path.removesuffix(".json") + ".parquet", rows=value["rows"], bytes=value["bytes"], failures=failures
+    )
 
 
-def commit_part(directory: str, contract: Contract, shape: tuple[int, int], table: pa.Table, failures: list[tuple[str, str, str]], extra: dict[str, Any]) -> Part:
+def commit_part(
+    directory: str,
+    contract: Contract,
+    shape: tuple[int, int],
+    table: pa.Table,
+    failures: list[tuple[str, str, str]],
+    extra: dict[str, Any],
+) -> Part:
     """Write a part and then its marker: from that moment on its contents are never encoded again."""
     name = f"part-{uuid.uuid4().hex}"
     path = files.join(directory, f"{name}.parquet")
     size = files.write_parquet(path, with_shape(check_output(table, contract), shape), row_group_size=256)
-    files.write_json(files.join(directory, f"{name}.json"), {"rows": table.num_rows, "bytes": size, "failures": failures, **extra})
+    files.write_json(
+        files.join(directory, f"{name}.json"), {"rows": table.num_rows, "bytes": size, "failures": failures, **extra}
+    )
     return Part(path=path, rows=table.num_rows, bytes=size, failures=tuple(failures))

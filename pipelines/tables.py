@@ -165,6 +165,12 @@ class WriteTable(beam.PTransform):
         return tables | "WriteParquet" >> beam.ParDo(_WriteTables(self.contract, self.directory, self.rows_per_file))
 
 
+def write_table(directory: str, name: str, table: pa.Table) -> FileRecord:
+    """Write a small table from the submitting process, as DIRECTORY/NAME/part-0.parquet."""
+    path = join(directory, name, "part-0.parquet")
+    return FileRecord(name, path, table.num_rows, write_parquet(path, table))
+
+
 def hash_buckets(column: pa.ChunkedArray, buckets: int) -> np.ndarray:
     """Bucket number of each string (or integer code), int64 [n], 0 <= b < buckets: the same on every machine and in every process (FNV-1a, 64 bit)."""
     if buckets == 1:
@@ -208,10 +214,13 @@ class ShuffleByBucket(beam.PTransform):
 
     def expand(self, tables: Any) -> beam.PCollection:
         tagged = [
-            tables[kind] | f"Bucket{kind.title().replace('_', '')}" >> beam.ParDo(_ToBuckets(column, self.buckets, kind))
+            tables[kind]
+            | f"Bucket{kind.title().replace('_', '')}" >> beam.ParDo(_ToBuckets(column, self.buckets, kind))
             for kind, column in self.kinds.items()
         ]
-        return tagged | "Merge" >> beam.Flatten() | "ByBucket" >> beam.GroupByKey() | "Decode" >> beam.Map(_decode_group)
+        return (
+            tagged | "Merge" >> beam.Flatten() | "ByBucket" >> beam.GroupByKey() | "Decode" >> beam.Map(_decode_group)
+        )
 
 
 def _decode_group(group: tuple[int, Iterable[tuple[str, bytes]]]) -> tuple[int, dict[str, pa.Table]]:
@@ -224,7 +233,10 @@ def _decode_group(group: tuple[int, Iterable[tuple[str, bytes]]]) -> tuple[int, 
 
 def make_rejects(stage: str, keys: list[str], reason: str, details: list[str]) -> pa.Table:
     """A rejects (or defects) table of one reason."""
-    return pa.table({"stage": [stage] * len(keys), "key": keys, "reason": [reason] * len(keys), "detail": details}, schema=REJECTS.schema)
+    return pa.table(
+        {"stage": [stage] * len(keys), "key": keys, "reason": [reason] * len(keys), "detail": details},
+        schema=REJECTS.schema,
+    )
 
 
 def drop_nulls(stage: str, where: Slice, table: pa.Table, contract: Contract) -> tuple[pa.Table, pa.Table]:

@@ -22,19 +22,42 @@ STAGE = "train"
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `camenn train`."""
-    parser = argparse.ArgumentParser(prog="camenn train", description="Train CameNN on a shard set, calibrate it, measure it, and write a model package.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="camenn train",
+        description="Train CameNN on a shard set, calibrate it, measure it, and write a model package.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--shards", required=True, help="shard set that `camenn shards` wrote")
     parser.add_argument("--out", required=True, help="model directory; made if it is not there")
-    parser.add_argument("--profile", default="small", choices=sorted(PROFILES), help="size of the model (default %(default)s)")
-    parser.add_argument("--attention", default="prefix", choices=("prefix", "full"), help="prefix: item and audience states can be cached (default %(default)s)")
-    parser.add_argument("--epochs", type=int, default=1, help="passes over the training part (default %(default)s: ids overfit after about one)")
+    parser.add_argument(
+        "--profile", default="small", choices=sorted(PROFILES), help="size of the model (default %(default)s)"
+    )
+    parser.add_argument(
+        "--attention",
+        default="prefix",
+        choices=("prefix", "full"),
+        help="prefix: item and audience states can be cached (default %(default)s)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=1,
+        help="passes over the training part (default %(default)s: ids overfit after about one)",
+    )
     parser.add_argument("--batch_size", type=int, default=256, help="examples a step (default %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="largest learning rate (default %(default)s)")
-    parser.add_argument("--weighting", default="fixed", choices=("fixed", "uncertainty"), help="how the tasks' losses are weighed (default %(default)s)")
+    parser.add_argument(
+        "--weighting",
+        default="fixed",
+        choices=("fixed", "uncertainty"),
+        help="how the tasks' losses are weighed (default %(default)s)",
+    )
     parser.add_argument("--no_alignment", action="store_true", help="train the CVR task alone")
     parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default %(default)s)")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward pass (default %(default)s)")
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward pass (default %(default)s)"
+    )
     parser.add_argument("--rerun", action="store_true", help="train again although neither shards nor flags changed")
     add_json_flag(parser)
     return parser
@@ -81,21 +104,38 @@ def main(argv: list[str] | None = None) -> int:
         device=device,
         precision=arguments.precision,
     )
-    inputs = {"shards": shards.content_fingerprint()}
+    inputs = {"shards": shards.request}
     request = request_fingerprint(inputs, asdict(options))
     with files.single_writer(out):
         latest = read_latest(out)
         if latest is not None and latest.request == request and not arguments.rerun:
-            print(f"train: shards and flags are those of run {latest.run}: nothing to do (--rerun trains again)", file=sys.stderr)
-            closing_table(STAGE, {**latest.summary, "unchanged": True, "seconds": round(time.monotonic() - started, 1)}, as_json=arguments.json)
+            print(
+                f"train: shards and flags are those of run {latest.run}: nothing to do (--rerun trains again)",
+                file=sys.stderr,
+            )
+            closing_table(
+                STAGE,
+                {**latest.summary, "unchanged": True, "seconds": round(time.monotonic() - started, 1)},
+                as_json=arguments.json,
+            )
             return 0
         run, directory = new_run(out)
         with ExitStack() as stack:
             metrics = train(options, Path(directory), _Bars(stack))
-        manifest = Manifest(stage=STAGE, run=run, request=request, inputs=inputs, options=asdict(options), seconds=time.monotonic() - started)
+        manifest = Manifest(
+            stage=STAGE,
+            run=run,
+            request=request,
+            inputs=inputs,
+            options=asdict(options),
+            seconds=time.monotonic() - started,
+        )
         for name in sorted(os.listdir(directory)):
             path = os.path.join(directory, name)
-            manifest.tables[name] = {"fingerprint": "", "files": [{"path": path, "rows": 0, "bytes": os.path.getsize(path)}]}
+            manifest.tables[name] = {
+                "fingerprint": "",
+                "files": [{"path": path, "rows": 0, "bytes": os.path.getsize(path)}],
+            }
         manifest.summary = _summary(metrics, shards, manifest, out)
         publish(out, manifest)
     closing_table(STAGE, manifest.summary, as_json=arguments.json)

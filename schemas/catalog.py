@@ -17,7 +17,9 @@ CATALOG = Contract(
         text_column("brand", "brand, or the store's own code of it", nullable=True),
         Column(name="price", type=pa.float32(), doc="price in currency units; null = unknown", nullable=True),
         text_column("image_uri", "photo: a path relative to --image_root, gs:// or s3://; null = none", nullable=True),
-        Column(name="image_bytes", type=pa.binary(), doc="the encoded photo itself, instead of image_uri", optional=True),
+        Column(
+            name="image_bytes", type=pa.binary(), doc="the encoded photo itself, instead of image_uri", optional=True
+        ),
         text_column("product_key", "the same product in several stores shares this key", optional=True),
         text_column("store_id", "the store that lists the item; null = all stores", optional=True),
     ),

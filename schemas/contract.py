@@ -140,7 +140,9 @@ def check_output(table: pa.Table, contract: Contract) -> pa.Table:
     for column in contract.columns:
         array = table[column.name]
         if array.type != column.type:
-            raise InputError(f"table '{contract.name}': column '{column.name}' is {array.type}, contract says {column.type}")
+            raise InputError(
+                f"table '{contract.name}': column '{column.name}' is {array.type}, contract says {column.type}"
+            )
         if not (column.nullable or column.optional) and array.null_count:
             row = pc.index(pc.is_null(array), value=True).as_py()
             keys = {name: table[name][row].as_py() for name in contract.key}

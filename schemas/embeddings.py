@@ -9,7 +9,9 @@ SHAPE_KEY = b"camenn.shape"
 
 
 def _embedding_column(shape: tuple[int, int], doc: str) -> Column:
-    return Column(name="embedding", type=pa.binary(shape[0] * shape[1] * 2), doc=f"{doc}, float16 [{shape[0]}, {shape[1]}]")
+    return Column(
+        name="embedding", type=pa.binary(shape[0] * shape[1] * 2), doc=f"{doc}, float16 [{shape[0]}, {shape[1]}]"
+    )
 
 
 def image_embeddings(patches: int, width: int) -> Contract:
@@ -39,7 +41,9 @@ def title_embeddings(tokens: int, width: int) -> Contract:
             text_column("title_key", "content hash of the normalised title"),
             _embedding_column((tokens, width), "last hidden states of BERT"),
             Column(name="tokens", type=pa.int32(), doc="tokens in use, [CLS] and [SEP] included"),
-            Column(name="unknown_share", type=pa.float32(), doc="share of words that the vocabulary does not know, 0 to 1"),
+            Column(
+                name="unknown_share", type=pa.float32(), doc="share of words that the vocabulary does not know, 0 to 1"
+            ),
         ),
     )
 
@@ -54,7 +58,12 @@ EMBEDDED_ITEMS = Contract(
         text_column("image_key", "its photo in the image embeddings; null = none that could be read", nullable=True),
         text_column("image_uri", "the photo's address as the catalog has it", nullable=True),
         Column(name="image_size", type=pa.int64(), doc="bytes of the photo when it was read", nullable=True),
-        Column(name="image_mtime", type=pa.float64(), doc="modification time of the photo when it was read, s since 1970", nullable=True),
+        Column(
+            name="image_mtime",
+            type=pa.float64(),
+            doc="modification time of the photo when it was read, s since 1970",
+            nullable=True,
+        ),
         text_column("image_defect", "reason why there is no photo, where there should be one", nullable=True),
         text_column("image_defect_detail", "the same for a person", nullable=True),
     ),

@@ -15,7 +15,12 @@ CLICKS = Contract(
         text_column("store_id", "store the user was in"),
         text_column("item_id", "listing that was clicked"),
         Column(name="clicked_at", type=TIMESTAMP, doc="time of the click, timestamp[us], UTC"),
-        Column(name="position", type=pa.int64(), doc="rank at which the listing was shown, from 0; null = unknown", nullable=True),
+        Column(
+            name="position",
+            type=pa.int64(),
+            doc="rank at which the listing was shown, from 0; null = unknown",
+            nullable=True,
+        ),
     ),
 )
 

@@ -10,4 +10,6 @@ _COLUMNS = (
 )
 
 REJECTS = Contract(name="rejects", doc="Rows that were dropped.", key=("stage", "key", "reason"), columns=_COLUMNS)
-DEFECTS = Contract(name="defects", doc="Rows that were kept, but degraded.", key=("stage", "key", "reason"), columns=_COLUMNS)
+DEFECTS = Contract(
+    name="defects", doc="Rows that were kept, but degraded.", key=("stage", "key", "reason"), columns=_COLUMNS
+)

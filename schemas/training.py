@@ -63,15 +63,28 @@ EXAMPLES = Contract(
         text_column("item_id", "listing that was clicked"),
         Column(name="session_start", type=TIMESTAMP, doc="first click of the session, timestamp[us], UTC"),
         Column(name="clicked_at", type=TIMESTAMP, doc="first click of the session on this listing, timestamp[us], UTC"),
-        Column(name="position", type=pa.int64(), doc="rank at which the listing was shown, from 0; null = unknown", nullable=True),
-        Column(name="label", type=pa.int8(), doc="1 = an order was credited to a click of this session on this listing"),
+        Column(
+            name="position",
+            type=pa.int64(),
+            doc="rank at which the listing was shown, from 0; null = unknown",
+            nullable=True,
+        ),
+        Column(
+            name="label", type=pa.int8(), doc="1 = an order was credited to a click of this session on this listing"
+        ),
         Column(name="hour", type=pa.int8(), doc="local hour of the session's start, 0 to 23"),
         Column(name="weekday", type=pa.int8(), doc="local weekday of the session's start, 0 = Monday"),
         *AUDIENCE_COUNTS,
         *ITEM_COUNTS,
         *PAIR_COUNTS,
-        Column(name="history_item", type=pa.list_(pa.string()), doc="the user's last listings before the session, latest first"),
-        Column(name="history_kind", type=pa.list_(pa.int8()), doc="1 = clicked without a known purchase, 2 = purchased"),
+        Column(
+            name="history_item",
+            type=pa.list_(pa.string()),
+            doc="the user's last listings before the session, latest first",
+        ),
+        Column(
+            name="history_kind", type=pa.list_(pa.int8()), doc="1 = clicked without a known purchase, 2 = purchased"
+        ),
         Column(name="history_hours", type=pa.list_(pa.float32()), doc="hours before the session"),
     ),
 )

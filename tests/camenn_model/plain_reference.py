@@ -1,7 +1,7 @@
 """The prefix formula of ``docs/model.md`` written out for one pair at a time, with loops and without masks.
 
-It shares nothing with the model but its weights and its tokens: padding is cut away instead of masked, heads are a loop,
-every pair computes its own item and audience.
+It shares nothing with the model but its weights and its tokens: padding is cut away instead of masked, heads are a
+loop, every pair computes its own item and audience.
 """
 
 from __future__ import annotations

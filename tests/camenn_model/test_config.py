@@ -17,7 +17,14 @@ def test_model_config_survives_json() -> None:
 
 def test_profile_holds_the_documented_sizes() -> None:
     small = ModelConfig.profile("small", fields=FIELDS, text_width=384, image_width=1536, base_rate=0.2)
-    assert (small.width, small.heads, small.ffn, small.shared_layers, small.experts, small.top_k) == (64, 4, 256, 1, 4, 2)
+    assert (small.width, small.heads, small.ffn, small.shared_layers, small.experts, small.top_k) == (
+        64,
+        4,
+        256,
+        1,
+        4,
+        2,
+    )
     assert (small.text_tokens, small.patches, small.history_length) == (16, 16, 20)
     base = ModelConfig.profile("base", fields=FIELDS, text_width=768, image_width=1536, base_rate=0.2, patch_grid=4)
     assert (base.width, base.heads, base.ffn, base.shared_layers, base.experts, base.top_k) == (256, 8, 1024, 2, 8, 2)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,15 @@ BATCH = 8
 def spec_of(source: str, precision: str = "auto") -> ImageSpec:
     spec = ImageSpec.resolve(source, grid=2, patch_size=75, device="cpu", precision=precision)
     return replace(spec, batch_size=BATCH)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of torch that wait for a busy core make small models many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +106,16 @@ def test_random_weights_differ_by_seed(encoder: ImageEncoder, patches: np.ndarra
 
 
 @pytest.mark.slow
-def test_random_weights_are_the_same_in_another_process(
+def test_random_weights_are_the_same_in_another_process_with_other_threads(
     encoder: ImageEncoder, patches: np.ndarray, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "patches.npy", patches[:4])
     code = """
 import sys
 import numpy as np
+import torch
 from tests.camenn_model.test_image_encoder import ImageEncoder, spec_of
+torch.set_num_threads(3)
 encoder = ImageEncoder(spec_of("random:7"))
 np.save(sys.argv[1] + "/features.npy", encoder.encode(np.load(sys.argv[1] + "/patches.npy")))
 """

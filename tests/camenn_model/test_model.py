@@ -77,7 +77,7 @@ def test_full_attention_lets_the_pair_reach_the_item() -> None:
         if attention == "prefix":
             reached[attention] = len(sides[0].tokens) != len(batch.items)  # one state per item, not per pair
         else:
-            first_item_token = len(model.pair_tokens.groups) + 2
+            first_item_token = len(model.pair_tokens.groups.parts) + 2
             reached[attention] = not torch.allclose(x[0, first_item_token], x[1, first_item_token], atol=1e-4)
     assert reached == {"prefix": False, "full": True}
 
@@ -87,9 +87,7 @@ def test_forward_of_a_pair_does_not_depend_on_the_rest_of_the_batch() -> None:
     model = woken_model(config)
     batch = random_batch(config, items=6, audience=4, pairs=9)
     rows = torch.tensor([3])
-    alone = dataclasses.replace(
-        batch, pairs=type(batch.pairs)(**{k: v[rows] for k, v in vars(batch.pairs).items()})
-    )
+    alone = dataclasses.replace(batch, pairs=type(batch.pairs)(**{k: v[rows] for k, v in vars(batch.pairs).items()}))
     with torch.no_grad():
         assert torch.allclose(model(batch).logits[3], model(alone).logits[0], atol=1e-6)
 

@@ -12,6 +12,7 @@ from apache_beam.testing.util import assert_that
 from PIL import Image
 
 from camenn_model.encoder_spec import ImageSpec, TextSpec
+from camenn_model.image_encoder import ImageEncoder
 from pipelines.inference import (
     EncodedImages,
     EncodedTitles,
@@ -32,11 +33,11 @@ SPEC = replace(
 
 @pytest.fixture(scope="module")
 def handler() -> ImageChunkHandler:
-    return ImageChunkHandler(SPEC)
+    return ImageChunkHandler(SPEC, torch_threads=1)
 
 
 @pytest.fixture(scope="module")
-def encoder(handler: ImageChunkHandler):
+def encoder(handler: ImageChunkHandler) -> ImageEncoder:
     return handler.load_model()
 
 
@@ -56,7 +57,9 @@ def chunk_of(directory: Path, contents: list[bytes]) -> ImageChunk:
     return ImageChunk("chunk", [content_key(data) for data in contents], paths, [None] * len(contents))
 
 
-def test_image_chunk_handler_encodes_every_good_photo(handler, encoder, tmp_path: Path) -> None:
+def test_image_chunk_handler_encodes_every_good_photo(
+    handler: ImageChunkHandler, encoder: ImageEncoder, tmp_path: Path
+) -> None:
     contents = [photo(seed) for seed in range(11)]
     bad = {2: b"", 5: b"<html>not found</html>", 9: photo(9)[:-200]}
     for row, data in bad.items():
@@ -80,7 +83,9 @@ def test_image_chunk_handler_encodes_every_good_photo(handler, encoder, tmp_path
         assert (embedding == expected).all()
 
 
-def test_image_chunk_handler_takes_inline_photos(handler, encoder, tmp_path: Path) -> None:
+def test_image_chunk_handler_takes_inline_photos(
+    handler: ImageChunkHandler, encoder: ImageEncoder, tmp_path: Path
+) -> None:
     data = photo(3)
     inline = ImageChunk("inline", [content_key(data)], [None], [data])
     (from_bytes,) = handler.run_inference([inline], encoder)
@@ -88,7 +93,9 @@ def test_image_chunk_handler_takes_inline_photos(handler, encoder, tmp_path: Pat
     assert (from_bytes.embeddings == from_file.embeddings).all()
 
 
-def test_image_chunk_handler_remembers_nothing_of_photos_that_changed(handler, encoder, tmp_path: Path) -> None:
+def test_image_chunk_handler_remembers_nothing_of_photos_that_changed(
+    handler: ImageChunkHandler, encoder: ImageEncoder, tmp_path: Path
+) -> None:
     chunk = chunk_of(tmp_path, [photo(0), photo(1), photo(2)])
     (tmp_path / "0.jpg").write_bytes(photo(5))
     (tmp_path / "1.jpg").unlink()
@@ -100,13 +107,13 @@ def test_image_chunk_handler_remembers_nothing_of_photos_that_changed(handler, e
     ]
 
 
-def test_image_chunk_handler_of_no_good_photo_gives_no_rows(handler, encoder) -> None:
+def test_image_chunk_handler_of_no_good_photo_gives_no_rows(handler: ImageChunkHandler, encoder: ImageEncoder) -> None:
     (encoded,) = handler.run_inference([ImageChunk("none", ["k"], [None], [b"no"])], encoder)
     assert encoded.keys == [] and encoded.embeddings.shape == (0, 4, 1536) and len(encoded.defects) == 1
     assert encoded.blur.shape == encoded.width.shape == (0,)
 
 
-def test_chunk_handlers_batch_one_chunk_and_measure_it_cheaply(handler) -> None:
+def test_chunk_handlers_batch_one_chunk_and_measure_it_cheaply(handler: ImageChunkHandler) -> None:
     titles = TitleChunkHandler(TextSpec.resolve(minilm(), max_tokens=16, device="cpu"))
     for each in (handler, titles):
         assert each.batch_elements_kwargs() == {"min_batch_size": 1, "max_batch_size": 1}
@@ -116,7 +123,7 @@ def test_chunk_handlers_batch_one_chunk_and_measure_it_cheaply(handler) -> None:
     assert titles.get_num_bytes([TitleChunk("c", ["ab"], ["milk"])]) == 6
 
 
-def test_image_chunk_handler_runs_in_a_pipeline(handler, tmp_path: Path) -> None:
+def test_image_chunk_handler_runs_in_a_pipeline(handler: ImageChunkHandler, tmp_path: Path) -> None:
     chunks = []
     for number in range(2):
         directory = tmp_path / str(number)
@@ -153,4 +160,4 @@ def test_title_chunk_handler_runs_in_a_pipeline() -> None:
 
     with TestPipeline(runner="FnApiRunner") as pipeline:
         chunks = pipeline | beam.Create([TitleChunk("c", ["1", "2"], ["red apple", "whole milk"])])
-        assert_that(chunks | RunInference(TitleChunkHandler(spec)), check)
+        assert_that(chunks | RunInference(TitleChunkHandler(spec, torch_threads=1)), check)

@@ -1,0 +1,1 @@
+"""One script per headline claim; each prints one JSON line."""

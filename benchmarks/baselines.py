@@ -1,0 +1,146 @@
+"""What a team would use otherwise: LightGBM on the same as-of features, the same parts of the log, the same metrics.
+
+Reads a shard set and a trained package; writes the package's metrics with `baselines.lightgbm` added. Needs the extra `baselines`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from camenn_model.calibration import fit_platt
+from camenn_model.checkpoint import Package, open_package
+from camenn_model.dataset import ExampleReader, Rows, concat_rows
+from camenn_model.evaluation import Predictions, cvr_metrics
+from camenn_model.item_table import ItemTable
+from camenn_model.shards import ShardSet
+
+PARAMETERS = {
+    "objective": "binary",
+    "metric": "binary_logloss",
+    "learning_rate": 0.03,
+    "num_leaves": 31,
+    "min_data_in_leaf": 100,
+    "feature_fraction": 0.7,
+    "bagging_fraction": 0.8,
+    "bagging_freq": 1,
+    "max_cat_threshold": 16,
+    "cat_smooth": 50.0,
+    "verbosity": -1,
+    "seed": 0,
+    "deterministic": True,
+    "force_row_wise": True,
+}
+ROUNDS, PATIENCE = 2_000, 50
+
+
+def feature_frame(rows: Rows, table: ItemTable, package: Package) -> pd.DataFrame:
+    """Every scalar that CameNN reads of an example, as codes and normalised values; missing numbers are NaN. Hashed ids are left out: trees overfit them."""
+    space = package.space
+    item_names = [field.name for field in space.fields if field.group == "item"]
+    audience_names = [field.name for field in space.fields if field.group == "audience"]
+    columns: dict[str, Any] = {}
+    for names, cats in ((item_names, table.cats[rows.item]), (audience_names, rows.audience_cats)):
+        for place, name in enumerate(names):
+            if name not in ("item_hash", "user_hash"):
+                columns[name] = pd.Categorical(cats[:, place], categories=range(space.vocabularies[name].size))
+    numbers = (
+        (("item_numeric", "item_quality"), table.values[rows.item], table.buckets[rows.item]),
+        (("audience_counts",), rows.audience_values, rows.audience_buckets),
+        (("item_counts", "pair_counts"), rows.values, rows.buckets),
+    )
+    for groups, values, buckets in numbers:
+        names = [field.name for group in groups for field in space.fields if field.group == group]
+        for place, name in enumerate(names):
+            columns[name] = np.where(buckets[:, place] == 0, np.nan, values[:, place])
+    columns["history_purchases"] = (rows.history_kind == 2).sum(axis=1)
+    columns["history_clicks"] = (rows.history_kind == 1).sum(axis=1)
+    return pd.DataFrame(columns)
+
+
+def run(shards_root: str, model_root: str) -> dict[str, Any]:
+    """Fit on train, stop on early_stop, calibrate on calibration, measure on test."""
+    import lightgbm
+
+    package = open_package(model_root)
+    shards = ShardSet(shards_root)
+    table = ItemTable(shards.items, package.space, shards.images, shards.titles)
+    reader = ExampleReader(
+        package.space, table, shards.users, package.config.history_length, package.config.position_size
+    )
+    parts = {
+        split: concat_rows([reader.read(path) for path, _ in shards.examples(split)])
+        for split in ("train", "early_stop", "calibration", "test")
+    }
+    frames = {split: feature_frame(rows, table, package) for split, rows in parts.items()}
+    started = time.monotonic()
+    train = lightgbm.Dataset(frames["train"], parts["train"].label, free_raw_data=False)
+    stop = train.create_valid(frames["early_stop"], parts["early_stop"].label)
+    booster = lightgbm.train(
+        PARAMETERS | {"num_threads": os.cpu_count() or 1},
+        train,
+        ROUNDS,
+        valid_sets=[stop],
+        callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)],
+    )
+    seconds = time.monotonic() - started
+    raw = {split: np.asarray(booster.predict(frames[split], raw_score=True)) for split in ("calibration", "test")}
+    calibration = fit_platt(parts["calibration"].label, raw["calibration"])
+    test = parts["test"]
+    _, user = np.unique(test.user, return_inverse=True)
+    found = Predictions(raw["test"], test.label.astype(np.float64), user.astype(np.int64), test.session)
+    return cvr_metrics(found, calibration, package.config.base_rate) | {
+        "rounds": booster.best_iteration,
+        "features": frames["train"].shape[1],
+        "seconds": round(seconds, 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, write, print one JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.baselines", description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", required=True, help="shard set that `camenn shards` wrote")
+    parser.add_argument("--model", required=True, help="model directory that `camenn train` wrote")
+    parser.add_argument(
+        "--out", required=True, help="metrics.json to write: the package's metrics with baselines.lightgbm"
+    )
+    arguments = parser.parse_args(argv)
+    metrics = dict(open_package(arguments.model).metrics)
+    metrics["baselines"] = metrics["baselines"] | {"lightgbm": run(arguments.shards, arguments.model)}
+    path = Path(arguments.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(metrics, indent=1))
+    os.replace(temporary, path)
+    lines = {
+        name: {key: figures[key] for key in ("auc", "gauc", "log_loss", "ne", "pcoc")}
+        for name, figures in {"camenn": metrics["test"], **metrics["baselines"]}.items()
+    }
+    print_table(lines)
+    print(json.dumps(lines))
+    return 0
+
+
+def print_table(lines: dict[str, dict[str, float]]) -> None:
+    """Model and baselines side by side, to stderr."""
+    print(
+        f"\n{'test part':<12}" + "".join(f"{name:>10}" for name in ("auc", "gauc", "log_loss", "ne", "pcoc")),
+        file=sys.stderr,
+    )
+    for name, figures in lines.items():
+        print(
+            f"{name:<12}"
+            + "".join(f"{value:>10.4f}" if value is not None else f"{'-':>10}" for value in figures.values()),
+            file=sys.stderr,
+        )
+    print(file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Listing quality: do photo and title belong together, and is either of them poor. Judged by models that never saw the listing."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from camenn_model.item_table import Ints, ItemTable
+from camenn_model.model import CameNN
+
+MISMATCH_AT = 0.5
+"""A photo and a title that both alignment tasks together hold for more likely foreign than own ..."""
+MISMATCH_PERCENTILE = 0.90
+"""... and among the tenth of the catalog that looks worst: an undertrained model doubts everything."""
+VAGUE_PERCENTILE = 0.05
+"""Among the twentieth of photos with the least sharpness."""
+DARK_BELOW = 0.12
+"""Mean luminance, 0 to 1."""
+SMALL_BELOW = 0.01
+"""Megapixels: 100 × 100 px."""
+SHORT_TITLE = 3
+"""Tokens, [CLS] and [SEP] included: one word piece."""
+UNKNOWN_ABOVE = 0.5
+"""Share of words that the vocabulary does not know."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """ITA and TIA probabilities and the cosine of photo and title, float32 [n]; NaN without both."""
+
+    ita: NDArray[np.float32]
+    tia: NDArray[np.float32]
+    cosine: NDArray[np.float32]
+
+
+@torch.inference_mode()
+def align_listings(folds: list[CameNN], table: ItemTable, rows: Ints) -> Alignment:
+    """Alignment of listings' own photos and titles, each by the fold model that did not learn from it; `folds` empty = all NaN."""
+    figures = [np.full(len(rows), np.nan, dtype=np.float32) for _ in range(3)]
+    for fold, model in enumerate(folds):
+        mine = np.flatnonzero(table.fold[rows] == fold)
+        if not len(mine):
+            continue
+        batch = table.batch(rows[mine], content_only=True)
+        ita, tia = model.alignment_scores(batch)
+        image, text = model.content_vectors(batch)
+        both = (batch.has_image & batch.has_text).numpy()
+        for figure, values in zip(figures, (ita, tia, (image * text).sum(1)), strict=True):
+            figure[mine] = np.where(both, values.float().numpy(), np.nan)
+    return Alignment(*figures)
+
+
+def judge(items: pa.Table, alignment: Alignment) -> pa.Table:
+    """Columns of the listing_quality table but model_version, in the order of `items`.
+
+    Args:
+        items: table under the contract `ITEMS`, N rows.
+        alignment: of all N listings.
+    """
+    mismatch = 1 - (alignment.ita + alignment.tia) / 2
+    known = np.isfinite(mismatch)
+    percentile = np.full(len(mismatch), np.nan, dtype=np.float32)
+    if known.any():
+        order = np.sort(mismatch[known])
+        percentile[known] = np.searchsorted(order, mismatch[known], side="left") / len(order)
+    blur, luminance, megapixels, tokens, unknown = (
+        items[name].to_numpy(zero_copy_only=False).astype(np.float64)
+        for name in ("blur", "luminance", "megapixels", "title_tokens", "unknown_share")
+    )
+    no_image = items["image_key"].is_null().to_numpy()
+    no_text = items["title_key"].is_null().to_numpy()
+    sharpness = np.nanquantile(blur, VAGUE_PERCENTILE) if np.isfinite(blur).any() else -np.inf
+    with np.errstate(invalid="ignore"):
+        flags = {
+            "mismatch": (mismatch > MISMATCH_AT) & (percentile >= MISMATCH_PERCENTILE),
+            "no_image": no_image,
+            "no_text": no_text,
+            "vague_image": ~no_image & ((blur < sharpness) | (luminance < DARK_BELOW) | (megapixels < SMALL_BELOW)),
+            "poor_title": ~no_text & ((tokens <= SHORT_TITLE) | (unknown > UNKNOWN_ABOVE)),
+        }
+    listed = [[name for name, mask in flags.items() if mask[row]] for row in range(len(mismatch))]
+
+    def nullable(values: NDArray[np.floating]) -> pa.Array:
+        return pa.array(values.astype(np.float32), mask=~np.isfinite(values))
+
+    return pa.table(
+        {
+            "item_id": items["item_id"],
+            "ita": nullable(alignment.ita),
+            "tia": nullable(alignment.tia),
+            "cosine": nullable(alignment.cosine),
+            "mismatch": nullable(mismatch),
+            "mismatch_percentile": nullable(percentile),
+            "flags": pa.array(listed, pa.list_(pa.string())),
+        }
+    )

@@ -1,0 +1,85 @@
+"""Writes docs/tables.md from the schemas and docs/flags.md from the parsers. A test holds both to the code: run `make docs` after a change."""
+
+import importlib
+import os
+from pathlib import Path
+
+from pipelines.cli import COMMANDS
+from schemas.audience import AUDIENCE, CANDIDATES
+from schemas.catalog import CATALOG
+from schemas.contract import Contract
+from schemas.embeddings import EMBEDDED_ITEMS, image_embeddings, title_embeddings
+from schemas.events import CLICKS, ORDERS
+from schemas.rejects import DEFECTS, REJECTS
+from schemas.scores import LISTING_QUALITY, SCORES
+from schemas.training import EXAMPLES, ITEMS
+from schemas.users import STORES, USERS
+
+HERE = Path(__file__).parent
+INPUTS = (CATALOG, CLICKS, ORDERS, USERS, STORES, AUDIENCE, CANDIDATES)
+OUTPUTS = (SCORES, LISTING_QUALITY, REJECTS, DEFECTS)
+BETWEEN = (EMBEDDED_ITEMS, image_embeddings(16, 1536), title_embeddings(16, 384), ITEMS, EXAMPLES)
+
+
+def table_section(contract: Contract) -> str:
+    """One table as Markdown."""
+    lines = [
+        f"### `{contract.name}`",
+        "",
+        contract.doc,
+        "",
+        f"Key: {', '.join(f'`{name}`' for name in contract.key)}.",
+        "",
+        "| column | type | null | what |",
+        "|---|---|---|---|",
+    ]
+    for column in contract.columns:
+        null = "column may be absent" if column.optional else "yes" if column.nullable else "no"
+        lines.append(f"| `{column.name}` | {column.type} | {null} | {column.doc} |")
+    if contract.extra_columns:
+        lines.append("| *others* | any | yes | further columns are allowed |")
+    return "\n".join([*lines, ""])
+
+
+def tables() -> str:
+    """docs/tables.md."""
+    parts = [
+        "# Tables",
+        "",
+        "Written by `make docs` from `schemas/`. Times are `timestamp[us]`, UTC; zoned ones are converted. Ids are strings; integers are widened.",
+        "",
+    ]
+    for title, contracts in (("What you bring", INPUTS), ("What comes out", OUTPUTS), ("What lies between", BETWEEN)):
+        parts += [f"## {title}", "", *(table_section(contract) for contract in contracts)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def flags() -> str:
+    """docs/flags.md."""
+    # argparse wraps help to the terminal's width.
+    os.environ["COLUMNS"] = "110"
+    os.environ["NO_COLOR"] = "1"
+    parts = ["# Flags", "", "Written by `make docs` from the parsers.", ""]
+    for command, (module, text) in COMMANDS.items():
+        parser = importlib.import_module(module).build_parser()
+        parts += [
+            f"## `camenn {command}`",
+            "",
+            f"{text[0].upper()}{text[1:]}.",
+            "",
+            "```",
+            parser.format_help().rstrip(),
+            "```",
+            "",
+        ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def main() -> None:
+    """Write both."""
+    (HERE / "tables.md").write_text(tables())
+    (HERE / "flags.md").write_text(flags())
+
+
+if __name__ == "__main__":
+    main()

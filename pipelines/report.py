@@ -1,0 +1,303 @@
+"""`camenn report`: one self-contained HTML page about a working directory: what came in, what was learned, what was scored."""
+
+import argparse
+import base64
+import datetime
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from pipelines import files, report_listings, report_quality, report_rows, report_runs, report_words
+from pipelines.console import closing_table
+from pipelines.manifest import versions
+from pipelines.options import add_json_flag, new_parser, run_main
+from pipelines.report_data import STAGES, Item, Work, read_items, read_work
+from pipelines.report_photos import Photo, Photos
+from pipelines.report_plots import plot_deciles
+from pipelines.report_scores import ScoreDigest, compare_nights, digest_scores
+from pipelines.report_words import STAGE_TITLES, count, duration, number, percent, signed
+from schemas.contract import InputError
+
+COMMAND = "report"
+PAGE = "index.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """One report: the working directory, and where the page goes."""
+
+    run: str
+    out: str
+
+
+def missing_commands(root: str) -> dict[str, str]:
+    """For what a section lacks, the command that makes it."""
+    store, shards, model, scores = (files.join(root, folder) for _, folder in STAGES)
+    return {
+        "embed": f"camenn embed --data DATA --store {store}",
+        "shards": f"camenn shards --data DATA --store {store} --out {shards}",
+        "train": f"camenn train --shards {shards} --out {model}",
+        "baselines": f"python -m benchmarks.baselines --shards {shards} --model {model} --out {files.join(root, 'metrics.json')}",
+        "score": f"camenn score --data DATA --store {store} --model {model} --out {scores}",
+    }
+
+
+def headline(work: Work, context: dict[str, Any], digest: ScoreDigest | None) -> list[dict[str, str]]:
+    """The figures at the top: label, value, a note, and the note's tone."""
+    found = []
+    metrics = work.metrics or {}
+    test = metrics.get("test", {})
+    if test.get("auc") is not None:
+        rivals = {
+            name: values["auc"]
+            for name, values in metrics.get("baselines", {}).items()
+            if values.get("auc") is not None
+        }
+        note, tone = "no baseline to compare with", ""
+        if rivals:
+            rival = max(rivals, key=lambda name: rivals[name])
+            gain = test["auc"] - rivals[rival]
+            note, tone = (
+                f"{signed(gain)} against {report_words.BASELINE_TITLES.get(rival, rival)}",
+                "up" if gain > 0 else "down",
+            )
+        found.append({"label": "AUC on unseen clicks", "value": number(test["auc"], 3), "note": note, "tone": tone})
+    if test.get("pcoc") is not None:
+        found.append(
+            {
+                "label": "Predicted for each bought",
+                "value": number(test["pcoc"], 2),
+                "note": "1.00 is right on average",
+                "tone": "",
+            }
+        )
+    recall = (metrics.get("representation") or {}).get("image_to_text", {}).get("r_at_5")
+    if recall is not None:
+        found.append(
+            {"label": "Photo finds its title", "value": percent(recall, 0), "note": "among the first five", "tone": ""}
+        )
+    if "embed" in work.manifests:
+        summary = work.manifests["embed"].summary
+        found.append(
+            {
+                "label": "Listings",
+                "value": count(summary.get("rows_out")),
+                "note": f"{count(summary.get('images_in_store'))} different photos",
+                "tone": "",
+            }
+        )
+    if context["funnel"]:
+        kept = context["funnel"][-1]
+        found.append(
+            {
+                "label": "Training and test examples",
+                "value": count(kept.rows),
+                "note": f"from {count(context['funnel'][0].rows)} clicks",
+                "tone": "",
+            }
+        )
+    if digest is not None:
+        pairs = work.manifests["score"].summary.get("pairs", digest.rows)
+        found.append(
+            {
+                "label": "Pairs scored",
+                "value": count(pairs),
+                "note": f"{count(digest.rows)} published, mean {percent(digest.mean)}",
+                "tone": "",
+            }
+        )
+    if context["quality_flags"] is not None:
+        flagged = context["quality_flags"]["flags"].get("mismatch", 0)
+        share = flagged / max(context["quality_flags"]["listings"], 1)
+        found.append(
+            {
+                "label": "Listings to mend",
+                "value": count(flagged),
+                "note": f"{percent(share)} of the catalog",
+                "tone": "",
+            }
+        )
+    if work.manifests:
+        seconds = sum(manifest.seconds for manifest in work.manifests.values())
+        found.append(
+            {
+                "label": "Time, all stages",
+                "value": duration(seconds),
+                "note": f"{len(work.manifests)} of {len(STAGES)} stages",
+                "tone": "",
+            }
+        )
+    return found
+
+
+def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]]:
+    """Everything that the template shows, and the names of the sections that lack their source."""
+    scores = work.manifests.get("score")
+    digest = digest_scores(scores, with_stores=True) if scores and scores.paths("scores") else None
+    flagged = report_listings.read_mismatches(work)
+    wanted = report_listings.retrieval_ids(work)
+    if flagged:
+        wanted |= set(flagged[0]["item_id"])
+    chosen = report_listings.choose_stores(digest) if digest and len(digest.stores) else None
+    if chosen:
+        wanted |= set(chosen[0]["item_id"])
+    items = read_items(work, wanted)
+
+    def card(item_id: str, note: str = "", good: bool | None = None) -> report_listings.Card:
+        item = items.get(item_id)
+        if item is None:
+            return report_listings.Card(
+                item=Item(item_id=item_id), photo=Photo(reason="not in the catalog"), note=note, good=good
+            )
+        return report_listings.Card(item=item, photo=photos.find(item.image_uri), note=note, good=good)
+
+    drift = drift_from = None
+    if digest is not None and work.previous_scores is not None and work.previous_scores.paths("scores"):
+        drift, drift_from = (
+            compare_nights(digest, digest_scores(work.previous_scores, with_stores=False)),
+            work.previous_scores.run,
+        )
+    shards = work.manifests.get("shards")
+    context: dict[str, Any] = {
+        "name": os.path.basename(work.root.rstrip("/")) or work.root,
+        "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "as_of": str(shards.summary["as_of"])[:16].replace("T", " ")
+        if shards and shards.summary.get("as_of")
+        else None,
+        "stages": [{"name": STAGE_TITLES[stage].lower(), "made": stage in work.manifests} for stage, _ in STAGES],
+        "how": missing_commands(work.root),
+        "encoders": report_runs.encoders(work),
+        "quality": report_quality.quality(work),
+        "representation": (work.metrics or {}).get("representation"),
+        "queries": report_listings.retrieval(work, card),
+        "retrieved": work.retrieval is not None,
+        "quality_flags": {
+            "cards": report_listings.mismatch_cards(flagged[0], card),
+            "flags": flagged[1],
+            "listings": flagged[2],
+        }
+        if flagged
+        else None,
+        "flag_words": report_words.FLAG_WORDS,
+        "stores": report_listings.stores(chosen[0], chosen[1], report_listings.ITEMS_PER_STORE, card) if chosen else [],
+        "other_stores": _list_stores(chosen, items) if chosen else [],
+        "store_count": digest.stores["store_id"].nunique() if digest else 0,
+        "scored": scores is not None,
+        "drift": drift,
+        "drift_from": drift_from,
+        "drift_words": report_quality.drift_words(drift) if drift else None,
+        "decile_plot": plot_deciles(drift.shares) if drift else None,
+        "funnel": report_rows.click_funnel(work),
+        "splits": report_rows.splits(work),
+        "books": report_rows.books(work),
+        "reasons": report_rows.reasons(work),
+        "training": report_quality.training(work),
+        "trained": (work.metrics or {}).get("train", {}),
+        "metrics_path": work.metrics_path,
+        "timings": report_runs.timings(work),
+        "commands": report_runs.commands(work),
+        "runs": list(work.manifests.values()),
+        "versions": report_runs.version_sets(work),
+        "version": versions()["camenn"],
+    }
+    context["figures"] = headline(work, context, digest)
+    sources = {
+        "quality": "quality",
+        "retrieval": "queries",
+        "mismatches": "quality_flags",
+        "stores": "stores",
+        "drift": "drift",
+        "funnel": "funnel",
+        "training": "training",
+        "timings": "timings",
+    }
+    return context, [name for name, key in sources.items() if not context[key]]
+
+
+def _list_stores(chosen: tuple[Any, list[str], list[str]], items: dict[str, Item]) -> list[report_listings.Store]:
+    """Stores beyond those with photos: their first few listings by name, so that no photo is read for them."""
+    without = Photos(None, allow_absolute=False).find(None)
+
+    def plain(item_id: str, note: str = "") -> report_listings.Card:
+        return report_listings.Card(item=items.get(item_id, Item(item_id=item_id)), photo=without, note=note)
+
+    return report_listings.stores(chosen[0], chosen[2], report_listings.NAMES_PER_STORE, plain)
+
+
+def render(context: dict[str, Any]) -> str:
+    """The page. Whatever comes from a table is escaped; the page's own policy lets nothing but its own script run."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipelines"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "count": count,
+        "signed": signed, "number": number, "percent": percent, "duration": duration, "phrase": report_words.phrase, "shown": report_words.shown,
+    }  # fmt: skip
+    environment.filters.update(filters)
+    style, script = (environment.loader.get_source(environment, name)[0] for name in ("report.css", "report.js"))  # type: ignore[union-attr]
+    script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html").render(
+        **context, style=Markup(style), script=Markup(script), script_hash=script_hash
+    )
+
+
+def run(options: ReportOptions) -> dict[str, Any]:
+    """Write the page; returns the closing table."""
+    started = time.monotonic()
+    work = read_work(options.run)
+    embed = work.manifests.get("embed")
+    root = embed.options.get("image_root") if embed else None
+    photos = Photos(root, allow_absolute=bool(embed and embed.options.get("allow_absolute")))
+    context, missing = build_context(work, photos)
+    page = render(context).encode()
+    path = files.join(options.out, PAGE)
+    with files.atomic_write(path) as handle:
+        handle.write(page)
+    return {
+        "page": path,
+        "bytes": len(page),
+        "photos": photos.shown(),
+        "photos_not_shown": photos.failed(),
+        "missing": ", ".join(missing) or "nothing",
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `camenn report`."""
+    parser = new_parser(COMMAND, "Write one self-contained HTML page about a working directory.")
+    # Nothing here runs on Beam.
+    parser.epilog = None
+    parser.add_argument(
+        "--run",
+        required=True,
+        help="working directory that holds store/, shards/, model/, scores/ and metrics.json, as far as they are made",
+    )
+    parser.add_argument("--out", help="directory for index.html (default: report/ in --run)")
+    add_json_flag(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, print."""
+    arguments = build_parser().parse_args(argv)
+    if not arguments.run:
+        raise InputError("--run: the working directory is empty text. Give its path.")
+    options = ReportOptions(run=arguments.run, out=arguments.out or files.join(arguments.run, "report"))
+    closing_table(COMMAND, run(options), as_json=arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

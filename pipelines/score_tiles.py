@@ -1,0 +1,284 @@
+"""The workers' side of scoring: one tile of listings against a chunk of audience rows; then each row's best, ranked."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from camenn_model.feature_space import NUMERIC_GROUPS
+from pipelines import files
+from pipelines.console import ProgressFile
+from pipelines.examples import item_attributes
+from pipelines.features import Ints
+from pipelines.snapshot import Snapshot
+from schemas.scores import LISTING_QUALITY, SCORES
+
+MOST_CACHED_ROWS = 4_096
+"""Audience rows whose states a worker keeps (0.15 MB each in `small`)."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Listings [first, last) of a store's list (places in `rows`) against one chunk of audience rows."""
+
+    chunk: int
+    audience: tuple[int, int]
+    rows: bytes
+    """item rows, int32 little-endian"""
+
+    def item_rows(self) -> Ints:
+        """Item rows, int64 [I]."""
+        return np.frombuffer(self.rows, dtype=np.int32).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerInput:
+    """Where a worker finds what it needs; all written by the submitter under the run's directory."""
+
+    directory: str
+    model: str
+    images: tuple[str, ...]
+    titles: tuple[str, ...]
+    top_k: int
+    progress: str | None
+
+
+class _ModelDoFn(beam.DoFn):
+    """Loads the package, the item table and the audience once per worker."""
+
+    def __init__(self, given: WorkerInput) -> None:
+        self.given = given
+
+    def setup(self) -> None:
+        from pathlib import Path
+
+        from camenn_model.checkpoint import read_package
+        from camenn_model.item_table import ItemTable
+        from camenn_model.shards import Contents
+
+        self.package = read_package(Path(self.given.model))
+        self.items = self._read("items")
+        self.table = ItemTable(
+            self.items,
+            self.package.space,
+            Contents(list(self.given.images), "image_key"),
+            Contents(list(self.given.titles), "title_key"),
+        )
+        self.progress = ProgressFile(self.given.progress)
+
+    def _read(self, name: str) -> pa.Table:
+        with files.open_read(files.join(self.given.directory, name, "part-0.parquet")) as handle:
+            return pq.read_table(handle)
+
+
+class ScoreTile(_ModelDoFn):
+    """Tile → (chunk, Arrow IPC of its rows' best: audience row, item row, cvr)."""
+
+    def setup(self) -> None:
+        super().setup()
+        from camenn_model.scorer import Scorer
+
+        self.scorer = Scorer(self.package.model())
+        self.attributes = item_attributes(self.items)
+        self.snapshot = Snapshot.read(files.join(self.given.directory, "snapshot"))
+        self.audience = AudienceRows.read(self._read("audience_features"))
+        candidates = self._read("candidate_rows")
+        self.candidates = (
+            candidates["audience"].to_numpy() * np.int64(len(self.table)) + candidates["item"].to_numpy()
+            if candidates.num_rows
+            else None
+        )
+        self.states: dict[int, Any] = {}
+
+    def process(self, tile: Tile) -> Iterator[tuple[int, bytes]]:
+        import torch
+
+        first, last = tile.audience
+        rows = tile.item_rows()
+        audience = self._audience(tile)
+        columns = self.snapshot.tile(
+            self.audience.user[first:last],
+            self.audience.store[first:last],
+            rows,
+            self.attributes.subcategory[rows],
+            self.attributes.brand[rows],
+        )
+        values, buckets = encode_tile(self.package.space.numbers, columns, (last - first, len(rows)))
+        states = self.scorer.item_states(self.table.batch(rows))
+        logits = self.scorer.score_tile(states, audience, torch.from_numpy(values), torch.from_numpy(buckets)).numpy()
+        cvr = self.package.calibration(logits).astype(np.float32)
+        allowed = None
+        if self.candidates is not None:
+            wanted = np.arange(first, last)[:, None] * np.int64(len(self.table)) + rows[None, :]
+            place = np.minimum(np.searchsorted(self.candidates, wanted), len(self.candidates) - 1)
+            allowed = self.candidates[place] == wanted
+        self.progress.add(cvr.size)
+        yield tile.chunk, files.ipc_bytes(best_of(cvr, np.arange(first, last), rows, self.given.top_k, allowed))
+
+    def _audience(self, tile: Tile) -> Any:
+        if tile.chunk not in self.states:
+            held = sum(len(states) for states in self.states.values())
+            if held > MOST_CACHED_ROWS:
+                self.states.clear()
+            batch, history = self.audience.batch(slice(*tile.audience))
+            self.states[tile.chunk] = self.scorer.audience_states(batch, self.table.history(history))
+        return self.states[tile.chunk]
+
+
+@dataclass(frozen=True)
+class AudienceRows:
+    """All audience rows, encoded; [S] or [S, ·]."""
+
+    user: Ints
+    store: Ints
+    cats: Ints
+    values: NDArray[np.float32]
+    buckets: Ints
+    history: Ints
+    kind: Ints
+    gap: NDArray[np.float32]
+
+    def table(self) -> pa.Table:
+        """For writing: matrices become fixed-size lists."""
+        columns: dict[str, pa.Array] = {}
+        for name, array in vars(self).items():
+            flat = pa.array(array.reshape(-1))
+            columns[name] = flat if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+        return pa.table(columns)
+
+    @classmethod
+    def read(cls, table: pa.Table) -> "AudienceRows":
+        """What `table` wrote."""
+
+        def column(name: str) -> NDArray[Any]:
+            array = table[name].combine_chunks()
+            return (
+                array.flatten().to_numpy().reshape(len(array), -1)
+                if pa.types.is_fixed_size_list(array.type)
+                else array.to_numpy()
+            )
+
+        return cls(**{name: column(name).copy() for name in cls.__dataclass_fields__})
+
+    def batch(self, rows: slice) -> tuple[Any, Ints]:
+        """(AudienceBatch, item rows of its histories) of some rows."""
+        from camenn_model.dataset import audience_batch
+
+        return audience_batch(
+            self.cats[rows], self.values[rows], self.buckets[rows], self.history[rows], self.kind[rows], self.gap[rows]
+        )
+
+
+def encode_tile(
+    numbers: dict[str, Any], columns: dict[str, NDArray[np.float32]], shape: tuple[int, int]
+) -> tuple[NDArray[np.float32], Ints]:
+    """(values float32, buckets int64), [S, I, n]: each column is encoded at its own, smaller shape and then broadcast."""
+    names = [*NUMERIC_GROUPS["item_counts"], *NUMERIC_GROUPS["pair_counts"]]
+    values = np.empty((*shape, len(names)), dtype=np.float32)
+    buckets = np.empty((*shape, len(names)), dtype=np.int64)
+    for place, name in enumerate(names):
+        values[..., place], buckets[..., place] = numbers[name].encode(columns[name])
+    return values, buckets
+
+
+def best_of(
+    cvr: NDArray[np.float32], audience: Ints, items: Ints, top_k: int, allowed: NDArray[np.bool_] | None
+) -> pa.Table:
+    """The `top_k` best of each row of cvr [S, I] (0 = all), ties by item row: a table (audience, item, cvr)."""
+    order = np.lexsort((np.broadcast_to(items, cvr.shape), -cvr), axis=1)
+    if allowed is not None:
+        # Candidates first, still by falling cvr: a stable sort keeps the order within.
+        order = np.take_along_axis(
+            order, np.argsort(~np.take_along_axis(allowed, order, axis=1), axis=1, kind="stable"), axis=1
+        )
+    if top_k:
+        order = order[:, :top_k]
+    keep = np.ones(order.shape, dtype=bool) if allowed is None else np.take_along_axis(allowed, order, axis=1)
+    rows = np.broadcast_to(audience[:, None], order.shape)[keep]
+    return pa.table(
+        {
+            "audience": rows.astype(np.int32),
+            "item": items[order][keep].astype(np.int32),
+            "cvr": np.take_along_axis(cvr, order, axis=1)[keep],
+        }
+    )
+
+
+class RankChunk(beam.DoFn):
+    """All tiles of an audience chunk → the published rows of its audience."""
+
+    def __init__(self, directory: str, top_k: int, model_version: str) -> None:
+        self.directory = directory
+        self.top_k = top_k
+        self.model_version = model_version
+
+    def setup(self) -> None:
+        ids = {}
+        for name, column in (("audience", "audience_id"), ("items", "item_id")):
+            with files.open_read(files.join(self.directory, name, "part-0.parquet")) as handle:
+                ids[name] = pq.read_table(handle, columns=[column])[column].combine_chunks()
+        self.audience_ids, self.item_ids = ids["audience"], ids["items"]
+
+    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[pa.Table]:
+        _, pieces = element
+        table = pa.concat_tables([files.ipc_table(piece) for piece in pieces])
+        audience, item, cvr = (table[name].to_numpy() for name in ("audience", "item", "cvr"))
+        order = np.lexsort((item, -cvr, audience))
+        audience, item, cvr = audience[order], item[order], cvr[order]
+        first = np.searchsorted(audience, audience)
+        rank = np.arange(len(audience)) - first + 1
+        keep = rank <= self.top_k if self.top_k else np.ones(len(rank), dtype=bool)
+        yield pa.table(
+            {
+                "audience_id": self.audience_ids.take(pa.array(audience[keep])),
+                "item_id": self.item_ids.take(pa.array(item[keep])),
+                "cvr": cvr[keep],
+                "rank": rank[keep].astype(np.int32),
+                "model_version": pa.repeat(self.model_version, int(keep.sum())),
+            },
+            schema=SCORES.schema,
+        )
+
+
+class AlignListings(_ModelDoFn):
+    """Item rows [first, last) → their alignment, Arrow table (item, ita, tia, cosine)."""
+
+    def setup(self) -> None:
+        super().setup()
+        from camenn_model.checkpoint import FOLDS
+
+        self.folds = [self.package.model(f"fold{fold}") for fold in range(FOLDS)] if self.package.has_folds else []
+
+    def process(self, span: tuple[int, int]) -> Iterator[tuple[None, bytes]]:
+        from camenn_model.quality import align_listings
+
+        rows = np.arange(*span)
+        found = align_listings(self.folds, self.table, rows)
+        yield (
+            None,
+            files.ipc_bytes(pa.table({"item": rows, "ita": found.ita, "tia": found.tia, "cosine": found.cosine})),
+        )
+
+
+class JudgeListings(beam.DoFn):
+    """All listings' alignment → the listing_quality table: percentiles need the whole catalog."""
+
+    def __init__(self, directory: str, model_version: str) -> None:
+        self.directory = directory
+        self.model_version = model_version
+
+    def process(self, element: tuple[None, Iterable[bytes]]) -> Iterator[pa.Table]:
+        from camenn_model.quality import Alignment, judge
+
+        table = pa.concat_tables([files.ipc_table(piece) for piece in element[1]]).sort_by("item")
+        with files.open_read(files.join(self.directory, "items", "part-0.parquet")) as handle:
+            items = pq.read_table(handle)
+        judged = judge(items, Alignment(*(table[name].to_numpy() for name in ("ita", "tia", "cosine"))))
+        yield judged.append_column("model_version", pa.repeat(self.model_version, judged.num_rows)).cast(
+            LISTING_QUALITY.schema
+        )

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, types and tests. `./run_tests.sh` leaves the slow ones out; `./run_tests.sh --all` runs everything. Other arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/install.sh
+install_into_venv demo,baselines,dev
+
+select=(-m "not slow")
+if [ "${1:-}" = --all ]; then select=(); shift; fi
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "${select[@]}" --durations=15 "$@"

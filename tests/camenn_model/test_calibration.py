@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from camenn_model.calibration import PlattScaling, fit_platt
+from camenn_model.metrics import log_loss, pcoc
+
+
+def sample(slope: float, intercept: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1.0, 1.5, count)
+    return (rng.random(count) < 1 / (1 + np.exp(-(slope * logits + intercept)))).astype(float), logits
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (0.3, -2.0), (4.0, 1.0)])
+def test_fit_platt_finds_the_line(slope: float, intercept: float) -> None:
+    labels, logits = sample(slope, intercept)
+    found = fit_platt(labels, logits)
+    assert found.slope == pytest.approx(slope, rel=0.08)
+    assert found.intercept == pytest.approx(intercept, abs=0.15)
+    assert found.reason == ""
+    assert pcoc(labels, found(logits)) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_fit_platt_is_a_minimum() -> None:
+    labels, logits = sample(0.5, -1.0, 2000)
+    best = fit_platt(labels, logits)
+    least = log_loss(labels, best(logits))
+    for slope, intercept in ((0.02, 0.0), (-0.02, 0.0), (0.0, 0.02), (0.0, -0.02)):
+        other = PlattScaling(slope=best.slope + slope, intercept=best.intercept + intercept)
+        assert log_loss(labels, other(logits)) > least
+
+
+def test_fit_platt_survives_wild_logits() -> None:
+    labels, logits = sample(1.0, 0.0)
+    assert fit_platt(labels, logits * 1e3).slope == pytest.approx(1e-3, rel=0.08)
+    assert fit_platt(labels, logits + 1e4).intercept == pytest.approx(-1e4, rel=0.08)
+    separable = fit_platt([0, 0, 1, 1], [-2.0, -1.0, 1.0, 2.0])
+    assert np.isfinite([separable.slope, separable.intercept]).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "logits", "reason"),
+    [([0, 0], [0.1, 0.2], "one class"), ([], [], "one class"), ([1, 1], [0.0, 1.0], "one class")],
+)
+def test_fit_platt_of_one_class_is_the_identity_with_a_reason(labels: list, logits: list, reason: str) -> None:
+    found = fit_platt(labels, logits)
+    assert (found.slope, found.intercept) == (1.0, 0.0)
+    assert reason in found.reason
+
+
+def test_fit_platt_never_turns_the_ranks() -> None:
+    labels, logits = sample(-1.0, 0.0)
+    found = fit_platt(labels, logits)
+    assert (found.slope, found.intercept) == (1.0, 0.0)
+    assert "turn the ranks" in found.reason
+
+
+def test_fit_platt_of_equal_logits_meets_the_base_rate() -> None:
+    found = fit_platt([1, 0, 0, 0], [0.7] * 4)
+    assert found([0.7]) == pytest.approx([0.25])
+
+
+def test_fit_platt_refuses_infinite_logits() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        fit_platt([0, 1], [0.0, np.inf])
+
+
+def test_platt_scaling_survives_json() -> None:
+    scaling = PlattScaling(slope=0.1 + 0.2, intercept=-1 / 3, examples=7, positives=3)
+    assert PlattScaling.from_json(scaling.to_json()) == scaling

@@ -1,0 +1,270 @@
+"""Labels and features against the row-by-row reference, and against the arrow of time."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from camenn_model.shards import ShardSet
+from pipelines import build_shards
+from pipelines.attribution import HOUR_US, TimeIndex
+from pipelines.build_shards import ShardOptions
+from pipelines.examples import split_times
+from schemas.training import AUDIENCE_COUNTS, EXAMPLES, ITEM_COUNTS, PAIR_COUNTS
+from tests.pipelines import shard_reference
+from tests.pipelines.shard_reference import DAY, HOUR, Row, Settings
+from tests.pipelines.small_city import (
+    CATALOG_ROWS,
+    ITEMS,
+    START,
+    STEP,
+    STORES,
+    ZONES,
+    build_examples,
+    by_key,
+    cities,
+    random_city,
+    write_data,
+    write_store,
+)
+
+FEATURES = [column.name for column in (*AUDIENCE_COUNTS, *ITEM_COUNTS, *PAIR_COUNTS)] + [
+    "history_item",
+    "history_kind",
+    "history_hours",
+    "session_start",
+    "hour",
+    "weekday",
+]
+QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def a_click(number: int, time: int, **values: Any) -> Row:
+    base = {
+        "exposure_id": f"e{number}",
+        "session_id": "a",
+        "user_id": "u0",
+        "store_id": "s0",
+        "item_id": "i0",
+        "clicked_at": time,
+        "position": 0,
+    }
+    return base | values
+
+
+def an_order(number: int, time: int, **values: Any) -> Row:
+    return {
+        "order_id": f"o{number}",
+        "user_id": "u0",
+        "store_id": "s0",
+        "item_id": "i0",
+        "ordered_at": time,
+        "quantity": 1.0,
+    } | values
+
+
+LATER = Settings(as_of=START + 30 * DAY, window=24 * HOUR, history=4)
+
+
+def test_reference_knows_every_column() -> None:
+    answer = shard_reference.build([a_click(0, START)], [], CATALOG_ROWS, LATER)
+    assert set(answer.examples["u0", "a", "i0"]) == set(EXAMPLES.names)
+
+
+@QUICK
+@given(cities())
+@example(([a_click(0, START)], [], LATER))
+@example(([a_click(0, START, item_id="gone"), a_click(1, START + 5)], [an_order(0, START + 5, quantity=-1.0)], LATER))
+@example(
+    (
+        [a_click(0, START), a_click(1, START, session_id="b")],
+        [an_order(0, START), an_order(1, START + 24 * HOUR), an_order(2, START + 24 * HOUR + 1)],
+        LATER,
+    )
+)
+def test_build_examples_equals_the_reference(city: tuple[list[Row], list[Row], Settings]) -> None:
+    clicks, orders, flags = city
+    expected = shard_reference.build(clicks, orders, CATALOG_ROWS, flags)
+    examples, books = build_examples(clicks, orders, CATALOG_ROWS, flags)
+    assert examples == expected.examples
+    assert +books["clicks"] == +expected.clicks
+    assert +books["orders"] == +expected.orders
+
+
+@QUICK
+@given(cities(), st.randoms(use_true_random=False))
+def test_build_examples_ignores_the_order_of_rows(city: tuple[list[Row], list[Row], Settings], rng: Any) -> None:
+    clicks, orders, flags = city
+    before = build_examples(clicks, orders, CATALOG_ROWS, flags)
+    rng.shuffle(clicks)
+    rng.shuffle(orders)
+    assert build_examples(clicks, orders, CATALOG_ROWS, flags) == before
+
+
+@st.composite
+def perturbed_cities(draw: st.DrawFn) -> tuple[list[Row], list[Row], Settings, list[Row], list[Row], Any]:
+    """A city, the same city with another future, and the key of an example whose session starts where the future does."""
+    clicks, orders, flags = draw(cities(conflicts=False))
+    flags.as_of = START + 60 * STEP
+    examples = shard_reference.build(clicks, orders, CATALOG_ROWS, flags).examples
+    if not examples:
+        return clicks, orders, flags, clicks, orders, None
+    key = draw(st.sampled_from(sorted(examples)))
+    now = examples[key]["session_start"]
+    user, session, item = key
+    own = [
+        c
+        for c in clicks
+        if (c["user_id"], c["session_id"]) == (user, session) and (c["clicked_at"] == now or c["item_id"] == item)
+    ]
+    other_clicks, other_orders, _ = draw(cities(conflicts=False))
+    new_clicks = [c for c in clicks if c["clicked_at"] < now] + own
+    new_clicks += [c | {"exposure_id": f"x{c['exposure_id']}"} for c in other_clicks if c["clicked_at"] >= now]
+    new_orders = [o for o in orders if o["ordered_at"] < now] + [o for o in other_orders if o["ordered_at"] >= now]
+    return clicks, orders, flags, new_clicks, new_orders, key
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(perturbed_cities())
+def test_features_do_not_read_anything_at_or_after_the_session_start(
+    case: tuple[list[Row], list[Row], Settings, list[Row], list[Row], Any],
+) -> None:
+    clicks, orders, flags, new_clicks, new_orders, key = case
+    if key is None:
+        return
+    before, _ = build_examples(clicks, orders, CATALOG_ROWS, flags)
+    after, _ = build_examples(new_clicks, new_orders, CATALOG_ROWS, flags)
+    assert {name: after[key][name] for name in FEATURES} == {name: before[key][name] for name in FEATURES}
+
+
+def test_features_read_what_lies_just_before_the_session_start() -> None:
+    """The test above would pass if nothing were read at all."""
+    now = START + 10 * DAY
+    clicks = [a_click(0, now)]
+    before, _ = build_examples(clicks, [], CATALOG_ROWS, LATER)
+    after, _ = build_examples(
+        [*clicks, a_click(1, now - 1, session_id="b")], [an_order(0, now - 1)], CATALOG_ROWS, LATER
+    )
+    key = ("u0", "a", "i0")
+    changed = {name for name in FEATURES if before[key][name] != after[key][name]}
+    assert changed == set(FEATURES) - {"session_start", "hour", "weekday"}
+
+
+def test_an_order_after_the_session_start_is_not_yet_a_conversion() -> None:
+    now = START + 10 * DAY
+    clicks = [a_click(0, now - HOUR, session_id="b"), a_click(1, now, item_id="i1")]
+    key = ("u0", "a", "i1")
+    for ordered_at, kinds, known in ((now - 1, [2], 1), (now, [1], 0), (now + 1, [1], 0)):
+        row = build_examples(clicks, [an_order(0, ordered_at)], CATALOG_ROWS, LATER)[0][key]
+        assert row["history_kind"] == kinds
+        assert row["user_cvr"] == np.float32((3 + known) / 21)
+
+
+def test_history_is_full_although_the_last_events_are_known_conversions() -> None:
+    now = START + 10 * DAY
+    clicks = [a_click(n, now - (2 * n + 2) * HOUR, session_id=f"v{n}", item_id=ITEMS[n % 5]) for n in range(30)]
+    orders = [an_order(n, now - (2 * n + 2) * HOUR + 1, item_id=ITEMS[n % 5]) for n in range(12)]
+    row = build_examples(
+        [*clicks, a_click(99, now)], orders, CATALOG_ROWS, Settings(as_of=now + 2 * DAY, window=24 * HOUR, history=20)
+    )[0]["u0", "a", "i0"]
+    assert row["history_kind"] == [2] * 12 + [1] * 8
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_shards_pipeline_equals_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Two seeds: one bucket, and several buckets with several files per table."""
+    clicks, orders = random_city(seed, 300, 200)
+    data = write_data(tmp_path / "data", clicks, orders, files=seed, row_group_size=50)
+    store = write_store(tmp_path / "store", pq.read_table(data / ("catalog" if seed > 1 else "catalog.parquet")))
+    if seed > 1:
+        monkeypatch.setattr(build_shards, "ROWS_PER_BUCKET", 90)
+    build_shards.run(shard_options(data, store, tmp_path / "shards"), [])
+    shards = ShardSet(str(tmp_path / "shards"))
+    as_of = min(max(c["clicked_at"] for c in clicks), max(o["ordered_at"] for o in orders))
+    flags = Settings(as_of=as_of, window=24 * HOUR, history=5, timezones=ZONES, timezone="Asia/Kathmandu")
+    expected = shard_reference.build(clicks, orders, CATALOG_ROWS, flags)
+    written = [(path, pq.ParquetFile(path).read()) for path, _ in shards.files("examples")]
+    assert by_key(pa.concat_tables([table for _, table in written])) == expected.examples
+    for path, table in written:
+        date = path.split("date=")[1].split("/")[0]
+        assert {str(day) for day in table["session_start"].cast(pa.date32()).to_pylist()} == {date}
+        assert table.schema.equals(EXAMPLES.schema)
+    assert +shards_counts(shards, "clicks") == {"in": len(clicks), **+expected.clicks}
+    assert +shards_counts(shards, "orders") == {"in": len(orders), **+expected.orders}
+
+
+def shards_counts(shards: ShardSet, table: str) -> Any:
+    from collections import Counter
+
+    return Counter(shards.manifest["counts"][table])
+
+
+def shard_options(data: Path, store: Path, out: Path, **flags: Any) -> ShardOptions:
+    values: dict[str, Any] = {
+        "data": str(data),
+        "store": str(store),
+        "out": str(out),
+        "attribution_hours": 24.0,
+        "history": 5,
+        "as_of": None,
+        "timezone": "Asia/Kathmandu",
+        "test_share": 0.2,
+        "max_reject_rate": 0.1,
+    }
+    return ShardOptions(**(values | flags))
+
+
+@QUICK
+@given(
+    st.lists(st.integers(0, 40 * 24), min_size=1, max_size=60),
+    st.sampled_from((1, 6, 24)),
+    st.sampled_from((0.05, 0.2, 0.5)),
+)
+def test_split_times_keep_the_parts_in_order_and_a_window_apart(hours: list[int], window: int, share: float) -> None:
+    times = np.array(sorted(hours), dtype=np.int64) * HOUR_US
+    parts = split_times(times, window * HOUR_US, share).of(times)
+    rank = {"train": 0, "early_stop": 1, "calibration": 2, "test": 3}
+    kept = [(int(time), rank[part]) for time, part in zip(times, parts, strict=True) if part != "gap"]
+    assert [part for _, part in kept] == sorted(part for _, part in kept)
+    for (time, part), (later, later_part) in itertools.combinations(kept, 2):
+        if part == 0 < later_part or part < 3 == later_part:
+            assert later - time >= window * HOUR_US
+
+
+@QUICK
+@given(
+    st.lists(st.tuples(st.sampled_from((0, 1, 2, 2**40, 2**55)), st.integers(0, 6)), max_size=20),
+    st.lists(
+        st.tuples(st.sampled_from((-1, 0, 1, 2, 3, 2**40, 2**55, 2**55 + 1)), st.integers(-1, 8)),
+        min_size=1,
+        max_size=10,
+    ),
+)
+def test_time_index_counts_and_finds_the_last(events: list[tuple[int, int]], queries: list[tuple[int, int]]) -> None:
+    """Keys of pairs grow as users × listings: 2**55 stands for a large city."""
+    key, time = (np.array([event[place] for event in events], dtype=np.int64) for place in (0, 1))
+    asked, at = (np.array([query[place] for query in queries], dtype=np.int64) for place in (0, 1))
+    index = TimeIndex(key, time)
+    before = [[t for k, t in events if k == q and t < moment] for q, moment in queries]
+    assert index.count(asked, at).tolist() == [len(times) for times in before]
+    never = np.iinfo(np.int64).max
+    assert index.last(asked, at).tolist() == [max(times, default=never) for times in before]
+    start, end = index.bounds(asked, at, inclusive=True)
+    assert (end - start).tolist() == [sum(k == q and t <= moment for k, t in events) for q, moment in queries]
+
+
+def test_stores_are_told_apart() -> None:
+    """A store's counts are its own, whichever stores its neighbours in code order are."""
+    now = START + 10 * DAY
+    clicks = [
+        a_click(n, now - n - 1, session_id="b", store_id=store, item_id=item)
+        for n, (store, item) in enumerate(itertools.product(STORES, ITEMS))
+    ]
+    row = build_examples([*clicks, a_click(99, now, store_id="new")], [], CATALOG_ROWS, LATER)[0]["u0", "a", "i0"]
+    assert (row["item_clicks"], row["store_item_clicks"]) == (3.0, 0.0)

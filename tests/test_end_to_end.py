@@ -1,0 +1,269 @@
+"""The whole way once on a tiny city with the real encoders, Beam and CameNN; then what a consumer and a second run see."""
+
+import json
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import cli
+from pipelines.manifest import read_latest
+from tests.camenn_model.encoder_sources import minilm
+
+
+class City:
+    """A tiny city and a working directory, with one method per command. Each returns the command's closing table."""
+
+    def __init__(self, root: Path) -> None:
+        self.data, self.work = root / "data", root / "work"
+        self.text_encoder = minilm()
+
+    def run(self, capfd: pytest.CaptureFixture[str], *argv: str) -> dict:
+        assert cli.main([*argv, "--json"]) == 0
+        return json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+
+    def embed(self, capfd: pytest.CaptureFixture[str]) -> dict:
+        flags = [
+            "--image_weights",
+            "random:0",
+            "--text_encoder",
+            str(self.text_encoder),
+            "--grid",
+            "2",
+            "--max_tokens",
+            "16",
+        ]
+        return self.run(capfd, "embed", "--data", str(self.data), "--store", str(self.work / "store"), *flags)
+
+    def shards(self, capfd: pytest.CaptureFixture[str], *extra: str) -> dict:
+        return self.run(
+            capfd,
+            "shards",
+            "--data",
+            str(self.data),
+            "--store",
+            str(self.work / "store"),
+            "--out",
+            str(self.work / "shards"),
+            *extra,
+        )
+
+    def train(self, capfd: pytest.CaptureFixture[str], *extra: str) -> dict:
+        return self.run(
+            capfd,
+            "train",
+            "--shards",
+            str(self.work / "shards"),
+            "--out",
+            str(self.work / "model"),
+            "--batch_size",
+            "128",
+            *extra,
+        )
+
+    def score(self, capfd: pytest.CaptureFixture[str], *extra: str, out: str = "scores") -> dict:
+        places = [
+            "--data",
+            str(self.data),
+            "--store",
+            str(self.work / "store"),
+            "--model",
+            str(self.work / "model"),
+            "--out",
+            str(self.work / out),
+        ]
+        return self.run(capfd, "score", *places, "--top_k", "10", *extra)
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory: pytest.TempPathFactory) -> City:
+    return City(tmp_path_factory.mktemp("city"))
+
+
+def table(root: Path, name: str) -> pd.DataFrame:
+    """A published table, ordered, without what differs by run."""
+    manifest = read_latest(str(root))
+    assert manifest is not None
+    tables = [pq.ParquetFile(path).read() for path in manifest.paths(name)]
+    frame = pa.concat_tables(tables).to_pandas()
+    keys = [
+        column
+        for column in ("audience_id", "user_id", "session_id", "item_id", "image_key", "title_key")
+        if column in frame
+    ]
+    return frame.sort_values(keys, ignore_index=True)
+
+
+def assert_books_balance(root: Path) -> None:
+    manifest = read_latest(str(root))
+    assert manifest is not None and manifest.counts
+    for name, row in manifest.counts.items():
+        assert row["in"] == sum(rows for where, rows in row.items() if where != "in"), (name, row)
+
+
+def test_whole_way_once(city: City, capfd: pytest.CaptureFixture[str]) -> None:
+    made = city.run(capfd, "simulate", "--out", str(city.data), "--preset", "tiny")
+    assert made["listings"] == 120
+
+    embedded = city.embed(capfd)
+    catalog = pq.read_table(city.data / "catalog.parquet").to_pandas()
+    assert embedded["rows_in"] == embedded["rows_out"] == len(catalog)
+    assert embedded["encoded_titles"] == catalog["title"].nunique()
+    assert 0 < embedded["encoded_images"] <= catalog["image_uri"].nunique()
+    assert_books_balance(city.work / "store")
+
+    sharded = city.shards(capfd)
+    assert sharded["rows_in"] == len(pq.read_table(city.data / "clicks.parquet"))
+    assert sharded["rows_out"] == sum(sharded["examples"].values())
+    assert_books_balance(city.work / "shards")
+    # Each distinct photo and title in use stands in contents once.
+    assert sharded["contents_copied"] == embedded["encoded_images"] + embedded["encoded_titles"]
+
+    trained = city.train(capfd)
+    assert 0 < trained["test_log_loss"] < 1
+    package = next((city.work / "model" / "runs").iterdir())
+    assert {path.suffix for path in package.iterdir()} <= {".safetensors", ".json", ".csv"}
+
+    scored = city.score(capfd)
+    assert scored["rows_out"] == scored["rows_in"] * 10
+    assert_books_balance(city.work / "scores")
+
+
+def test_scores_open_in_pandas_duckdb_and_pyarrow(city: City) -> None:
+    manifest = read_latest(str(city.work / "scores"))
+    assert manifest is not None
+    directory = manifest.summary["scores"]
+    date = manifest.summary["score_date"]
+    by_pandas = pd.read_parquet(directory)
+    by_arrow = ds.dataset(directory, partitioning="hive").to_table().to_pandas()
+    by_duckdb = duckdb.sql(f"select * from read_parquet('{directory}/**/*.parquet', hive_partitioning = true)").df()
+    assert len(by_pandas) == len(by_arrow) == len(by_duckdb) == manifest.rows("scores")
+    for frame in (by_pandas, by_arrow, by_duckdb):
+        assert set(frame["score_date"].astype(str).str[:10]) == {date}
+        assert frame["cvr"].between(0, 1).all()
+        assert np.isclose(frame["cvr"].sum(), by_pandas["cvr"].sum())
+
+
+def test_scores_ranks_run_from_one_by_falling_cvr(city: City) -> None:
+    scores = table(city.work / "scores", "scores")
+    for _, row in scores.groupby("audience_id"):
+        row = row.sort_values("rank")
+        assert row["rank"].tolist() == list(range(1, len(row) + 1))
+        assert (np.diff(row["cvr"]) <= 0).all()
+        assert row["item_id"].is_unique
+
+
+def test_scores_meet_only_their_own_store(city: City) -> None:
+    scores = table(city.work / "scores", "scores")
+    stores = pq.read_table(city.data / "catalog.parquet").to_pandas().set_index("item_id")["store_id"]
+    audience = table(city.work / "scores", "audience").set_index("audience_id")["store_id"]
+    assert (scores["item_id"].map(stores) == scores["audience_id"].map(audience)).all()
+
+
+def test_scores_equal_the_plain_forward_pass(city: City) -> None:
+    """The published numbers against the model's own forward pass over the same pairs, assembled one by one."""
+    import torch
+
+    from camenn_model.batch import Batch, PairBatch
+    from camenn_model.checkpoint import open_package
+    from camenn_model.item_table import ItemTable
+    from camenn_model.shards import Contents
+    from pipelines.examples import item_attributes
+    from pipelines.score_tiles import AudienceRows, encode_tile
+    from pipelines.snapshot import Snapshot
+
+    manifest = read_latest(str(city.work / "scores"))
+    assert manifest is not None
+    run = Path(manifest.paths("items")[0]).parent.parent
+    package = open_package(str(city.work / "model"))
+    items = pq.ParquetFile(run / "items" / "part-0.parquet").read()
+    contents = [Contents(manifest.paths(f"contents_{kind}s"), f"{kind}_key") for kind in ("image", "title")]
+    items_table = ItemTable(items, package.space, *contents)
+    audience = pq.ParquetFile(run / "audience" / "part-0.parquet").read().to_pandas()
+    rows = AudienceRows.read(pq.ParquetFile(run / "audience_features" / "part-0.parquet").read())
+    snapshot, attributes = Snapshot.read(str(run / "snapshot")), item_attributes(items)
+    scores = table(city.work / "scores", "scores").sample(40, random_state=0)
+    item_row = {item: place for place, item in enumerate(items["item_id"].to_pylist())}
+    model = package.model()
+    for audience_id, item_id, cvr in scores[["audience_id", "item_id", "cvr"]].itertuples(index=False):
+        a, i = int(np.flatnonzero(audience["audience_id"] == audience_id)[0]), np.array([item_row[item_id]])
+        columns = snapshot.tile(
+            rows.user[a : a + 1], rows.store[a : a + 1], i, attributes.subcategory[i], attributes.brand[i]
+        )
+        values, buckets = encode_tile(package.space.numbers, columns, (1, 1))
+        audience_batch, history = rows.batch(slice(a, a + 1))
+        zero = torch.zeros(1, dtype=torch.int64)
+        pairs = PairBatch(
+            item=zero,
+            audience=zero,
+            values=torch.from_numpy(values[0]),
+            buckets=torch.from_numpy(buckets[0]),
+            position=zero,
+            label=torch.zeros(1),
+        )
+        with torch.inference_mode():
+            logit = model(
+                Batch(
+                    items=items_table.batch(i),
+                    audience=audience_batch,
+                    history=items_table.history(history),
+                    pairs=pairs,
+                )
+            ).logits
+        assert abs(float(package.calibration(logit.numpy())[0]) - cvr) < 1e-5
+
+
+PUBLISHED = (
+    ("store", "items"),
+    ("shards", "examples"),
+    ("shards", "items"),
+    ("scores", "scores"),
+    ("scores", "listing_quality"),
+)
+
+
+def test_second_run_encodes_nothing_and_changes_no_row(city: City, capfd: pytest.CaptureFixture[str]) -> None:
+    before = [table(city.work / root, name) for root, name in PUBLISHED]
+    embedded = city.embed(capfd)
+    assert embedded["encoded_images"] == embedded["encoded_titles"] == 0
+    for again in (city.shards, city.train, city.score):
+        assert again(capfd)["unchanged"] is True
+    # Done anew in earnest, every stage comes to the same rows, and the model to the same bits.
+    version = city.score(capfd)["model_version"]
+    assert city.shards(capfd, "--rerun")["contents_copied"] == 0
+    city.train(capfd, "--rerun")
+    assert city.score(capfd, "--rerun")["model_version"] == version
+    for (root, name), frame in zip(PUBLISHED, before, strict=True):
+        pd.testing.assert_frame_equal(table(city.work / root, name), frame)
+
+
+def test_score_as_of_an_earlier_date_reads_nothing_later(city: City, capfd: pytest.CaptureFixture[str]) -> None:
+    """A backfill gives the same rows whether or not the log goes on after its date."""
+    clicks = pq.read_table(city.data / "clicks.parquet")
+    date = str(np.sort(clicks["clicked_at"].to_numpy())[len(clicks) // 2].astype("datetime64[D]"))
+    city.score(capfd, "--score_date", date, out="backfill")
+    whole = table(city.work / "backfill", "scores")
+    cut = City(city.data.parent)
+    cut.data = city.data.parent / "cut"
+    cut.data.mkdir()
+    for path in city.data.glob("*.parquet"):
+        rows = pq.read_table(path)
+        for column in ("clicked_at", "ordered_at"):
+            if column in rows.column_names:
+                rows = rows.filter(pc.less(rows[column], pa.scalar(np.datetime64(date, "us"))))
+        pq.write_table(rows, cut.data / path.name)
+    cut.score(capfd, "--score_date", date, out="backfill_cut")
+    pd.testing.assert_frame_equal(table(city.work / "backfill_cut", "scores"), whole)
+
+
+def test_report_is_written(city: City, capfd: pytest.CaptureFixture[str]) -> None:
+    reported = city.run(capfd, "report", "--run", str(city.work))
+    page = (city.work / "report" / "index.html").read_text()
+    assert "data:image/" in page and "http" not in page.split("<body")[0].replace("http://www.w3.org", "")
+    assert reported["out"]
