@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 
 COMMANDS = {
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_QuietImport())
+    # Threads that spin while they wait make two threads on two busy cores thirty times slower than one (measured: 6 against 208 examples/s).
+    # It must be said before any library that brings OpenMP is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pipelines.options import run_main
 
     return run_main(importlib.import_module(COMMANDS[argv[0]][0]).main, argv[1:])

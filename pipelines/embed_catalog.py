@@ -319,7 +319,7 @@ class EncodeContents(beam.PTransform):
     def expand(self, wanted: beam.PCollection) -> Any:
         column = "image_key" if self.kind == IMAGES else "title_key"
         handler: Any = (
-            ImageChunkHandler(self.spec) if isinstance(self.spec, ImageSpec) else TitleChunkHandler(self.spec)
+            ImageChunkHandler(self.spec, torch_threads=self.threads) if isinstance(self.spec, ImageSpec) else TitleChunkHandler(self.spec, torch_threads=self.threads)
         )
         stored = (
             wanted.pipeline

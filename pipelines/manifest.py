@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import apache_beam as beam
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import files
@@ -208,13 +209,17 @@ def read_finished(directory: str) -> tuple[list[FileRecord], dict[str, dict[str,
 
 
 def read_rejects(records: list[FileRecord], limit: int = 5) -> list[dict[str, str]]:
-    """The first few rejects of a run, as dicts."""
-    found: list[dict[str, str]] = []
+    """The first few rejects of each table of a run, as dicts."""
+    found: dict[str, list[dict[str, str]]] = {}
     for record in records:
-        if record.table == "rejects" and len(found) < limit:
+        if record.table == "rejects":
             with files.open_read(record.path) as handle:
-                found += pq.read_table(handle).slice(0, limit).to_pylist()
-    return found[:limit]
+                rejects = pq.read_table(handle)
+            tables = pc.list_element(pc.split_pattern(rejects["key"], ":", max_splits=1), 0)
+            for table in tables.unique().to_pylist():
+                kept = found.setdefault(table, [])
+                kept += rejects.filter(pc.equal(tables, table)).slice(0, limit - len(kept)).to_pylist()
+    return [reject for kept in found.values() for reject in kept]
 
 
 def check_accounting(counts: dict[str, dict[str, int]]) -> None:

@@ -90,6 +90,23 @@ def is_local_run(beam_flags: list[str]) -> bool:
     return runner is None or runner in LOCAL_RUNNERS
 
 
+def use_all_cores(beam_flags: list[str]) -> list[str]:
+    """For long work on the local runner: a process for each core, unless flags say how many. FnApiRunner's own default is one thread."""
+    cores = os.cpu_count() or 1
+    chosen = any(flag.startswith("--direct_") for flag in beam_flags)
+    if chosen or cores == 1 or not is_local_run(beam_flags):
+        return beam_flags
+    return [*beam_flags, f"--direct_num_workers={cores}", "--direct_running_mode=multi_processing"]
+
+
+def worker_threads(beam_flags: list[str]) -> int | None:
+    """Threads that a local worker may compute with, so that all workers together use each core once; None = unknown machines, let torch decide."""
+    if not is_local_run(beam_flags):
+        return None
+    workers = int(pipeline_options(beam_flags).get_all_options()["direct_num_workers"] or os.cpu_count() or 1)
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
 def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """Run a command: what the user can mend is one message on stderr and exit code 2, everything else a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

@@ -43,7 +43,7 @@ from pipelines.manifest import (
     request_fingerprint,
     require_latest,
 )
-from pipelines.options import add_common_flags, is_local_run, new_parser, parse_with_beam, pipeline_options, run_main
+from pipelines.options import add_common_flags, is_local_run, new_parser, parse_with_beam, pipeline_options, run_main, use_all_cores, worker_threads
 from pipelines.score_tiles import AlignListings, AudienceRows, JudgeListings, RankChunk, ScoreTile, Tile, WorkerInput
 from pipelines.snapshot import Log, Snapshot, audience_features, build_log
 from pipelines.tables import Source, WriteTable, write_table
@@ -59,6 +59,8 @@ STAGE = "score"
 TILE_ITEMS = 512
 CHUNK_ROWS = 512
 SPAN_ITEMS = 512
+PAIRS_FOR_ALL_CORES = 200_000
+"""Pairs from which worker processes, which take some ten seconds to start, pay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +256,8 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         }
         n_pairs = sum((c.audience[1] - c.audience[0]) * len(c.items) for c in chunks)
         local = is_local_run(beam_flags)
+        if n_pairs > PAIRS_FOR_ALL_CORES:
+            beam_flags = use_all_cores(beam_flags)
         with (
             watch("score", n_pairs, "pairs", local) as progress,
             beam.Pipeline(options=pipeline_options(beam_flags)) as pipeline,
@@ -265,6 +269,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
                 titles=paths["titles"],
                 top_k=options.top_k,
                 progress=progress,
+                threads=worker_threads(beam_flags),
             )
             scores = (
                 pipeline

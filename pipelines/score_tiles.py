@@ -46,6 +46,7 @@ class WorkerInput:
     titles: tuple[str, ...]
     top_k: int
     progress: str | None
+    threads: int | None
 
 
 class _ModelDoFn(beam.DoFn):
@@ -57,10 +58,14 @@ class _ModelDoFn(beam.DoFn):
     def setup(self) -> None:
         from pathlib import Path
 
+        import torch
+
         from camenn_model.checkpoint import read_package
         from camenn_model.item_table import ItemTable
         from camenn_model.shards import Contents
 
+        if self.given.threads is not None:
+            torch.set_num_threads(self.given.threads)
         self.package = read_package(Path(self.given.model))
         self.items = self._read("items")
         self.table = ItemTable(

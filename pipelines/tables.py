@@ -172,7 +172,7 @@ def write_table(directory: str, name: str, table: pa.Table) -> FileRecord:
 
 
 def hash_buckets(column: pa.ChunkedArray, buckets: int) -> np.ndarray:
-    """Bucket number of each string (or integer code), int64 [n], 0 <= b < buckets: the same on every machine and in every process (FNV-1a, 64 bit)."""
+    """Bucket number of each string (or integer code), int64 [n], 0 <= b < buckets: the same on every machine and in every process (`stable_hash`)."""
     if buckets == 1:
         return np.zeros(len(column), dtype=np.int64)
     if pa.types.is_integer(column.type):
@@ -182,6 +182,8 @@ def hash_buckets(column: pa.ChunkedArray, buckets: int) -> np.ndarray:
 
 def split_by_bucket(table: pa.Table, column: str, buckets: int) -> Iterator[tuple[int, pa.Table]]:
     """Cut a table into one piece per bucket of `column`; row order within a piece is kept."""
+    if table.num_rows == 0:
+        return
     bucket = hash_buckets(table[column], buckets)
     order = np.argsort(bucket, kind="stable")
     numbers, starts = np.unique(bucket[order], return_index=True)

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward pass (default %(default)s)"
     )
+    parser.add_argument("--threads", type=int, default=0, help="threads for computing; 0 = half of the cores, the others gather batches (default %(default)s)")
     parser.add_argument("--rerun", action="store_true", help="train again although neither shards nor flags changed")
     add_json_flag(parser)
     return parser
@@ -86,9 +87,12 @@ def main(argv: list[str] | None = None) -> int:
     out = local_only(arguments.out, "--out")
     shards_root = local_only(arguments.shards, "--shards")
     shards = require_latest(shards_root, "shards", "--shards")
+    import torch
+
     from camenn_model.optimizer import OptimizerConfig
     from camenn_model.train import TrainOptions, train
 
+    torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 1) // 2))
     device, _ = resolve_device_precision(arguments.device, "auto")
     options = TrainOptions(
         shards=shards_root,

@@ -71,7 +71,14 @@ _orders = st.fixed_dictionaries(
 def cities(draw: st.DrawFn, conflicts: bool = True) -> tuple[list[Row], list[Row], Settings]:
     """(clicks, orders, settings) in no order; with copies of rows and, unless told otherwise, with ids that stand on two different clicks."""
     clicks = draw(st.lists(_clicks, min_size=1, max_size=25))
-    orders = draw(st.lists(_orders, max_size=20))
+    orders = draw(st.lists(_orders, max_size=12))
+    window = draw(st.sampled_from((24, 24, 6, 3))) * HOUR_US
+    lags = st.sampled_from((0, 1, -1, HOUR_US, window, window + 1))
+    for click, lag in draw(st.lists(st.tuples(st.sampled_from(clicks), lags), max_size=12)):
+        bought = {name: click[name] for name in ("user_id", "store_id", "item_id")}
+        orders.append(
+            {"order_id": f"c{len(orders)}", **bought, "ordered_at": click["clicked_at"] + lag, "quantity": 1.0}
+        )
     numbers = draw(st.permutations(range(len(clicks))))
     clicks = [{"exposure_id": f"e{number}", **click} for number, click in zip(numbers, clicks, strict=True)]
     if conflicts and draw(st.booleans()):
@@ -81,7 +88,7 @@ def cities(draw: st.DrawFn, conflicts: bool = True) -> tuple[list[Row], list[Row
         orders += [dict(order) for order in draw(st.lists(st.sampled_from(orders), max_size=3))]
     settings = Settings(
         as_of=START + draw(st.integers(0, 45)) * STEP,
-        window=draw(st.sampled_from((24, 24, 6, 3))) * HOUR_US,
+        window=window,
         history=draw(st.integers(1, 6)),
         timezones=draw(st.sampled_from((ZONES, {}))),
         timezone=draw(st.sampled_from(("UTC", "Asia/Kathmandu"))),
