@@ -48,7 +48,7 @@ class TrainOptions:
     profile: str = "small"
     attention: str = "prefix"
     epochs: int = 1
-    batch_size: int = 256
+    batch_size: int = 128
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3, ema_decay=0.99))
     evaluations: int = 4
     patience: int = 4

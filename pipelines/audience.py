@@ -85,11 +85,16 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
     return table.sort_by("audience_id"), source
 
 
+def has_candidates(data: str) -> bool:
+    """Whether the data directory names the pairs to score."""
+    return files.exists(files.join(data, "candidates.parquet")) or files.exists(files.join(data, "candidates"))
+
+
 def read_candidates(
     data: str, audience_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray
 ) -> tuple[np.ndarray, Source, int] | None:
     """Candidate pairs as codes, int64 [n, 2] of (audience row, item row), ordered; the source; and how many named unknown ids. None without table."""
-    if not (files.exists(files.join(data, "candidates.parquet")) or files.exists(files.join(data, "candidates"))):
+    if not has_candidates(data):
         return None
     source = Source.find(data, CANDIDATES)
     table = source.read_all()

@@ -84,9 +84,13 @@ class Plan:
 
 
 def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndarray) -> int:
-    """The last moment that is read, int64 microseconds: the flag's, or the smaller of both logs' ends."""
+    """The last moment that is read, int64 microseconds: the flag's, but no later than the smaller of both logs' ends.
+
+    Beyond a log's end nothing is known: a click whose window were closed there would pass for one without an order.
+    """
+    end = int(min(clicked_at.max(), ordered_at.max())) if len(ordered_at) else int(clicked_at.max())
     if as_of is None:
-        return int(min(clicked_at.max(), ordered_at.max())) if len(ordered_at) else int(clicked_at.max())
+        return end
     try:
         moment = datetime.datetime.fromisoformat(as_of)
     except ValueError as error:
@@ -95,7 +99,23 @@ def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndar
         ) from error
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.UTC)
-    return int(moment.timestamp() * 1_000_000)
+    asked = int(moment.timestamp() * 1_000_000)
+    if asked > end:
+        print(
+            f"shards: --as_of {as_of} is later than the logs' end; {np.datetime64(end, 'us')} is used", file=sys.stderr
+        )
+    return min(asked, end)
+
+
+def check_flags(options: ShardOptions) -> None:
+    """Raises InputError, naming the flag, for a number that makes no sense."""
+    hours, history, share = options.attribution_hours, options.history, options.test_share
+    if not 0 < hours <= 24 * 365:
+        raise InputError(f"--attribution_hours {hours}: must be more than 0 and at most a year.")
+    if not 1 <= history <= 1_000:
+        raise InputError(f"--history {history}: must be between 1 and 1000 entries.")
+    if not 0 < share < 0.9:
+        raise InputError(f"--test_share {share}: must be more than 0 and less than 0.9.")
 
 
 class WriteDays(beam.DoFn):
@@ -331,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         data=a.data, store=a.store, out=a.out, attribution_hours=a.attribution_hours, history=a.history, as_of=a.as_of,
         timezone=a.timezone, test_share=a.test_share, max_reject_rate=a.max_reject_rate,
     )  # fmt: skip
+    check_flags(options)
     closing_table(STAGE, run(options, beam_flags, rerun=a.rerun), as_json=a.json)
     return 0
 

@@ -18,8 +18,7 @@ from packaging.requirements import Requirement
 
 from camenn_model.encoder_spec import ImageSpec, TextSpec, resolve_device_precision
 from camenn_model.weights import WeightsError
-from pipelines.embed_catalog import build_parser as embed_parser
-from pipelines.options import add_json_flag, new_parser, run_main
+from pipelines.options import add_encoder_flags, add_json_flag, new_parser, run_main
 
 COMMAND = "doctor"
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -181,7 +180,8 @@ def hub_offline() -> Iterator[None]:
 
 def check_encoders(image_weights: str, text_encoder: str) -> list[Check]:
     """Whether both encoders can be had from here without a network."""
-    defaults = embed_parser()
+    defaults = argparse.ArgumentParser()
+    add_encoder_flags(defaults)
     grid, patch_size, max_tokens = (defaults.get_default(name) for name in ("grid", "patch_size", "max_tokens"))
     found = []
     with hub_offline():
@@ -320,17 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # Nothing here runs on Beam.
     parser.epilog = None
-    defaults = embed_parser()
-    parser.add_argument(
-        "--image_weights",
-        default=defaults.get_default("image_weights"),
-        help="photo encoder to look for, as `camenn embed` takes it (default %(default)s)",
-    )
-    parser.add_argument(
-        "--text_encoder",
-        default=defaults.get_default("text_encoder"),
-        help="title encoder to look for, as `camenn embed` takes it (default %(default)s)",
-    )
+    add_encoder_flags(parser)
     parser.add_argument("--out", default=".", help="directory whose disk is looked at (default %(default)s)")
     add_json_flag(parser)
     return parser

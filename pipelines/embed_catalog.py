@@ -42,7 +42,16 @@ from pipelines.manifest import (
     read_rejects,
     request_fingerprint,
 )
-from pipelines.options import add_common_flags, is_local_run, new_parser, parse_with_beam, pipeline_options, run_main
+from pipelines.options import (
+    add_common_flags,
+    add_encoder_flags,
+    is_local_run,
+    new_parser,
+    parse_with_beam,
+    pipeline_options,
+    run_main,
+    worker_threads,
+)
 from pipelines.patches import LIMITS, UriDefect, resolve_uri
 from pipelines.store import IMAGES, TITLES, Part, commit_part, generation, list_parts
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Slice, Source, WriteTable, drop_nulls
@@ -315,11 +324,14 @@ class EncodeContents(beam.PTransform):
     contract: Contract
     buckets: int
     progress: str | None
+    threads: int | None
 
     def expand(self, wanted: beam.PCollection) -> Any:
         column = "image_key" if self.kind == IMAGES else "title_key"
         handler: Any = (
-            ImageChunkHandler(self.spec, torch_threads=self.threads) if isinstance(self.spec, ImageSpec) else TitleChunkHandler(self.spec, torch_threads=self.threads)
+            ImageChunkHandler(self.spec, torch_threads=self.threads)
+            if isinstance(self.spec, ImageSpec)
+            else TitleChunkHandler(self.spec, torch_threads=self.threads)
         )
         stored = (
             wanted.pipeline
@@ -349,6 +361,7 @@ class EmbedCatalog(beam.PTransform):
     previous: Source | None
     run_directory: str
     progress: str | None
+    threads: int | None
 
     def expand(self, pipeline: beam.Pipeline) -> Any:
         o = self.options
@@ -372,10 +385,10 @@ class EmbedCatalog(beam.PTransform):
         )
         rejects = [clean.rejects, resolved.rejects] | "MergeRejects" >> beam.Flatten()
         images = resolved.images | "EncodeImages" >> EncodeContents(
-            IMAGES, o.image, *store_place(o, IMAGES), buckets, self.progress
+            IMAGES, o.image, *store_place(o, IMAGES), buckets, self.progress, self.threads
         )
         titles = resolved.titles | "EncodeTitles" >> EncodeContents(
-            TITLES, o.text, *store_place(o, TITLES), buckets, self.progress
+            TITLES, o.text, *store_place(o, TITLES), buckets, self.progress, self.threads
         )
         written = [
             resolved.items | "WriteItems" >> WriteTable(EMBEDDED_ITEMS, files.join(self.run_directory, "items")),
@@ -474,7 +487,8 @@ def run(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
         ):
             (
                 pipeline
-                | "Embed" >> EmbedCatalog(options, source, previous, run_directory, progress)
+                | "Embed"
+                >> EmbedCatalog(options, source, previous, run_directory, progress, worker_threads(beam_flags))
                 | "Finish" >> FinishRun(run_directory)
             )
         records, counts = read_finished(run_directory)
@@ -548,23 +562,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow_absolute", action="store_true", help="let image_uri be an absolute path, or leave --image_root"
     )
-    parser.add_argument(
-        "--image_weights",
-        default="timm/inception_v4.tf_in1k",
-        help="InceptionV4: hub name, .safetensors file or its directory, or random:SEED (default %(default)s)",
-    )
-    parser.add_argument(
-        "--text_encoder",
-        default="google-bert/bert-base-uncased",
-        help="BERT: hub name or directory (default %(default)s)",
-    )
-    parser.add_argument(
-        "--grid", type=int, default=8, help="patches per side of a photo (default %(default)s: 64 patches)"
-    )
-    parser.add_argument(
-        "--patch_size", type=int, default=75, help="pixels per side of a patch, 75 or more (default %(default)s)"
-    )
-    parser.add_argument("--max_tokens", type=int, default=32, help="tokens kept of a title (default %(default)s)")
+    add_encoder_flags(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default %(default)s)")
     parser.add_argument(
         "--precision",

@@ -25,6 +25,27 @@ JOB_SERVER_OPTIONS = (
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
 
 
+def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
+    """Which encoders, and what they see: `embed` runs them, `doctor` looks for them."""
+    parser.add_argument(
+        "--image_weights",
+        default="timm/inception_v4.tf_in1k",
+        help="InceptionV4: hub name, .safetensors file or its directory, or random:SEED (default %(default)s)",
+    )
+    parser.add_argument(
+        "--text_encoder",
+        default="google-bert/bert-base-uncased",
+        help="BERT: hub name or directory (default %(default)s)",
+    )
+    parser.add_argument(
+        "--grid", type=int, default=8, help="patches per side of a photo (default %(default)s: 64 patches)"
+    )
+    parser.add_argument(
+        "--patch_size", type=int, default=75, help="pixels per side of a patch, 75 or more (default %(default)s)"
+    )
+    parser.add_argument("--max_tokens", type=int, default=32, help="tokens kept of a title (default %(default)s)")
+
+
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     """`--json`, which every command has."""
     parser.add_argument(

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from camenn_model.feature_space import FeatureSpace, to_float
 from pipelines import files
 from pipelines.attribution import HOUR_US
-from pipelines.audience import by_store, by_user, read_audience, read_candidates, score_time
+from pipelines.audience import by_store, by_user, has_candidates, read_audience, read_candidates, score_time
 from pipelines.console import closing_table, watch
 from pipelines.dimensions import read_timezones, read_users
 from pipelines.events import read_times
@@ -43,11 +43,20 @@ from pipelines.manifest import (
     request_fingerprint,
     require_latest,
 )
-from pipelines.options import add_common_flags, is_local_run, new_parser, parse_with_beam, pipeline_options, run_main, use_all_cores, worker_threads
+from pipelines.options import (
+    add_common_flags,
+    is_local_run,
+    new_parser,
+    parse_with_beam,
+    pipeline_options,
+    run_main,
+    use_all_cores,
+    worker_threads,
+)
 from pipelines.score_tiles import AlignListings, AudienceRows, JudgeListings, RankChunk, ScoreTile, Tile, WorkerInput
 from pipelines.snapshot import Log, Snapshot, audience_features, build_log
 from pipelines.tables import Source, WriteTable, write_table
-from schemas.audience import AUDIENCE
+from schemas.audience import AUDIENCE, CANDIDATES
 from schemas.catalog import CATALOG
 from schemas.contract import InputError
 from schemas.events import CLICKS, ORDERS
@@ -208,8 +217,8 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         "audience": given[1] if given else None,
     }
     inputs = {name: source.fingerprint for name, source in sources.items() if source is not None}
-    if files.exists(files.join(options.data, "candidates.parquet")):
-        inputs["candidates"] = files.fingerprint([files.join(options.data, "candidates.parquet")])
+    if has_candidates(options.data):
+        inputs["candidates"] = Source.find(options.data, CANDIDATES).fingerprint
     inputs |= {"store": store.request, "model": package.version}
     request = request_fingerprint(inputs, asdict(options))
     with files.single_writer(out):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from camenn_model.hashing import stable_hash
 from pipelines.files import fingerprint, ipc_bytes, ipc_table, join, list_parquet, open_read, write_parquet
-from schemas.contract import Contract, check_output, conform
+from schemas.contract import Contract, InputError, check_output, conform
 from schemas.rejects import REJECTS
 
 ROWS_PER_FILE = 262_144
@@ -40,7 +40,12 @@ class Source:
         rows = 0
         for path in files:
             with open_read(path) as handle:
-                parquet = pq.ParquetFile(handle)
+                try:
+                    parquet = pq.ParquetFile(handle)
+                except pa.ArrowInvalid as error:
+                    raise InputError(
+                        f"{path}: table '{contract.name}': not a whole Parquet file ({error}). Write it again."
+                    ) from error
                 conform(parquet.schema_arrow.empty_table(), contract, path)
                 rows += parquet.metadata.num_rows
         return cls(contract=contract, files=tuple(files), rows=rows, fingerprint=fingerprint(files))

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         help="passes over the training part (default %(default)s: ids overfit after about one)",
     )
-    parser.add_argument("--batch_size", type=int, default=256, help="examples a step (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=128, help="examples a step (default %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="largest learning rate (default %(default)s)")
     parser.add_argument(
         "--weighting",
@@ -58,7 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", default="fp32", choices=("fp32", "bf16"), help="of the forward pass (default %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=0, help="threads for computing; 0 = half of the cores, the others gather batches (default %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="threads for computing; 0 = half of the cores, the others gather batches (default %(default)s)",
+    )
     parser.add_argument("--rerun", action="store_true", help="train again although neither shards nor flags changed")
     add_json_flag(parser)
     return parser
