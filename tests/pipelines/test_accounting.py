@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -259,5 +260,6 @@ def test_read_catalog_accounts_for_every_row(tmp_path: Path) -> None:
 
 def test_settings_agree() -> None:
     """The flag and the reference mean the same moment."""
-    assert build_shards.resolve_as_of(AS_OF, None, None) == SETTINGS.as_of  # type: ignore[arg-type]
+    end = np.array([SETTINGS.as_of + DAY])
+    assert build_shards.resolve_as_of(AS_OF, end, end) == SETTINGS.as_of
     assert START + 5 * DAY < SETTINGS.as_of < START + 12 * DAY

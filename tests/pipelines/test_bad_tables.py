@@ -482,6 +482,8 @@ def test_a_row_group_of_rejects_only_and_buckets_without_examples(data: Data, mo
     """Empty pieces travel through the job: a part of a log that is all rejects, users whose only click is still open."""
     clicks, orders = plain_events()
     late = [a_click(100 + n, START + DAYS * DAY, user_id=f"late{n}") for n in range(6)]
+    # Both logs reach the moment that is asked for.
+    orders = [*orders, an_order(100, START + DAYS * DAY, user_id="u0", item_id="i0")]
     for name, rows, contract in (("clicks", [*clicks, *late], CLICKS), ("orders", orders, ORDERS)):
         nothing = put(event_table(rows[:3], contract), "user_id", pa.nulls(3, pa.string()))
         (data.root / "data" / name).mkdir(parents=True)
@@ -552,10 +554,27 @@ def test_score_time_is_midnight_utc() -> None:
     "text", ["2023-11-14T22:13:20.000001", "2023-11-14T22:13:20.000001+00:00", "2023-11-15T06:13:20.000001+08:00"]
 )
 def test_resolve_as_of_is_exact(text: str) -> None:
-    none = np.zeros(0, dtype=np.int64)
-    assert build_shards.resolve_as_of(text, none, none) == START + 1
+    later = np.array([START + DAY])
+    assert build_shards.resolve_as_of(text, later, later) == START + 1
     for micros in range(0, 1_000_000, 9973):
-        assert build_shards.resolve_as_of(f"2023-11-14T22:13:20.{micros:06d}", none, none) == START + micros
+        assert build_shards.resolve_as_of(f"2023-11-14T22:13:20.{micros:06d}", later, later) == START + micros
+
+
+def test_resolve_as_of_goes_no_further_than_the_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    clicked, ordered = np.array([START, START + 9 * DAY]), np.array([START + 7 * DAY])
+    assert build_shards.resolve_as_of(None, clicked, ordered) == START + 7 * DAY
+    assert build_shards.resolve_as_of("2033-01-01", clicked, ordered) == START + 7 * DAY
+    assert "later than the logs' end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--attribution_hours", "0"), ("--attribution_hours", "nan"), ("--history", "-1"), ("--test_share", "2")],
+)
+def test_shards_refuses_numbers_that_make_no_sense(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--data", "d", "--store", "s", "--out", "o", flag, value]
+    assert run_main(build_shards.main, argv) == 2
+    assert flag in capsys.readouterr().err
 
 
 def write_parts(directory: Path, tables: list[pa.Table]) -> Path:
