@@ -87,7 +87,8 @@ class ExampleReader:
         position = np.nan_to_num(to_float(examples["position"]), nan=-1).astype(np.int64)
         history, kind, gap = self._history(examples)
         user = stable_hash(examples["user_id"])
-        key = np.stack([user, stable_hash(examples["session_id"])], axis=1)
+        # A session that goes on in another store is another audience row: store and local hour differ.
+        key = np.stack([user, stable_hash(examples["session_id"]), stable_hash(examples["store_id"])], axis=1)
         _, session = np.unique(key, axis=0, return_inverse=True)
         return Rows(
             item=item,
