@@ -3,9 +3,12 @@
 import csv
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -344,7 +347,7 @@ class Trainer:
         self.state = State(**metadata["state"])
 
 
-def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: int, progress: Progress) -> CameNN | None:
+def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: int) -> CameNN | None:
     """An alignment-only model that has not seen the listings of `fold`: judges whether their photos and titles belong together.
 
     None where fewer than two listings of the other fold have both.
@@ -379,7 +382,6 @@ def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: in
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.optimizer.clip)
         optimizer.step()
-        progress(f"alignment, fold {fold + 1} of {FOLDS}", step + 1, steps, f"loss {float(loss.detach()):.4f}")
     return model.eval()
 
 
@@ -392,6 +394,37 @@ def train(options: TrainOptions, directory: Path, progress: Progress) -> dict[st
     started = time.monotonic()
     corpus = open_corpus(options)
     trainer = Trainer(corpus, options, progress)
+    steps = max(1, trainer.total // options.batch_size)
+    # The alignment-only models depend on nothing that the main one learns: they are trained beside it, on the cores that it leaves free.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, min(FOLDS, (os.cpu_count() or 1) // 2)), mp_context=context) as pool:
+        paths = [directory / f"fold{fold}.safetensors" for fold in range(FOLDS)] if trainer.sampler is not None else []
+        folds = [pool.submit(run_fold, options, fold, steps, path) for fold, path in enumerate(paths)]
+        try:
+            return _train(corpus, options, trainer, folds, directory, progress, started)
+        except BaseException:
+            for fold in folds:
+                fold.cancel()
+            raise
+
+
+def run_fold(options: TrainOptions, fold: int, steps: int, path: Path) -> None:
+    """In a process of its own: train the alignment-only model of a fold on one thread, and write it where there is one."""
+    torch.set_num_threads(1)
+    model = train_fold(open_corpus(options), options, fold, steps)
+    if model is not None:
+        save_tensors(path, dict(model.state_dict()))
+
+
+def _train(
+    corpus: Corpus,
+    options: TrainOptions,
+    trainer: Trainer,
+    folds: list[Future[None]],
+    directory: Path,
+    progress: Progress,
+    started: float,
+) -> dict[str, Any]:
     trainer.run()
     model, state = trainer.model, trainer.state
     found = {
@@ -426,10 +459,10 @@ def train(options: TrainOptions, directory: Path, progress: Progress) -> dict[st
     retrieval: dict[str, Any] = {"queries": []}
     if trainer.sampler is not None:
         metrics["representation"], retrieval["queries"] = representation(model, corpus.table, options.seed)
-        for fold in range(FOLDS):
-            fold_model = train_fold(corpus, options, fold, max(state.step, 1), progress)
-            if fold_model is not None:
-                save_tensors(directory / f"fold{fold}.safetensors", dict(fold_model.state_dict()))
+        for place, fold in enumerate(folds):
+            progress("alignment models", place, FOLDS, "")
+            fold.result()
+        progress("alignment models", FOLDS, FOLDS, "")
     metrics["seconds"] = round(time.monotonic() - started, 1)
     save_tensors(directory / "model.safetensors", dict(model.state_dict()))
     meta = {

@@ -234,7 +234,9 @@ def check_java() -> Check:
             remedy="Install a Java runtime, 11 or 17.",
         )
     if int(version[1]) >= JAVA_WITHOUT_OPENS:
-        remedy = "For FlinkRunner pass --job_server_jvm_properties=--add-opens=java.base/java.lang=ALL-UNNAMED and the others of the README."
+        packages = "lang util util/concurrent lang/invoke io net nio time".replace("/", ".").split()
+        opens = [f"java.base/java.{name}" for name in packages] + ["java.base/sun.nio.ch"]
+        remedy = f"For FlinkRunner pass --job_server_jvm_properties with --add-opens=MODULE=ALL-UNNAMED for each of {', '.join(opens)}."
         return Check(name="java", status=OK, found=version[1] + version[2], remedy=remedy)
     return Check(name="java", status=OK, found=version[1] + version[2])
 

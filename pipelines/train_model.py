@@ -80,7 +80,9 @@ class _Bars:
     def __call__(self, phase: str, done: int, total: int, note: str) -> None:
         if phase != self.phase or self.bar is None:
             self.stack.close()
-            self.bar = self.stack.enter_context(Bar(phase, total, "examples" if "fold" not in phase else "steps"))
+            self.bar = self.stack.enter_context(
+                Bar(phase, total, "models" if phase == "alignment models" else "examples")
+            )
             self.phase = phase
         self.bar.update(done, note)
 
