@@ -10,4 +10,5 @@ if [ "${1:-}" = --all ]; then select=(); shift; fi
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "${select[@]}" --durations=15 "$@"
+# An empty array is an unbound variable to the bash that macOS ships.
+python -m pytest ${select[@]+"${select[@]}"} --durations=15 "$@"

@@ -15,6 +15,9 @@ from tqdm import tqdm
 
 LOG_EVERY_S = 10.0
 
+NO_ROWS = {"rows_in": 0, "rows_out": 0, "rejected": 0, "encoded_images": 0, "encoded_titles": 0}
+"""For the closing table of a command that reads no table: whoever collects the JSON of all commands finds the same names in each."""
+
 
 class Bar:
     """One stage's progress: a tqdm bar on a terminal, and a plain line every 10 s elsewhere. Use it in a `with` block."""

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from packaging.requirements import Requirement
 
 from camenn_model.encoder_spec import ImageSpec, TextSpec, resolve_device_precision
 from camenn_model.weights import WeightsError
+from pipelines.console import NO_ROWS
 from pipelines.options import add_encoder_flags, add_json_flag, new_parser, run_main
 
 COMMAND = "doctor"
@@ -299,11 +301,12 @@ def exit_code(checks: list[Check]) -> int:
     return int(any(check.essential and check.status == FAIL for check in checks))
 
 
-def show(checks: list[Check], *, as_json: bool) -> None:
+def show(checks: list[Check], out: str, seconds: float, *, as_json: bool) -> None:
     """Print a line for each check, what to do below it, and a last line in sum; with `as_json`, one JSON object."""
     counts = {status: sum(check.status == status for check in checks) for status in (OK, WARN, FAIL)}
     if as_json:
-        print(json.dumps({"checks": [asdict(check) for check in checks], **counts}, sort_keys=True), flush=True)
+        found = {"checks": [asdict(check) for check in checks], **counts, "seconds": round(seconds, 1), "out": out}
+        print(json.dumps(NO_ROWS | found, sort_keys=True), flush=True)
         return
     width = max(len(check.name) for check in checks)
     print("\ncamenn doctor")
@@ -331,8 +334,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, look, print; 1 where something essential fails."""
     arguments = build_parser().parse_args(argv)
+    started = time.monotonic()
     checks = examine(arguments.image_weights, arguments.text_encoder, arguments.out)
-    show(checks, as_json=arguments.json)
+    show(checks, arguments.out, time.monotonic() - started, as_json=arguments.json)
     return exit_code(checks)
 
 

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipelines import files, report_listings, report_quality, report_rows, report_runs, report_words
-from pipelines.console import closing_table
+from pipelines.console import NO_ROWS, closing_table
 from pipelines.manifest import versions
 from pipelines.options import add_json_flag, new_parser, run_main
 from pipelines.report_data import STAGES, Item, Work, read_items, read_work
@@ -265,12 +265,14 @@ def run(options: ReportOptions) -> dict[str, Any]:
     with files.atomic_write(path) as handle:
         handle.write(page)
     return {
+        **NO_ROWS,
         "page": path,
         "bytes": len(page),
         "photos": photos.shown(),
         "photos_not_shown": photos.failed(),
         "missing": ", ".join(missing) or "nothing",
         "seconds": round(time.monotonic() - started, 1),
+        "out": options.out,
     }
 
 

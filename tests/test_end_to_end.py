@@ -27,7 +27,9 @@ class City:
 
     def run(self, capfd: pytest.CaptureFixture[str], *argv: str) -> dict:
         assert cli.main([*argv, "--json"]) == 0
-        return json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+        table = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+        assert {"rows_in", "rows_out", "rejected", "encoded_images", "encoded_titles", "seconds", "out"} <= set(table)
+        return table
 
     def embed(self, capfd: pytest.CaptureFixture[str]) -> dict:
         flags = [
@@ -269,4 +271,39 @@ def test_report_is_written(city: City, capfd: pytest.CaptureFixture[str]) -> Non
     assert "data:image/" in page
     # Self-contained: nothing is fetched from anywhere. (A browser watches the same in test_report_browser.)
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
-    assert reported["out"]
+    assert reported["out"] == str(city.work / "report")
+
+
+def test_doctor_has_the_common_fields_too(city: City, capfd: pytest.CaptureFixture[str]) -> None:
+    assert city.run(capfd, "doctor", "--image_weights", "random:0", "--text_encoder", city.text_encoder)["fail"] == 0
+
+
+def test_nightly_runs_the_stages_and_changes_nothing_the_second_time(
+    city: City, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "city.toml"
+    config.write_text(
+        f"""
+        data = "{city.data}"
+        work = "{city.work}"
+        [embed]
+        image_weights = "random:0"
+        text_encoder = "{city.text_encoder}"
+        grid = 2
+        max_tokens = 16
+        [train_flags]
+        batch_size = 128
+        [score]
+        top_k = 10
+        """
+    )
+    before = table(city.work / "scores", "scores")
+    night = city.run(capfd, "nightly", "--config", str(config))
+    assert night["encoded_images"] == 0 and set(night["stage_seconds"]) == {
+        "embed",
+        "shards",
+        "train",
+        "score",
+        "report",
+    }
+    pd.testing.assert_frame_equal(table(city.work / "scores", "scores"), before)

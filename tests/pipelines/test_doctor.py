@@ -139,6 +139,8 @@ def test_main_prints_a_line_with_a_remedy_for_each(capsys: pytest.CaptureFixture
             Check(name="a", status=FAIL, found="gone", remedy="fetch it", essential=True),
             Check(name="bb", status=OK, found="there"),
         ],
+        ".",
+        0.1,
         as_json=False,
     )
     lines = capsys.readouterr().out.splitlines()
