@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.tables import Slice, Source, drop_nulls, list_slices, make_rejects
+from pipelines.tables import Slice, Source, drop_nulls, list_slices, make_rejects, read_slice
 from schemas.catalog import CATALOG
+from schemas.contract import conform
 from schemas.rejects import REJECTS
 
 FILE, ROW = "__file", "__row"
@@ -72,16 +73,9 @@ def drop_duplicates(stage: str, table: pa.Table) -> tuple[pa.Table, pa.Table, in
 
 def read_catalog(stage: str, source: Source) -> tuple[pa.Table, pa.Table, dict[str, int]]:
     """The whole cleaned catalog in memory: (rows ordered by item_id, rejects, counts). About 300 bytes a listing, photos' bytes left out."""
-    import pyarrow.parquet as pq
-
-    from pipelines.files import open_read
-    from schemas.contract import conform
-
     kept, rejects = [], []
     for where in list_slices(source):
-        with open_read(where.file) as handle:
-            table = conform(pq.ParquetFile(handle).read_row_group(where.row_group), CATALOG, where.file)
-        good, bad = drop_nulls(stage, where, add_origin(where, table), CATALOG)
+        good, bad = drop_nulls(stage, where, add_origin(where, read_slice(where, CATALOG)), CATALOG)
         kept.append(good)
         rejects.append(bad)
     if not kept:

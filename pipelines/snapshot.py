@@ -26,8 +26,8 @@ from pipelines.features import (
     user_history,
 )
 from pipelines.manifest import Count
-from pipelines.tables import Source, drop_nulls, list_slices
-from schemas.contract import Contract, conform
+from pipelines.tables import Source, drop_nulls, list_slices, read_slice
+from schemas.contract import Contract
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS
 
 STORE_ITEM = ("store_item_clicks", "store_item_orders")
@@ -88,9 +88,7 @@ def read_log(stage: str, source: Source) -> tuple[pd.DataFrame, list[pa.Table], 
     contract: Contract = source.contract
     pieces, rejects = [], []
     for where in list_slices(source):
-        with files.open_read(where.file) as handle:
-            table = conform(pq.ParquetFile(handle).read_row_group(where.row_group), contract, where.file)
-        kept, bad = drop_nulls(stage, where, table.select(contract.names), contract)
+        kept, bad = drop_nulls(stage, where, read_slice(where, contract).select(contract.names), contract)
         pieces.append(kept)
         rejects.append(bad)
     whole = pa.concat_tables(pieces) if pieces else pa.table({c.name: pa.array([], c.type) for c in contract.columns})

@@ -82,6 +82,13 @@ def list_slices(source: Source) -> list[Slice]:
     return slices
 
 
+def read_slice(where: Slice, contract: Contract) -> pa.Table:
+    """One row group, conformed to its contract."""
+    with open_read(where.file) as handle:
+        table = pq.ParquetFile(handle).read_row_group(where.row_group)
+    return conform(table, contract, where.file)
+
+
 class _ReadSlice(beam.DoFn):
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
@@ -90,9 +97,7 @@ class _ReadSlice(beam.DoFn):
 
     def process(self, element: Slice) -> Iterator[tuple[Slice, pa.Table]]:
         started = time.monotonic()
-        with open_read(element.file) as handle:
-            table = pq.ParquetFile(handle).read_row_group(element.row_group)
-        table = conform(table, self.contract, element.file)
+        table = read_slice(element, self.contract)
         self.read_msec.inc(int(1000 * (time.monotonic() - started)))
         self.rows.inc(table.num_rows)
         yield element, table
