@@ -123,7 +123,12 @@ def perturbed_cities(draw: st.DrawFn) -> tuple[list[Row], list[Row], Settings, l
     ]
     other_clicks, other_orders, _ = draw(cities(conflicts=False))
     new_clicks = [c for c in clicks if c["clicked_at"] < now] + own
-    new_clicks += [c | {"exposure_id": f"x{c['exposure_id']}"} for c in other_clicks if c["clicked_at"] >= now]
+    # The example itself stays: an earlier click of its own, in another store, would be another exposure, at that store's local hour.
+    new_clicks += [
+        c | {"exposure_id": f"x{c['exposure_id']}"}
+        for c in other_clicks
+        if c["clicked_at"] >= now and (c["user_id"], c["session_id"], c["item_id"]) != key
+    ]
     new_orders = [o for o in orders if o["ordered_at"] < now] + [o for o in other_orders if o["ordered_at"] >= now]
     return clicks, orders, flags, new_clicks, new_orders, key
 
