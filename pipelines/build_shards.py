@@ -41,7 +41,7 @@ from pipelines.manifest import (
     request_fingerprint,
     require_latest,
 )
-from pipelines.options import add_common_flags, is_local_run, new_parser, parse_with_beam, pipeline_options, run_main
+from pipelines.options import add_common_flags, is_local_run, new_parser, open_pipeline, parse_with_beam, run_main
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable, write_table
 from schemas.catalog import CATALOG
 from schemas.contract import InputError, check_output
@@ -238,7 +238,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> di
         local = is_local_run(beam_flags)
         with (
             watch("shards", len(closed), "examples", local) as progress,
-            beam.Pipeline(options=pipeline_options(beam_flags)) as pipeline,
+            open_pipeline(beam_flags) as pipeline,
         ):
             emitted = pipeline | "Examples" >> BuildExamples(options, plan, progress)
             contents = (

@@ -47,8 +47,8 @@ from pipelines.options import (
     add_encoder_flags,
     is_local_run,
     new_parser,
+    open_pipeline,
     parse_with_beam,
-    pipeline_options,
     run_main,
     worker_threads,
 )
@@ -483,7 +483,7 @@ def run(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
         local = is_local_run(beam_flags)
         with (
             watch("embed", None, "contents", local) as progress,
-            beam.Pipeline(options=pipeline_options(beam_flags)) as pipeline,
+            open_pipeline(beam_flags) as pipeline,
         ):
             (
                 pipeline

@@ -1,15 +1,18 @@
 """Flags: the ones all stages share, and the rest, which go to Beam unchanged."""
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from pipelines.package import guard
 from schemas.contract import InputError
 
 JOB_SERVER_OPTIONS = (
@@ -23,6 +26,28 @@ JOB_SERVER_OPTIONS = (
 """Options that Flink's job server announces only when a job is submitted; Python's parsers do not know them."""
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
+
+JAVA_OPENS = tuple(
+    f"--add-opens=java.base/{package}=ALL-UNNAMED"
+    for package in (
+        "java.io",
+        "java.lang",
+        "java.lang.invoke",
+        "java.lang.reflect",
+        "java.math",
+        "java.net",
+        "java.nio",
+        "java.text",
+        "java.time",
+        "java.util",
+        "java.util.concurrent",
+        "java.util.concurrent.atomic",
+        "java.util.concurrent.locks",
+        "sun.net.util",
+        "sun.nio.ch",
+    )
+)
+"""What Flink's and Kryo's reflection needs from Java 17; Java 11 takes the flags as well."""
 
 
 def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
@@ -100,9 +125,24 @@ def _all_option_classes() -> list[type[PipelineOptions]]:
 
 
 def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
-    """Beam's options, with FnApiRunner where no runner is named: DirectRunner may try a downloaded binary first, whose results differ."""
+    """Beam's options, with FnApiRunner where no runner is named: DirectRunner may try a downloaded binary first, whose results differ.
+
+    Flink's job server gets the `--add-opens` that Java 17 asks for, beside what `--job_server_jvm_properties` says.
+    """
     named = any(flag.split("=")[0] == "--runner" for flag in beam_flags)
-    return PipelineOptions(beam_flags if named else ["--runner=FnApiRunner", *beam_flags])
+    flags = list(beam_flags) if named else ["--runner=FnApiRunner", *beam_flags]
+    if PipelineOptions(flags).get_all_options()["runner"] == "FlinkRunner":
+        flags += [f"--job_server_jvm_properties={option}" for option in JAVA_OPENS]
+    return PipelineOptions(flags)
+
+
+@contextlib.contextmanager
+def open_pipeline(beam_flags: list[str]) -> Iterator[beam.Pipeline]:
+    """Yield a pipeline to build; when the block ends without an error, it runs to its end, on workers whose package is this one's."""
+    pipeline = beam.Pipeline(options=pipeline_options(beam_flags))
+    yield pipeline
+    guard(pipeline)
+    pipeline.run().wait_until_finish()
 
 
 def is_local_run(beam_flags: list[str]) -> bool:

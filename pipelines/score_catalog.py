@@ -47,8 +47,8 @@ from pipelines.options import (
     add_common_flags,
     is_local_run,
     new_parser,
+    open_pipeline,
     parse_with_beam,
-    pipeline_options,
     run_main,
     use_all_cores,
     worker_threads,
@@ -269,7 +269,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
             beam_flags = use_all_cores(beam_flags)
         with (
             watch("score", n_pairs, "pairs", local) as progress,
-            beam.Pipeline(options=pipeline_options(beam_flags)) as pipeline,
+            open_pipeline(beam_flags) as pipeline,
         ):
             worker = WorkerInput(
                 directory=directory,

@@ -1,0 +1,87 @@
+"""What is installed, as a fingerprint: a worker whose camenn is not the submitter's must refuse the job, not answer it differently."""
+
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import socket
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
+
+from schemas.contract import InputError
+
+_PACKAGES = ("schemas", "camenn_model", "pipelines")
+_LIBRARIES = ("apache-beam", "torch", "transformers", "timm", "pyarrow", "pandas", "numpy")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that results depend on; without the part after `+`, which only tells a library's builds (CPU, CUDA) apart."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@functools.cache
+def package_fingerprint() -> str:
+    """12 hex digits over this installation's own source and `library_versions`."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for package in _PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, version in library_versions().items():
+        digest.update(f"{name}={version}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def check_package(submitted: str) -> None:
+    """Hold this process's installation to the submitter's.
+
+    Raises:
+        InputError: they differ; it names the host and what to do.
+    """
+    mine = package_fingerprint()
+    if mine != submitted:
+        versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+        raise InputError(
+            f"worker on {socket.gethostname()} has camenn package {mine} ({versions}), the job was submitted with {submitted}. "
+            "Install the same camenn and constraints.txt on every worker (or build the worker image again), and start the workers anew."
+        )
+
+
+class _Submitted:
+    """Travels inside each pickled DoFn; unpickling it on a worker is the check."""
+
+    def __reduce__(self) -> Any:
+        return _arrive, (package_fingerprint(),)
+
+
+def _arrive(submitted: str) -> _Submitted:
+    check_package(submitted)
+    return _Submitted()
+
+
+class _Guard(PipelineVisitor):
+    def visit_transform(self, transform_node: AppliedPTransform) -> None:
+        transform = transform_node.transform
+        if isinstance(transform, beam.ParDo):
+            # First, so that it is unpickled before anything that another version might not have.
+            vars(transform.fn).update({"_submitted": _Submitted(), **_take_all(vars(transform.fn))})
+
+
+def _take_all(values: dict[str, Any]) -> dict[str, Any]:
+    taken = dict(values)
+    values.clear()
+    return taken
+
+
+def guard(pipeline: beam.Pipeline) -> None:
+    """Let every DoFn of a built pipeline check, where it is unpickled, that the worker's package is this process's."""
+    pipeline.visit(_Guard())
