@@ -1,10 +1,16 @@
 """What a worker does before it computes: make sure that it can honour the device and precision of the submission."""
 
+import threading
+
 import torch
 
 from camenn_model.encoder_spec import DeviceError, has_native_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+LOADING = threading.Lock()
+"""Held while a model is built: transformers changes torch's default dtype and its initialisers for the whole process meanwhile, and runners load models
+on several threads of one process."""
 
 
 def check_device(device: str, precision: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from camenn_model.device import DTYPES, check_device
+from camenn_model.device import DTYPES, LOADING, check_device
 from camenn_model.encoder_spec import IMAGE_WIDTH, ImageSpec
 from camenn_model.random_weights import draw_weights
 from camenn_model.weights import IMAGE_FLAG, WeightsError, find_image_weights, hash_safetensors, random_seed
@@ -34,14 +34,15 @@ class ImageEncoder:
         """
         check_device(spec.device, spec.precision)
         self.spec = spec
-        model = timm.create_model("inception_v4", pretrained=False, num_classes=0, global_pool="avg").eval()
-        seed = random_seed(spec.source)
-        if seed is None:
-            _load_weights(model, spec)
-        else:
-            draw_weights(model, seed, spec.patch_size)
-        fold_batch_norm(model)
-        self.model = model.to(spec.device, DTYPES[spec.precision]).to(memory_format=torch.channels_last)
+        with LOADING:
+            model = timm.create_model("inception_v4", pretrained=False, num_classes=0, global_pool="avg").eval()
+            seed = random_seed(spec.source)
+            if seed is None:
+                _load_weights(model, spec)
+            else:
+                draw_weights(model, seed, spec.patch_size)
+            fold_batch_norm(model)
+            self.model = model.to(spec.device, DTYPES[spec.precision]).to(memory_format=torch.channels_last)
 
     @property
     def fingerprint(self) -> str:

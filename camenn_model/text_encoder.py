@@ -3,6 +3,7 @@
 Shapes: N titles, T = `max_tokens`, d the model's width.
 """
 
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, BertModel
 from transformers.utils import logging
 
-from camenn_model.device import DTYPES, check_device
+from camenn_model.device import DTYPES, LOADING, check_device
 from camenn_model.encoder_spec import TextSpec, normalise_title
 from camenn_model.weights import TEXT_FLAG, WeightsError, find_text_encoder, hash_safetensors, hash_vocabulary
 
@@ -57,8 +58,11 @@ class TextEncoder:
                 f"{TEXT_FLAG} {spec.source}: {path} is not the model that the job was submitted with. Put the "
                 "same one on every worker."
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        self.model = _load_model(path, spec)
+        with LOADING:
+            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self.model = _load_model(path, spec)
+        # Each call sets the tokenizer's truncation: two at once are an error ("Already borrowed").
+        self.tokenizing = threading.Lock()
 
     @property
     def fingerprint(self) -> str:
@@ -94,9 +98,10 @@ class TextEncoder:
         texts = [normalise_title(title[: 4 * limit])[:limit] for title in titles]
         if not texts:
             return []
-        ids = self.tokenizer(texts, truncation=True, max_length=self.spec.max_tokens, return_attention_mask=False)[
-            "input_ids"
-        ]
+        with self.tokenizing:
+            ids = self.tokenizer(texts, truncation=True, max_length=self.spec.max_tokens, return_attention_mask=False)[
+                "input_ids"
+            ]
         # [CLS] [SEP] alone: nothing in the title is text (it is empty, or of control characters).
         return [row if len(row) > 2 else [] for row in ids]
 
@@ -131,7 +136,7 @@ def _load_model(path: Path, spec: TextSpec) -> BertModel:
             use_safetensors=True,
             add_pooling_layer=False,
             attn_implementation="eager",
-            dtype=DTYPES[spec.precision],
+            dtype=torch.float32,
             output_loading_info=True,
         )
     finally:
@@ -147,4 +152,4 @@ def _load_model(path: Path, spec: TextSpec) -> BertModel:
             f"{TEXT_FLAG} {spec.source}: its weights lack {len(lacking)} of BertModel's tensors, {lacking[0]} "
             "first. Name a whole BERT model."
         )
-    return model.eval().to(spec.device)
+    return model.eval().to(spec.device, DTYPES[spec.precision])

@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, run, print."""
     a, beam_flags = parse_with_beam(build_parser(), argv)
     options = ShardOptions(
-        data=a.data, store=a.store, out=a.out, attribution_hours=a.attribution_hours, history=a.history, as_of=a.as_of,
+        data=files.absolute(a.data), store=files.absolute(a.store), out=files.absolute(a.out), attribution_hours=a.attribution_hours, history=a.history, as_of=a.as_of,
         timezone=a.timezone, test_share=a.test_share, max_reject_rate=a.max_reject_rate,
     )  # fmt: skip
     check_flags(options)

@@ -53,7 +53,7 @@ from pipelines.options import (
     worker_threads,
 )
 from pipelines.patches import LIMITS, UriDefect, resolve_uri
-from pipelines.store import IMAGES, TITLES, Part, commit_part, generation, list_parts
+from pipelines.store import IMAGES, TITLES, Part, chunk_name, commit_part, find_part, generation, list_parts
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Slice, Source, WriteTable, drop_nulls
 from schemas.catalog import CATALOG
 from schemas.contract import Contract
@@ -248,25 +248,51 @@ def pending(kinds: dict[str, pa.Table], column: str) -> pa.Table:
 class CutChunks(beam.DoFn):
     """A bucket's wanted and stored contents → chunks of at most 256 pending ones: the unit of work and of loss."""
 
-    def __init__(self, kind: str, progress: str | None) -> None:
+    def __init__(self, kind: str, run: str, progress: str | None) -> None:
         self.kind = kind
+        self.run = run
         self.progress_directory = progress
 
     def setup(self) -> None:
         self.progress = ProgressFile(self.progress_directory)
 
     def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[ImageChunk | TitleChunk]:
-        bucket, kinds = element
+        _, kinds = element
         table = pending(kinds, "image_key" if self.kind == IMAGES else "title_key")
         self.progress.add(0, expected=table.num_rows)
         self.progress.flush()
         for start in range(0, table.num_rows, CHUNK):
             piece = table.slice(start, CHUNK).to_pydict()
-            chunk_id = f"{bucket}-{start}"
             if self.kind == IMAGES:
-                yield ImageChunk(chunk_id, piece["image_key"], piece["path"], piece["bytes"])
+                name = chunk_name(self.run, piece["image_key"])
+                yield ImageChunk(name, piece["image_key"], piece["path"], piece["bytes"])
             else:
-                yield TitleChunk(chunk_id, piece["title_key"], piece["title"])
+                yield TitleChunk(chunk_name(self.run, piece["title_key"]), piece["title_key"], piece["title"])
+
+
+def _report(contract: Contract, part: Part) -> Iterator[Any]:
+    """What a committed part is to the run: a file of the store, and photos that were gone."""
+    if part.unread:
+        # Not a failure in the store: it says something about this moment, not about the content.
+        keys, reasons, details = zip(*part.unread, strict=True)
+        yield beam.pvalue.TaggedOutput(
+            "unread", pa.table([[STAGE] * len(keys), keys, reasons, details], schema=DEFECTS.schema)
+        )
+    yield beam.pvalue.TaggedOutput("files", FileRecord(contract.name, part.path, part.rows, part.bytes))
+
+
+class SkipCommitted(beam.DoFn):
+    """Chunks that an earlier attempt of this run committed are reported; the others go on to the encoder."""
+
+    def __init__(self, directory: str, contract: Contract) -> None:
+        self.directory, self.contract = directory, contract
+
+    def process(self, chunk: ImageChunk | TitleChunk) -> Iterator[Any]:
+        part = find_part(self.directory, chunk.chunk_id)
+        if part is None:
+            yield chunk
+        else:
+            yield from _report(self.contract, part)
 
 
 class CommitChunk(beam.DoFn):
@@ -299,19 +325,13 @@ class CommitChunk(beam.DoFn):
                 "tokens": encoded.lengths,
                 "unknown_share": encoded.unknown_share,
             }
-        failures = encoded.defects if self.kind == IMAGES else []
-        if self.kind == IMAGES and encoded.unread:
-            # Not remembered in the store: it says something about this moment, not about the content.
-            keys, reasons, details = zip(*encoded.unread, strict=True)
-            yield beam.pvalue.TaggedOutput(
-                "unread", pa.table([[STAGE] * len(keys), keys, reasons, details], schema=DEFECTS.schema)
-            )
+        failures, unread = (encoded.defects, encoded.unread) if self.kind == IMAGES else ([], [])
         table = pa.table(columns, schema=self.contract.schema)
-        part = commit_part(self.directory, self.contract, self.shape, table, failures, {})
+        part = commit_part(self.directory, self.contract, self.shape, encoded.chunk_id, table, failures, unread)
         self.contents.inc(table.num_rows)
         self.progress.add(table.num_rows + len(failures))
         self.progress.flush()
-        yield FileRecord(self.contract.name, part.path, part.rows, part.bytes)
+        yield from _report(self.contract, part)
 
 
 @dataclass
@@ -322,6 +342,7 @@ class EncodeContents(beam.PTransform):
     spec: ImageSpec | TextSpec
     directory: str
     contract: Contract
+    run: str
     buckets: int
     progress: str | None
     threads: int | None
@@ -339,17 +360,24 @@ class EncodeContents(beam.PTransform):
             | "SpreadParts" >> beam.Reshuffle()
             | "ReadKeys" >> beam.ParDo(ReadKeys(column))
         )
-        return (
+        due = (
             {"wanted": wanted, "stored": stored}
             | "ByKey" >> ShuffleByBucket({"wanted": column, "stored": column}, self.buckets)
-            | "CutChunks" >> beam.ParDo(CutChunks(self.kind, self.progress))
+            | "CutChunks" >> beam.ParDo(CutChunks(self.kind, self.run, self.progress))
             | "SpreadChunks" >> beam.Reshuffle()
-            | "Encode" >> RunInference(handler)
-            | "Commit"
-            >> beam.ParDo(
-                CommitChunk(self.kind, self.directory, self.contract, self.spec.shape, self.progress)
-            ).with_outputs("unread", main="files")
+            | "SkipCommitted"
+            >> beam.ParDo(SkipCommitted(self.directory, self.contract)).with_outputs("files", "unread", main="chunks")
         )
+        commit = CommitChunk(self.kind, self.directory, self.contract, self.spec.shape, self.progress)
+        encoded = (
+            due.chunks
+            | "Encode" >> RunInference(handler)
+            | "Commit" >> beam.ParDo(commit).with_outputs("files", "unread")
+        )
+        return {
+            "files": [due.files, encoded.files] | "MergeFiles" >> beam.Flatten(),
+            "unread": [due.unread, encoded.unread] | "MergeUnread" >> beam.Flatten(),
+        }
 
 
 @dataclass
@@ -366,6 +394,7 @@ class EmbedCatalog(beam.PTransform):
     def expand(self, pipeline: beam.Pipeline) -> Any:
         o = self.options
         buckets = max(1, -(-self.source.rows // ROWS_PER_BUCKET))
+        run = self.run_directory.rsplit("/", 1)[-1]
         clean = (
             pipeline
             | "ReadCatalog" >> ReadTable(self.source)
@@ -385,17 +414,17 @@ class EmbedCatalog(beam.PTransform):
         )
         rejects = [clean.rejects, resolved.rejects] | "MergeRejects" >> beam.Flatten()
         images = resolved.images | "EncodeImages" >> EncodeContents(
-            IMAGES, o.image, *store_place(o, IMAGES), buckets, self.progress, self.threads
+            IMAGES, o.image, *store_place(o, IMAGES), run, buckets, self.progress, self.threads
         )
         titles = resolved.titles | "EncodeTitles" >> EncodeContents(
-            TITLES, o.text, *store_place(o, TITLES), buckets, self.progress, self.threads
+            TITLES, o.text, *store_place(o, TITLES), run, buckets, self.progress, self.threads
         )
         written = [
             resolved.items | "WriteItems" >> WriteTable(EMBEDDED_ITEMS, files.join(self.run_directory, "items")),
             rejects | "WriteRejects" >> WriteTable(REJECTS, files.join(self.run_directory, "rejects")),
-            images.unread | "WriteUnread" >> WriteTable(DEFECTS, files.join(self.run_directory, "unread")),
-            images.files,
-            titles.files,
+            images["unread"] | "WriteUnread" >> WriteTable(DEFECTS, files.join(self.run_directory, "unread")),
+            images["files"],
+            titles["files"],
         ]
         return {
             "files": written | "MergeFiles" >> beam.Flatten(),
@@ -586,9 +615,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     text = TextSpec.resolve(arguments.text_encoder, max_tokens=arguments.max_tokens, device=arguments.device)
     options = EmbedOptions(
-        data=arguments.data,
-        store=arguments.store,
-        image_root=arguments.image_root or arguments.data,
+        data=files.absolute(arguments.data),
+        store=files.absolute(arguments.store),
+        image_root=files.absolute(arguments.image_root or arguments.data),
         allow_absolute=arguments.allow_absolute,
         image=image,
         text=text,

@@ -27,6 +27,11 @@ def is_local(path: str) -> bool:
     return "://" not in path
 
 
+def absolute(path: str) -> str:
+    """A local path from the root on, since workers run elsewhere; others as they are."""
+    return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path
+
+
 def exists(path: str) -> bool:
     """Whether a file or directory exists."""
     return FileSystems.exists(path)

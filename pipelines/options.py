@@ -25,6 +25,8 @@ JOB_SERVER_OPTIONS = (
 )
 """Options that Flink's job server announces only when a job is submitted; Python's parsers do not know them."""
 
+WORKERS_KEPT_MS = 20_000
+
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
 
 JAVA_OPENS = tuple(
@@ -133,6 +135,9 @@ def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
     flags = list(beam_flags) if named else ["--runner=FnApiRunner", *beam_flags]
     if PipelineOptions(flags).get_all_options()["runner"] == "FlinkRunner":
         flags += [f"--job_server_jvm_properties={option}" for option in JAVA_OPENS]
+        if not any(flag.split("=")[0] == "--environment_cache_millis" for flag in flags):
+            # Otherwise Flink ends the workers whenever no stage runs for a moment, and each new one imports and loads its models again.
+            flags.append(f"--environment_cache_millis={WORKERS_KEPT_MS}")
     return PipelineOptions(flags)
 
 
@@ -171,6 +176,8 @@ def worker_threads(beam_flags: list[str]) -> int | None:
 def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """Run a command: what the user can mend is one message on stderr and exit code 2, everything else a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # It prints the whole command line of a job server, twice.
+    logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)
     # Encoders come from a path or a hub that the user named; nothing else may reach out.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -450,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
     if a.top_k < 0:
         raise InputError(f"--top_k {a.top_k}: must be 0 (all) or more.")
     options = ScoreOptions(
-        data=a.data, store=a.store, model=a.model, out=a.out, score_date=a.score_date, top_k=a.top_k, audience=a.audience,
+        data=files.absolute(a.data), store=files.absolute(a.store), model=files.absolute(a.model), out=files.absolute(a.out), score_date=a.score_date, top_k=a.top_k, audience=a.audience,
         timezone=a.timezone, max_reject_rate=a.max_reject_rate,
     )  # fmt: skip
     closing_table(STAGE, run(options, beam_flags, rerun=a.rerun), as_json=a.json)

@@ -1,7 +1,7 @@
 """The embedding store: content-addressed parts under one generation per encoder fingerprint, each with a commit marker.
 
     STORE/images/FINGERPRINT/part-X.parquet    distinct photos' patch features
-    STORE/images/FINGERPRINT/part-X.json       commit marker: rows, bytes, and photos that could not be decoded
+    STORE/images/FINGERPRINT/part-X.json       commit marker: rows, bytes, photos that could not be decoded, photos that were gone
     STORE/titles/FINGERPRINT/...               the same for titles
     STORE/runs/RUN/items/...                   which photo and title each listing has; rejects/, defects/, manifest.json
     STORE/latest.json
@@ -9,9 +9,8 @@
 A part without its marker was cut off by a crash: nobody reads it.
 """
 
-import uuid
+import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
@@ -32,6 +31,8 @@ class Part:
     bytes: int
     failures: tuple[tuple[str, str, str], ...] = ()
     """(content key, reason, detail) of contents in the chunk that could not be encoded."""
+    unread: tuple[tuple[str, str, str], ...] = ()
+    """The same of contents that were not there any more: true of that run only, so that later ones try again."""
 
 
 def generation(store: str, kind: str, fingerprint: str) -> str:
@@ -48,25 +49,43 @@ def list_parts(directory: str) -> list[Part]:
 def read_marker(path: str) -> Part:
     """The part that a commit marker vouches for."""
     value = files.read_json(path)
-    failures = tuple((key, reason, detail) for key, reason, detail in value["failures"])
-    return Part(
-        path=path.removesuffix(".json") + ".parquet", rows=value["rows"], bytes=value["bytes"], failures=failures
+    failures, unread = (
+        tuple((key, reason, detail) for key, reason, detail in value[name]) for name in ("failures", "unread")
     )
+    return Part(
+        path=path.removesuffix(".json") + ".parquet",
+        rows=value["rows"],
+        bytes=value["bytes"],
+        failures=failures,
+        unread=unread,
+    )
+
+
+def chunk_name(run: str, keys: list[str]) -> str:
+    """Name of the part that one run makes of some content keys: a retried bundle writes the same part again, not a second one."""
+    return hashlib.sha256("\n".join([run, *keys]).encode()).hexdigest()[:32]
+
+
+def find_part(directory: str, name: str) -> Part | None:
+    """The committed part of that name, if there is one."""
+    marker = files.join(directory, f"part-{name}.json")
+    return read_marker(marker) if files.exists(marker) else None
 
 
 def commit_part(
     directory: str,
     contract: Contract,
     shape: tuple[int, int],
+    name: str,
     table: pa.Table,
     failures: list[tuple[str, str, str]],
-    extra: dict[str, Any],
+    unread: list[tuple[str, str, str]],
 ) -> Part:
     """Write a part and then its marker: from that moment on its contents are never encoded again."""
-    name = f"part-{uuid.uuid4().hex}"
-    path = files.join(directory, f"{name}.parquet")
+    path = files.join(directory, f"part-{name}.parquet")
     size = files.write_parquet(path, with_shape(check_output(table, contract), shape), row_group_size=256)
     files.write_json(
-        files.join(directory, f"{name}.json"), {"rows": table.num_rows, "bytes": size, "failures": failures, **extra}
+        files.join(directory, f"part-{name}.json"),
+        {"rows": table.num_rows, "bytes": size, "failures": failures, "unread": unread},
     )
-    return Part(path=path, rows=table.num_rows, bytes=size, failures=tuple(failures))
+    return Part(path=path, rows=table.num_rows, bytes=size, failures=tuple(failures), unread=tuple(unread))

@@ -119,8 +119,10 @@ taskmanager.memory.framework.off-heap.size: 128m
 taskmanager.memory.task.heap.size: 1024m
 taskmanager.memory.task.off-heap.size: 0m
 taskmanager.memory.managed.size: 384m
-taskmanager.memory.network.min: 128m
-taskmanager.memory.network.max: 128m
+taskmanager.memory.network.min: 384m
+taskmanager.memory.network.max: 384m
+# A stage has dozens of shuffles, each of which asks for 512 buffers (16 MB) by default.
+taskmanager.network.sort-shuffle.min-buffers: 64
 taskmanager.memory.jvm-metaspace.size: 256m
 taskmanager.memory.jvm-overhead.min: 192m
 taskmanager.memory.jvm-overhead.max: 192m
@@ -184,8 +186,10 @@ up() {
     for n in $(seq "$taskmanagers"); do
         java_process "taskmanager-$n" 1152m org.apache.flink.runtime.taskexecutor.TaskManagerRunner
     done
-    # Of all workers together, threads for no more than the cores.
-    OMP_WAIT_POLICY=PASSIVE start workers "$python" -m pipelines.worker_pool --port "$worker_port" --logs "$state/logs/workers"
+    # All slots compute at once: together they use each core once.
+    local cores threads; cores=$("$python" -c 'import os; print(os.cpu_count() or 1)')
+    threads=$((cores / (taskmanagers * slots))); [ "$threads" -gt 0 ] || threads=1
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} OMP_WAIT_POLICY=PASSIVE start workers "$python" -m pipelines.worker_pool --port "$worker_port" --logs "$state/logs/workers"
     local waited=0
     until [ "$(answer | cut -d' ' -f1)" = "$taskmanagers" ] && workers_answer; do
         waited=$((waited + 1))

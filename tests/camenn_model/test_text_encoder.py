@@ -1,14 +1,18 @@
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from camenn_model.encoder_spec import TextSpec, has_native_bf16
+from camenn_model.device import DTYPES
+from camenn_model.encoder_spec import ImageSpec, TextSpec, has_native_bf16
+from camenn_model.image_encoder import ImageEncoder
 from camenn_model.text_encoder import TextEncoder
 from camenn_model.weights import WeightsError
 from tests.camenn_model.encoder_sources import minilm
@@ -129,3 +133,19 @@ def test_text_encoder_refuses_a_model_that_lacks_weights(tmp_path: Path) -> None
     (tmp_path / "vocab.txt").write_text("changed")
     with pytest.raises(WeightsError, match="submitted with"):
         TextEncoder(spec)
+
+
+def test_encoders_load_and_run_on_threads_of_one_process() -> None:
+    """Runners do so: transformers sets torch's default dtype while it loads, and a tokenizer cannot be called twice at once."""
+    text = TextSpec.resolve(minilm(), max_tokens=16, device="cpu")
+    image = ImageSpec.resolve("random:7", grid=1, patch_size=75, device="cpu", precision="auto")
+    alone = TextEncoder(text).encode(TITLES).states
+    with ThreadPoolExecutor(4) as pool:
+        encoders: list[Any] = list(
+            pool.map(lambda make: make(), [lambda: TextEncoder(text), lambda: ImageEncoder(image)] * 2)
+        )
+        for encoder in encoders:
+            kinds = {tensor.dtype for tensor in encoder.model.parameters()}
+            assert kinds == {DTYPES[encoder.spec.precision]}
+        states = pool.map(lambda number: encoders[2 * (number % 2)].encode(TITLES[number % 3 :]).states, range(40))
+        assert all(np.array_equal(found, alone[number % 3 :]) for number, found in enumerate(states))

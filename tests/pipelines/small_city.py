@@ -289,7 +289,13 @@ def write_store(root: Path, catalog: pa.Table, *, run: str = "20240101T000000-aa
     for kind, (contract, shape, table) in columns.items():
         for first in range(0, table.num_rows, 2):
             part = commit_part(
-                generation(str(root), kind, f"fake-{kind}"), contract, shape, table.slice(first, 2), [], {}
+                generation(str(root), kind, f"fake-{kind}"),
+                contract,
+                shape,
+                f"{kind}{first}",
+                table.slice(first, 2),
+                [],
+                [],
             )
             records.append(FileRecord(contract.name, part.path, part.rows, part.bytes))
     items = [
