@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/install.sh
-install_into_venv demo,baselines,dev
+install_into_venv demo,baselines,gcp,dev
 
 select=(-m "not slow")
 if [ "${1:-}" = --all ]; then select=(); shift; fi

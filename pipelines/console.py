@@ -109,7 +109,7 @@ def watch(title: str, total: int | None, unit: str, local: bool) -> Iterator[str
     Without `total`, workers say what there is to do as they find out.
     """
     if not local:
-        print(f"{title}: submitted; see the runner's own page for progress", file=sys.stderr, flush=True)
+        print(f"{title}: handed to the runner, whose own page shows progress", file=sys.stderr, flush=True)
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="camenn-progress-") as directory, Bar(title, total or 0, unit) as bar:

@@ -9,6 +9,7 @@ catalog ──► Clean ──► Resolve (which photo, which title) ──► i
 import argparse
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from camenn_model.encoder_spec import ImageSpec, TextSpec, normalise_title
 from pipelines import files
 from pipelines.catalog import add_origin, drop_duplicates
 from pipelines.console import ProgressFile, closing_table, watch
-from pipelines.inference import ImageChunk, ImageChunkHandler, TitleChunk, TitleChunkHandler, content_key
+from pipelines.inference import ImageChunk, MakeHandler, TitleChunk, chunk_handler, content_key
 from pipelines.manifest import (
     Count,
     FinishRun,
@@ -45,6 +46,7 @@ from pipelines.manifest import (
 from pipelines.options import (
     add_common_flags,
     add_encoder_flags,
+    is_dataflow,
     is_local_run,
     new_parser,
     open_pipeline,
@@ -56,7 +58,7 @@ from pipelines.patches import LIMITS, UriDefect, resolve_uri
 from pipelines.store import IMAGES, TITLES, Part, chunk_name, commit_part, find_part, generation, list_parts
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Slice, Source, WriteTable, drop_nulls
 from schemas.catalog import CATALOG
-from schemas.contract import Contract
+from schemas.contract import Contract, InputError
 from schemas.embeddings import EMBEDDED_ITEMS, image_embeddings, title_embeddings
 from schemas.rejects import DEFECTS, REJECTS
 
@@ -80,6 +82,8 @@ class EmbedOptions:
     image: ImageSpec
     text: TextSpec
     max_reject_rate: float
+    accelerator: str | None = None
+    """Dataflow's accelerator for the encoder steps; changes no row"""
 
 
 class CleanRows(beam.DoFn):
@@ -335,6 +339,35 @@ class CommitChunk(beam.DoFn):
 
 
 @dataclass
+class EncodeChunks(beam.PTransform):
+    """Chunks → parts of the store, all of it in one composite: a resource hint makes another environment, and steps of two are never fused."""
+
+    kind: str
+    spec: ImageSpec | TextSpec
+    directory: str
+    contract: Contract
+    progress: str | None
+    threads: int | None
+    make_handler: MakeHandler
+
+    def expand(self, chunks: beam.PCollection) -> Any:
+        skip = SkipCommitted(self.directory, self.contract)
+        commit = CommitChunk(self.kind, self.directory, self.contract, self.spec.shape, self.progress)
+        due = chunks | "SkipCommitted" >> beam.ParDo(skip).with_outputs("files", "unread", main="chunks")
+        encoded = (
+            due.chunks
+            | "Encode" >> RunInference(self.make_handler(self.spec, self.threads))
+            | "Commit" >> beam.ParDo(commit).with_outputs("files", "unread")
+        )
+        return {
+            "skipped_files": due.files,
+            "skipped_unread": due.unread,
+            "files": encoded.files,
+            "unread": encoded.unread,
+        }
+
+
+@dataclass
 class EncodeContents(beam.PTransform):
     """Wanted contents of one kind, minus the stored ones, through the encoder into the store."""
 
@@ -346,37 +379,32 @@ class EncodeContents(beam.PTransform):
     buckets: int
     progress: str | None
     threads: int | None
+    make_handler: MakeHandler
+    accelerator: str | None
 
     def expand(self, wanted: beam.PCollection) -> Any:
         column = "image_key" if self.kind == IMAGES else "title_key"
-        handler: Any = (
-            ImageChunkHandler(self.spec, torch_threads=self.threads)
-            if isinstance(self.spec, ImageSpec)
-            else TitleChunkHandler(self.spec, torch_threads=self.threads)
-        )
         stored = (
             wanted.pipeline
             | "ListParts" >> beam.Create(list_parts(self.directory))
             | "SpreadParts" >> beam.Reshuffle()
             | "ReadKeys" >> beam.ParDo(ReadKeys(column))
         )
-        due = (
+        chunks = (
             {"wanted": wanted, "stored": stored}
             | "ByKey" >> ShuffleByBucket({"wanted": column, "stored": column}, self.buckets)
             | "CutChunks" >> beam.ParDo(CutChunks(self.kind, self.run, self.progress))
             | "SpreadChunks" >> beam.Reshuffle()
-            | "SkipCommitted"
-            >> beam.ParDo(SkipCommitted(self.directory, self.contract)).with_outputs("files", "unread", main="chunks")
         )
-        commit = CommitChunk(self.kind, self.directory, self.contract, self.spec.shape, self.progress)
-        encoded = (
-            due.chunks
-            | "Encode" >> RunInference(handler)
-            | "Commit" >> beam.ParDo(commit).with_outputs("files", "unread")
+        encode = EncodeChunks(
+            self.kind, self.spec, self.directory, self.contract, self.progress, self.threads, self.make_handler
         )
+        if self.accelerator:
+            encode.with_resource_hints(accelerator=self.accelerator)
+        parts = chunks | "EncodeChunks" >> encode
         return {
-            "files": [due.files, encoded.files] | "MergeFiles" >> beam.Flatten(),
-            "unread": [due.unread, encoded.unread] | "MergeUnread" >> beam.Flatten(),
+            "files": [parts["skipped_files"], parts["files"]] | "MergeFiles" >> beam.Flatten(),
+            "unread": [parts["skipped_unread"], parts["unread"]] | "MergeUnread" >> beam.Flatten(),
         }
 
 
@@ -390,6 +418,7 @@ class EmbedCatalog(beam.PTransform):
     run_directory: str
     progress: str | None
     threads: int | None
+    make_handler: MakeHandler = chunk_handler
 
     def expand(self, pipeline: beam.Pipeline) -> Any:
         o = self.options
@@ -414,11 +443,13 @@ class EmbedCatalog(beam.PTransform):
         )
         rejects = [clean.rejects, resolved.rejects] | "MergeRejects" >> beam.Flatten()
         images = resolved.images | "EncodeImages" >> EncodeContents(
-            IMAGES, o.image, *store_place(o, IMAGES), run, buckets, self.progress, self.threads
-        )
+            IMAGES, o.image, *store_place(o, IMAGES), run, buckets, self.progress, self.threads, self.make_handler,
+            o.accelerator,
+        )  # fmt: skip
         titles = resolved.titles | "EncodeTitles" >> EncodeContents(
-            TITLES, o.text, *store_place(o, TITLES), run, buckets, self.progress, self.threads
-        )
+            TITLES, o.text, *store_place(o, TITLES), run, buckets, self.progress, self.threads, self.make_handler,
+            o.accelerator,
+        )  # fmt: skip
         written = [
             resolved.items | "WriteItems" >> WriteTable(EMBEDDED_ITEMS, files.join(self.run_directory, "items")),
             rejects | "WriteRejects" >> WriteTable(REJECTS, files.join(self.run_directory, "rejects")),
@@ -495,7 +526,7 @@ def describe_options(options: EmbedOptions) -> dict[str, Any]:
     return record
 
 
-def run(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
+def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler = chunk_handler) -> dict[str, Any]:
     """Run the stage and publish; returns the closing table."""
     started = time.monotonic()
     source = Source.find(options.data, CATALOG)
@@ -517,7 +548,9 @@ def run(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
             (
                 pipeline
                 | "Embed"
-                >> EmbedCatalog(options, source, previous, run_directory, progress, worker_threads(beam_flags))
+                >> EmbedCatalog(
+                    options, source, previous, run_directory, progress, worker_threads(beam_flags), make_handler
+                )
                 | "Finish" >> FinishRun(run_directory)
             )
         records, counts = read_finished(run_directory)
@@ -597,15 +630,47 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision",
         default="auto",
         choices=("auto", "fp32", "bf16"),
-        help="of the image encoder; auto = bf16 where the device has it (default %(default)s)",
+        help="of both encoders; auto = bf16 where the device has it (default %(default)s)",
+    )
+    parser.add_argument(
+        "--accelerator",
+        help="GPU of the workers that encode, on Dataflow only, as in type:nvidia-l4;count:1;install-nvidia-driver (default: none)",
     )
     add_common_flags(parser)
     return parser
 
 
+def check_workers(device: str, precision: str, accelerator: str | None, dataflow: bool) -> None:
+    """Hold the flags about the encoders' machines against each other.
+
+    Raises:
+        InputError: on Dataflow, where the submitting machine encodes nothing, the workers' device must be named; elsewhere there is no accelerator to ask for.
+    """
+    if dataflow and "auto" in (device, precision):
+        raise InputError(
+            f"--device {device} --precision {precision}: 'auto' looks at this machine, but Dataflow's workers are others. "
+            "Name both: --device cuda --precision bf16, or --device cpu --precision fp32."
+        )
+    if accelerator is None:
+        return
+    if not dataflow:
+        raise InputError(
+            f"--accelerator {accelerator}: only DataflowRunner gives GPUs to a step, and elsewhere the hint would only end fusion. Leave it out; --device cuda asks for a GPU."
+        )
+    if not re.fullmatch(r"type:[^;]+;count:\d+(;[^;]+)*", accelerator):
+        raise InputError(
+            f"--accelerator {accelerator}: not an accelerator. Write it as 'type:nvidia-l4;count:1;install-nvidia-driver', in quotes."
+        )
+    if device == "cpu":
+        raise InputError(
+            f"--accelerator {accelerator}: with --device cpu its GPUs would be paid for and not used. Give --device cuda."
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, resolve the encoders once, run, print."""
     arguments, beam_flags = parse_with_beam(build_parser(), argv)
+    check_workers(arguments.device, arguments.precision, arguments.accelerator, is_dataflow(beam_flags))
     image = ImageSpec.resolve(
         arguments.image_weights,
         grid=arguments.grid,
@@ -613,7 +678,12 @@ def main(argv: list[str] | None = None) -> int:
         device=arguments.device,
         precision=arguments.precision,
     )
-    text = TextSpec.resolve(arguments.text_encoder, max_tokens=arguments.max_tokens, device=arguments.device)
+    text = TextSpec.resolve(
+        arguments.text_encoder,
+        max_tokens=arguments.max_tokens,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
     options = EmbedOptions(
         data=files.absolute(arguments.data),
         store=files.absolute(arguments.store),
@@ -622,6 +692,7 @@ def main(argv: list[str] | None = None) -> int:
         image=image,
         text=text,
         max_reject_rate=arguments.max_reject_rate,
+        accelerator=arguments.accelerator,
     )
     closing_table(STAGE, run(options, beam_flags), as_json=arguments.json)
     return 0

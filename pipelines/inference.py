@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -181,6 +181,17 @@ class TitleChunkHandler(ModelHandler[TitleChunk, EncodedTitles, "TextEncoder"]):
     def share_model_across_processes(self) -> bool:
         """One model for each process: sharing would send every batch through a proxy."""
         return False
+
+
+MakeHandler = Callable[[ImageSpec | TextSpec, int | None], ModelHandler[Any, Any, Any]]
+"""Of an encoder's spec and the torch threads of a worker (None = torch's default): the handler of its chunks, which travels to the workers."""
+
+
+def chunk_handler(spec: ImageSpec | TextSpec, threads: int | None) -> ModelHandler[Any, Any, Any]:
+    """The handler of the encoder that `spec` describes."""
+    if isinstance(spec, ImageSpec):
+        return ImageChunkHandler(spec, torch_threads=threads)
+    return TitleChunkHandler(spec, torch_threads=threads)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import importlib
 import logging
 import os
 import sys
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 
 from pipelines.package import guard
 from schemas.contract import InputError
@@ -26,8 +28,11 @@ JOB_SERVER_OPTIONS = (
 """Options that Flink's job server announces only when a job is submitted; Python's parsers do not know them."""
 
 WORKERS_KEPT_MS = 20_000
+"""How long Flink keeps idle SDK workers of a job. Shorter than its restart delay should be: a restarted job must not find its dead workers."""
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
+
+DATAFLOW_RUNNERS = ("dataflow", "dataflowrunner")
 
 JAVA_OPENS = tuple(
     f"--add-opens=java.base/{package}=ALL-UNNAMED"
@@ -50,6 +55,14 @@ JAVA_OPENS = tuple(
     )
 )
 """What Flink's and Kryo's reflection needs from Java 17; Java 11 takes the flags as well."""
+
+
+class DryRun(Exception):
+    """The job was built and, as `--dry_run=True` asked, not submitted. `job`: what the runner would have submitted."""
+
+    def __init__(self, job: Any) -> None:
+        super().__init__("the job was built and not submitted")
+        self.job = job
 
 
 def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +128,37 @@ def parse_with_beam(parser: argparse.ArgumentParser, argv: list[str] | None) -> 
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         parser.error(f"unknown argument {unknown[0]}{hint} (neither camenn nor Apache Beam has it)")
+    check_runner(rest)
     return arguments, rest
+
+
+def check_runner(beam_flags: list[str]) -> None:
+    """Refuse, before any work is done, what the runner would refuse late, guess, or ignore.
+
+    Raises:
+        InputError: Dataflow lacks a flag or Google's libraries; or a dry run is asked of another runner.
+    """
+    parsed = pipeline_options(beam_flags)
+    options = parsed.get_all_options()
+    if not is_dataflow(beam_flags):
+        if options["dry_run"]:
+            raise InputError(
+                f"--dry_run: {options['runner']} would run the job all the same; only DataflowRunner builds without running. Leave it out."
+            )
+        return
+    missing = [f"--{name}" for name in ("project", "region") if not options[name]]
+    check, places = PipelineOptionsValidator(parsed, None), parsed.view_as(GoogleCloudOptions)
+    if all(check.validate_gcs_path(places, name) for name in ("temp_location", "staging_location")):
+        # Beam would make a bucket of its own accord, and look for an account to do so.
+        missing.append("--temp_location gs://BUCKET/DIRECTORY")
+    if missing:
+        raise InputError(f"--runner {options['runner']} needs {', '.join(missing)}. See docs/dataflow.md.")
+    try:
+        importlib.import_module("apache_beam.runners.dataflow.internal.apiclient")
+    except ImportError as error:
+        raise InputError(
+            f"--runner {options['runner']}: Google's client libraries are not installed ({error}). Install them: pip install 'camenn[gcp]' -c constraints.txt"
+        ) from error
 
 
 def _all_option_classes() -> list[type[PipelineOptions]]:
@@ -143,11 +186,29 @@ def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
 
 @contextlib.contextmanager
 def open_pipeline(beam_flags: list[str]) -> Iterator[beam.Pipeline]:
-    """Yield a pipeline to build; when the block ends without an error, it runs to its end, on workers whose package is this one's."""
-    pipeline = beam.Pipeline(options=pipeline_options(beam_flags))
+    """Yield a pipeline to build; when the block ends without an error, it runs to its end, on workers whose package is this one's.
+
+    Raises:
+        InputError: Beam refuses its flags. DryRun: the job was to be built only.
+    """
+    options = pipeline_options(beam_flags)
+    try:
+        pipeline = beam.Pipeline(options=options)
+    except ValueError as error:
+        # Beam's own check of its flags: its text names each and says what is wrong.
+        raise InputError(f"Apache Beam refuses its flags: {error}") from error
     yield pipeline
     guard(pipeline)
-    pipeline.run().wait_until_finish()
+    result = pipeline.run()
+    if options.get_all_options()["dry_run"]:
+        raise DryRun(getattr(result, "job", None))
+    result.wait_until_finish()
+
+
+def is_dataflow(beam_flags: list[str]) -> bool:
+    """Whether the workers are Google Cloud Dataflow's."""
+    runner = pipeline_options(beam_flags).get_all_options()["runner"]
+    return str(runner).rpartition(".")[2].lower() in DATAFLOW_RUNNERS
 
 
 def is_local_run(beam_flags: list[str]) -> bool:
@@ -183,6 +244,9 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
     os.environ.setdefault("DO_NOT_TRACK", "1")
     try:
         return main(argv)
+    except DryRun as done:
+        print(f"camenn: dry run: {done}; nothing was published", file=sys.stderr)
+        return 0
     except InputError as error:
         print(f"camenn: error: {error}", file=sys.stderr)
         return 2

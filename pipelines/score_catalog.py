@@ -51,7 +51,6 @@ from pipelines.options import (
     parse_with_beam,
     run_main,
     use_all_cores,
-    worker_threads,
 )
 from pipelines.score_tiles import AlignListings, AudienceRows, JudgeListings, RankChunk, ScoreTile, Tile, WorkerInput
 from pipelines.snapshot import Log, Snapshot, audience_features, build_log
@@ -278,7 +277,6 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
                 titles=paths["titles"],
                 top_k=options.top_k,
                 progress=progress,
-                threads=worker_threads(beam_flags),
             )
             scores = (
                 pipeline

@@ -8,9 +8,11 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from apache_beam.utils import thread_pool_executor
 from pipelines.package import package_fingerprint
 
 _LOG = logging.getLogger(__name__)
+_LOOK_EVERY_S = 5.0
 _WORKER = """
 import logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -30,46 +33,101 @@ SdkHarness(sys.argv[1], worker_id=sys.argv[2], data_buffer_time_limit_ms=-1).run
 """
 
 
+@dataclass(frozen=True)
+class _Worker:
+    """One started process, and the address of the runner's process that it works for."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    host: str
+    port: int
+
+    def is_wanted(self) -> bool:
+        """Whether somebody listens at the runner's side."""
+        try:
+            socket.create_connection((self.host, self.port), timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+
 class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
-    """Starts a Python process for each worker that a runner asks for, and ends it when the runner is done with it."""
+    """Starts a Python process for each worker that a runner asks for, and ends it when the runner is done with it.
+
+    Several TaskManagers of one machine share a pool, and each numbers its workers from 1-1 on: what a `StopWorker` means cannot be told from the
+    name that it carries. So a worker is ended when the server that it was started for is gone, which is what becomes of it in every case.
+    """
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
-        self.workers: dict[str, subprocess.Popen[bytes]] = {}
+        self.workers: list[_Worker] = []
         self.lock = threading.Lock()
+        self.ended = threading.Event()
+        threading.Thread(target=self._look_after, daemon=True).start()
 
     def StartWorker(self, request: Any, context: Any) -> Any:
         """Beam's call: one more worker."""
+        host, _, port = request.control_endpoint.url.rpartition(":")
         try:
             with self.lock:
-                number = len(list(self.logs.glob("worker-*.log"))) + 1
-                log = self.logs / f"worker-{number}.log"
-                log.touch()
-            with log.open("wb") as sink:
-                worker = subprocess.Popen(
-                    [sys.executable, "-c", _WORKER, request.control_endpoint.url, request.worker_id],
-                    stdout=sink,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                )
-        except OSError as error:
+                log = self.logs / f"worker-{len(list(self.logs.glob('worker-*.log'))) + 1}.log"
+                with log.open("wb") as sink:
+                    process = subprocess.Popen(
+                        [
+                            sys.executable,
+                            "-X",
+                            "faulthandler",
+                            "-c",
+                            _WORKER,
+                            request.control_endpoint.url,
+                            request.worker_id,
+                        ],
+                        stdout=sink,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                    )
+                self.workers.append(_Worker(request.worker_id, process, host.strip("[]"), int(port)))
+        except (OSError, ValueError) as error:
             return beam_fn_api_pb2.StartWorkerResponse(error=f"the worker pool cannot start a worker: {error}")
-        self.workers[request.worker_id] = worker
-        _LOG.warning("worker %s is process %d, log %s", request.worker_id, worker.pid, log)
+        _LOG.warning(
+            "worker %s at %s: process %d, log %s", request.worker_id, request.control_endpoint.url, process.pid, log
+        )
         return beam_fn_api_pb2.StartWorkerResponse()
 
     def StopWorker(self, request: Any, context: Any) -> Any:
-        """Beam's call: that worker is not needed any more."""
-        worker = self.workers.pop(request.worker_id, None)
-        if worker is not None:
-            kill_process_gracefully(worker)
-            _LOG.warning("worker %s ended", request.worker_id)
+        """Beam's call: a worker of that name is not needed any more. See the class for why nothing is done here."""
         return beam_fn_api_pb2.StopWorkerResponse()
+
+    def _look_after(self) -> None:
+        missed: set[_Worker] = set()
+        while not self.ended.wait(_LOOK_EVERY_S):
+            for worker in list(self.workers):
+                code = worker.process.poll()
+                if code is None and worker.is_wanted():
+                    missed.discard(worker)
+                    continue
+                if code is None and worker not in missed:
+                    # It notices by itself, as a rule, and ends.
+                    missed.add(worker)
+                    continue
+                if code is None:
+                    kill_process_gracefully(worker.process)
+                with self.lock:
+                    self.workers.remove(worker)
+                missed.discard(worker)
+                _LOG.warning(
+                    "worker %s, process %d, ended with code %s",
+                    worker.name,
+                    worker.process.pid,
+                    worker.process.returncode,
+                )
 
     def stop_all(self) -> None:
         """End every worker that is left."""
-        while self.workers:
-            kill_process_gracefully(self.workers.popitem()[1])
+        self.ended.set()
+        with self.lock:
+            for worker in self.workers:
+                kill_process_gracefully(worker.process)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Serve until a signal ends it."""
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
     logs = Path(arguments.logs).absolute()
     logs.mkdir(parents=True, exist_ok=True)
     server = grpc.server(

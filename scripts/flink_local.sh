@@ -28,8 +28,9 @@ parts_flink=1.19.3 parts_minor=1.19 parts_beam=2.62.0
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "flink_local: $*"; exit 1; }
+lacking() { say "flink_local: $*"; exit 3; }  # what this machine lacks, rather than what went wrong
 
-need() { command -v "$1" >/dev/null || die "$1 is not installed. $2"; }
+need() { command -v "$1" >/dev/null || lacking "$1 is not installed. $2"; }
 
 choose_pair() {
     if [ -n "${FLINK_PAIR:-}" ]; then pair=$FLINK_PAIR
@@ -66,7 +67,7 @@ fetch() {
             then :
             elif [ "$pair" = official ]; then die "it cannot be fetched: $(grep -m1 ERROR "$cache/maven.log")"
             elif grep -Eq "Could not find artifact|was not found in" "$cache/maven.log"; then pair_if_found=parts
-            else die "Maven cannot be reached: $(grep -m1 ERROR "$cache/maven.log")"; fi
+            else lacking "the Maven repository cannot be reached: $(grep -m1 ERROR "$cache/maven.log")"; fi
         fi
         pair=$pair_if_found
     fi
@@ -77,7 +78,7 @@ fetch() {
         local build; build=$(mktemp -d)
         cp "$here/scripts/flink_job_server.pom.xml" "$build/pom.xml"
         maven -f "$build/pom.xml" -Dbeam.version="$parts_beam" -Dflink.minor="$parts_minor" package >"$cache/maven.log" 2>&1 \
-            || die "it cannot be put together: $(grep -m1 ERROR "$cache/maven.log")"
+            || lacking "it cannot be put together: $(grep -m1 ERROR "$cache/maven.log")"
         mv "$build/target/flink-job-server-$parts_beam.jar" "$job_server"
         rm -rf "$build"
     fi
@@ -85,7 +86,7 @@ fetch() {
         say "fetching Flink $flink ..."
         local download; download=$(mktemp -d)
         "$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest "$download" "apache-flink-libraries==$flink" \
-            || die "the package apache-flink-libraries $flink cannot be fetched."
+            || lacking "the package apache-flink-libraries $flink cannot be fetched."
         mkdir "$download/dist"
         tar -xzf "$download/apache-flink-libraries-$flink.tar.gz" --strip-components=2 -C "$download/dist" \
             "apache-flink-libraries-$flink/deps/lib"
@@ -126,11 +127,13 @@ taskmanager.network.sort-shuffle.min-buffers: 64
 taskmanager.memory.jvm-metaspace.size: 256m
 taskmanager.memory.jvm-overhead.min: 192m
 taskmanager.memory.jvm-overhead.max: 192m
-# The classes of one Beam job stay in use for a moment after it ends.
+# Beam is on the class path (see java_process), and its classes stay in use for a moment after a job ends.
+classloader.resolve-order: parent-first
 classloader.check-leaked-classloader: false
+# A restarted job must find new workers, not the dead ones of its last attempt, which are kept for 20 s.
 restart-strategy.type: fixed-delay
 restart-strategy.fixed-delay.attempts: 2
-restart-strategy.fixed-delay.delay: 2 s
+restart-strategy.fixed-delay.delay: 22 s
 # A killed process is missed soon, and a job that lacks slots then fails soon.
 heartbeat.interval: 2000
 heartbeat.timeout: 12000
@@ -162,7 +165,8 @@ start() {  # name, command...: in the background, its id kept
 
 java_process() {  # name, heap, class, arguments...
     local name=$1 heap=$2 class=$3; shift 3
-    local classpath; classpath=$(printf '%s:' "$dist"/lib/flink-dist-*.jar "$dist"/lib/log4j-*.jar)
+    # Beam's classes must come from Flink's own class path: only then does Beam keep SDK workers from one stage to the next (--environment_cache_millis).
+    local classpath; classpath=$(printf '%s:' "$dist"/lib/flink-dist-*.jar "$dist"/lib/log4j-*.jar)$job_server
     start "$name" java "-Xmx$heap" -XX:MaxMetaspaceSize=256m "${opens[@]}" -Dlog.file="$state/logs/$name.log" \
         -Dlog4j.configurationFile="file:$state/conf/log4j.properties" -cp "$classpath" "$class" --configDir "$state/conf" "$@"
 }

@@ -1,0 +1,109 @@
+"""A Flink cluster for the tests: `scripts/flink_local.sh` with ports and a directory of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+SCRIPT = PROJECT / "scripts" / "flink_local.sh"
+LACKING = 3
+"""The script's exit code where the machine lacks Java or Maven, or the artifacts cannot be fetched."""
+
+
+def free_port(reserved: int = 1) -> int:
+    """A port of loopback that nobody listens on now, the first of `reserved` such."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port + 1001 < 65_536:
+            return port
+    raise RuntimeError("no free port")
+
+
+class FlinkCluster:
+    """One JobManager, two TaskManagers of two slots, and a worker pool."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.rest, self.pool = free_port(), free_port()
+        self.environment = {
+            **os.environ,
+            "PYTHON": sys.executable,
+            "FLINK_STATE": str(state),
+            "FLINK_REST_PORT": str(self.rest),
+            "FLINK_WORKER_PORT": str(self.pool),
+        }
+
+    def script(self, command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(SCRIPT), command], env=self.environment, capture_output=True, text=True, timeout=900, check=False
+        )
+
+    def up(self) -> None:
+        """Start what does not run; skips where the machine lacks what it takes."""
+        answer = self.script("up")
+        if answer.returncode == LACKING:
+            pytest.skip(f"no Flink here: {answer.stderr.strip().splitlines()[-1]}")
+        assert answer.returncode == 0, answer.stderr
+
+    def flags(self, parallelism: int) -> list[str]:
+        answer = self.script("flags")
+        assert answer.returncode == 0, answer.stderr
+        return [*answer.stdout.split(), f"--parallelism={parallelism}"]
+
+    def process(self, name: str) -> int:
+        return int((self.state / "pids" / name).read_text())
+
+    def workers(self) -> list[int]:
+        """Process ids of the SDK workers that run now."""
+        found = subprocess.run(
+            ["pgrep", "-P", str(self.process("workers"))], capture_output=True, text=True, check=False
+        )
+        return [int(line) for line in found.stdout.split()]
+
+    def ask(self, path: str) -> Any:
+        """The JobManager's answer to GET /path."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://localhost:{self.rest}/{path}", timeout=20) as answer:
+            return json.load(answer)
+
+    def newest_job(self) -> dict[str, Any]:
+        jobs = self.ask("jobs/overview")["jobs"]
+        return max(jobs, key=lambda job: job["start-time"], default={})
+
+
+def wait_until(condition: Any, seconds: float, what: str) -> Any:
+    """The first true answer of `condition()`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = condition()
+        if answer:
+            return answer
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds:g} s in vain for {what}")
+
+
+def start_camenn(*argv: str) -> subprocess.Popen[str]:
+    """A command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=PROJECT,
+    )
+
+
+def kill(process: int) -> None:
+    """As the out-of-memory killer would."""
+    os.kill(process, signal.SIGKILL)
