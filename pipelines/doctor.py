@@ -37,10 +37,9 @@ OPTIONAL = {
 """Extras of the package that change what a user can do, and what each is for."""
 
 CPU_FLAGS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-JAR_CACHE = Path("~/.apache_beam/cache/jars")
-JAR_PATTERN = "beam-runners-flink-*-job-server-*.jar"
-JAVA_WITHOUT_OPENS = 17
-"""From this version on Flink needs --add-opens."""
+JAR_CACHES = (Path("~/.cache/camenn/flink"), Path("~/.apache_beam/cache/jars"))
+"""Where scripts/flink_local.sh and Beam itself keep Flink's job server."""
+JAR_PATTERN = "*flink*job-server*.jar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,26 +234,19 @@ def check_java() -> Check:
             found=f"{program} does not tell its version: {need}",
             remedy="Install a Java runtime, 11 or 17.",
         )
-    if int(version[1]) >= JAVA_WITHOUT_OPENS:
-        packages = "lang util util/concurrent lang/invoke io net nio time".replace("/", ".").split()
-        opens = [f"java.base/java.{name}" for name in packages] + ["java.base/sun.nio.ch"]
-        remedy = f"For FlinkRunner pass --job_server_jvm_properties with --add-opens=MODULE=ALL-UNNAMED for each of {', '.join(opens)}."
-        return Check(name="java", status=OK, found=version[1] + version[2], remedy=remedy)
     return Check(name="java", status=OK, found=version[1] + version[2])
 
 
-def check_flink_jar(cache: Path = JAR_CACHE) -> Check:
-    """Flink's job server in Beam's own cache."""
-    jars = sorted(path.name for path in cache.expanduser().glob(JAR_PATTERN))
+def check_flink_jar(caches: tuple[Path, ...] = JAR_CACHES) -> Check:
+    """Flink's job server where scripts/flink_local.sh or Beam put it."""
+    jars = [str(path) for cache in caches for path in sorted(cache.expanduser().glob(JAR_PATTERN))]
     if jars:
         return Check(name="flink job server", status=OK, found=", ".join(jars))
-    version = installed_version("apache-beam")
-    remedy = f"FlinkRunner fetches it from Maven Central; elsewhere fetch org.apache.beam:beam-runners-flink-1.20-job-server:{version} and pass --flink_job_server_jar PATH."
     return Check(
         name="flink job server",
         status=WARN,
-        found=f"no jar in {cache}: needed for --runner FlinkRunner only",
-        remedy=remedy,
+        found=f"no jar in {' or '.join(map(str, caches))}: needed for --runner FlinkRunner only",
+        remedy="`scripts/flink_local.sh fetch` gets one; or pass --flink_job_server_jar PATH. See docs/flink.md.",
     )
 
 

@@ -28,6 +28,7 @@ def test_readme_names_every_command_and_no_unknown_flag() -> None:
     for command in COMMANDS:
         assert f"camenn {command}" in text or f"**{command}**" in text or command == "simulate", command
     known = generate.flags()
-    beam = {"--runner", "--flink_master", "--direct_num_workers", "--direct_running_mode", "--all"}
+    beam = {"--runner", "--flink_master", "--flink_job_server_jar", "--environment_type", "--environment_config"}
+    beam |= {"--direct_num_workers", "--direct_running_mode", "--all"}
     for flag in set(re.findall(r"--[a-z_]+", text)) - beam:
         assert flag in known, flag

@@ -73,10 +73,10 @@ def test_encoders_ask_nothing_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_flink_jar_is_found_in_the_cache(tmp_path: Path) -> None:
-    assert doctor.check_flink_jar(tmp_path).status == WARN
-    assert "mvn" not in doctor.check_flink_jar(tmp_path).found
+    missing = doctor.check_flink_jar((tmp_path,))
+    assert missing.status == WARN and "flink_local.sh fetch" in missing.remedy
     (tmp_path / "beam-runners-flink-1.20-job-server-2.77.0.jar").touch()
-    assert doctor.check_flink_jar(tmp_path).status == OK
+    assert doctor.check_flink_jar((tmp_path / "other", tmp_path)).status == OK
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,6 @@ def test_java_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, a
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     check = doctor.check_java()
     assert check.status == status
-    assert ("add-opens" in check.remedy) == ("17" in answer)
 
 
 def test_java_absent_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
