@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import socket
 from pathlib import Path
-from typing import Any
 
 import apache_beam as beam
 from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
@@ -56,32 +55,28 @@ def check_package(submitted: str) -> None:
         )
 
 
-class _Submitted:
-    """Travels inside each pickled DoFn; unpickling it on a worker is the check."""
+class _CheckedSetup:
+    """Stands in for a DoFn's `setup`: first the check, then the DoFn's own.
 
-    def __reduce__(self) -> Any:
-        return _arrive, (package_fingerprint(),)
+    Not where the DoFn is unpickled: an error there comes before the worker has opened its data channel, for which Flink waits three minutes.
+    """
 
+    def __init__(self, fn: beam.DoFn) -> None:
+        self.fn = fn
+        self.submitted = package_fingerprint()
 
-def _arrive(submitted: str) -> _Submitted:
-    check_package(submitted)
-    return _Submitted()
+    def __call__(self) -> None:
+        check_package(self.submitted)
+        type(self.fn).setup(self.fn)
 
 
 class _Guard(PipelineVisitor):
     def visit_transform(self, transform_node: AppliedPTransform) -> None:
         transform = transform_node.transform
         if isinstance(transform, beam.ParDo):
-            # First, so that it is unpickled before anything that another version might not have.
-            vars(transform.fn).update({"_submitted": _Submitted(), **_take_all(vars(transform.fn))})
-
-
-def _take_all(values: dict[str, Any]) -> dict[str, Any]:
-    taken = dict(values)
-    values.clear()
-    return taken
+            vars(transform.fn)["setup"] = _CheckedSetup(transform.fn)
 
 
 def guard(pipeline: beam.Pipeline) -> None:
-    """Let every DoFn of a built pipeline check, where it is unpickled, that the worker's package is this process's."""
+    """Let every DoFn of a built pipeline check, before it does anything on a worker, that the worker's package is this process's."""
     pipeline.visit(_Guard())
