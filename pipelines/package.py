@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import socket
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
@@ -55,26 +56,36 @@ def check_package(submitted: str) -> None:
         )
 
 
-class _CheckedSetup:
-    """Stands in for a DoFn's `setup`: first the check, then the DoFn's own.
+class _Guarded:
+    """Stands in for a DoFn's `setup` and `start_bundle`: the check comes before the first, and what fails there is raised by the second.
 
-    Not where the DoFn is unpickled: an error there comes before the worker has opened its data channel, for which Flink waits three minutes.
+    Until a bundle starts the worker has not opened its data channel, for which Flink waits three minutes before it hears of any error.
     """
 
     def __init__(self, fn: beam.DoFn) -> None:
         self.fn = fn
         self.submitted = package_fingerprint()
+        self.error: Exception | None = None
 
-    def __call__(self) -> None:
-        check_package(self.submitted)
-        type(self.fn).setup(self.fn)
+    def setup(self) -> None:
+        try:
+            check_package(self.submitted)
+            type(self.fn).setup(self.fn)
+        except Exception as error:
+            self.error = error
+
+    def start_bundle(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return type(self.fn).start_bundle(self.fn)
 
 
 class _Guard(PipelineVisitor):
     def visit_transform(self, transform_node: AppliedPTransform) -> None:
         transform = transform_node.transform
         if isinstance(transform, beam.ParDo):
-            vars(transform.fn)["setup"] = _CheckedSetup(transform.fn)
+            guarded = _Guarded(transform.fn)
+            vars(transform.fn).update(setup=guarded.setup, start_bundle=guarded.start_bundle)
 
 
 def guard(pipeline: beam.Pipeline) -> None:

@@ -1,0 +1,113 @@
+"""A city of any size for measuring the plant: the simulator's own catalog, people and logs, with a few unique bytes in the place of each photo.
+
+Drawing photos would take hours at 100,000 listings, and stub encoders never decode them.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.audience import by_store
+from schemas.catalog import CATALOG
+from schemas.contract import conform
+from schemas.events import CLICKS, ORDERS
+from simulator import tables
+from simulator.behaviour import simulate_days
+from simulator.catalog import make_catalog
+from simulator.classes import make_classes
+from simulator.config import CityConfig
+from simulator.people import make_users
+
+LISTINGS_PER_STORE = 100
+CLICKS_PER_USER = 17
+PHOTO_BYTES = 256
+FILES = 8
+"""Files of each log, so that there is something to be read side by side; a row group for each day."""
+MADE = "city.json"
+"""Written last: a directory without it was cut off and is made anew."""
+
+
+def plant_config(items: int, clicks: int, seed: int = 0) -> CityConfig:
+    """Sizes of the city: a hundred listings a store, and about as many clicks a user as in the simulator's own city."""
+    return CityConfig(
+        seed=seed,
+        listings=items,
+        clicks=clicks,
+        stores=max(2, items // LISTINGS_PER_STORE),
+        users=max(20, clicks // CLICKS_PER_USER),
+        days=28,
+    )
+
+
+def make_city(directory: Path, items: int, clicks: int, pairs: int) -> dict[str, int]:
+    """Write `catalog`, `clicks`, `orders`, `users`, `stores` and `audience`, unless this very city is there; returns its row counts.
+
+    Args:
+        pairs: pairs (audience row, listing) that scoring is to meet, at most; the audience is whole stores, at every 4-hour bucket.
+    """
+    asked = {"items": items, "clicks": clicks, "pairs": pairs}
+    record = directory / MADE
+    if record.exists():
+        there = json.loads(record.read_text())
+        if there["asked"] == asked:
+            return dict(there["rows"])
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    config = plant_config(items, clicks)
+    catalog = make_catalog(make_classes(config), config)
+    users = make_users(catalog.stores, config)
+    rows = {
+        "items": _write(directory / "catalog.parquet", _catalog(tables.catalog_table(catalog, config))),
+        "users": _write(directory / "users.parquet", tables.users_table(users)),
+        "stores": _write(directory / "stores.parquet", tables.stores_table(config)),
+        "clicks": 0,
+        "orders": 0,
+    }
+    audience = by_store(tables.stores_table(config)["store_id"].to_pylist())
+    buckets = audience.num_rows // config.stores
+    stores = min(config.stores, max(1, pairs // (buckets * items // config.stores)))
+    rows["audience"] = _write(directory / "audience.parquet", audience.slice(0, stores * buckets))
+    for name in ("clicks", "orders"):
+        (directory / name).mkdir()
+    writers: dict[str, pq.ParquetWriter] = {}
+    for day in simulate_days(catalog, users, config):
+        number = day.day * FILES // config.days
+        logs = {
+            "clicks": conform(tables.clicks_table(day.clicks, day.day, catalog, config), CLICKS, "clicks"),
+            "orders": conform(tables.orders_table(day.orders, day.day, catalog, config), ORDERS, "orders"),
+        }
+        for name, table in logs.items():
+            path = directory / name / f"part-{number}.parquet"
+            if str(path) not in writers:
+                writers[str(path)] = pq.ParquetWriter(path, table.schema, compression="zstd")
+            writers[str(path)].write_table(table)
+            rows[name] += table.num_rows
+        print(f"city: day {day.day + 1} of {config.days}, {rows['clicks']:,} clicks", file=sys.stderr, flush=True)
+    for writer in writers.values():
+        writer.close()
+    temporary = record.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"asked": asked, "rows": rows}))
+    os.replace(temporary, record)
+    return rows
+
+
+def _catalog(table: pa.Table) -> pa.Table:
+    """The catalog with unique bytes of a photo's kind (not of its size) instead of paths."""
+    photos = [f"{item}-".encode() * (PHOTO_BYTES // (len(item) + 1)) for item in table["item_id"].to_pylist()]
+    return conform(
+        table.drop_columns(["image_uri"])
+        .append_column("image_uri", pa.nulls(table.num_rows, pa.string()))
+        .append_column("image_bytes", pa.array(photos, pa.binary())),
+        CATALOG,
+        "catalog",
+    )
+
+
+def _write(path: Path, table: pa.Table) -> int:
+    pq.write_table(table, path, compression="zstd", row_group_size=8_192)
+    return table.num_rows
