@@ -18,13 +18,14 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines import files
 from pipelines.attribution import HOUR_US
 from pipelines.console import ProgressFile, closing_table, watch
 from pipelines.dimensions import read_timezones, read_users
 from pipelines.events import CleanEvents, read_times
-from pipelines.examples import ItemPass, SplitTimes, UserPass, split_times
+from pipelines.examples import ItemPass, SplitTimes, UserPass, finish_examples, split_times
 from pipelines.items import CopyContents, contents_jobs, load_items, local_only
 from pipelines.manifest import (
     Count,
@@ -119,18 +120,24 @@ def check_flags(options: ShardOptions) -> None:
 
 
 class WriteDays(beam.DoFn):
-    """One (split, date) → its files of at most 262,144 rows, ordered by session, user and listing."""
+    """One (split, date)'s examples and their listings' counts → its files of at most 262,144 rows, ordered by session, user and listing."""
 
-    def __init__(self, directory: str, progress: str | None) -> None:
+    def __init__(self, directory: str, items_path: str, progress: str | None) -> None:
         self.directory = directory
+        self.items_path = items_path
         self.progress_directory = progress
 
     def setup(self) -> None:
         self.progress = ProgressFile(self.progress_directory)
+        with files.open_read(self.items_path) as handle:
+            self.item_ids = pq.read_table(handle, columns=["item_id"])["item_id"].combine_chunks()
 
     def process(self, element: tuple[tuple[str, str], Any]) -> Iterator[FileRecord]:
         (split, date), pieces = element
-        table = pa.concat_tables([files.ipc_table(piece) for piece in pieces])
+        kinds: dict[str, list[pa.Table]] = {"examples": [], "counts": []}
+        for kind, piece in pieces:
+            kinds[kind].append(files.ipc_table(piece))
+        table = finish_examples(pa.concat_tables(kinds["examples"]), pa.concat_tables(kinds["counts"]), self.item_ids)
         table = table.sort_by([(name, "ascending") for name in ("session_start", "user_id", "session_id", "item_id")])
         table = check_output(table, EXAMPLES)
         for number, start in enumerate(range(0, table.num_rows, ROWS_PER_FILE)):
@@ -169,20 +176,30 @@ class BuildExamples(beam.PTransform):
             history=o.history,
             timezones=plan.timezones,
             timezone=o.timezone,
+            splits=plan.splits,
         )
         user_buckets = max(1, -(-(plan.clicks.rows + plan.orders.rows) // ROWS_PER_BUCKET))
         by_user = (
             {"clicks": clicks.rows, "orders": orders.rows}
             | "ByUser" >> ShuffleByBucket({"clicks": "user_id", "orders": "user_id"}, user_buckets)
-            | "DescribeUsers" >> beam.ParDo(user_pass).with_outputs("item_events", "rejects", "counts", main="examples")
+            | "DescribeUsers"
+            >> beam.ParDo(user_pass).with_outputs("queries", "item_events", "rejects", "counts", main="examples")
+        )
+        counts = (
+            {"queries": by_user.queries, "item_events": by_user.item_events}
+            | "ByItem" >> ShuffleByBucket({"queries": "item", "item_events": "item"}, user_buckets)
+            | "DescribeItems" >> beam.ParDo(ItemPass(plan.splits))
         )
         examples = (
-            {"examples": by_user.examples, "item_events": by_user.item_events}
-            | "ByItem" >> ShuffleByBucket({"examples": "item", "item_events": "item"}, user_buckets)
-            | "DescribeItems" >> beam.ParDo(ItemPass(plan.splits))
-            | "Pack" >> beam.MapTuple(lambda day, table: (day, files.ipc_bytes(table)))
+            [
+                by_user.examples
+                | "Pack" >> beam.MapTuple(lambda day, table: (day, ("examples", files.ipc_bytes(table)))),
+                counts | "PackCounts" >> beam.MapTuple(lambda day, table: (day, ("counts", files.ipc_bytes(table)))),
+            ]
+            | "Join" >> beam.Flatten()
             | "ByDay" >> beam.GroupByKey()
-            | "WriteDays" >> beam.ParDo(WriteDays(files.join(plan.directory, "examples"), self.progress))
+            | "WriteDays"
+            >> beam.ParDo(WriteDays(files.join(plan.directory, "examples"), plan.items_path, self.progress))
         )
         rejects = [clicks.rejects, orders.rejects, by_user.rejects] | "MergeRejects" >> beam.Flatten()
         written = rejects | "WriteRejects" >> WriteTable(REJECTS, files.join(plan.directory, "rejects"))
@@ -230,7 +247,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> di
         written = [write_table(directory, "items", items), write_table(directory, "users", users)]
         if catalog_rejects.num_rows:
             written.append(write_table(directory, "rejects", catalog_rejects))
-        jobs, kept = contents_jobs(store, items, latest, out)
+        jobs, kept = contents_jobs(store, items, latest, out, directory)
         plan = Plan(
             clicks=clicks, orders=orders, items_path=written[0].path, as_of=as_of, window=window,
             splits=split_times(closed, window, options.test_share), timezones=timezones, directory=directory,

@@ -1,4 +1,8 @@
-"""The two passes that make examples: by user (sessions, labels, tastes), then by listing (its counts). Pure table in, table out."""
+"""The two passes that make examples: by user (sessions, labels, tastes), and by listing (its counts), and how their results are put together.
+
+The user pass makes whole rows but for the listing's counts, and these rows go straight to their day: only `QUERIES`, a few bytes of each, are shuffled by
+listing, and the counts meet the rows again under the row's number. Until then listings are codes, not ids. Pure table in, table out.
+"""
 
 import datetime
 from collections.abc import Iterator
@@ -32,7 +36,13 @@ EARLY_STOP_SHARE = 0.06
 CALIBRATION_SHARE = 0.06
 CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT = 0, 1, 2
 
-_ITEM_EVENTS = pa.schema([("item", pa.int64()), ("store_id", pa.string()), ("kind", pa.int8()), ("time", pa.int64())])
+ROW = "row"
+"""int64: number of an example, unique within the run; bucket of its user times 2^32, plus its place."""
+
+_QUERIES = pa.schema(
+    [(ROW, pa.int64()), ("item", pa.int32()), ("store_id", pa.string()), ("session_start", pa.int64())]
+)
+_ITEM_EVENTS = pa.schema([("item", pa.int32()), ("store_id", pa.string()), ("kind", pa.int8()), ("time", pa.int64())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +110,9 @@ class UserResult:
     """What one bucket of users gives."""
 
     examples: pa.Table
+    """`EXAMPLES` without the listing's counts, with ROW; item_id and history_item are codes, int32."""
+    queries: pa.Table
+    """What to ask the listings: `_QUERIES`."""
     item_events: pa.Table
     rejects: list[pa.Table] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
@@ -117,6 +130,7 @@ def build_user_examples(
     history: int,
     timezones: dict[str, str],
     timezone: str,
+    bucket: int = 0,
 ) -> UserResult:
     """Labels, user and pair features and histories of a bucket of users.
 
@@ -128,6 +142,7 @@ def build_user_examples(
         window: attribution window, microseconds.
         history: entries of a history.
         timezones: IANA zone of each store; `timezone` for stores that are not there.
+        bucket: number of this bucket of users, from which rows are numbered.
     """
     clicks, click_rejects, click_copies = clean_log(stage, CLICKS, clicks_table)
     orders, order_rejects, order_copies = clean_log(stage, ORDERS, orders_table)
@@ -186,16 +201,27 @@ def build_user_examples(
         closed, ~closed.duplicated(["user_id", "session_id", "item"]).to_numpy(), "repeated_clicks"
     )
     click_outcomes.counts.append(Count("clicks", "out", len(first)))
-    examples = _describe(first, events, attributes, item_ids, history, timezones, timezone)
+    examples = _describe(first, events, attributes, history, timezones, timezone)
+    rows = pa.array(np.arange(len(first), dtype=np.int64) + (bucket << 32))
+    examples = examples.append_column(ROW, rows)
+    queries = pa.table(
+        {
+            ROW: rows,
+            "item": examples["item_id"],
+            "store_id": examples["store_id"],
+            "session_start": examples["session_start"].cast(pa.int64()),
+        },
+        schema=_QUERIES,
+    )
     return UserResult(
-        examples, item_events, [click_rejects, order_rejects], [*click_outcomes.counts, *order_outcomes.counts]
+        examples, queries, item_events, [click_rejects, order_rejects], [*click_outcomes.counts, *order_outcomes.counts]
     )
 
 
 def _item_events(item: np.ndarray, store: pd.Series, kind: int, time: np.ndarray) -> pa.Table:
     return pa.table(
         {
-            "item": item,
+            "item": item.astype(np.int32),
             "store_id": pa.Array.from_pandas(store, type=pa.string()),
             "kind": np.full(len(item), kind, dtype=np.int8),
             "time": time,
@@ -208,7 +234,6 @@ def _describe(
     first: pd.DataFrame,
     events: Events,
     attributes: ItemAttributes,
-    item_ids: pa.Array,
     length: int,
     timezones: dict[str, str],
     timezone: str,
@@ -235,12 +260,12 @@ def _describe(
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
     strings = {
-        name: pa.Array.from_pandas(first[name], type=pa.string())
-        for name in ("user_id", "session_id", "store_id", "item_id")
+        name: pa.Array.from_pandas(first[name], type=pa.string()) for name in ("user_id", "session_id", "store_id")
     }
     return pa.table(
         {
             **strings,
+            "item_id": item.astype(np.int32),
             "session_start": pa.array(start).cast(pa.timestamp("us")),
             "clicked_at": pa.array(first["clicked_at"].to_numpy(np.int64)).cast(pa.timestamp("us")),
             "position": pa.Array.from_pandas(first["position"], type=pa.int64())
@@ -251,10 +276,9 @@ def _describe(
             "weekday": weekday,
             **{name: _nullable(values[session_row]) for name, values in per_session.items()},
             **{name: _nullable(values) for name, values in pairs.items()},
-            "history_item": nested(item_ids.take(pa.array(flat_item[rows]))),
+            "history_item": nested(pa.array(flat_item.astype(np.int32)[rows])),
             "history_kind": nested(pa.array(flat_kind[rows])),
             "history_hours": nested(pa.array(flat_hours[rows])),
-            "item": item,
         }
     )
 
@@ -272,34 +296,65 @@ def _nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
 
 
-def build_item_features(examples: pa.Table, item_events: pa.Table) -> pa.Table:
-    """Add `ITEM_COUNTS` to a bucket of listings' examples; `item_events` are all their clicks, orders and conversions."""
+def build_item_features(queries: pa.Table, item_events: pa.Table) -> pa.Table:
+    """ROW and `ITEM_COUNTS` of a bucket of listings' queries; `item_events` are all their clicks, orders and conversions."""
     item, kind, time = (item_events[name].to_numpy() for name in ("item", "kind", "time"))
+    item = item.astype(np.int64)
     n = len(item)
     stores, names = pd.factorize(
-        pd.concat([item_events["store_id"].to_pandas(), examples["store_id"].to_pandas()], ignore_index=True)
+        pd.concat([item_events["store_id"].to_pandas(), queries["store_id"].to_pandas()], ignore_index=True)
     )
     stores = stores.astype(np.int64)
     clicks, orders, conversions = (
         np.flatnonzero(kind == value) for value in (CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT)
     )
     # Which click converted does not matter to a listing's counts, only when: conversions stand as clicks of their own index.
-    start = examples["session_start"].cast(pa.int64()).to_numpy()
-    queries = Queries(
-        user=np.zeros(len(start), dtype=np.int64), item=examples["item"].to_numpy(), store=stores[n:], time=start
+    start = queries["session_start"].to_numpy()
+    asked = Queries(
+        user=np.zeros(len(start), dtype=np.int64),
+        item=queries["item"].to_numpy().astype(np.int64),
+        store=stores[n:],
+        time=start,
     )
     features = item_features(
         click_item=item[clicks], click_store=stores[:n][clicks], clicked_at=time[clicks], conversion_item=item[conversions], converted_at=time[conversions],
-        order_item=item[orders], order_store=stores[:n][orders], ordered_at=time[orders], queries=queries, n_stores=len(names),
+        order_item=item[orders], order_store=stores[:n][orders], ordered_at=time[orders], queries=asked, n_stores=len(names),
     )  # fmt: skip
-    table = examples.drop_columns(["item"])
-    for name, values in features.items():
-        table = table.append_column(name, _nullable(values))
-    return table.select(EXAMPLES.names)
+    return pa.table({ROW: queries[ROW], **{name: _nullable(values) for name, values in features.items()}})
+
+
+def finish_examples(examples: pa.Table, counts: pa.Table, item_ids: pa.Array) -> pa.Table:
+    """Whole rows under `EXAMPLES`: the user pass's, the counts of the same rows, and ids in the place of codes.
+
+    Args:
+        examples, counts: of the same rows, each in any order.
+        item_ids: ids of the catalog in code order.
+    """
+    rows, asked = counts[ROW].to_numpy(), examples[ROW].to_numpy()
+    order = np.argsort(rows)
+    place = pa.array(order[np.searchsorted(rows, asked, sorter=order)])
+    history = examples["history_item"].combine_chunks()
+    columns = {name: examples[name] for name in examples.column_names}
+    columns |= {name: counts[name].take(place) for name in counts.column_names}
+    columns["item_id"] = item_ids.take(examples["item_id"].combine_chunks())
+    columns["history_item"] = pa.ListArray.from_arrays(history.offsets, item_ids.take(history.values))
+    return pa.table({name: columns[name] for name in EXAMPLES.names})
+
+
+def cut_days(table: pa.Table, splits: SplitTimes) -> Iterator[tuple[tuple[str, str], pa.Table]]:
+    """Rows by part of the log and day of `session_start`: ((split, date), rows)."""
+    if not table.num_rows:
+        return
+    start = table["session_start"].cast(pa.int64()).to_numpy()
+    frame = pd.DataFrame({"split": splits.of(start), "day": start // (24 * HOUR_US)})
+    groups: Any = frame.groupby(["split", "day"]).indices
+    for (split, day), rows in groups.items():
+        date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=int(day))).isoformat()
+        yield (str(split), date), table.take(pa.array(rows))
 
 
 class UserPass(_ItemsDoFn):
-    """A bucket of users → examples without listing counts, and the listings' events."""
+    """A bucket of users → ((split, date), examples without listing counts); what to ask the listings, and their events, beside."""
 
     def __init__(
         self,
@@ -311,13 +366,14 @@ class UserPass(_ItemsDoFn):
         history: int,
         timezones: dict[str, str],
         timezone: str,
+        splits: SplitTimes,
     ) -> None:
         super().__init__(items_path)
         self.stage, self.as_of, self.window, self.history = stage, as_of, window, history
-        self.timezones, self.timezone = timezones, timezone
+        self.timezones, self.timezone, self.splits = timezones, timezone, splits
 
     def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[Any]:
-        _, kinds = element
+        bucket, kinds = element
         result = build_user_examples(
             kinds.get("clicks", CLICKS.schema.empty_table()),
             kinds.get("orders", ORDERS.schema.empty_table()),
@@ -329,8 +385,10 @@ class UserPass(_ItemsDoFn):
             history=self.history,
             timezones=self.timezones,
             timezone=self.timezone,
+            bucket=bucket,
         )
-        yield result.examples
+        yield from cut_days(result.examples, self.splits)
+        yield beam.pvalue.TaggedOutput("queries", result.queries)
         yield beam.pvalue.TaggedOutput("item_events", result.item_events)
         for rejects in result.rejects:
             yield beam.pvalue.TaggedOutput("rejects", rejects)
@@ -339,19 +397,16 @@ class UserPass(_ItemsDoFn):
 
 
 class ItemPass(beam.DoFn):
-    """A bucket of listings → finished examples, cut by split and day: ((split, date), table as Arrow IPC bytes)."""
+    """A bucket of listings → their counts, cut like the examples that they belong to: ((split, date), ROW and `ITEM_COUNTS`)."""
 
     def __init__(self, splits: SplitTimes) -> None:
         self.splits = splits
 
     def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[tuple[tuple[str, str], pa.Table]]:
         _, kinds = element
-        if "examples" not in kinds or not kinds["examples"].num_rows:
+        if "queries" not in kinds:
             return
-        table = build_item_features(kinds["examples"], kinds["item_events"])
-        start = table["session_start"].cast(pa.int64()).to_numpy()
-        frame = pd.DataFrame({"split": self.splits.of(start), "day": start // (24 * HOUR_US)})
-        groups: Any = frame.groupby(["split", "day"]).indices
-        for (split, day), rows in groups.items():
-            date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=int(day))).isoformat()
-            yield (str(split), date), table.take(pa.array(rows))
+        queries = kinds["queries"]
+        counts = build_item_features(queries, kinds["item_events"])
+        for day, table in cut_days(counts.append_column("session_start", queries["session_start"]), self.splits):
+            yield day, table.drop_columns(["session_start"])

@@ -115,12 +115,17 @@ class ContentJob:
 
     kind: str
     parts: tuple[str, ...]
-    wanted: bytes
-    """Arrow IPC of the content keys to copy from these parts, ordered."""
+    wanted: str
+    """Path of an Arrow IPC stream: the content keys to copy from these parts, ordered. A job is part of the pipeline that is submitted: a name, not the keys."""
 
 
-def plan_contents(kind: str, store: Manifest, wanted: pa.ChunkedArray, present: list[str]) -> list[ContentJob]:
-    """Jobs that copy the embeddings of `wanted` keys, which no file of `present` holds yet, out of the store in one pass over its parts."""
+def plan_contents(
+    kind: str, store: Manifest, wanted: pa.ChunkedArray, present: list[str], directory: str
+) -> list[ContentJob]:
+    """Jobs that copy the embeddings of `wanted` keys, which no file of `present` holds yet, out of the store in one pass over its parts.
+
+    Each job's keys are written under `directory`.
+    """
     key = f"{kind[:-1]}_key"
     stored = read_stored(store, f"{kind[:-1]}_embeddings", [key])
     keep = pc.is_in(stored[key], pc.drop_null(wanted).unique())
@@ -135,7 +140,10 @@ def plan_contents(kind: str, store: Manifest, wanted: pa.ChunkedArray, present: 
     while start < len(numbers):
         end = int(np.searchsorted(numbers, numbers[min(start + ROWS_PER_CONTENT_FILE, len(numbers)) - 1], side="right"))
         parts = tuple(paths[number] for number in np.unique(numbers[start:end]))
-        jobs.append(ContentJob(kind, parts, files.ipc_bytes(chosen.slice(start, end - start).select([key]))))
+        path = files.join(directory, f"{kind}-{len(jobs)}.arrows")
+        with files.atomic_write(path) as handle:
+            handle.write(files.ipc_bytes(chosen.slice(start, end - start).select([key])))
+        jobs.append(ContentJob(kind, parts, path))
         start = end
     return jobs
 
@@ -146,7 +154,8 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
     Columns: the content key, `embedding` as fixed_size_binary (float16, shape in the field's metadata).
     """
     key = f"{job.kind[:-1]}_key"
-    wanted = files.ipc_table(job.wanted)[key]
+    with files.open_read(job.wanted) as source:
+        wanted = files.ipc_table(source.read())[key]
     path = files.join(directory, f"part-{uuid.uuid4().hex}.arrow")
     rows = 0
     with files.atomic_write(path) as handle:
@@ -197,7 +206,7 @@ class CopyContents(beam.DoFn):
 
 
 def contents_jobs(
-    store: Manifest, items: pa.Table, latest: Manifest | None, root: str
+    store: Manifest, items: pa.Table, latest: Manifest | None, root: str, run_directory: str
 ) -> tuple[list[PlacedJob], list[FileRecord]]:
     """What is still to be copied into `root`/contents/KIND/FINGERPRINT/, and the files of the last run that stay in use.
 
@@ -216,7 +225,13 @@ def contents_jobs(
         kept += present
         jobs += [
             PlacedJob(directory, job)
-            for job in plan_contents(kind, store, items[f"{kind[:-1]}_key"], [record.path for record in present])
+            for job in plan_contents(
+                kind,
+                store,
+                items[f"{kind[:-1]}_key"],
+                [record.path for record in present],
+                files.join(run_directory, "wanted"),
+            )
         ]
     return jobs, kept
 

@@ -256,7 +256,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         if rejects.num_rows:
             written.append(write_table(directory, "rejects", rejects))
         counts = [*log_counts, *(Count("catalog", where, n) for where, n in catalog_counts.items())]
-        jobs, kept = contents_jobs(store, items, latest, out)
+        jobs, kept = contents_jobs(store, items, latest, out, directory)
         contents = [CopyContents.copy(job) for job in jobs]
         paths = {
             kind: tuple(r.path for r in (*contents, *kept) if r.table == f"contents_{kind}")

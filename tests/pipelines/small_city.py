@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from camenn_model.encoder_spec import normalise_title
 from pipelines.attribution import HOUR_US
-from pipelines.examples import build_item_features, build_user_examples, item_attributes
+from pipelines.examples import build_item_features, build_user_examples, finish_examples, item_attributes
 from pipelines.manifest import Manifest, add_files, publish
 from pipelines.store import IMAGES, TITLES, commit_part, generation
 from pipelines.tables import FileRecord, write_table
@@ -154,10 +154,11 @@ def build_examples(
     items = pa.table(
         {name: pa.array([row[name] for row in catalog], pa.string()) for name in ("item_id", "subcategory", "brand")}
     )
+    item_ids = items["item_id"].combine_chunks()
     result = build_user_examples(
         event_table(clicks, CLICKS),
         event_table(orders, ORDERS),
-        items["item_id"].combine_chunks(),
+        item_ids,
         item_attributes(items),
         stage="shards",
         as_of=settings.as_of,
@@ -169,7 +170,8 @@ def build_examples(
     books: dict[str, Counter[str]] = {"clicks": Counter(), "orders": Counter()}
     for count in result.counts:
         books[count.table][count.where] += count.rows
-    return by_key(build_item_features(result.examples, result.item_events)), books
+    counts = build_item_features(result.queries, result.item_events)
+    return by_key(finish_examples(result.examples, counts, item_ids)), books
 
 
 def by_key(examples: pa.Table) -> dict[Any, Row]:

@@ -207,7 +207,7 @@ STEPS = {
 }
 STEPS_INSIDE = {
     "Embed": "ReadCatalog Clean NoPreviousItems ByItem Resolve MergeRejects EncodeImages EncodeTitles WriteItems WriteRejects WriteUnread MergeFiles MergeCounts",
-    "Examples": "ReadClicks CleanClicks ReadOrders CleanOrders ByUser DescribeUsers ByItem DescribeItems Pack ByDay WriteDays MergeRejects WriteRejects MergeFiles MergeCounts",
+    "Examples": "ReadClicks CleanClicks ReadOrders CleanOrders ByUser DescribeUsers ByItem DescribeItems Join PackCounts Pack ByDay WriteDays MergeRejects WriteRejects MergeFiles MergeCounts",
     "Finish": "KeyCounts SumCounts Once WriteFinished",
 }
 
