@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A standalone Flink cluster on this machine, for trying the pipelines on a real runner: one JobManager, two TaskManagers and a pool of SDK workers, each
-# a process of its own, all on loopback.
+# a process of its own. Flink and the pool listen on loopback; the ports that Beam's Java side opens for its workers take no address (docs/flink.md).
 #
 #   scripts/flink_local.sh up       fetch what is missing (once), start, wait until it answers
 #   scripts/flink_local.sh flags    the flags that send a camenn command there: camenn embed ... $(scripts/flink_local.sh flags)
