@@ -115,6 +115,8 @@ taskmanager.host: localhost
 taskmanager.bind-host: localhost
 taskmanager.numberOfTaskSlots: $slots
 taskmanager.cpu.cores: $slots.0
+# A job of few slots has all TaskManagers work, rather than one of them all.
+cluster.evenly-spread-out-slots: true
 taskmanager.memory.framework.heap.size: 128m
 taskmanager.memory.framework.off-heap.size: 128m
 taskmanager.memory.task.heap.size: 1024m
