@@ -18,7 +18,7 @@ from pipelines.manifest import Manifest, read_latest
 from tests.camenn_model.encoder_sources import minilm
 from tests.pipelines.flink_cluster import PROJECT, FlinkCluster, free_port, kill, start_camenn, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.flink]
+SLOW = pytest.mark.slow
 
 ALIGNMENT = ["ita", "tia", "cosine", "mismatch", "mismatch_percentile"]
 TWO_PROCESSES = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
@@ -142,7 +142,8 @@ def test_two_processes_give_the_same_rows(night: Night) -> None:
     assert_scores_close(night.root / "scores-2", night.root / "scores")
 
 
-@pytest.mark.parametrize("parallelism", [1, 2, 4])
+@pytest.mark.flink
+@pytest.mark.parametrize("parallelism", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
 def test_flink_gives_the_same_rows(night: Night, cluster: FlinkCluster, parallelism: int) -> None:
     flags = cluster.flags(parallelism)
     store, shards, scores = (f"{name}-flink-{parallelism}" for name in ("store", "shards", "scores"))
@@ -170,6 +171,8 @@ def running_job(cluster: FlinkCluster, before: str, command: subprocess.Popen[st
     return wait_until(running, 180, "the job to be in the middle")
 
 
+@pytest.mark.slow
+@pytest.mark.flink
 @pytest.mark.parametrize(("stage", "victim"), [("embed", "worker"), ("shards", "taskmanager")])
 def test_killed_in_the_middle_and_run_again(night: Night, cluster: FlinkCluster, stage: str, victim: str) -> None:
     cluster.up()
@@ -192,6 +195,7 @@ def test_killed_in_the_middle_and_run_again(night: Night, cluster: FlinkCluster,
     assert_same(night.root / out, night.root / {"embed": "store", "shards": "shards"}[stage])
 
 
+@pytest.mark.flink
 def test_a_worker_with_another_package_refuses(night: Night, cluster: FlinkCluster, tmp_path: Path) -> None:
     """A pool that was started before an upgrade, say."""
     for name in ("schemas", "camenn_model", "pipelines"):
@@ -220,6 +224,7 @@ def test_a_worker_with_another_package_refuses(night: Night, cluster: FlinkClust
     assert not (night.root / "refused" / "latest.json").exists()
 
 
+@pytest.mark.flink
 def test_bad_input_ends_a_flink_job_with_the_same_message(night: Night, cluster: FlinkCluster, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(night.data, data)
