@@ -19,8 +19,8 @@ LACKING = 3
 """The script's exit code where the machine lacks Java or Maven, or the artifacts cannot be fetched."""
 
 
-def free_port(reserved: int = 1) -> int:
-    """A port of loopback that nobody listens on now, the first of `reserved` such."""
+def free_port() -> int:
+    """A port of loopback that nobody listens on now, and low enough that the JobManager's, a thousand higher, is one too."""
     for _ in range(100):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
