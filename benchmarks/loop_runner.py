@@ -150,12 +150,10 @@ class _Loop:
 
         def take(results: Iterable[Any] | None) -> None:
             for result in results or ():
-                if isinstance(result, WindowedValue):
-                    result = result.value
+                tag = None
                 if isinstance(result, beam.pvalue.TaggedOutput):
-                    found[result.tag].append(result.value)
-                else:
-                    found[None].append(result)
+                    tag, result = result.tag, result.value
+                found[tag].append(result.value if isinstance(result, WindowedValue) else result)
 
         fn.setup()
         take(fn.start_bundle())

@@ -7,7 +7,8 @@ and what Beam costs against the plain functions called in a loop.
 What is measured is the plant, without the networks of the encoders: a simulated city whose photos are a few unique bytes, and StubImageHandler and
 StubTitleHandler in the place of InceptionV4 and BERT, with small embeddings. `score` runs a `small` CameNN with untrained weights, on one thread to a
 worker. Every run is a process of its own; variants take turns, so that a busy machine slows all of them; medians are compared, and all outputs must be
-equal row by row. The overhead is seconds on FnApiRunner with one worker over seconds of the plain loop (benchmarks/loop_runner.py), minus 1.
+equal row by row. The overhead is seconds on FnApiRunner with one worker over seconds of the plain loop (benchmarks/loop_runner.py), minus 1; that of
+their processor seconds is given beside it, which a machine that lends its cores elsewhere disturbs less.
 """
 
 import argparse
@@ -56,6 +57,8 @@ class Runs:
     """What all runs of one variant of a stage gave."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of the submitting process, which is all of them where the worker is inside it"""
     peaks: list[dict[str, float] | None] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -162,6 +165,7 @@ def measure(
                 shutil.rmtree(out, ignore_errors=True)
                 runs = found[stage][variant.name]
                 runs.seconds.append(result["seconds"])
+                runs.cpu_seconds.append(result["cpu_seconds"])
                 runs.peaks.append(peaks)
                 runs.result = result
                 first = found[stage][variants[0].name].result
@@ -193,6 +197,13 @@ def summarise(found: dict[str, dict[str, Runs]]) -> dict[str, Any]:
         "shards_beam_overhead": overhead.get("shards"),
         "shards_beam_overhead_limit": LIMIT,
         "beam_overhead": overhead,
+        "beam_overhead_cpu": {
+            stage: round(
+                statistics.median(runs["fnapi-1"].cpu_seconds) / statistics.median(runs[PLAIN].cpu_seconds) - 1, 4
+            )
+            for stage, runs in found.items()
+            if "fnapi-1" in runs
+        },
         **speedup,
         "seconds": {stage: {name: round(run.median, 2) for name, run in runs.items()} for stage, runs in found.items()},
         "all_seconds": {

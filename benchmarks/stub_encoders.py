@@ -90,6 +90,8 @@ class StubImageHandler(ModelHandler[ImageChunk, EncodedImages, None]):
                 luminance=np.full(len(chunk.keys), 0.5, dtype=np.float32),
                 width=np.full(len(chunk.keys), 300, dtype=np.int32),
                 height=np.full(len(chunk.keys), 300, dtype=np.int32),
+                kernels="stub",
+                seconds=0.0,
             )
             for chunk in batch
         ]
@@ -126,6 +128,8 @@ class StubTitleHandler(ModelHandler[TitleChunk, EncodedTitles, None]):
                     [min(len(title.split()) + 2, self._spec.max_tokens) for title in chunk.titles], dtype=np.int32
                 ),
                 unknown_share=np.zeros(len(chunk.keys), dtype=np.float32),
+                kernels="stub",
+                seconds=0.0,
             )
             for chunk in batch
         ]

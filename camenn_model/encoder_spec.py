@@ -31,8 +31,12 @@ IMAGE_WIDTH = 1536
 """Features of one patch: InceptionV4's last feature map, averaged over its pixels."""
 MIN_PATCH_SIZE = 75
 """px; InceptionV4's strides leave nothing of a smaller crop."""
-IMAGE_PREPROCESSING, TITLE_PREPROCESSING = 1, 1
+IMAGE_PREPROCESSING, TITLE_PREPROCESSING = 2, 1
 """Raised when decoding, resizing and normalising, or title cleaning and tokenising, change what an encoder sees."""
+CPU_BATCH, CUDA_BATCH = 64, 1024
+"""Patches in a forward pass. On a CPU more of them leave the caches; a GPU is idle with fewer."""
+COMPILE_PAYS_AT = 200_000
+"""Patches from which on compiled kernels save more than compiling takes (docs/decisions.md)."""
 RANDOM_SCHEME = 1
 """Raised when `random:SEED` gives other weights for the same seed."""
 
@@ -123,11 +127,15 @@ class ImageSpec(EncoderSpec):
 
     grid: int
     patch_size: int
-    batch_size: int = 64
+    batch_size: int = CPU_BATCH
     """patches in every forward pass; another one gives other last bits"""
+    compile: str = "off"
+    """on, off, or auto: where the photos of a run are enough to pay for compiling"""
 
     @classmethod
-    def resolve(cls, source: str, *, grid: int, patch_size: int, device: str, precision: str) -> "ImageSpec":
+    def resolve(
+        cls, source: str, *, grid: int, patch_size: int, device: str, precision: str, compile: str = "off"
+    ) -> "ImageSpec":
         """Find and hash the weights, settle device and precision.
 
         Raises:
@@ -156,6 +164,8 @@ class ImageSpec(EncoderSpec):
             precision=precision,
             grid=grid,
             patch_size=patch_size,
+            batch_size=CPU_BATCH if device == "cpu" else CUDA_BATCH,
+            compile=compile,
         )
 
     @property
@@ -170,16 +180,25 @@ class ImageSpec(EncoderSpec):
 
     @property
     def parts(self) -> dict[str, str | int]:
-        """Model, weights, precision, patches, preprocessing and the fixed batch of the kernels."""
+        """Model, weights, precision, patches and preprocessing. Kernels change last bits only, and are recorded with each file instead."""
         return {
             "model": "inception_v4",
             "weights": self.weights_hash,
-            "precision": self.precision,
+            "precision": "bf16, stem fp32" if self.precision == "bf16" else self.precision,
             "grid": self.grid,
             "patch_size": self.patch_size,
             "preprocessing": IMAGE_PREPROCESSING,
-            "kernels": f"eager-folded-batch{self.batch_size}",
         }
+
+    def kernels(self, compiled: bool) -> str:
+        """What computes the features, for a file's metadata: other last bits for another one."""
+        return (
+            f"{'compiled' if compiled else 'eager'}-{self.device.split(':')[0]}-{self.precision}-batch{self.batch_size}"
+        )
+
+    def pays_to_compile(self, photos: int) -> bool:
+        """Whether compiling takes less time than it saves on so many photos."""
+        return self.device == "cpu" and photos * self.shape[0] >= COMPILE_PAYS_AT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +257,7 @@ class TextSpec(EncoderSpec):
 
     @property
     def parts(self) -> dict[str, str | int]:
-        """Model, weights, vocabulary, precision, length, preprocessing and the fixed shapes of the kernels."""
+        """Model, weights, vocabulary, precision, length and preprocessing."""
         return {
             "model": "bert",
             "weights": self.weights_hash,
@@ -246,5 +265,9 @@ class TextSpec(EncoderSpec):
             "precision": self.precision,
             "max_tokens": self.max_tokens,
             "preprocessing": TITLE_PREPROCESSING,
-            "kernels": f"eager-tokens{self.tokens_per_batch}",
         }
+
+    @property
+    def kernels(self) -> str:
+        """What computes the states, for a file's metadata: other last bits for another one."""
+        return f"eager-{self.device.split(':')[0]}-{self.precision}-tokens{self.tokens_per_batch}"

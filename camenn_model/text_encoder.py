@@ -4,6 +4,7 @@ Shapes: N titles, T = `max_tokens`, d the model's width.
 """
 
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ class TextEncoder:
             WeightsError: they cannot be had here, or are not those of the submission, or not all of a BertModel's.
             DeviceError: this machine cannot honour the spec's device or precision.
         """
+        started = time.monotonic()
         check_device(spec.device, spec.precision)
         self.spec = spec
         # Workers on other machines have no directory at the submitter's path, but may have the same model from the hub.
@@ -63,6 +65,8 @@ class TextEncoder:
             self.model = _load_model(path, spec)
         # Each call sets the tokenizer's truncation: two at once are an error ("Already borrowed").
         self.tokenizing = threading.Lock()
+        self.start_seconds = time.monotonic() - started
+        """Loading"""
 
     @property
     def fingerprint(self) -> str:

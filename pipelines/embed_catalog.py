@@ -4,31 +4,47 @@ catalog ──► Clean ──► Resolve (which photo, which title) ──► i
                           │ wanted keys        ▲ previous items: unchanged photos are not read
                           ▼
               minus committed keys ──► chunks of ≤ 256 ──► RunInference ──► one part + commit marker each
+
+Small parts of the runs before are merged beside it. `--plan` ends before RunInference: it counts.
 """
 
 import argparse
-import hashlib
+import errno
 import os
 import re
+import stat
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.ml.inference.base import RunInference
+from apache_beam.transforms.window import GlobalWindows
 
 from camenn_model.encoder_spec import ImageSpec, TextSpec, normalise_title
+from camenn_model.hashing import stable_hash
 from pipelines import files
 from pipelines.catalog import add_origin, drop_duplicates
 from pipelines.console import ProgressFile, closing_table, watch
-from pipelines.inference import ImageChunk, MakeHandler, TitleChunk, chunk_handler, content_key
+from pipelines.inference import (
+    EncodedImages,
+    EncodedTitles,
+    ImageChunk,
+    MakeHandler,
+    TitleChunk,
+    chunk_handler,
+    content_key,
+    measure_pace,
+)
 from pipelines.manifest import (
     Count,
     FinishRun,
@@ -48,6 +64,7 @@ from pipelines.options import (
     add_encoder_flags,
     is_dataflow,
     is_local_run,
+    local_workers,
     new_parser,
     open_pipeline,
     parse_with_beam,
@@ -55,7 +72,20 @@ from pipelines.options import (
     worker_threads,
 )
 from pipelines.patches import LIMITS, UriDefect, resolve_uri
-from pipelines.store import IMAGES, TITLES, Part, chunk_name, commit_part, find_part, generation, list_parts
+from pipelines.store import (
+    IMAGES,
+    TITLES,
+    Part,
+    chunk_name,
+    commit_part,
+    drop_replaced,
+    find_part,
+    fixed_binary,
+    generation,
+    list_parts,
+    merge_parts,
+    plan_merges,
+)
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Slice, Source, WriteTable, drop_nulls
 from schemas.catalog import CATALOG
 from schemas.contract import Contract, InputError
@@ -63,6 +93,7 @@ from schemas.embeddings import EMBEDDED_ITEMS, image_embeddings, title_embedding
 from schemas.rejects import DEFECTS, REJECTS
 
 STAGE = "embed"
+KEY_COLUMNS = {IMAGES: "image_key", TITLES: "title_key"}
 CHUNK = 256
 ROWS_PER_BUCKET = 16_384
 READ_THREADS = 8
@@ -115,6 +146,9 @@ class _Photo:
 def _stat(path: str) -> tuple[int, float]:
     if files.is_local(path):
         status = os.stat(path)
+        if stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode):
+            # Reading one would wait for a writer, for ever.
+            raise OSError(errno.EINVAL, "it is no file")
         return status.st_size, status.st_mtime
     found = FileSystems.match([path])[0].metadata_list
     if not found:
@@ -249,6 +283,22 @@ def pending(kinds: dict[str, pa.Table], column: str) -> pa.Table:
     return wanted.filter(pa.array(keep))
 
 
+class CountPending(beam.DoFn):
+    """A bucket's wanted and stored contents → how many are stored, and how many are not: what `--plan` asks."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[Count]:
+        _, kinds = element
+        column = KEY_COLUMNS[self.kind]
+        wanted = pc.count_distinct(kinds["wanted"][column]).as_py() if "wanted" in kinds else 0
+        due = pending(kinds, column).num_rows
+        yield Count(self.kind, "in", wanted)
+        yield Count(self.kind, "stored", wanted - due)
+        yield Count(self.kind, "due", due)
+
+
 class CutChunks(beam.DoFn):
     """A bucket's wanted and stored contents → chunks of at most 256 pending ones: the unit of work and of loss."""
 
@@ -262,7 +312,7 @@ class CutChunks(beam.DoFn):
 
     def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[ImageChunk | TitleChunk]:
         _, kinds = element
-        table = pending(kinds, "image_key" if self.kind == IMAGES else "title_key")
+        table = pending(kinds, KEY_COLUMNS[self.kind])
         self.progress.add(0, expected=table.num_rows)
         self.progress.flush()
         for start in range(0, table.num_rows, CHUNK):
@@ -274,7 +324,7 @@ class CutChunks(beam.DoFn):
                 yield TitleChunk(chunk_name(self.run, piece["title_key"]), piece["title_key"], piece["title"])
 
 
-def _report(contract: Contract, part: Part) -> Iterator[Any]:
+def _report(contract: Contract, part: Part) -> Iterator[beam.pvalue.TaggedOutput]:
     """What a committed part is to the run: a file of the store, and photos that were gone."""
     if part.unread:
         # Not a failure in the store: it says something about this moment, not about the content.
@@ -300,7 +350,7 @@ class SkipCommitted(beam.DoFn):
 
 
 class CommitChunk(beam.DoFn):
-    """An encoded chunk → one part and its commit marker."""
+    """An encoded chunk → one part and its commit marker, written while the encoder goes on with the next chunk."""
 
     def __init__(
         self, kind: str, directory: str, contract: Contract, shape: tuple[int, int], progress: str | None
@@ -311,12 +361,30 @@ class CommitChunk(beam.DoFn):
 
     def setup(self) -> None:
         self.progress = ProgressFile(self.progress_directory)
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+
+    def start_bundle(self) -> None:
+        self.writing: deque[Future[Part]] = deque()
 
     def process(self, encoded: Any) -> Iterator[Any]:
-        if self.kind == IMAGES:
+        self.writing.append(self.writer.submit(self._commit, encoded))
+        # One chunk is in memory while it is written, and no more than one.
+        while len(self.writing) > 1:
+            yield from self._done(self.writing.popleft().result())
+
+    def finish_bundle(self) -> Iterator[Any]:
+        while self.writing:
+            for output in self._done(self.writing.popleft().result()):
+                yield beam.pvalue.TaggedOutput(output.tag, GlobalWindows.windowed_value(output.value))
+
+    def teardown(self) -> None:
+        self.writer.shutdown()
+
+    def _commit(self, encoded: EncodedImages | EncodedTitles) -> Part:
+        if isinstance(encoded, EncodedImages):
             columns = {
                 "image_key": encoded.keys,
-                "embedding": [row.tobytes() for row in encoded.embeddings],
+                "embedding": fixed_binary(encoded.embeddings),
                 "blur": encoded.blur,
                 "luminance": encoded.luminance,
                 "width": encoded.width,
@@ -325,17 +393,76 @@ class CommitChunk(beam.DoFn):
         else:
             columns = {
                 "title_key": encoded.keys,
-                "embedding": [row.tobytes() for row in encoded.states],
+                "embedding": fixed_binary(encoded.states),
                 "tokens": encoded.lengths,
                 "unknown_share": encoded.unknown_share,
             }
-        failures, unread = (encoded.defects, encoded.unread) if self.kind == IMAGES else ([], [])
-        table = pa.table(columns, schema=self.contract.schema)
-        part = commit_part(self.directory, self.contract, self.shape, encoded.chunk_id, table, failures, unread)
-        self.contents.inc(table.num_rows)
-        self.progress.add(table.num_rows + len(failures))
+        return commit_part(
+            self.directory,
+            self.contract,
+            self.shape,
+            encoded.chunk_id,
+            pa.table(columns, schema=self.contract.schema),
+            kernels=encoded.kernels,
+            seconds=encoded.seconds,
+            failures=encoded.defects,
+            unread=encoded.unread,
+        )
+
+    def _done(self, part: Part) -> Iterator[beam.pvalue.TaggedOutput]:
+        self.contents.inc(part.rows)
+        self.progress.add(part.rows + len(part.failures))
         self.progress.flush()
         yield from _report(self.contract, part)
+
+
+class ChooseKernels(beam.DoFn):
+    """Photo chunks → the same, marked for compiled kernels where the photos of the whole run pay for compiling."""
+
+    def __init__(self, spec: ImageSpec) -> None:
+        self.spec = spec
+
+    def process(self, chunk: Any, due: list[int]) -> Iterator[Any]:
+        yield replace(chunk, compiled=self.spec.pays_to_compile(sum(due)))
+
+
+class MergeParts(beam.DoFn):
+    """Small parts of earlier runs → one part with their contents."""
+
+    def __init__(self, directory: str, contract: Contract) -> None:
+        self.directory, self.contract = directory, contract
+
+    def process(self, group: list[Part]) -> Iterator[FileRecord]:
+        part = merge_parts(self.directory, group)
+        yield FileRecord(self.contract.name, part.path, part.rows, part.bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedJob:
+    """One job of the stage. `plan`: it ends where encoding would begin."""
+
+    options: EmbedOptions
+    source: Source
+    previous: Source | None
+    run_directory: str
+    progress: str | None
+    threads: int | None
+    make_handler: MakeHandler = chunk_handler
+    plan: bool = False
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self.run_directory.rsplit("/", 1)[-1]
+
+    @property
+    def buckets(self) -> int:
+        """Buckets that contents and listings are shuffled into."""
+        return max(1, -(-self.source.rows // ROWS_PER_BUCKET))
+
+    def spec(self, kind: str) -> ImageSpec | TextSpec:
+        """The encoder of one kind."""
+        return self.options.image if kind == IMAGES else self.options.text
 
 
 @dataclass
@@ -343,20 +470,17 @@ class EncodeChunks(beam.PTransform):
     """Chunks → parts of the store, all of it in one composite: a resource hint makes another environment, and steps of two are never fused."""
 
     kind: str
-    spec: ImageSpec | TextSpec
-    directory: str
-    contract: Contract
-    progress: str | None
-    threads: int | None
-    make_handler: MakeHandler
+    job: EmbedJob
 
     def expand(self, chunks: beam.PCollection) -> Any:
-        skip = SkipCommitted(self.directory, self.contract)
-        commit = CommitChunk(self.kind, self.directory, self.contract, self.spec.shape, self.progress)
+        job, spec = self.job, self.job.spec(self.kind)
+        directory, contract = store_place(job.options, self.kind)
+        skip = SkipCommitted(directory, contract)
+        commit = CommitChunk(self.kind, directory, contract, spec.shape, job.progress)
         due = chunks | "SkipCommitted" >> beam.ParDo(skip).with_outputs("files", "unread", main="chunks")
         encoded = (
             due.chunks
-            | "Encode" >> RunInference(self.make_handler(self.spec, self.threads))
+            | "Encode" >> RunInference(job.make_handler(spec, job.threads))
             | "Commit" >> beam.ParDo(commit).with_outputs("files", "unread")
         )
         return {
@@ -369,42 +493,44 @@ class EncodeChunks(beam.PTransform):
 
 @dataclass
 class EncodeContents(beam.PTransform):
-    """Wanted contents of one kind, minus the stored ones, through the encoder into the store."""
+    """Wanted contents of one kind, minus the stored ones, through the encoder into the store; a plan counts them."""
 
     kind: str
-    spec: ImageSpec | TextSpec
-    directory: str
-    contract: Contract
-    run: str
-    buckets: int
-    progress: str | None
-    threads: int | None
-    make_handler: MakeHandler
-    accelerator: str | None
+    job: EmbedJob
 
     def expand(self, wanted: beam.PCollection) -> Any:
-        column = "image_key" if self.kind == IMAGES else "title_key"
+        job, column = self.job, KEY_COLUMNS[self.kind]
+        directory, contract = store_place(job.options, self.kind)
+        parts = list_parts(directory)
         stored = (
             wanted.pipeline
-            | "ListParts" >> beam.Create(list_parts(self.directory))
+            | "ListParts" >> beam.Create(parts)
             | "SpreadParts" >> beam.Reshuffle()
             | "ReadKeys" >> beam.ParDo(ReadKeys(column))
         )
-        chunks = (
-            {"wanted": wanted, "stored": stored}
-            | "ByKey" >> ShuffleByBucket({"wanted": column, "stored": column}, self.buckets)
-            | "CutChunks" >> beam.ParDo(CutChunks(self.kind, self.run, self.progress))
-            | "SpreadChunks" >> beam.Reshuffle()
+        by_key = {"wanted": wanted, "stored": stored} | "ByKey" >> ShuffleByBucket(
+            {"wanted": column, "stored": column}, job.buckets
         )
-        encode = EncodeChunks(
-            self.kind, self.spec, self.directory, self.contract, self.progress, self.threads, self.make_handler
+        if job.plan:
+            return {"counts": by_key | "CountPending" >> beam.ParDo(CountPending(self.kind))}
+        cut = by_key | "CutChunks" >> beam.ParDo(CutChunks(self.kind, job.run, job.progress))
+        chunks = cut | "SpreadChunks" >> beam.Reshuffle()
+        if self.kind == IMAGES and job.options.image.compile == "auto":
+            due = cut | "CountPhotos" >> beam.Map(lambda chunk: len(chunk.keys))
+            chunks = chunks | "ChooseKernels" >> beam.ParDo(ChooseKernels(job.options.image), beam.pvalue.AsList(due))
+        encode = EncodeChunks(self.kind, job)
+        if job.options.accelerator:
+            encode.with_resource_hints(accelerator=job.options.accelerator)
+        encoded = chunks | "EncodeChunks" >> encode
+        merged = (
+            wanted.pipeline
+            | "PlanMerges" >> beam.Create(plan_merges(parts))
+            | "SpreadMerges" >> beam.Reshuffle()
+            | "MergeParts" >> beam.ParDo(MergeParts(directory, contract))
         )
-        if self.accelerator:
-            encode.with_resource_hints(accelerator=self.accelerator)
-        parts = chunks | "EncodeChunks" >> encode
         return {
-            "files": [parts["skipped_files"], parts["files"]] | "MergeFiles" >> beam.Flatten(),
-            "unread": [parts["skipped_unread"], parts["unread"]] | "MergeUnread" >> beam.Flatten(),
+            "files": [encoded["skipped_files"], encoded["files"], merged] | "MergeFiles" >> beam.Flatten(),
+            "unread": [encoded["skipped_unread"], encoded["unread"]] | "MergeUnread" >> beam.Flatten(),
         }
 
 
@@ -412,55 +538,49 @@ class EncodeContents(beam.PTransform):
 class EmbedCatalog(beam.PTransform):
     """The whole stage: catalog in, store parts and the run's tables out; yields what `FinishRun` wants."""
 
-    options: EmbedOptions
-    source: Source
-    previous: Source | None
-    run_directory: str
-    progress: str | None
-    threads: int | None
-    make_handler: MakeHandler = chunk_handler
+    job: EmbedJob
 
     def expand(self, pipeline: beam.Pipeline) -> Any:
-        o = self.options
-        buckets = max(1, -(-self.source.rows // ROWS_PER_BUCKET))
-        run = self.run_directory.rsplit("/", 1)[-1]
+        job, options = self.job, self.job.options
         clean = (
             pipeline
-            | "ReadCatalog" >> ReadTable(self.source)
+            | "ReadCatalog" >> ReadTable(job.source)
             | "Clean" >> beam.ParDo(CleanRows()).with_outputs("rejects", "counts", main="rows")
         )
-        if self.previous is None:
+        if job.previous is None:
             previous = pipeline | "NoPreviousItems" >> beam.Create([])
         else:
-            previous = pipeline | "ReadPrevious" >> ReadTable(self.previous) | "DropSlice" >> beam.Values()
+            previous = pipeline | "ReadPrevious" >> ReadTable(job.previous) | "DropSlice" >> beam.Values()
         resolved = (
             {"catalog": clean.rows, "previous": previous}
-            | "ByItem" >> ShuffleByBucket({"catalog": "item_id", "previous": "item_id"}, buckets)
+            | "ByItem" >> ShuffleByBucket({"catalog": "item_id", "previous": "item_id"}, job.buckets)
             | "Resolve"
-            >> beam.ParDo(ResolveItems(o.image_root, o.allow_absolute)).with_outputs(
+            >> beam.ParDo(ResolveItems(options.image_root, options.allow_absolute)).with_outputs(
                 "images", "titles", "rejects", "counts", main="items"
             )
         )
-        rejects = [clean.rejects, resolved.rejects] | "MergeRejects" >> beam.Flatten()
-        images = resolved.images | "EncodeImages" >> EncodeContents(
-            IMAGES, o.image, *store_place(o, IMAGES), run, buckets, self.progress, self.threads, self.make_handler,
-            o.accelerator,
-        )  # fmt: skip
-        titles = resolved.titles | "EncodeTitles" >> EncodeContents(
-            TITLES, o.text, *store_place(o, TITLES), run, buckets, self.progress, self.threads, self.make_handler,
-            o.accelerator,
-        )  # fmt: skip
-        written = [
-            resolved.items | "WriteItems" >> WriteTable(EMBEDDED_ITEMS, files.join(self.run_directory, "items")),
-            rejects | "WriteRejects" >> WriteTable(REJECTS, files.join(self.run_directory, "rejects")),
-            images["unread"] | "WriteUnread" >> WriteTable(DEFECTS, files.join(self.run_directory, "unread")),
-            images["files"],
-            titles["files"],
-        ]
-        return {
-            "files": written | "MergeFiles" >> beam.Flatten(),
-            "counts": [clean.counts, resolved.counts] | "MergeCounts" >> beam.Flatten(),
-        }
+        images = resolved.images | "EncodeImages" >> EncodeContents(IMAGES, job)
+        titles = resolved.titles | "EncodeTitles" >> EncodeContents(TITLES, job)
+        counts = [clean.counts, resolved.counts]
+        if job.plan:
+            counts += [images["counts"], titles["counts"]]
+            written = pipeline | "NoFiles" >> beam.Create([])
+        else:
+            rejects = [clean.rejects, resolved.rejects] | "MergeRejects" >> beam.Flatten()
+            tables = [
+                (resolved.items, "Items", EMBEDDED_ITEMS),
+                (rejects, "Rejects", REJECTS),
+                (images["unread"], "Unread", DEFECTS),
+            ]
+            written = [
+                *(
+                    rows | f"Write{name}" >> WriteTable(contract, files.join(job.run_directory, name.lower()))
+                    for rows, name, contract in tables
+                ),
+                images["files"],
+                titles["files"],
+            ] | "MergeFiles" >> beam.Flatten()
+        return {"files": written, "counts": counts | "MergeCounts" >> beam.Flatten()}
 
 
 def store_place(options: EmbedOptions, kind: str) -> tuple[str, Contract]:
@@ -468,6 +588,15 @@ def store_place(options: EmbedOptions, kind: str) -> tuple[str, Contract]:
     spec = options.image if kind == IMAGES else options.text
     contract = image_embeddings(*spec.shape) if kind == IMAGES else title_embeddings(*spec.shape)
     return generation(options.store, kind, spec.fingerprint), contract
+
+
+def _read_items(item_files: list[str], columns: list[str]) -> Iterator[pa.Table]:
+    """The run's items, a row group at a time: all of them at once would grow with the catalog."""
+    for path in item_files:
+        with files.open_read(path) as handle:
+            source = pq.ParquetFile(handle)
+            for group in range(source.num_row_groups):
+                yield source.read_row_group(group, columns=columns)
 
 
 def write_defects(
@@ -479,42 +608,43 @@ def write_defects(
         with files.open_read(path) as handle:
             for row in pq.read_table(handle).to_pylist():
                 failures[row["key"]] = (row["reason"], row["detail"])
+    failed = pa.array(list(failures), pa.string())
     keys: list[str] = []
     reasons: list[str] = []
     details: list[str] = []
-    for path in item_files:
-        with files.open_read(path) as handle:
-            table = pq.read_table(
-                handle, columns=["item_id", "image_uri", "image_key", "image_defect", "image_defect_detail"]
-            )
-        for item, uri, key, defect, detail in zip(*(column.to_pylist() for column in table.columns), strict=True):
+    for table in _read_items(item_files, ["item_id", "image_uri", "image_key", "image_defect", "image_defect_detail"]):
+        bad = pc.or_(pc.is_valid(table["image_defect"]), pc.is_in(table["image_key"], failed))
+        rows = (column.to_pylist() for column in table.filter(bad).columns)
+        for item, uri, key, defect, detail in zip(*rows, strict=True):
             if key in failures:
                 defect, detail = failures[key]
                 detail = f"column 'image_uri': '{uri}': {detail}" if uri else f"column 'image_bytes': {detail}"
-            if defect is not None:
-                keys.append(f"catalog:{item}")
-                reasons.append(defect)
-                details.append(f"item_id '{item}': {detail}")
+            keys.append(f"catalog:{item}")
+            reasons.append(defect)
+            details.append(f"item_id '{item}': {detail}")
     if not keys:
         return []
-    table = pa.table(
+    defects = pa.table(
         {"stage": [STAGE] * len(keys), "key": keys, "reason": reasons, "detail": details}, schema=DEFECTS.schema
     ).sort_by("key")
     path = files.join(run_directory, "defects", "part-0.parquet")
-    return [FileRecord("defects", path, table.num_rows, files.write_parquet(path, table))]
+    return [FileRecord("defects", path, defects.num_rows, files.write_parquet(path, defects))]
 
 
 def content_request(options: EmbedOptions, item_files: list[str], parts: list[Part]) -> str:
-    """What a reader of the store gets, as 16 hex digits: each listing's contents, the encoders, and which photos could not be decoded."""
-    columns = ["item_id", "title_key", "image_key"]
-    tables = []
-    for path in item_files:
-        with files.open_read(path) as handle:
-            tables.append(pq.read_table(handle, columns=columns))
-    items = pa.concat_tables(tables).sort_by("item_id").combine_chunks() if tables else pa.table({})
+    """What a reader of the store gets, as 16 hex digits: each listing's contents, the encoders, and which photos could not be decoded.
+
+    Listings come in any order, so their hashes are added up.
+    """
+    sums = [0, 0]
+    for table in _read_items(item_files, ["item_id", "title_key", "image_key"]):
+        columns = [pc.fill_null(column, "") for column in table.columns]
+        for place, salt in enumerate("ab"):
+            rows = pc.binary_join_element_wise(pa.scalar(salt), *columns, "\t")
+            sums[place] = (sums[place] + int(stable_hash(rows).sum())) % 2**64
     failed = sorted(key for part in parts for key, _, _ in part.failures)
     fingerprints = {"image": options.image.fingerprint, "text": options.text.fingerprint}
-    digest = hashlib.sha256(files.ipc_bytes(items.replace_schema_metadata(None))).hexdigest()
+    digest = "".join(f"{value:016x}" for value in sums)
     return request_fingerprint({"items": digest, **fingerprints}, {"failed": failed})
 
 
@@ -526,37 +656,44 @@ def describe_options(options: EmbedOptions) -> dict[str, Any]:
     return record
 
 
+def _items_of(latest: Manifest | None) -> Source | None:
+    """Items of the published run, if there are any."""
+    paths = latest.paths("items") if latest else []
+    if not latest or not paths:
+        return None
+    return Source(contract=EMBEDDED_ITEMS, files=tuple(paths), rows=latest.rows("items"), fingerprint="")
+
+
+def _run_job(job: EmbedJob, beam_flags: list[str]) -> tuple[list[FileRecord], dict[str, dict[str, int]]]:
+    """Run the pipeline to its end; returns the files and counts that it emitted."""
+    with open_pipeline(beam_flags) as pipeline:
+        pipeline | "Embed" >> EmbedCatalog(job) | "Finish" >> FinishRun(job.run_directory)
+    records, counts = read_finished(job.run_directory)
+    check_accounting(counts)
+    return records, counts
+
+
 def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler = chunk_handler) -> dict[str, Any]:
     """Run the stage and publish; returns the closing table."""
     started = time.monotonic()
     source = Source.find(options.data, CATALOG)
     with files.single_writer(options.store):
         latest = read_latest(options.store)
-        previous_files = latest.paths("items") if latest else []
-        previous = None
-        if latest and previous_files:
-            previous = Source(
-                contract=EMBEDDED_ITEMS, files=tuple(previous_files), rows=latest.rows("items"), fingerprint=""
-            )
         before = {kind: {part.path for part in list_parts(store_place(options, kind)[0])} for kind in (IMAGES, TITLES)}
         run_name, run_directory = new_run(options.store)
-        local = is_local_run(beam_flags)
-        with (
-            watch("embed", None, "contents", local) as progress,
-            open_pipeline(beam_flags) as pipeline,
-        ):
-            (
-                pipeline
-                | "Embed"
-                >> EmbedCatalog(
-                    options, source, previous, run_directory, progress, worker_threads(beam_flags), make_handler
-                )
-                | "Finish" >> FinishRun(run_directory)
+        with watch("embed", None, "contents", is_local_run(beam_flags)) as progress:
+            job = EmbedJob(
+                options=options,
+                source=source,
+                previous=_items_of(latest),
+                run_directory=run_directory,
+                progress=progress,
+                threads=worker_threads(beam_flags),
+                make_handler=make_handler,
             )
-        records, counts = read_finished(run_directory)
-        parts = {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
-        check_accounting(counts)
+            records, counts = _run_job(job, beam_flags)
         check_reject_rate(counts, options.max_reject_rate, read_rejects(records))
+        parts = {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
         run_records = [record for record in records if record.table in ("items", "rejects")]
         item_files, unread_files = (
             [record.path for record in records if record.table == table] for table in ("items", "defects")
@@ -587,7 +724,8 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
         ]
         add_files(manifest, contracts, [*run_records, *defects, *stored])
         new = {
-            kind: sum(part.rows for part in parts[kind] if part.path not in before[kind]) for kind in (IMAGES, TITLES)
+            kind: [part for part in found if part.path not in before[kind] and not part.replaces]
+            for kind, found in parts.items()
         }
         seconds = time.monotonic() - started
         manifest.seconds = seconds
@@ -598,19 +736,79 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             "rejected": catalog.get("rejected", 0),
             "duplicates": catalog.get("duplicates", 0),
             "defects": sum(record.rows for record in defects),
-            "encoded_images": new[IMAGES],
-            "encoded_titles": new[TITLES],
+            "encoded_images": sum(part.rows for part in new[IMAGES]),
+            "encoded_titles": sum(part.rows for part in new[TITLES]),
             "images_in_store": sum(part.rows for part in parts[IMAGES]),
             "titles_in_store": sum(part.rows for part in parts[TITLES]),
             "image_weights": options.image.describe(),
             "text_encoder": options.text.describe(),
+            "kernels": ", ".join(sorted({part.kernels for found in new.values() for part in found})) or None,
             "seconds": round(seconds, 1),
             "rows_per_second": round(catalog["in"] / seconds, 1),
             "run": run_name,
             "out": options.store,
         }
         publish(options.store, manifest)
+        # Whoever reads last night's run still has a night to finish.
+        listed = (
+            {path for name in ("image_embeddings", "title_embeddings") for path in latest.paths(name)}
+            if latest
+            else set()
+        )
+        for kind in (IMAGES, TITLES):
+            drop_replaced(store_place(options, kind)[0], listed)
     return manifest.summary
+
+
+def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
+    """What `run` would have to do; returns the closing table. Photos that are new or changed are read, nothing is encoded or published."""
+    started = time.monotonic()
+    threads = worker_threads(beam_flags)
+    _, run_directory = new_run(options.store)
+    try:
+        job = EmbedJob(
+            options=options,
+            source=Source.find(options.data, CATALOG),
+            previous=_items_of(read_latest(options.store)),
+            run_directory=run_directory,
+            progress=None,
+            threads=threads,
+            plan=True,
+        )
+        _, counts = _run_job(job, beam_flags)
+    finally:
+        FileSystems.delete([run_directory])
+    due = {kind: counts.get(kind, {}).get("due", 0) for kind in (IMAGES, TITLES)}
+    summary: dict[str, Any] = {"rows_in": counts["catalog"]["in"], "rejected": counts["catalog"].get("rejected", 0)}
+    encode_seconds: float | None = 0.0
+    sources = []
+    for kind, rows in due.items():
+        summary[f"distinct_{kind}"] = counts.get(kind, {}).get("in", 0)
+        summary[f"{kind}_to_encode"] = rows
+        if not rows:
+            continue
+        pace, source = _stored_pace(options, kind), f"{kind}: earlier runs"
+        if pace is None and is_local_run(beam_flags):
+            pace, source = measure_pace(job.spec(kind), threads), f"{kind}: a batch encoded just now"
+        if pace is None:
+            # On other machines, and no run tells how fast they are.
+            encode_seconds, source = None, f"{kind}: nothing yet"
+        elif encode_seconds is not None:
+            encode_seconds += rows * pace / local_workers(beam_flags)
+        sources.append(source)
+    return summary | {
+        "encode_seconds": None if encode_seconds is None else round(encode_seconds, 1),
+        "estimated_from": "; ".join(sources) or None,
+        "seconds": round(time.monotonic() - started, 1),
+        "out": options.store,
+    }
+
+
+def _stored_pace(options: EmbedOptions, kind: str) -> float | None:
+    """Seconds that one worker took for one content of this generation; None = none was encoded."""
+    parts = [part for part in list_parts(store_place(options, kind)[0]) if part.seconds]
+    contents = sum(part.rows + len(part.failures) for part in parts)
+    return sum(part.seconds for part in parts) / contents if contents else None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -631,6 +829,15 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         choices=("auto", "fp32", "bf16"),
         help="of both encoders; auto = bf16 where the device has it (default %(default)s)",
+    )
+    parser.add_argument(
+        "--compile",
+        default="auto",
+        choices=("auto", "on", "off"),
+        help="compile InceptionV4 for this processor: other kernels, so other last bits; auto = where a run has photos enough to pay for compiling (default %(default)s)",
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print what a run would encode and how long that takes, and encode nothing"
     )
     parser.add_argument(
         "--accelerator",
@@ -677,6 +884,7 @@ def main(argv: list[str] | None = None) -> int:
         patch_size=arguments.patch_size,
         device=arguments.device,
         precision=arguments.precision,
+        compile=arguments.compile,
     )
     text = TextSpec.resolve(
         arguments.text_encoder,
@@ -694,7 +902,7 @@ def main(argv: list[str] | None = None) -> int:
         max_reject_rate=arguments.max_reject_rate,
         accelerator=arguments.accelerator,
     )
-    closing_table(STAGE, run(options, beam_flags), as_json=arguments.json)
+    closing_table(STAGE, (plan if arguments.plan else run)(options, beam_flags), as_json=arguments.json)
     return 0
 
 

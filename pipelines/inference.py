@@ -7,7 +7,9 @@ torch, timm and transformers are imported where a worker loads a model.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,12 +44,13 @@ def content_key(data: bytes) -> str:
 @dataclass(frozen=True)
 class ImageChunk:
     """Distinct photos to encode. `keys`: their `content_key`s; `uris`: paths to open; `bytes`: the photo itself, where
-    the catalog has it inline."""
+    the catalog has it inline; `compiled`: by the compiled kernels."""
 
     chunk_id: str
     keys: list[str]
     uris: list[str | None]
     bytes: list[bytes | None]
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class EncodedImages:
     """int32 [n], px"""
     height: np.ndarray
     """int32 [n], px"""
+    kernels: str
+    """What computed them: `ImageSpec.kernels`"""
+    seconds: float
+    """Reading, decoding and encoding"""
     defects: list[tuple[str, str, str]] = field(default_factory=list)
     """(key, reason, detail) of contents that no run will ever decode"""
     unread: list[tuple[str, str, str]] = field(default_factory=list)
@@ -94,6 +101,14 @@ class EncodedTitles:
     """int32 [n]"""
     unknown_share: np.ndarray
     """float32 [n], 0 to 1"""
+    kernels: str
+    """What computed them: `TextSpec.kernels`"""
+    seconds: float
+    """Tokenising and encoding"""
+    defects: list[tuple[str, str, str]] = field(default_factory=list)
+    """None: every title has tokens"""
+    unread: list[tuple[str, str, str]] = field(default_factory=list)
+    """None: titles travel in the chunk"""
 
 
 class _Photo(NamedTuple):
@@ -116,7 +131,8 @@ class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "ImageEncoder"])
 
     def __init__(self, spec: ImageSpec, *, torch_threads: int | None = None) -> None:
         """`torch_threads`: per worker process; None leaves torch's default, one for each core."""
-        super().__init__(min_batch_size=1, max_batch_size=1)
+        # A GPU would be idle while the first photos of each chunk are decoded.
+        super().__init__(min_batch_size=1, max_batch_size=1 if spec.device == "cpu" else 4)
         self._spec = spec
         self._torch_threads = torch_threads
 
@@ -131,7 +147,7 @@ class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "ImageEncoder"])
         self, batch: Sequence[ImageChunk], model: ImageEncoder, inference_args: dict[str, Any] | None = None
     ) -> Iterable[EncodedImages]:
         """Encode each chunk; photos are read and decoded on threads while the encoder computes."""
-        return [encode_images(chunk, model) for chunk in batch]
+        return encode_images(batch, model)
 
     def get_num_bytes(self, batch: Sequence[ImageChunk]) -> int:
         """Bytes of keys, paths and inline photos (the default would pickle them)."""
@@ -168,7 +184,7 @@ class TitleChunkHandler(ModelHandler[TitleChunk, EncodedTitles, "TextEncoder"]):
         self, batch: Sequence[TitleChunk], model: TextEncoder, inference_args: dict[str, Any] | None = None
     ) -> Iterable[EncodedTitles]:
         """Encode each chunk."""
-        return [EncodedTitles(chunk.chunk_id, chunk.keys, *model.encode(chunk.titles)) for chunk in batch]
+        return [encode_titles(chunk, model) for chunk in batch]
 
     def get_num_bytes(self, batch: Sequence[TitleChunk]) -> int:
         """Characters of keys and titles (the default would pickle them)."""
@@ -201,34 +217,43 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def encode_images(chunk: ImageChunk, model: ImageEncoder) -> EncodedImages:
-    """Read, decode, cut and encode a chunk's photos.
+def encode_images(chunks: Sequence[ImageChunk], model: ImageEncoder) -> Iterator[EncodedImages]:
+    """Read, decode, cut and encode the photos of some chunks, each while the encoder computes those before it.
 
     Raises:
-        OSError: a file system that fails in other ways than by not having the photo; the chunk is to be tried again.
+        OSError: a file system that fails in other ways than by not having the photo; the chunks are to be tried again.
     """
     spec = model.spec
-    patches = spec.shape[0]
-    # As many photos as fill whole batches: padding is left to the chunk's tail.
-    step = spec.batch_size // math.gcd(spec.batch_size, patches)
+    # As many photos as fill whole batches: padding is left to a chunk's tail.
+    step = spec.batch_size // math.gcd(spec.batch_size, spec.shape[0])
+    threads = _READ_THREADS if spec.device == "cpu" else max(_READ_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        photos = _decode_ahead(chunks, spec, pool, step + 2 * threads)
+        for chunk in chunks:
+            yield _encode_chunk(chunk, model, step, itertools.islice(photos, len(chunk.keys)))
+
+
+def _encode_chunk(
+    chunk: ImageChunk, model: ImageEncoder, step: int, photos: Iterator[tuple[str, Future[_Photo]]]
+) -> EncodedImages:
+    compiled = model.prepare(chunk.compiled)
     found: list[tuple[str, ImageQuality]] = []
-    features: list[np.ndarray] = []
+    outputs: list[Any] = []
     waiting: list[_Photo] = []
     defects: list[tuple[str, str, str]] = []
     unread: list[tuple[str, str, str]] = []
-    encode_ms = 0
+    encode_s = 0.0
 
     def flush() -> None:
-        nonlocal encode_ms
+        nonlocal encode_s
         started = time.monotonic()
-        pixels = np.concatenate([photo.patches for photo in waiting])
-        features.append(model.encode(pixels).reshape(len(waiting), *spec.shape))
-        encode_ms += int(1000 * (time.monotonic() - started))
+        outputs.append(model.forward(np.concatenate([photo.patches for photo in waiting]), compiled=compiled))
+        encode_s += time.monotonic() - started
         found.extend((photo.key, photo.quality) for photo in waiting)
         waiting.clear()
 
     started = time.monotonic()
-    for key, result in _decode_ahead(chunk, spec, step + 2 * _READ_THREADS):
+    for key, result in photos:
         try:
             waiting.append(result.result())
         except ImageDefect as defect:
@@ -239,40 +264,72 @@ def encode_images(chunk: ImageChunk, model: ImageEncoder) -> EncodedImages:
             flush()
     if waiting:
         flush()
-    total_ms = int(1000 * (time.monotonic() - started))
+    collecting = time.monotonic()
+    features = model.collect(outputs)
+    ended = time.monotonic()
+    encode_s += ended - collecting
     for name, count in (
         ("photos-encoded", len(found)),
         ("photos-defective", len(defects)),
         ("photos-unread", len(unread)),
-        ("encode-msec", encode_ms),
-        ("wait-for-decode-msec", total_ms - encode_ms),
+        ("encode-msec", int(1000 * encode_s)),
+        ("wait-for-decode-msec", int(1000 * (ended - started - encode_s))),
     ):
         Metrics.counter(IMAGE_METRICS, name).inc(count)
     qualities = [quality for _, quality in found]
     return EncodedImages(
         chunk_id=chunk.chunk_id,
         keys=[key for key, _ in found],
-        embeddings=np.concatenate([np.empty((0, *spec.shape), dtype=np.float16), *features]),
+        embeddings=features.reshape(len(found), *model.spec.shape),
         blur=np.array([quality.blur for quality in qualities], dtype=np.float32),
         luminance=np.array([quality.luminance for quality in qualities], dtype=np.float32),
         width=np.array([quality.width for quality in qualities], dtype=np.int32),
         height=np.array([quality.height for quality in qualities], dtype=np.int32),
+        kernels=model.spec.kernels(compiled),
+        seconds=ended - started,
         defects=defects,
         unread=unread,
     )
 
 
-def _decode_ahead(chunk: ImageChunk, spec: ImageSpec, ahead: int) -> Iterator[tuple[str, Future[_Photo]]]:
-    """Photos in the chunk's order, at most `ahead` of them decoded before they are asked for."""
-    rows = iter(zip(chunk.keys, chunk.uris, chunk.bytes, strict=True))
-    with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="decode") as pool:
-        queue: deque[tuple[str, Future[_Photo]]] = deque()
-        for key, uri, data in rows:
+def encode_titles(chunk: TitleChunk, model: TextEncoder) -> EncodedTitles:
+    """Tokenise and encode a chunk's titles."""
+    started = time.monotonic()
+    states = model.encode(chunk.titles)
+    return EncodedTitles(
+        chunk.chunk_id, chunk.keys, *states, kernels=model.spec.kernels, seconds=time.monotonic() - started
+    )
+
+
+def measure_pace(spec: ImageSpec | TextSpec, threads: int | None) -> float:
+    """Seconds for one content on this machine: the encoder is loaded and given one batch to warm up and one to be timed."""
+    handler = chunk_handler(spec, threads)
+    model = handler.load_model()
+    work: Any
+    if isinstance(spec, ImageSpec):
+        contents = -(-spec.batch_size // spec.shape[0])
+        work = np.zeros((contents * spec.shape[0], spec.patch_size, spec.patch_size, 3), dtype=np.uint8)
+    else:
+        contents = spec.batch_size(spec.buckets[0])
+        work = ["fresh apples"] * contents
+    model.encode(work)
+    started = time.monotonic()
+    model.encode(work)
+    return (time.monotonic() - started) / contents
+
+
+def _decode_ahead(
+    chunks: Sequence[ImageChunk], spec: ImageSpec, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[str, Future[_Photo]]]:
+    """Photos in the chunks' order, at most `ahead` of them decoded before they are asked for."""
+    queue: deque[tuple[str, Future[_Photo]]] = deque()
+    for chunk in chunks:
+        for key, uri, data in zip(chunk.keys, chunk.uris, chunk.bytes, strict=True):
             queue.append((key, pool.submit(_load_photo, key, uri, data, spec)))
             if len(queue) == ahead:
                 yield queue.popleft()
-        while queue:
-            yield queue.popleft()
+    while queue:
+        yield queue.popleft()
 
 
 def _load_photo(key: str, uri: str | None, data: bytes | None, spec: ImageSpec) -> _Photo:

@@ -226,12 +226,18 @@ def use_all_cores(beam_flags: list[str]) -> list[str]:
     return [*beam_flags, f"--direct_num_workers={cores}", "--direct_running_mode=multi_processing"]
 
 
+def local_workers(beam_flags: list[str]) -> int:
+    """Workers of a local run; 1 elsewhere."""
+    if not is_local_run(beam_flags):
+        return 1
+    return int(pipeline_options(beam_flags).get_all_options()["direct_num_workers"] or os.cpu_count() or 1)
+
+
 def worker_threads(beam_flags: list[str]) -> int | None:
     """Threads that a local worker may compute with, so that all workers together use each core once; None = unknown machines, let torch decide."""
     if not is_local_run(beam_flags):
         return None
-    workers = int(pipeline_options(beam_flags).get_all_options()["direct_num_workers"] or os.cpu_count() or 1)
-    return max(1, (os.cpu_count() or 1) // workers)
+    return max(1, (os.cpu_count() or 1) // local_workers(beam_flags))
 
 
 def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:

@@ -6,6 +6,8 @@ from schemas.contract import Column, Contract, text_column
 
 SHAPE_KEY = b"camenn.shape"
 """Field metadata of an `embedding` column: the array's shape, comma separated; values are little-endian float16, row major."""
+KERNELS_KEY = b"camenn.kernels"
+"""Field metadata of an `embedding` column: what computed it, as in `eager-bf16-batch64`; other kernels give other last bits."""
 
 
 def _embedding_column(shape: tuple[int, int], doc: str) -> Column:
@@ -77,8 +79,8 @@ def embedding_shape(schema: pa.Schema) -> tuple[int, int]:
     return int(rows), int(width)
 
 
-def with_shape(table: pa.Table, shape: tuple[int, int]) -> pa.Table:
-    """Stamp `shape` on the `embedding` column's metadata."""
+def stamp_embeddings(table: pa.Table, shape: tuple[int, int], kernels: str) -> pa.Table:
+    """Write `shape` and `kernels` into the `embedding` column's metadata."""
     index = table.schema.get_field_index("embedding")
-    field = table.schema.field(index).with_metadata({SHAPE_KEY: f"{shape[0]},{shape[1]}".encode()})
-    return table.cast(table.schema.set(index, field))
+    metadata = {SHAPE_KEY: f"{shape[0]},{shape[1]}".encode(), KERNELS_KEY: kernels.encode()}
+    return table.cast(table.schema.set(index, table.schema.field(index).with_metadata(metadata)))

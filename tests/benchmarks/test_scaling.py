@@ -53,11 +53,13 @@ def test_scaling_leaves_flink_out_where_none_answers(capsys: pytest.CaptureFixtu
 
 def test_summarise_compares_medians() -> None:
     def runs(*seconds: float) -> scaling.Runs:
-        return scaling.Runs(seconds=list(seconds), peaks=[None], result={"rows": {}, "pairs": None})
+        return scaling.Runs(
+            seconds=list(seconds), cpu_seconds=list(seconds), peaks=[None], result={"rows": {}, "pairs": None}
+        )
 
     found = {"shards": {"plain": runs(10, 30, 8), "fnapi-1": runs(12, 11, 50), "fnapi-2": runs(6)}}
     summary = scaling.summarise(found)
-    assert summary["shards_beam_overhead"] == pytest.approx(0.2)
+    assert summary["shards_beam_overhead"] == summary["beam_overhead_cpu"]["shards"] == pytest.approx(0.2)
     assert summary["speedup_2_workers"] == {"fnapi": {"shards": 2.0}}
     assert summary["peak_rss_mb"]["shards"]["plain"] is None
 

@@ -296,8 +296,7 @@ def write_store(root: Path, catalog: pa.Table, *, run: str = "20240101T000000-aa
                 shape,
                 f"{kind}{first}",
                 table.slice(first, 2),
-                [],
-                [],
+                kernels="fake",
             )
             records.append(FileRecord(contract.name, part.path, part.rows, part.bytes))
     items = [

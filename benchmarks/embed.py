@@ -1,0 +1,222 @@
+"""What embedding costs: `camenn embed` against the encoders alone and against plain RunInference, a second night against the first, and memory.
+
+    python -m benchmarks.embed --photos DIR --image_weights FILE --text_encoder DIR
+
+`speed`: seconds of `camenn embed` (read, decode, cut, encode photo and title, write, publish; start-up apart) on listings that each have a photo and a
+title of their own, over those of a bare torch loop on the same photos and titles, and of a RunInference pipeline as Beam's documentation would write it.
+`nights`: a whole run, then the same catalog again, then 1 % of it changed. `memory`: peak resident memory by listing, with stub encoders.
+Each run is a process of its own, ways take turns, medians are compared; the last line of stdout is one JSON object, ratios first.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.embed_loops import Job
+from benchmarks.listings import change_listings, make_listings, make_small_photos
+from benchmarks.processes import run_watched
+
+PARTS = ("speed", "nights", "memory")
+CHANGED = 0.01
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"embed: {text}", file=sys.stderr, flush=True)
+
+
+def run_job(job: Job, timeout: float) -> tuple[dict[str, Any], float]:
+    """One run in a process of its own: (its result, with `wall_seconds` of the whole process; its peak memory in MB)."""
+    started = time.monotonic()
+    out, peaks = run_watched(
+        [sys.executable, "-m", "benchmarks.embed_loops", json.dumps(asdict(job))], standing=False, timeout=timeout
+    )
+    result = json.loads(out.strip().splitlines()[-1])
+    return result | {"wall_seconds": time.monotonic() - started}, sum((peaks or {}).values())
+
+
+def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, Any]) -> dict[str, Any]:
+    """The three ways of encoding the same listings, taking turns."""
+    data = work / f"listings-{arguments.items}"
+    make_listings(data, arguments.items, arguments.photos)
+    runs: dict[str, list[dict[str, Any]]] = {"whole": [], "bare": [], "plain": []}
+    variants: dict[str, Any] = {}
+    for number in range(arguments.repeats):
+        for way in runs:
+            out = work / "measured" / "store"
+            shutil.rmtree(out.parent, ignore_errors=True)
+            limit = arguments.plain_items if way == "plain" else None
+            job = Job(way=way, data=str(data), out=str(out), limit=limit, variants=variants, **common)
+            result, peak = run_job(job, arguments.timeout)
+            variants = result.get("variants", variants)
+            runs[way].append(result)
+            pace = result["images"] / result["seconds"]
+            say(
+                f"{way} {number + 1}/{arguments.repeats}: {pace:.1f} listings/s, start-up {result.get('start_seconds', 0):.1f} s, {peak:,.0f} MB"
+            )
+            if way == "whole" and (result["images"], result["titles"]) != (arguments.items, arguments.items):
+                raise RuntimeError(
+                    f"{result['images']} photos and {result['titles']} titles of {arguments.items} were encoded"
+                )
+    pace = {way: statistics.median(run["images"] / run["seconds"] for run in found) for way, found in runs.items()}
+    return {
+        "vs_bare_torch": round(pace["whole"] / pace["bare"], 4),
+        "vs_plain_runinference": round(pace["whole"] / pace["plain"], 3),
+        "listings_per_second": {way: round(value, 2) for way, value in pace.items()},
+        "all_listings_per_second": {
+            way: [round(run["images"] / run["seconds"], 2) for run in found] for way, found in runs.items()
+        },
+        "start_seconds": {
+            way: round(statistics.median(run["start_seconds"] for run in runs[way]), 1) for way in ("whole", "bare")
+        },
+        "bare_variants": variants,
+        "kernels": runs["whole"][-1]["kernels"],
+        "seconds_by_encoder": {
+            way: {
+                kind: round(statistics.median(run[f"{kind}_seconds"] for run in runs[way]), 2)
+                for kind in ("image", "title")
+            }
+            for way in ("bare", "plain")
+        },
+    }
+
+
+def measure_nights(work: Path, arguments: argparse.Namespace, common: dict[str, Any]) -> dict[str, Any]:
+    """A whole run once; then, from its store each time, the same catalog again and 1 % of it changed."""
+    data = work / f"listings-{arguments.night_items}"
+    make_listings(data, arguments.night_items, arguments.photos)
+    tomorrow = work / f"listings-{arguments.night_items}-changed"
+    changed = change_listings(data, tomorrow, CHANGED)
+    first, second = work / "nights" / "first" / "store", work / "nights" / "second" / "store"
+    shutil.rmtree(work / "nights", ignore_errors=True)
+    whole, _ = run_job(Job(way="whole", data=str(data), out=str(first), **common), arguments.timeout)
+    say(
+        f"first night: {whole['seconds']:.1f} s for {whole['images']:,} photos, start-up {whole['start_seconds']:.1f} s"
+    )
+    found: dict[str, list[dict[str, Any]]] = {"unchanged": [], "changed": []}
+    # Photos of the second night lie in another directory, as links: moving the root is no change of theirs.
+    for number in range(arguments.repeats):
+        for name, place in (("unchanged", data), ("changed", tomorrow)):
+            shutil.rmtree(second.parent, ignore_errors=True)
+            shutil.copytree(first, second, copy_function=os.link)
+            result, _ = run_job(Job(way="whole", data=str(place), out=str(second), **common), arguments.timeout)
+            found[name].append(result)
+            say(
+                f"{name} {number + 1}/{arguments.repeats}: {result['wall_seconds']:.1f} s in all, {result['images']} photos and {result['titles']} titles encoded"
+            )
+    shutil.rmtree(work / "nights", ignore_errors=True)
+    wall = {name: statistics.median(run["wall_seconds"] for run in runs) for name, runs in found.items()}
+    return {
+        "unchanged_rerun": {
+            "encodes": max(run["images"] + run["titles"] for run in found["unchanged"]),
+            "seconds": round(wall["unchanged"], 2),
+        },
+        "one_percent_changed": {
+            "seconds": round(wall["changed"], 2),
+            "limit": round(0.03 * whole["seconds"] + 10, 2),
+            "encodes": found["changed"][-1]["images"] + found["changed"][-1]["titles"],
+            "changed_listings": changed,
+        },
+        "first_night_seconds": round(whole["seconds"], 1),
+        "first_night_start_seconds": round(whole["start_seconds"], 1),
+    }
+
+
+def measure_memory(work: Path, arguments: argparse.Namespace, common: dict[str, Any]) -> dict[str, Any]:
+    """Peak resident memory of two catalogs, one ten times the other."""
+    peaks: dict[int, list[float]] = {size: [] for size in arguments.memory_items}
+    for size in peaks:
+        make_small_photos(work / f"small-{size}", size)
+    for number in range(arguments.repeats):
+        for size, found in peaks.items():
+            out = work / "measured" / "store"
+            shutil.rmtree(out.parent, ignore_errors=True)
+            result, peak = run_job(
+                Job(way="stub", data=str(work / f"small-{size}"), out=str(out), **common), arguments.timeout
+            )
+            if result["images"] != size:
+                raise RuntimeError(f"{result['images']} of {size} photos were encoded")
+            found.append(peak)
+            say(f"memory {number + 1}/{arguments.repeats}: {size:,} listings, {peak:,.0f} MB")
+    few, many = sorted(peaks)
+    medians = {size: statistics.median(found) for size, found in peaks.items()}
+    return {
+        "rss_bytes_per_item": round((medians[many] - medians[few]) * 2**20 / (many - few)),
+        "peak_rss_mb": {str(size): round(value, 1) for size, value in medians.items()},
+    }
+
+
+MEASURES = {"speed": measure_speed, "nights": measure_nights, "memory": measure_memory}
+
+
+def _names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if not names or set(names) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"choose from {','.join(PARTS)}")
+    return names
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.embed", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--photos", type=Path, help="folder of real JPEGs (default: the simulator draws some)")
+    parser.add_argument(
+        "--image_weights", default="random:0", help="InceptionV4, as for camenn embed (default %(default)s)"
+    )
+    parser.add_argument("--text_encoder", required=True, help="BERT, as for camenn embed")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default %(default)s)")
+    parser.add_argument(
+        "--compile", default="on", choices=("auto", "on", "off"), help="of camenn embed (default %(default)s)"
+    )
+    parser.add_argument("--parts", type=_names, default=list(PARTS), help="of speed,nights,memory (default: all)")
+    parser.add_argument("--items", type=int, default=2_560, help="listings of the speed part (default %(default)s)")
+    parser.add_argument(
+        "--plain_items", type=int, default=200, help="listings given to plain RunInference (default %(default)s)"
+    )
+    parser.add_argument("--night_items", type=int, default=20_000, help="listings of the nights (default %(default)s)")
+    parser.add_argument(
+        "--memory_items",
+        type=lambda text: [int(size) for size in text.split(",")],
+        default=[20_000, 200_000],
+        help="listings of the two catalogs of the memory part (default 20000,200000)",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each (default %(default)s)")
+    parser.add_argument("--work", type=Path, help="directory kept for the next time (default: a temporary one)")
+    parser.add_argument("--timeout", type=float, default=7_200, help="seconds after which a run is ended")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print one JSON line."""
+    arguments = build_parser().parse_args(argv)
+    common = {name: getattr(arguments, name) for name in ("image_weights", "text_encoder", "precision", "compile")}
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="camenn-embed-")))
+        for part in arguments.parts:
+            found |= MEASURES[part](work.absolute(), arguments, common)
+    found |= {
+        "items": arguments.items,
+        "repeats": arguments.repeats,
+        "photos": "real" if arguments.photos else "drawn",
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+    print(json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
