@@ -14,8 +14,8 @@ from camenn_model.text_encoder import TextEncoder
 
 SAMPLE = 2_048
 """Patches, or titles, on which variants are compared."""
-IMAGE_VARIANTS = (("compiled", 64), ("compiled", 256), ("eager", 64), ("eager", 256))
-TITLE_VARIANTS = (("eager", 512), ("eager", 2_048), ("compiled", 512), ("compiled", 2_048))
+IMAGE_VARIANTS = (("compiled", 64), ("compiled", 128), ("eager", 64), ("eager", 256))
+TITLE_VARIANTS = (("eager", 512), ("eager", 2_048), ("compiled", 512))
 
 
 def best_images(spec: ImageSpec, pixels: np.ndarray, variant: list[Any] | None) -> tuple[float, list[Any], float]:

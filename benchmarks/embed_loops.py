@@ -42,6 +42,7 @@ class Job:
     text_encoder: str
     grid: int = 4
     max_tokens: int = 32
+    device: str = "cpu"
     precision: str = "auto"
     compile: str = "on"
     limit: int | None = None
@@ -56,11 +57,11 @@ class Job:
             self.image_weights,
             grid=self.grid,
             patch_size=75,
-            device="cpu",
+            device=self.device,
             precision=precision,
             compile=self.compile,
         )
-        text = TextSpec.resolve(self.text_encoder, max_tokens=self.max_tokens, device="cpu", precision=precision)
+        text = TextSpec.resolve(self.text_encoder, max_tokens=self.max_tokens, device=self.device, precision=precision)
         return image, text
 
 

@@ -35,7 +35,7 @@ def make_listings(directory: Path, items: int, photos: Path | None) -> None:
         return
     shutil.rmtree(directory, ignore_errors=True)
     (directory / "photos").mkdir(parents=True)
-    config = CityConfig(listings=items, photos=min(items, MAX_PHOTOS), stores=max(2, items // 100))
+    config = CityConfig(listings=items, photos=min(max(items, 500), MAX_PHOTOS), stores=max(2, items // 100))
     catalog = make_catalog(make_classes(config), config)
     if photos is None:
         write_photos(catalog.bank, make_classes(config), config, directory / "drawn")

@@ -40,7 +40,7 @@ class LoopRunner(PipelineRunner):
         global building_seconds
         building_seconds += time.monotonic() - self.made
         with (
-            mock.patch.object(files, "ipc_bytes", lambda table: table),
+            mock.patch.object(files, "ipc_bytes", lambda table, compression="": table),
             mock.patch.object(
                 files, "ipc_table", lambda data: data if isinstance(data, pa.Table) else _FROM_BYTES(data)
             ),

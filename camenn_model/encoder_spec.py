@@ -184,7 +184,7 @@ class ImageSpec(EncoderSpec):
         return {
             "model": "inception_v4",
             "weights": self.weights_hash,
-            "precision": "bf16, stem fp32" if self.precision == "bf16" else self.precision,
+            "precision": "bf16, two convolutions fp32" if self.precision == "bf16" else self.precision,
             "grid": self.grid,
             "patch_size": self.patch_size,
             "preprocessing": IMAGE_PREPROCESSING,

@@ -35,6 +35,7 @@ from camenn_model.hashing import stable_hash
 from pipelines import files
 from pipelines.catalog import add_origin, drop_duplicates
 from pipelines.console import ProgressFile, closing_table, watch
+from pipelines.files import ipc_bytes, ipc_table
 from pipelines.inference import (
     EncodedImages,
     EncodedTitles,
@@ -96,6 +97,8 @@ STAGE = "embed"
 KEY_COLUMNS = {IMAGES: "image_key", TITLES: "title_key"}
 CHUNK = 256
 ROWS_PER_BUCKET = 16_384
+ROWS_PER_FILE = 32_768
+"""Of the run's own tables: what a worker holds until it writes."""
 READ_THREADS = 8
 
 _WANTED_IMAGE = pa.schema([("image_key", pa.string()), ("path", pa.string()), ("bytes", pa.binary())])
@@ -299,6 +302,24 @@ class CountPending(beam.DoFn):
         yield Count(self.kind, "due", due)
 
 
+@dataclass(frozen=True)
+class PackedChunk:
+    """A chunk as it travels: FnApiRunner holds all of them at once."""
+
+    chunk_id: str
+    contents: int
+    data: bytes
+    """Arrow IPC of its rows"""
+    compiled: bool = False
+
+    def unpack(self) -> ImageChunk | TitleChunk:
+        """The chunk that the encoder takes."""
+        rows = ipc_table(self.data).to_pydict()
+        if "image_key" in rows:
+            return ImageChunk(self.chunk_id, rows["image_key"], rows["path"], rows["bytes"], self.compiled)
+        return TitleChunk(self.chunk_id, rows["title_key"], rows["title"])
+
+
 class CutChunks(beam.DoFn):
     """A bucket's wanted and stored contents → chunks of at most 256 pending ones: the unit of work and of loss."""
 
@@ -310,18 +331,15 @@ class CutChunks(beam.DoFn):
     def setup(self) -> None:
         self.progress = ProgressFile(self.progress_directory)
 
-    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[ImageChunk | TitleChunk]:
+    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[PackedChunk]:
         _, kinds = element
         table = pending(kinds, KEY_COLUMNS[self.kind])
         self.progress.add(0, expected=table.num_rows)
         self.progress.flush()
         for start in range(0, table.num_rows, CHUNK):
-            piece = table.slice(start, CHUNK).to_pydict()
-            if self.kind == IMAGES:
-                name = chunk_name(self.run, piece["image_key"])
-                yield ImageChunk(name, piece["image_key"], piece["path"], piece["bytes"])
-            else:
-                yield TitleChunk(chunk_name(self.run, piece["title_key"]), piece["title_key"], piece["title"])
+            piece = table.slice(start, CHUNK)
+            name = chunk_name(self.run, piece[KEY_COLUMNS[self.kind]].to_pylist())
+            yield PackedChunk(name, piece.num_rows, ipc_bytes(piece, "zstd"))
 
 
 def _report(contract: Contract, part: Part) -> Iterator[beam.pvalue.TaggedOutput]:
@@ -341,10 +359,10 @@ class SkipCommitted(beam.DoFn):
     def __init__(self, directory: str, contract: Contract) -> None:
         self.directory, self.contract = directory, contract
 
-    def process(self, chunk: ImageChunk | TitleChunk) -> Iterator[Any]:
+    def process(self, chunk: PackedChunk) -> Iterator[Any]:
         part = find_part(self.directory, chunk.chunk_id)
         if part is None:
-            yield chunk
+            yield chunk.unpack()
         else:
             yield from _report(self.contract, part)
 
@@ -422,7 +440,7 @@ class ChooseKernels(beam.DoFn):
     def __init__(self, spec: ImageSpec) -> None:
         self.spec = spec
 
-    def process(self, chunk: Any, due: list[int]) -> Iterator[Any]:
+    def process(self, chunk: PackedChunk, due: list[int]) -> Iterator[PackedChunk]:
         yield replace(chunk, compiled=self.spec.pays_to_compile(sum(due)))
 
 
@@ -509,14 +527,14 @@ class EncodeContents(beam.PTransform):
             | "ReadKeys" >> beam.ParDo(ReadKeys(column))
         )
         by_key = {"wanted": wanted, "stored": stored} | "ByKey" >> ShuffleByBucket(
-            {"wanted": column, "stored": column}, job.buckets
+            {"wanted": column, "stored": column}, job.buckets, "zstd"
         )
         if job.plan:
             return {"counts": by_key | "CountPending" >> beam.ParDo(CountPending(self.kind))}
         cut = by_key | "CutChunks" >> beam.ParDo(CutChunks(self.kind, job.run, job.progress))
         chunks = cut | "SpreadChunks" >> beam.Reshuffle()
         if self.kind == IMAGES and job.options.image.compile == "auto":
-            due = cut | "CountPhotos" >> beam.Map(lambda chunk: len(chunk.keys))
+            due = cut | "CountPhotos" >> beam.Map(lambda chunk: chunk.contents)
             chunks = chunks | "ChooseKernels" >> beam.ParDo(ChooseKernels(job.options.image), beam.pvalue.AsList(due))
         encode = EncodeChunks(self.kind, job)
         if job.options.accelerator:
@@ -553,7 +571,7 @@ class EmbedCatalog(beam.PTransform):
             previous = pipeline | "ReadPrevious" >> ReadTable(job.previous) | "DropSlice" >> beam.Values()
         resolved = (
             {"catalog": clean.rows, "previous": previous}
-            | "ByItem" >> ShuffleByBucket({"catalog": "item_id", "previous": "item_id"}, job.buckets)
+            | "ByItem" >> ShuffleByBucket({"catalog": "item_id", "previous": "item_id"}, job.buckets, "zstd")
             | "Resolve"
             >> beam.ParDo(ResolveItems(options.image_root, options.allow_absolute)).with_outputs(
                 "images", "titles", "rejects", "counts", main="items"
@@ -574,7 +592,8 @@ class EmbedCatalog(beam.PTransform):
             ]
             written = [
                 *(
-                    rows | f"Write{name}" >> WriteTable(contract, files.join(job.run_directory, name.lower()))
+                    rows
+                    | f"Write{name}" >> WriteTable(contract, files.join(job.run_directory, name.lower()), ROWS_PER_FILE)
                     for rows, name, contract in tables
                 ),
                 images["files"],

@@ -137,10 +137,10 @@ def single_writer(root: str) -> Iterator[None]:
         yield
 
 
-def ipc_bytes(table: pa.Table) -> bytes:
-    """An Arrow IPC stream, lz4: what travels through a shuffle."""
+def ipc_bytes(table: pa.Table, compression: str = "lz4") -> bytes:
+    """An Arrow IPC stream: what travels through a shuffle."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
 

@@ -174,13 +174,13 @@ def _now() -> datetime.datetime:
 # --- merging
 
 
-def plan_merges(parts: Iterable[Part], *, target: int = MERGED_BYTES, leave: int = SMALL_PARTS) -> list[list[Part]]:
+def plan_merges(parts: Iterable[Part], *, target: int = MERGED_BYTES, leave: int | None = None) -> list[list[Part]]:
     """Which parts to merge with one another, smallest first: none as long as there are at most `leave` small ones.
 
-    `target`: bytes of a merged part, about. Parts of different kernels are never merged, so that a file's embeddings come from the same ones.
+    `target`: bytes of a merged part, about. `leave`: `SMALL_PARTS` by default. Parts of different kernels are never merged, so that a file's embeddings come from the same ones.
     """
     small = [part for part in parts if part.bytes < target // 2]
-    if len(small) <= leave:
+    if len(small) <= (SMALL_PARTS if leave is None else leave):
         return []
     groups: list[list[Part]] = []
     order = sorted(small, key=lambda part: (part.kernels, part.bytes, part.path))

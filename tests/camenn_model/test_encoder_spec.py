@@ -11,7 +11,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from camenn_model import encoder_spec
-from camenn_model.encoder_spec import DeviceError, ImageSpec, TextSpec, normalise_title, resolve_device_precision
+from camenn_model.encoder_spec import (
+    COMPILE_PAYS_AT,
+    DeviceError,
+    ImageSpec,
+    TextSpec,
+    normalise_title,
+    resolve_device_precision,
+)
 from camenn_model.weights import WeightsError, hash_safetensors
 from schemas.contract import InputError
 from tests.camenn_model.encoder_sources import PROJECT, minilm
@@ -84,14 +91,28 @@ def test_image_spec_fingerprint_changes_with_everything_that_counts() -> None:
         random_spec(grid=3),
         random_spec(patch_size=80),
         random_spec(precision="bf16"),
-        replace(spec, batch_size=32),
     ]
-    assert len({spec.fingerprint, *(other.fingerprint for other in others)}) == 6
-    assert replace(spec, device="cuda", path="/elsewhere").fingerprint == spec.fingerprint == random_spec().fingerprint
+    assert len({spec.fingerprint, *(other.fingerprint for other in others)}) == 5
+    alike = replace(spec, device="cuda", path="/elsewhere", batch_size=32, compile="on")
+    assert alike.fingerprint == spec.fingerprint == random_spec().fingerprint
     assert len(spec.fingerprint) == 16
     assert (spec.shape, spec.side) == ((4, 1536), 150)
     assert "untrained" in spec.describe() and "random:7" in spec.describe()
     json.dumps(asdict(spec))
+
+
+def test_image_spec_kernels_say_what_changes_last_bits() -> None:
+    spec = random_spec()
+    others = [replace(spec, batch_size=32), replace(spec, device="cuda:1"), replace(spec, precision="bf16")]
+    assert len({spec.kernels(False), spec.kernels(True), *(other.kernels(False) for other in others)}) == 5
+    assert replace(spec, device="cuda:0").kernels(False) == others[1].kernels(False)
+
+
+def test_image_spec_compiles_for_many_photos_only() -> None:
+    spec = random_spec()
+    enough = COMPILE_PAYS_AT // spec.shape[0]
+    assert spec.pays_to_compile(enough) and not spec.pays_to_compile(enough - 1)
+    assert not replace(spec, device="cuda").pays_to_compile(100 * enough)
 
 
 def test_image_spec_refuses_what_is_out_of_range() -> None:

@@ -1,6 +1,6 @@
 """`camenn embed` in a process that may be killed: the real encoders, small chunks, and a line in a file for each chunk that is begun.
 
-python -m tests.pipelines.counted_embed DATA STORE LOG CHUNK
+python -m tests.pipelines.counted_embed DATA STORE LOG CHUNK WEIGHTS
 """
 
 import os
@@ -58,12 +58,12 @@ def make_counted(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
     return kind(spec, torch_threads=threads)  # type: ignore[arg-type]
 
 
-def main(data: str, store: str, log: str, chunk: str) -> None:
+def main(data: str, store: str, log: str, chunk: str, weights: str) -> None:
     """Run to the end, or until somebody kills it."""
     global LOG
     LOG = log
     embed_catalog.CHUNK = int(chunk)
-    image = ImageSpec.resolve("random:0", grid=1, patch_size=75, device="cpu", precision="auto", compile="off")
+    image = ImageSpec.resolve(weights, grid=1, patch_size=75, device="cpu", precision="auto", compile="off")
     text = TextSpec.resolve(minilm(), max_tokens=8, device="cpu")
     options = embed_catalog.EmbedOptions(
         data=data, store=store, image_root=data, allow_absolute=False, image=image, text=text, max_reject_rate=0.0

@@ -13,10 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from camenn_model.encoder_spec import normalise_title
+from camenn_model.image_encoder import has_compiler
 from pipelines import cli
+from pipelines import store as store_module
 from pipelines.manifest import read_latest
 from schemas.catalog import CATALOG
-from schemas.embeddings import embedding_shape
+from schemas.embeddings import KERNELS_KEY, embedding_shape
 from tests.camenn_model.encoder_sources import minilm
 
 
@@ -98,6 +101,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows += [{"item_id": f"title-{place}", "title": title} for place, title in enumerate(TITLES)]
     write_catalog(data, rows)
     return data
+
+
+def data_with_title(data: Path, target: Path, title: str) -> Path:
+    """The same catalog, whose photos stay where they are, with another title for one listing."""
+    rows = pq.read_table(data / "catalog.parquet").to_pylist()
+    next(row for row in rows if row["item_id"] == "photo-plain.jpg")["title"] = title
+    write_catalog(target, rows)
+    return target
 
 
 class Store:
@@ -188,12 +199,8 @@ def test_second_embed_encodes_nothing_and_publishes_the_same(
 def test_changed_title_encodes_one_title_and_no_photo(
     filled: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    changed = tmp_path / "changed"
-    shutil.copytree(data, changed)
-    rows = pq.read_table(changed / "catalog.parquet").to_pylist()
-    next(row for row in rows if row["item_id"] == "photo-plain.jpg")["title"] = "pears"
-    write_catalog(changed, rows)
-    summary = Store(filled, changed, capfd).embed()
+    changed = data_with_title(data, tmp_path / "changed", "pears")
+    summary = Store(filled, changed, capfd).embed("--image_root", str(data))
     assert (summary["encoded_images"], summary["encoded_titles"]) == (0, 1)
 
 
@@ -227,6 +234,76 @@ def test_killed_run_keeps_what_it_committed(data: Path, tmp_path: Path, capfd: p
     summary = store.embed()
     assert summary["encoded_images"] == 0
     assert summary["encoded_titles"] == 5
+
+
+def test_plan_tells_what_a_run_would_encode_and_leaves_nothing(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path / "store", data, capfd)
+    first = store.embed("--plan")
+    contents = len({(data / uri).read_bytes() for uri in [*GOOD, *BAD] if uri != "huge.jpg"})
+    titles = len({normalise_title(title) for title in [*TITLES, "apples"]} - {""})
+    assert (first["distinct_images"], first["images_to_encode"]) == (contents, contents)
+    assert (first["distinct_titles"], first["titles_to_encode"]) == (titles, titles)
+    assert first["encode_seconds"] > 0
+    assert first["estimated_from"] == "images: a batch encoded just now; titles: a batch encoded just now"
+    assert read_latest(str(store.root)) is None and not list(store.root.glob("runs/*")), "a plan leaves no run"
+    assert not (store.root / "images").exists() and not (store.root / "titles").exists()
+    store.embed()
+    again = store.embed("--plan")
+    assert (again["images_to_encode"], again["titles_to_encode"], again["encode_seconds"]) == (0, 0, 0)
+    assert again["rows_in"] == first["rows_in"] and again["distinct_images"] == contents
+    changed = data_with_title(data, tmp_path / "changed", "new title")
+    later = Store(store.root, changed, capfd).embed("--plan", "--image_root", str(data))
+    assert (later["images_to_encode"], later["titles_to_encode"]) == (0, 1)
+    assert later["estimated_from"] == "titles: earlier runs" and later["encode_seconds"] < first["encode_seconds"]
+
+
+def test_small_parts_of_earlier_runs_are_merged(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SMALL_PARTS", 2)
+    root = tmp_path / "store"
+    for night in range(4):
+        changed = data_with_title(data, tmp_path / f"night{night}", f"title of night {night}")
+        summary = Store(root, changed, capfd).embed("--image_root", str(data))
+        assert summary["encoded_titles"] == (1 if night else summary["titles_in_store"]), (
+            "merged rows are not encoded ones"
+        )
+    store = Store(root, changed, capfd)
+    manifest = read_latest(str(root))
+    assert manifest is not None
+    # The parts of the first three nights are one, beside that of the last.
+    assert len(manifest.paths("title_embeddings")) == 2
+    rows = store.table("title_embeddings")
+    assert len(rows) == manifest.rows("title_embeddings") == summary["titles_in_store"]
+    assert {row["title_key"] for row in store.table("items").values()} - {None} <= set(rows)
+    # Readers of the run before still find its parts.
+    assert len(list(root.glob("titles/*/part-*.parquet"))) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_compiled_kernels_are_recorded_and_near_the_eager_ones(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for mode in ("off", "on"):
+        store = Store(tmp_path / mode, data, capfd)
+        summary = store.embed("--compile", mode)
+        manifest = read_latest(str(store.root))
+        assert manifest is not None
+        (path,) = manifest.paths("image_embeddings")
+        kernels = pq.ParquetFile(path).schema_arrow.field("embedding").metadata[KERNELS_KEY].decode()
+        assert kernels.startswith("compiled" if mode == "on" else "eager") and kernels in summary["kernels"]
+        found[mode] = {
+            key: np.frombuffer(row["embedding"], np.float16).astype(np.float64)
+            for key, row in store.table("image_embeddings").items()
+        }
+    assert set(found["on"]) == set(found["off"])
+    for key, one in found["on"].items():
+        other = found["off"][key]
+        assert one @ other >= 0.9999 * np.linalg.norm(one) * np.linalg.norm(other)
 
 
 def test_embed_stops_with_the_flag_when_weights_cannot_be_had(

@@ -11,7 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import save_file
 
+from camenn_model.encoder_spec import ImageSpec
+from camenn_model.image_encoder import load_inception
 from pipelines.manifest import read_latest
 from tests.pipelines.test_embed_catalog import jpeg, picture, write_catalog
 
@@ -20,7 +23,10 @@ KEYS = {"items": "item_id", "image_embeddings": "image_key", "title_embeddings":
 
 
 def start(data: Path, store: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.pipelines.counted_embed", str(data), str(store), str(log), str(CHUNK)]
+    weights = str(data / "weights.safetensors")
+    command = [
+        sys.executable, "-m", "tests.pipelines.counted_embed", str(data), str(store), str(log), str(CHUNK), weights
+    ]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -51,6 +57,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(PHOTOS):
         (data / f"{number}.jpg").write_bytes(jpeg(picture(number, (60, 60))))
         rows.append({"item_id": f"i{number}", "title": f"apples {number % TITLES}", "image_uri": f"{number}.jpg"})
+    # Read from a file: every process would draw random ones anew.
+    spec = ImageSpec.resolve("random:0", grid=1, patch_size=75, device="cpu", precision="auto")
+    save_file(dict(load_inception(spec).state_dict()), data / "weights.safetensors")
     # Two listings of one photo, whose bytes lie in two files.
     (data / "twin.jpg").write_bytes((data / "0.jpg").read_bytes())
     rows.append({"item_id": "twin", "title": "apples 0", "image_uri": "twin.jpg"})
