@@ -8,7 +8,9 @@ Workers build `ImageEncoder` and `TextEncoder` from a spec and fail where they c
 import ctypes
 import hashlib
 import json
+import os
 import re
+import shutil
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,6 +69,11 @@ def has_native_bf16() -> bool:
     fp32."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and bool({"amx_bf16", "avx512_bf16"} & set(cpuinfo.read_text().split()))
+
+
+def has_compiler() -> bool:
+    """Whether torch can compile kernels for the CPU here."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
 
 
 def resolve_device_precision(device: str, precision: str) -> tuple[str, str]:

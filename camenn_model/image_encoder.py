@@ -3,8 +3,7 @@
 Shapes: N patches, s pixels a side, 1536 features.
 """
 
-import os
-import shutil
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from camenn_model.device import DTYPES, LOADING, check_device
-from camenn_model.encoder_spec import IMAGE_WIDTH, DeviceError, ImageSpec
+from camenn_model.encoder_spec import IMAGE_WIDTH, DeviceError, ImageSpec, has_compiler
 from camenn_model.random_weights import draw_weights
 from camenn_model.weights import IMAGE_FLAG, WeightsError, find_image_weights, hash_safetensors, random_seed
+
+_LOGGER = logging.getLogger(__name__)
 
 STEM = 2
 """Convolutions that always compute in fp32."""
@@ -50,6 +51,7 @@ class ImageEncoder:
         self.start_seconds = time.monotonic() - started
         """Loading and compiling"""
         self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._may_compile = True
         if spec.compile == "on":
             if not has_compiler():
                 raise DeviceError(
@@ -63,11 +65,18 @@ class ImageEncoder:
         return self.spec.fingerprint
 
     def prepare(self, compiled: bool) -> bool:
-        """Make ready to encode with compiled kernels, if asked; returns whether they will be used: not where `spec.compile` is `auto` and there is no compiler."""
+        """Make ready to encode with compiled kernels, if asked; returns whether they will be used: not where `spec.compile` is `auto` and compiling fails."""
         if self.spec.compile != "auto":
             return self.spec.compile == "on"
-        if compiled and self._compiled is None and has_compiler():
-            self._compile()
+        if compiled and self._compiled is None and self._may_compile:
+            self._may_compile = has_compiler()
+            try:
+                if self._may_compile:
+                    self._compile()
+            except RuntimeError as error:
+                # A compiler that lacks Python's headers, say. The eager kernels give the same features, and each file says that it has them.
+                self._compiled, self._may_compile = None, False
+                _LOGGER.warning("InceptionV4 cannot be compiled here, eager kernels take its place: %s", error)
         return compiled and self._compiled is not None
 
     def _compile(self) -> None:
@@ -181,11 +190,6 @@ def round_filters(weights: Tensor) -> Tensor:
         rounded = torch.where(move, farther, rounded)
         movable &= ~move
     return rounded.float().view_as(weights)
-
-
-def has_compiler() -> bool:
-    """Whether torch can compile kernels for the CPU here."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
 
 
 def compile_model(model: nn.Module) -> Callable[[Tensor], Tensor]:

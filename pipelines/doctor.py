@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from camenn_model.encoder_spec import ImageSpec, TextSpec, resolve_device_precision
+from camenn_model.encoder_spec import ImageSpec, TextSpec, has_compiler, resolve_device_precision
 from camenn_model.weights import WeightsError
 from pipelines.console import NO_ROWS
 from pipelines.options import add_encoder_flags, add_json_flag, new_parser, run_main
@@ -165,6 +165,20 @@ def check_device() -> Check:
     )
 
 
+def check_compiler() -> Check:
+    """Whether `embed --compile` can compile."""
+    if has_compiler():
+        return Check(
+            name="C++ compiler", status=OK, found="found: camenn embed compiles InceptionV4 where photos are many"
+        )
+    return Check(
+        name="C++ compiler",
+        status=WARN,
+        found="none: camenn embed takes a tenth longer on a processor",
+        remedy="Install g++, or name one in CXX.",
+    )
+
+
 @contextmanager
 def hub_offline() -> Iterator[None]:
     """Let the hub's client look into its local cache only: a check must not fetch gigabytes."""
@@ -277,7 +291,7 @@ def check_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
 
 def examine(image_weights: str, text_encoder: str, out: str) -> list[Check]:
     """All checks, in the order in which they are shown."""
-    machine = [check_processor(), check_device(), check_memory(), check_disk(out)]
+    machine = [check_processor(), check_device(), check_compiler(), check_memory(), check_disk(out)]
     return [
         check_python(),
         *check_packages(),

@@ -796,7 +796,7 @@ def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
         )
         _, counts = _run_job(job, beam_flags)
     finally:
-        FileSystems.delete([run_directory])
+        files.delete_directory(run_directory)
     due = {kind: counts.get(kind, {}).get("due", 0) for kind in (IMAGES, TITLES)}
     summary: dict[str, Any] = {"rows_in": counts["catalog"]["in"], "rejected": counts["catalog"].get("rejected", 0)}
     encode_seconds: float | None = 0.0

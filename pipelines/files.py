@@ -54,6 +54,11 @@ def make_directory(path: str) -> None:
         os.makedirs(path, exist_ok=True)
 
 
+def delete_directory(path: str) -> None:
+    """Remove a directory with all that is in it. Object stores know names only: there, a last slash means all that begin so."""
+    FileSystems.delete([path if is_local(path) else f"{path}/"])
+
+
 @contextlib.contextmanager
 def atomic_write(path: str) -> Iterator[BinaryIO]:
     """Yield a binary handle; `path` appears, whole, when the block ends without an error, and not at all otherwise.

@@ -182,7 +182,7 @@ def test_round_filters_keeps_sums_and_moves_no_weight_by_more_than_a_step() -> N
 
 
 def test_image_encoder_that_must_compile_and_cannot_says_so(
-    monkeypatch: pytest.MonkeyPatch, patches: np.ndarray, encoder: ImageEncoder
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patches: np.ndarray, encoder: ImageEncoder
 ) -> None:
     monkeypatch.setattr(image_encoder, "has_compiler", lambda: False)
     with pytest.raises(DeviceError, match="no C\\+\\+ compiler"):
@@ -190,6 +190,16 @@ def test_image_encoder_that_must_compile_and_cannot_says_so(
     either = ImageEncoder(replace(spec_of("random:7"), compile="auto"))
     assert not either.prepare(compiled=True), "where it may, it encodes without, and says that it did"
     assert (either.encode(patches, compiled=True) == encoder.encode(patches)).all()
+
+    def fail(_: object) -> None:
+        raise RuntimeError("Python.h: no such file")
+
+    monkeypatch.setattr(image_encoder, "has_compiler", lambda: True)
+    monkeypatch.setattr(image_encoder, "compile_model", fail)
+    broken = ImageEncoder(replace(spec_of("random:7"), compile="auto"))
+    assert not broken.prepare(compiled=True) and "Python.h" in caplog.text
+    with pytest.raises(RuntimeError, match=r"Python\.h"):
+        ImageEncoder(replace(spec_of("random:7"), compile="on"))
 
 
 @pytest.mark.skipif(not has_native_bf16(), reason="no native bf16 on this processor")

@@ -53,6 +53,12 @@ def test_processor_is_judged_by_native_bf16(cpuinfo: str, status: str) -> None:
     assert doctor.check_processor(cpuinfo).status == status
 
 
+def test_compiler_missing_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    check = doctor.check_compiler()
+    assert check.status == doctor.WARN and not check.essential and "g++" in check.remedy
+
+
 def test_encoders_random_warns_and_missing_path_names_its_flag(tmp_path: Path) -> None:
     found = by_name(doctor.check_encoders("random:7", str(tmp_path / "none")))
     assert found["photo encoder"].status == WARN
@@ -128,6 +134,7 @@ def test_main_prints_json_and_exits_with_zero(capsys: pytest.CaptureFixture[str]
         "free disk",
         "memory",
         "accelerator",
+        "C++ compiler",
     } <= set(names)
     assert value["ok"] + value["warn"] + value["fail"] == len(names)
 

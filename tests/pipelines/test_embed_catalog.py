@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from camenn_model.encoder_spec import normalise_title
-from camenn_model.image_encoder import has_compiler
+from camenn_model.encoder_spec import has_compiler, normalise_title
 from pipelines import cli
 from pipelines import store as store_module
 from pipelines.manifest import read_latest
