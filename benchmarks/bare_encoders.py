@@ -1,88 +1,89 @@
 """The encoders in a bare torch loop: patches and token ids lie in memory, kernels are the fastest known, nothing is read or written."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from camenn_model.encoder_spec import ImageSpec, TextSpec
+from camenn_model.encoder_spec import TextSpec
 from camenn_model.image_encoder import ImageEncoder, compile_model
 from camenn_model.text_encoder import TextEncoder
 
-SAMPLE = 2_048
-"""Patches, or titles, on which variants are compared."""
 IMAGE_VARIANTS = (("compiled", 64), ("compiled", 128), ("eager", 64), ("eager", 256))
+"""Kernels, and patches in a forward pass"""
 TITLE_VARIANTS = (("eager", 512), ("eager", 2_048), ("compiled", 512))
+"""Kernels, and tokens in a forward pass"""
+TURNS = 4
 
 
-def best_images(spec: ImageSpec, pixels: np.ndarray, variant: list[Any] | None) -> tuple[float, list[Any], float]:
-    """Time all patches uint8 [N, s, s, 3] with the given variant, or the fastest one: (seconds, variant, start-up seconds)."""
-    started = time.monotonic()
-    encoder = ImageEncoder(spec)
-    compiled = compile_model(encoder.model)
+class BareImages:
+    """InceptionV4 over patches, of which there are whole batches."""
 
-    def loop(mode: str, batch: int, patches: np.ndarray) -> None:
-        model = compiled if mode == "compiled" else encoder.model
+    def __init__(self, encoder: ImageEncoder, variant: tuple[str, int]) -> None:
+        mode, self.batch = variant
+        self.model = compile_model(encoder.model) if mode == "compiled" else encoder.model
+        size = encoder.spec.patch_size
+        # Kernels are made by the first pass.
+        self.seconds(np.zeros((self.batch, size, size, 3), dtype=np.uint8))
+
+    @torch.inference_mode()
+    def seconds(self, patches: np.ndarray) -> float:
+        """Time of the loop over patches uint8 [N, s, s, 3]."""
+        started = time.monotonic()
         features = np.empty((len(patches), 1536), dtype=np.float16)
-        for first in range(0, len(patches) - batch + 1, batch):
-            values = torch.from_numpy(patches[first : first + batch]).permute(0, 3, 1, 2).float() / 127.5 - 1
-            features[first : first + batch] = model(values).half().numpy()
+        for first in range(0, len(patches) - self.batch + 1, self.batch):
+            piece = torch.from_numpy(patches[first : first + self.batch])
+            features[first : first + self.batch] = (
+                self.model(piece.permute(0, 3, 1, 2).float() / 127.5 - 1).half().numpy()
+            )
+        return time.monotonic() - started
 
-    chosen = variant or _fastest(IMAGE_VARIANTS, lambda mode, batch: loop(mode, batch, pixels[:SAMPLE]))
-    return _timed(lambda mode, batch, n: loop(mode, batch, pixels[:n]), chosen, len(pixels), started)
 
+class BareTitles:
+    """BERT over token ids, padded to the lengths of the encoder's buckets."""
 
-def best_titles(spec: TextSpec, titles: list[str], variant: list[Any] | None) -> tuple[float, list[Any], float]:
-    """Time all titles, tokenised before and padded to lengths of 8, 16 and 32: (seconds, variant, start-up seconds)."""
-    started = time.monotonic()
-    encoder = TextEncoder(spec)
-    compiled = torch.compile(encoder.model, dynamic=False, options={"freezing": True})
-    ids = encoder.tokenizer(titles, truncation=True, max_length=spec.max_tokens)["input_ids"]
-    padded: dict[int, list[Tensor]] = {bucket: [] for bucket in spec.buckets}
-    for row in ids:
-        bucket = min(bucket for bucket in spec.buckets if bucket >= len(row))
-        padded[bucket].append(torch.tensor(row + [0] * (bucket - len(row))))
-    blocks = {bucket: torch.stack(rows) for bucket, rows in padded.items() if rows}
+    def __init__(self, encoder: TextEncoder, variant: tuple[str, int]) -> None:
+        mode, self.tokens = variant
+        self.model: Any = encoder.model
+        if mode == "compiled":
+            self.model = torch.compile(encoder.model, dynamic=False, options={"freezing": True})
+        for bucket in encoder.spec.buckets:
+            self.seconds({bucket: torch.ones(1, bucket, dtype=torch.long)})
 
-    def loop(mode: str, tokens: int, share: float) -> None:
-        model = compiled if mode == "compiled" else encoder.model
+    @torch.inference_mode()
+    def seconds(self, blocks: dict[int, Tensor]) -> float:
+        """Time of the loop over {length: ids [N, length]}."""
+        started = time.monotonic()
         for bucket, block in blocks.items():
-            batch = tokens // bucket
-            rows = max(1, round(share * len(block)))
-            for first in range(0, rows, batch):
-                piece = block[first : first + batch]
-                if len(piece) < batch:
-                    # Kernels are made for one shape.
-                    piece = torch.cat([piece, piece.new_zeros(batch - len(piece), bucket)])
-                model(input_ids=piece, attention_mask=(piece != 0).long()).last_hidden_state.half().numpy()
-
-    share = min(1.0, SAMPLE / len(titles))
-    chosen = variant or _fastest(TITLE_VARIANTS, lambda mode, tokens: loop(mode, tokens, share))
-    return _timed(lambda mode, tokens, n: loop(mode, tokens, n / len(titles)), chosen, len(titles), started)
+            batch = self.tokens // bucket
+            for first in range(0, len(block), batch):
+                rows = block[first : first + batch]
+                # Kernels are made for one shape, and for tensors made in inference mode: others would compile anew.
+                ids = torch.zeros(batch, bucket, dtype=torch.long)
+                ids[: len(rows)] = rows
+                self.model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state.half().numpy()
+        return time.monotonic() - started
 
 
-@torch.inference_mode()
-def _fastest(variants: tuple[tuple[str, int], ...], loop: Callable[[str, int], None]) -> list[Any]:
-    """The variant whose best of three was shortest, after one to warm up; they take turns."""
-    best = dict.fromkeys(variants, float("inf"))
-    for turn in range(4):
-        for variant in variants:
-            started = time.monotonic()
-            loop(*variant)
-            if turn:
-                best[variant] = min(best[variant], time.monotonic() - started)
-    return list(min(variants, key=lambda variant: best[variant]))
+def tokenise(encoder: TextEncoder, titles: list[str]) -> dict[int, Tensor]:
+    """What `BareTitles` takes."""
+    spec: TextSpec = encoder.spec
+    with encoder.tokenizing:
+        rows = encoder.tokenizer(titles, truncation=True, max_length=spec.max_tokens)["input_ids"]
+    padded: dict[int, list[Tensor]] = {}
+    for row in rows:
+        bucket = min(bucket for bucket in spec.buckets if bucket >= len(row))
+        padded.setdefault(bucket, []).append(torch.tensor(row + [0] * (bucket - len(row))))
+    return {bucket: torch.stack(found) for bucket, found in padded.items()}
 
 
-@torch.inference_mode()
-def _timed(
-    loop: Callable[[str, int, int], None], variant: list[Any], rows: int, started: float
-) -> tuple[float, list[Any], float]:
-    mode, batch = variant
-    loop(mode, batch, min(rows, 2 * batch))
-    ready = time.monotonic()
-    loop(mode, batch, rows)
-    return time.monotonic() - ready, [mode, batch], ready - started
+def fastest(loops: dict[tuple[str, int], Any], given: Any) -> tuple[tuple[str, int], dict[str, float]]:
+    """The variant with the least time of some turns, in which all take part, and the times of all."""
+    best = dict.fromkeys(loops, float("inf"))
+    for _ in range(TURNS):
+        for variant, loop in loops.items():
+            best[variant] = min(best[variant], loop.seconds(given))
+    names = {f"{mode}-{size}": round(seconds, 3) for (mode, size), seconds in best.items()}
+    return min(loops, key=lambda variant: best[variant]), names

@@ -1,7 +1,9 @@
 """One timed way of encoding a catalog, in a process of its own: `python -m benchmarks.embed_loops JOB` with a JSON job; the last line of stdout is the result.
 
-Ways: `whole` is `camenn embed`; `bare` a torch loop over patches and token ids that lie in memory, with the fastest kernels known; `plain` a RunInference
-pipeline as Beam's documentation would write it, one photo and one title an element, in fp32. Of each, start-up (imports, loading, compiling) is kept apart.
+Ways: `whole` is `camenn embed`; `plain` a RunInference pipeline as Beam's documentation would write it, one photo and one title an element, in fp32;
+`variants` finds the fastest bare torch loop over patches and token ids that lie in memory. A shared machine may be three times slower from one minute to
+the next: where `whole` and `plain` are given a bare loop, they stop their clock now and then and let it encode the very same contents, so that each is
+compared with it within seconds. Start-up (imports, loading, compiling) is kept apart.
 """
 
 import json
@@ -9,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from camenn_model.encoder_spec import ImageSpec, TextSpec, normalise_title
 from pipelines import embed_catalog
@@ -23,10 +26,10 @@ from pipelines.inference import (
     EncodedTitles,
     ImageChunk,
     ImageChunkHandler,
-    MakeHandler,
     TitleChunk,
     TitleChunkHandler,
 )
+from pipelines.patches import decode_image, grid_patches
 
 PROCESS_STARTED = time.monotonic()
 
@@ -48,7 +51,7 @@ class Job:
     limit: int | None = None
     """Listings, for the ways that need no whole catalog"""
     variants: dict[str, Any] = field(default_factory=dict)
-    """Of `bare`: the variant to run for `images` and `titles`; those missing are looked for"""
+    """The bare loops of `images` and `titles` to compare with; {} = none"""
 
     def specs(self, precision: str | None = None) -> tuple[ImageSpec, TextSpec]:
         """Both encoders."""
@@ -68,50 +71,80 @@ class Job:
 # --- camenn embed
 
 
-class _TimedImages(ImageChunkHandler):
-    """The product's handler; writes down what loading and compiling took."""
+def _write(path: str, **seconds: float) -> None:
+    """Add to the sums that a handler leaves for the submitter: the runner copies handlers, and tells nothing."""
+    found = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    Path(path).write_text(json.dumps({name: found.get(name, 0.0) + value for name, value in seconds.items()}))
 
-    def __init__(self, spec: ImageSpec, threads: int | None, record: str) -> None:
+
+class _TimedImages(ImageChunkHandler):
+    """The product's handler; before each chunk, with its clock stopped, a bare loop encodes the same photos."""
+
+    def __init__(self, spec: ImageSpec, threads: int | None, record: str, variant: Sequence[Any] | None) -> None:
         super().__init__(spec, torch_threads=threads)
-        self.record = record
+        self.record, self.variant, self.told = record, variant, 0.0
+        self.bare: Any = None
 
     def run_inference(
         self, batch: Sequence[ImageChunk], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[EncodedImages]:
-        found = super().run_inference(batch, model, inference_args)
-        Path(self.record).write_text(str(model.start_seconds))
+        started, bare = time.monotonic(), 0.0
+        if self.variant is not None:
+            from benchmarks.bare_encoders import BareImages
+
+            # The chunk before may still be written.
+            time.sleep(0.2)
+            mode, size = self.variant
+            self.bare = self.bare or BareImages(model, (mode, size))
+            for chunk in batch:
+                bare += self.bare.seconds(_load_patches([str(uri) for uri in chunk.uris], model.spec))
+        paused = time.monotonic() - started
+        found = list(super().run_inference(batch, model, inference_args))
+        _write(self.record, start=model.start_seconds - self.told, paused=paused, bare=bare)
+        self.told = model.start_seconds
         return found
 
 
 class _TimedTitles(TitleChunkHandler):
     """The same for titles."""
 
-    def __init__(self, spec: TextSpec, threads: int | None, record: str) -> None:
+    def __init__(self, spec: TextSpec, threads: int | None, record: str, variant: Sequence[Any] | None) -> None:
         super().__init__(spec, torch_threads=threads)
-        self.record = record
+        self.record, self.variant, self.told = record, variant, 0.0
+        self.bare: Any = None
 
     def run_inference(
         self, batch: Sequence[TitleChunk], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[EncodedTitles]:
-        found = super().run_inference(batch, model, inference_args)
-        Path(self.record).write_text(str(model.start_seconds))
+        started, bare = time.monotonic(), 0.0
+        if self.variant is not None:
+            from benchmarks.bare_encoders import BareTitles, tokenise
+
+            time.sleep(0.2)
+            mode, size = self.variant
+            self.bare = self.bare or BareTitles(model, (mode, size))
+            for chunk in batch:
+                bare += self.bare.seconds(tokenise(model, chunk.titles))
+        paused = time.monotonic() - started
+        found = list(super().run_inference(batch, model, inference_args))
+        _write(self.record, start=model.start_seconds - self.told, paused=paused, bare=bare)
+        self.told = model.start_seconds
         return found
 
 
-def _timed(directory: Path) -> MakeHandler:
-    def make(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
-        if isinstance(spec, ImageSpec):
-            return _TimedImages(spec, threads, str(directory / "images.start"))
-        return _TimedTitles(spec, threads, str(directory / "titles.start"))
-
-    return make
+def _load_patches(paths: list[str], spec: ImageSpec) -> NDArray[np.uint8]:
+    """Patches of some photos, uint8 [n·P, s, s, 3]."""
+    with ThreadPoolExecutor(4) as pool:
+        photos = pool.map(lambda path: decode_image(Path(path).read_bytes(), spec.side).pixels, paths)
+        return np.concatenate([grid_patches(pixels, spec.grid, spec.patch_size) for pixels in photos])
 
 
 def run_whole(job: Job) -> dict[str, Any]:
-    """`camenn embed`, from its first look at the catalog to its publication."""
+    """`camenn embed`, from its first look at the catalog to its publication, less the time in which its clock stood."""
     image, text = job.specs()
     out = Path(job.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    records = {kind: str(out.parent / f"{kind}.seconds") for kind in ("images", "titles")}
     options = embed_catalog.EmbedOptions(
         data=job.data,
         store=job.out,
@@ -121,14 +154,23 @@ def run_whole(job: Job) -> dict[str, Any]:
         text=text,
         max_reject_rate=0.0,
     )
+
+    def make(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
+        if isinstance(spec, ImageSpec):
+            return _TimedImages(spec, threads, records["images"], job.variants.get("images"))
+        return _TimedTitles(spec, threads, records["titles"], job.variants.get("titles"))
+
     imports = time.monotonic() - PROCESS_STARTED
     started = time.monotonic()
-    summary = embed_catalog.run(options, ["--direct_num_workers=1"], make_handler=_timed(out.parent))
+    summary = embed_catalog.run(options, ["--direct_num_workers=1"], make_handler=make)
     seconds = time.monotonic() - started
-    starts = [float(path.read_text()) for path in sorted(out.parent.glob("*.start"))]
+    told = {kind: json.loads(Path(path).read_text()) for kind, path in records.items() if Path(path).exists()}
+    start, paused, bare = (sum(value[name] for value in told.values()) for name in ("start", "paused", "bare"))
     return {
-        "seconds": seconds - sum(starts),
-        "start_seconds": imports + sum(starts),
+        "seconds": seconds - start - paused,
+        "bare_seconds": bare,
+        "bare_by_encoder": {kind: value["bare"] for kind, value in told.items()},
+        "start_seconds": imports + start,
         "images": summary["encoded_images"],
         "titles": summary["encoded_titles"],
         "kernels": summary["kernels"],
@@ -156,32 +198,24 @@ def run_stub(job: Job) -> dict[str, Any]:
 # --- a bare torch loop
 
 
-def run_bare(job: Job) -> dict[str, Any]:
-    """The encoders alone: everything that can be done before is done before."""
-    from benchmarks.bare_encoders import best_images, best_titles
+def find_variants(job: Job) -> dict[str, Any]:
+    """The fastest bare loop for each encoder, on some listings."""
+    from benchmarks.bare_encoders import IMAGE_VARIANTS, TITLE_VARIANTS, BareImages, BareTitles, fastest, tokenise
+    from camenn_model.image_encoder import ImageEncoder
+    from camenn_model.text_encoder import TextEncoder
 
     image, text = job.specs()
     rows = pq.read_table(Path(job.data) / "catalog.parquet", columns=["title", "image_uri"]).to_pylist()[: job.limit]
-    with ThreadPoolExecutor(4) as pool:
-        patches = list(pool.map(lambda row: _patches(Path(job.data) / row["image_uri"], image), rows))
-    pixels = np.concatenate(patches)
-    titles = [normalise_title(row["title"]) for row in rows]
-    image_seconds, image_variant, image_start = best_images(image, pixels, job.variants.get("images"))
-    title_seconds, title_variant, title_start = best_titles(text, titles, job.variants.get("titles"))
+    images = ImageEncoder(replace(image, compile="off"))
+    patches = _load_patches([str(Path(job.data) / row["image_uri"]) for row in rows], image)
+    best_images, image_seconds = fastest({v: BareImages(images, v) for v in IMAGE_VARIANTS}, patches)
+    titles = TextEncoder(text)
+    blocks = tokenise(titles, [normalise_title(row["title"]) for row in rows])
+    best_titles, title_seconds = fastest({v: BareTitles(titles, v) for v in TITLE_VARIANTS}, blocks)
     return {
-        "seconds": image_seconds + title_seconds,
-        "image_seconds": image_seconds,
-        "title_seconds": title_seconds,
-        "start_seconds": image_start + title_start,
-        "images": len(rows),
-        "variants": {"images": image_variant, "titles": title_variant},
+        "variants": {"images": best_images, "titles": best_titles},
+        "variant_seconds": {"images": image_seconds, "titles": title_seconds},
     }
-
-
-def _patches(path: Path, spec: ImageSpec) -> np.ndarray:
-    from pipelines.patches import decode_image, grid_patches
-
-    return grid_patches(decode_image(path.read_bytes(), spec.side).pixels, spec.grid, spec.patch_size)
 
 
 # --- RunInference as its documentation has it
@@ -189,15 +223,18 @@ def _patches(path: Path, spec: ImageSpec) -> np.ndarray:
 
 def run_plain(job: Job) -> dict[str, Any]:
     """Photo by photo and title by title, in fp32, eager: the pace between the first and the last one, for each encoder."""
-    rows = pq.read_table(Path(job.data) / "catalog.parquet", columns=["title", "image_uri"]).to_pylist()[: job.limit]
-    image, text = job.specs("fp32")
     from benchmarks.plain_runinference import time_images, time_titles
 
-    image_pace = time_images(image, [str(Path(job.data) / row["image_uri"]) for row in rows])
+    rows = pq.read_table(Path(job.data) / "catalog.parquet", columns=["title", "image_uri"]).to_pylist()[: job.limit]
+    image, text = job.specs("fp32")
+    paths = [str(Path(job.data) / row["image_uri"]) for row in rows]
+    fast = replace(job.specs()[0], compile="off")
+    image_pace, bare_pace = time_images(image, paths, fast, job.variants["images"])
     title_pace = time_titles(text, [row["title"] for row in rows])
     return {
         "seconds": (image_pace + title_pace) * len(rows),
         "image_seconds": image_pace * len(rows),
+        "bare_image_seconds": bare_pace * len(rows),
         "title_seconds": title_pace * len(rows),
         "images": len(rows),
     }
@@ -205,7 +242,7 @@ def run_plain(job: Job) -> dict[str, Any]:
 
 WAYS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "whole": run_whole,
-    "bare": run_bare,
+    "variants": find_variants,
     "plain": run_plain,
     "stub": run_stub,
 }

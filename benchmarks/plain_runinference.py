@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import apache_beam as beam
 import numpy as np
@@ -11,20 +11,30 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult, RunInf
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.bare_encoders import BareImages
 from camenn_model.encoder_spec import ImageSpec, TextSpec
-from camenn_model.image_encoder import load_inception
+from camenn_model.image_encoder import ImageEncoder, load_inception
 from camenn_model.text_encoder import TextEncoder
+
+EVERY = 16
+"""Photos between two turns of the bare loop."""
 
 
 class _OnePhoto(ModelHandler[Tensor, PredictionResult, Any]):
-    """As Beam's PytorchModelHandlerTensor, which wants a pickled state dict of a class that it can call; a photo's patches are one element."""
+    """As Beam's PytorchModelHandlerTensor, which wants a pickled state dict of a class that it can call; a photo's patches are one element.
 
-    def __init__(self, spec: ImageSpec) -> None:
+    Now and then, with the clock stopped, a bare loop encodes some of the same photos.
+    """
+
+    def __init__(self, spec: ImageSpec, fast: ImageSpec, variant: Sequence[Any]) -> None:
         super().__init__(min_batch_size=1, max_batch_size=1)
-        self.spec = spec
+        self.spec, self.fast, self.variant = spec, fast, variant
 
     def load_model(self) -> Any:
-        """InceptionV4 as timm builds it."""
+        """InceptionV4 as timm builds it, and the bare loop."""
+        mode, size = self.variant
+        self.bare = BareImages(ImageEncoder(self.fast), (mode, size))
+        self.last: list[np.ndarray] = []
         return load_inception(self.spec)
 
     @torch.inference_mode()
@@ -32,7 +42,14 @@ class _OnePhoto(ModelHandler[Tensor, PredictionResult, Any]):
         self, batch: Sequence[Tensor], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[PredictionResult]:
         """One forward pass an element."""
-        return [PredictionResult(patches, model(patches)) for patches in batch]
+        results = [PredictionResult(patches, model(patches)) for patches in batch]
+        started = time.monotonic()
+        self.last += [(patches.permute(0, 2, 3, 1).numpy() * 127.5 + 127.5).astype(np.uint8) for patches in batch]
+        if len(self.last) == EVERY:
+            _Clock.bare.append((EVERY, self.bare.seconds(np.concatenate(self.last))))
+            self.last = []
+        _Clock.paused += time.monotonic() - started
+        return results
 
 
 class _OneTitle(ModelHandler[str, PredictionResult, Any]):
@@ -70,27 +87,30 @@ def read_photo(path: str, spec: ImageSpec) -> Tensor:
 
 
 class _Clock(beam.DoFn):
-    """Notes when each result came."""
+    """Notes when each result came, by a clock that stands while the bare loop runs."""
 
-    times: list[float] = []
+    times: ClassVar[list[float]] = []
+    paused: ClassVar[float] = 0.0
+    bare: ClassVar[list[tuple[int, float]]] = []
 
     def process(self, result: PredictionResult) -> Iterable[Any]:
-        _Clock.times.append(time.monotonic())
+        _Clock.times.append(time.monotonic() - _Clock.paused)
         yield np.asarray(result.inference)
 
 
 def _pace(steps: Any, elements: list[str]) -> float:
     """Seconds an element, from the first result to the last."""
-    _Clock.times = []
+    _Clock.times, _Clock.paused, _Clock.bare = [], 0.0, []
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         _ = pipeline | beam.Create(elements) | beam.Reshuffle() | steps | beam.ParDo(_Clock())
     assert len(_Clock.times) == len(elements)
     return (_Clock.times[-1] - _Clock.times[0]) / (len(elements) - 1)
 
 
-def time_images(spec: ImageSpec, paths: list[str]) -> float:
-    """Seconds a photo."""
-    return _pace(beam.Map(read_photo, spec) | RunInference(_OnePhoto(spec)), paths)
+def time_images(spec: ImageSpec, paths: list[str], fast: ImageSpec, variant: Sequence[Any]) -> tuple[float, float]:
+    """Seconds a photo: (this pipeline's, the bare loop's beside it)."""
+    pace = _pace(beam.Map(read_photo, spec) | RunInference(_OnePhoto(spec, fast, variant)), paths)
+    return pace, sum(seconds for _, seconds in _Clock.bare) / sum(photos for photos, _ in _Clock.bare)
 
 
 def time_titles(spec: TextSpec, titles: list[str]) -> float:

@@ -145,7 +145,11 @@ def test_encoders_load_and_run_on_threads_of_one_process() -> None:
             pool.map(lambda make: make(), [lambda: TextEncoder(text), lambda: ImageEncoder(image)] * 2)
         )
         for encoder in encoders:
-            kinds = {tensor.dtype for tensor in encoder.model.parameters()}
-            assert kinds == {DTYPES[encoder.spec.precision]}
+            dtype = DTYPES[encoder.spec.precision]
+            parts = [(encoder.model, dtype)]
+            if isinstance(encoder, ImageEncoder):
+                parts = [(encoder.model.stem, torch.float32), (encoder.model.body, dtype)]
+            for part, expected in parts:
+                assert {tensor.dtype for tensor in part.parameters()} == {expected}
         states = pool.map(lambda number: encoders[2 * (number % 2)].encode(TITLES[number % 3 :]).states, range(40))
         assert all(np.array_equal(found, alone[number % 3 :]) for number, found in enumerate(states))
