@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from camenn_model.encoder_spec import ImageSpec, TextSpec, normalise_title
 from pipelines import embed_catalog
 from pipelines.inference import (
-    EncodedImages,
-    EncodedTitles,
     ImageChunk,
     ImageChunkHandler,
     TitleChunk,
@@ -77,59 +75,62 @@ def _write(path: str, **seconds: float) -> None:
     Path(path).write_text(json.dumps({name: found.get(name, 0.0) + value for name, value in seconds.items()}))
 
 
-class _TimedImages(ImageChunkHandler):
-    """The product's handler; before each chunk, with its clock stopped, a bare loop encodes the same photos."""
+class _Timed:
+    """Before a handler of the product. Ahead of each batch, with its clock stopped, a bare loop encodes the same contents."""
 
-    def __init__(self, spec: ImageSpec, threads: int | None, record: str, variant: Sequence[Any] | None) -> None:
-        super().__init__(spec, torch_threads=threads)
-        self.record, self.variant, self.told = record, variant, 0.0
-        self.bare: Any = None
+    record: str
+    variant: Sequence[Any] | None
+    bare: Any = None
+    told = 0.0
+
+    def make_bare(self, model: Any, variant: tuple[str, int]) -> Any:
+        """The bare loop."""
+        raise NotImplementedError
+
+    def given(self, chunk: Any, model: Any) -> Any:
+        """A chunk's contents as the bare loop takes them."""
+        raise NotImplementedError
 
     def run_inference(
-        self, batch: Sequence[ImageChunk], model: Any, inference_args: dict[str, Any] | None = None
-    ) -> Iterable[EncodedImages]:
+        self, batch: Sequence[Any], model: Any, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[Any]:
+        """The handler's own, timed."""
         started, bare = time.monotonic(), 0.0
         if self.variant is not None:
-            from benchmarks.bare_encoders import BareImages
-
             # The chunk before may still be written.
             time.sleep(0.2)
             mode, size = self.variant
-            self.bare = self.bare or BareImages(model, (mode, size))
+            self.bare = self.bare or self.make_bare(model, (mode, size))
             for chunk in batch:
-                bare += self.bare.seconds(_load_patches([str(uri) for uri in chunk.uris], model.spec))
+                bare += self.bare.seconds(self.given(chunk, model))
         paused = time.monotonic() - started
-        found = list(super().run_inference(batch, model, inference_args))
+        handler: Any = super()
+        found = list(handler.run_inference(batch, model, inference_args))
         _write(self.record, start=model.start_seconds - self.told, paused=paused, bare=bare)
         self.told = model.start_seconds
         return found
 
 
-class _TimedTitles(TitleChunkHandler):
-    """The same for titles."""
+class _TimedImages(_Timed, ImageChunkHandler):
+    def make_bare(self, model: Any, variant: tuple[str, int]) -> Any:
+        from benchmarks.bare_encoders import BareImages
 
-    def __init__(self, spec: TextSpec, threads: int | None, record: str, variant: Sequence[Any] | None) -> None:
-        super().__init__(spec, torch_threads=threads)
-        self.record, self.variant, self.told = record, variant, 0.0
-        self.bare: Any = None
+        return BareImages(model, variant)
 
-    def run_inference(
-        self, batch: Sequence[TitleChunk], model: Any, inference_args: dict[str, Any] | None = None
-    ) -> Iterable[EncodedTitles]:
-        started, bare = time.monotonic(), 0.0
-        if self.variant is not None:
-            from benchmarks.bare_encoders import BareTitles, tokenise
+    def given(self, chunk: ImageChunk, model: Any) -> Any:
+        return _load_patches([str(uri) for uri in chunk.uris], model.spec)
 
-            time.sleep(0.2)
-            mode, size = self.variant
-            self.bare = self.bare or BareTitles(model, (mode, size))
-            for chunk in batch:
-                bare += self.bare.seconds(tokenise(model, chunk.titles))
-        paused = time.monotonic() - started
-        found = list(super().run_inference(batch, model, inference_args))
-        _write(self.record, start=model.start_seconds - self.told, paused=paused, bare=bare)
-        self.told = model.start_seconds
-        return found
+
+class _TimedTitles(_Timed, TitleChunkHandler):
+    def make_bare(self, model: Any, variant: tuple[str, int]) -> Any:
+        from benchmarks.bare_encoders import BareTitles
+
+        return BareTitles(model, variant)
+
+    def given(self, chunk: TitleChunk, model: Any) -> Any:
+        from benchmarks.bare_encoders import tokenise
+
+        return tokenise(model, chunk.titles)
 
 
 def _load_patches(paths: list[str], spec: ImageSpec) -> NDArray[np.uint8]:
@@ -156,9 +157,10 @@ def run_whole(job: Job) -> dict[str, Any]:
     )
 
     def make(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
-        if isinstance(spec, ImageSpec):
-            return _TimedImages(spec, threads, records["images"], job.variants.get("images"))
-        return _TimedTitles(spec, threads, records["titles"], job.variants.get("titles"))
+        kind, make_handler = ("images", _TimedImages) if isinstance(spec, ImageSpec) else ("titles", _TimedTitles)
+        handler: Any = make_handler(spec, torch_threads=threads)  # type: ignore[arg-type]
+        handler.record, handler.variant = records[kind], job.variants.get(kind)
+        return handler
 
     imports = time.monotonic() - PROCESS_STARTED
     started = time.monotonic()

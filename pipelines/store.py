@@ -203,8 +203,10 @@ def merge_parts(directory: str, group: list[Part]) -> Part:
     if done is not None:
         return done
     # What a merged part replaced must stay replaced when its own marker is gone.
-    there = {part.name for part in _all_parts(directory)}
-    names += [older for part in group for older in part.replaces if older in there]
+    older = [name for part in group for name in part.replaces]
+    if older:
+        there = {part.name for part in _all_parts(directory)}
+        names += [name for name in older if name in there]
     path = files.join(directory, f"part-{name}.parquet")
     with files.atomic_write(path) as sink:
         with files.open_read(group[0].path) as handle:
