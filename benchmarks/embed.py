@@ -2,7 +2,7 @@
 
     python -m benchmarks.embed --photos DIR --image_weights FILE --text_encoder DIR
 
-`speed`: the pace of `camenn embed` (read, decode, cut, encode photo and title, write, publish; start-up apart) on listings that each have a photo and a
+`speed`: the pace of `camenn embed` (read, decode, cut, encode photo and title, write, publish; start-up, a run over one listing, apart) on listings that each have a photo and a
 title of their own, over that of a bare torch loop on the same photos and titles, and over that of a RunInference pipeline as Beam's documentation would
 write it. Both are measured against the bare loop while they run: the clock of the one stands while the other encodes the same contents.
 `nights`: a whole run, then the same catalog again, then 1 % of it changed. `memory`: peak resident memory by listing, with stub encoders.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.embed_loops import Job
-from benchmarks.listings import change_listings, make_listings, make_small_photos
+from benchmarks.listings import change_listings, first_listing, make_listings, make_small_photos
 from benchmarks.processes import run_watched
 
 PARTS = ("speed", "nights", "memory")
@@ -46,22 +46,44 @@ def run_job(job: Job, timeout: float) -> tuple[dict[str, Any], float]:
     return result | {"wall_seconds": time.monotonic() - started}, sum((peaks or {}).values())
 
 
+def matmul_ceilings() -> dict[str, float]:
+    """GFLOP/s of a matrix product of 2048 × 2048, the best of some, by dtype: what the machine has to give at the moment."""
+    import torch
+
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(2048, 2048, dtype=dtype)
+        seconds = []
+        for _ in range(6):
+            started = time.monotonic()
+            _ = a @ a
+            seconds.append(time.monotonic() - started)
+        found[name] = 2 * 2048**3 / min(seconds) / 1e9
+    return found
+
+
 def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, Any]) -> dict[str, Any]:
     """`camenn embed` and plain RunInference, each against a bare loop that encodes the same contents in between."""
     data = work / f"listings-{arguments.items}"
     make_listings(data, arguments.items, arguments.photos)
+    single = work / "listings-1"
+    first_listing(data, single)
     out = work / "measured" / "store"
     chosen, _ = run_job(
-        Job(way="variants", data=str(data), out="", limit=min(256, arguments.items), **common), arguments.timeout
+        Job(way="variants", data=str(data), out="", limit=min(64, arguments.items), **common), arguments.timeout
     )
     variants = chosen["variants"]
     say(f"bare loops: {chosen['variant_seconds']}")
     runs: dict[str, list[dict[str, Any]]] = {"whole": [], "plain": []}
+    ceilings: list[dict[str, float]] = []
     for number in range(arguments.repeats):
         for way in runs:
             shutil.rmtree(out.parent, ignore_errors=True)
             limit = arguments.plain_items if way == "plain" else None
-            job = Job(way=way, data=str(data), out=str(out), limit=limit, variants=variants, **common)
+            job = Job(
+                way=way, data=str(data), out=str(out), limit=limit, single=str(single), variants=variants, **common
+            )
+            ceilings.append(matmul_ceilings())
             result, peak = run_job(job, arguments.timeout)
             runs[way].append(result)
             pace = result["images"] / result["seconds"]
@@ -76,12 +98,14 @@ def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, A
     plain = [run["bare_image_seconds"] * title_share / run["seconds"] for run in runs["plain"]]
     pace = {way: statistics.median(run["images"] / run["seconds"] for run in found) for way, found in runs.items()}
     return {
+        "matmul_gflops": {name: [round(found[name]) for found in ceilings] for name in ceilings[0]},
         "vs_bare_torch": round(statistics.median(whole), 4),
         "vs_plain_runinference": round(statistics.median(whole) / statistics.median(plain), 3),
         "all_vs_bare_torch": [round(value, 4) for value in whole],
         "all_plain_vs_bare_torch": [round(value, 4) for value in plain],
         "listings_per_second": {way: round(value, 2) for way, value in pace.items()},
         "start_seconds": round(statistics.median(run["start_seconds"] for run in runs["whole"]), 1),
+        "single_listing_seconds": round(statistics.median(run["single_listing_seconds"] for run in runs["whole"]), 1),
         "bare_loops": variants,
         "bare_loop_seconds": chosen["variant_seconds"],
         "kernels": runs["whole"][-1]["kernels"],

@@ -48,6 +48,8 @@ class Job:
     compile: str = "on"
     limit: int | None = None
     """Listings, for the ways that need no whole catalog"""
+    single: str = ""
+    """A catalog of one listing; what `whole` takes for it is start-up"""
     variants: dict[str, Any] = field(default_factory=dict)
     """The bare loops of `images` and `titles` to compare with; {} = none"""
 
@@ -76,12 +78,13 @@ def _write(path: str, **seconds: float) -> None:
 
 
 class _Timed:
-    """Before a handler of the product. Ahead of each batch, with its clock stopped, a bare loop encodes the same contents."""
+    """Before a handler of the product. Ahead of every second batch, with its clock stopped, a bare loop encodes the same contents."""
 
     record: str
     variant: Sequence[Any] | None
     bare: Any = None
     told = 0.0
+    batches = 0
 
     def make_bare(self, model: Any, variant: tuple[str, int]) -> Any:
         """The bare loop."""
@@ -95,18 +98,20 @@ class _Timed:
         self, batch: Sequence[Any], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[Any]:
         """The handler's own, timed."""
-        started, bare = time.monotonic(), 0.0
-        if self.variant is not None:
+        started, bare, contents = time.monotonic(), 0.0, 0
+        if self.variant is not None and self.batches % 2 == 0:
             # The chunk before may still be written.
             time.sleep(0.2)
             mode, size = self.variant
             self.bare = self.bare or self.make_bare(model, (mode, size))
             for chunk in batch:
                 bare += self.bare.seconds(self.given(chunk, model))
+                contents += len(chunk.keys)
+        self.batches += 1
         paused = time.monotonic() - started
         handler: Any = super()
         found = list(handler.run_inference(batch, model, inference_args))
-        _write(self.record, start=model.start_seconds - self.told, paused=paused, bare=bare)
+        _write(self.record, start=model.start_seconds - self.told, paused=paused, bare=bare, contents=contents)
         self.told = model.start_seconds
         return found
 
@@ -141,11 +146,41 @@ def _load_patches(paths: list[str], spec: ImageSpec) -> NDArray[np.uint8]:
 
 
 def run_whole(job: Job) -> dict[str, Any]:
-    """`camenn embed`, from its first look at the catalog to its publication, less the time in which its clock stood."""
+    """`camenn embed`, from its first look at the catalog to its publication, less the time in which its clock stood, and less start-up.
+
+    Start-up is imports, loading, compiling, and what a run over a single listing takes: building a pipeline, starting its steps, publishing.
+    """
+    imports = time.monotonic() - PROCESS_STARTED
+    single = 0.0
+    if job.single:
+        alone = replace(job, data=job.single, out=f"{job.out}-single", compile="off", variants={})
+        single, _, told = _timed_run(alone)
+        single -= sum(value["start"] for value in told.values())
+    seconds, summary, told = _timed_run(job)
+    start, paused = (sum(value[name] for value in told.values()) for name in ("start", "paused"))
+    bare = {
+        kind: value["bare"] / value["contents"] * summary[f"encoded_{kind}"]
+        for kind, value in told.items()
+        if value["contents"]
+    }
+    return {
+        "seconds": seconds - start - paused - single,
+        "bare_seconds": sum(bare.values()),
+        "bare_by_encoder": bare,
+        "start_seconds": imports + start + single,
+        "single_listing_seconds": single,
+        "images": summary["encoded_images"],
+        "titles": summary["encoded_titles"],
+        "kernels": summary["kernels"],
+    }
+
+
+def _timed_run(job: Job) -> tuple[float, dict[str, Any], dict[str, Any]]:
+    """(seconds, closing table, what the handlers left) of a run."""
     image, text = job.specs()
     out = Path(job.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    records = {kind: str(out.parent / f"{kind}.seconds") for kind in ("images", "titles")}
+    records = {kind: f"{out}-{kind}.seconds" for kind in ("images", "titles")}
     options = embed_catalog.EmbedOptions(
         data=job.data,
         store=job.out,
@@ -162,21 +197,14 @@ def run_whole(job: Job) -> dict[str, Any]:
         handler.record, handler.variant = records[kind], job.variants.get(kind)
         return handler
 
-    imports = time.monotonic() - PROCESS_STARTED
     started = time.monotonic()
     summary = embed_catalog.run(options, ["--direct_num_workers=1"], make_handler=make)
     seconds = time.monotonic() - started
-    told = {kind: json.loads(Path(path).read_text()) for kind, path in records.items() if Path(path).exists()}
-    start, paused, bare = (sum(value[name] for value in told.values()) for name in ("start", "paused", "bare"))
-    return {
-        "seconds": seconds - start - paused,
-        "bare_seconds": bare,
-        "bare_by_encoder": {kind: value["bare"] for kind, value in told.items()},
-        "start_seconds": imports + start,
-        "images": summary["encoded_images"],
-        "titles": summary["encoded_titles"],
-        "kernels": summary["kernels"],
-    }
+    return (
+        seconds,
+        summary,
+        {kind: json.loads(Path(path).read_text()) for kind, path in records.items() if Path(path).exists()},
+    )
 
 
 def run_stub(job: Job) -> dict[str, Any]:

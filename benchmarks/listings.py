@@ -66,6 +66,15 @@ def endless_photos(folder: Path) -> Iterator[bytes]:
             yield path.read_bytes() + (f"{turn}".encode() if turn else b"")
 
 
+def first_listing(directory: Path, target: Path) -> None:
+    """Make `target` a catalog of the first listing alone."""
+    shutil.rmtree(target, ignore_errors=True)
+    row = pq.read_table(directory / "catalog.parquet").slice(0, 1).to_pylist()[0]
+    (target / row["image_uri"]).parent.mkdir(parents=True)
+    shutil.copy(directory / row["image_uri"], target / row["image_uri"])
+    write_catalog(target, [row])
+
+
 def change_listings(directory: Path, target: Path, share: float) -> int:
     """Make `target` the same listings, but for a share of them, spread evenly, whose photo and title are new; returns how many. Photos are linked, not copied."""
     shutil.rmtree(target, ignore_errors=True)

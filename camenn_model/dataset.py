@@ -5,7 +5,9 @@ Shapes: B examples, S sessions, H history, N items of the table.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,9 +23,13 @@ from camenn_model.feature_space import FeatureSpace, to_float
 from camenn_model.item_table import Ints, ItemTable
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 BUFFER_ROWS = 65_536
 """Examples read ahead and mixed: some 40 MB."""
+
+Unit = tuple[str, int]
+"""A row group of an example file: (path, number). What is read at a time, and what is put in a random order."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Rows:
     history_kind: Ints
     history_gap: NDArray[np.float32]
     user: NDArray[np.uint64]
+    store: NDArray[np.uint64]
     start: Ints
 
     def __len__(self) -> int:
@@ -72,6 +79,12 @@ class ExampleReader:
         """All rows of one file, in the file's order. Sessions are numbered from 0 within the file."""
         return self.encode(pq.ParquetFile(path).read())
 
+    def read_unit(self, unit: Unit) -> Rows:
+        """The rows of one row group, in the file's order. Sessions are numbered from 0 within it."""
+        path, number = unit
+        with pq.ParquetFile(path) as file:
+            return self.encode(file.read_row_group(number))
+
     def encode(self, examples: pa.Table) -> Rows:
         """Rows of a table under the contract `EXAMPLES`."""
         from camenn_model.hashing import stable_hash
@@ -86,9 +99,9 @@ class ExampleReader:
         values, buckets = self.space.encode_numbers(("item_counts", "pair_counts"), columns)
         position = np.nan_to_num(to_float(examples["position"]), nan=-1).astype(np.int64)
         history, kind, gap = self._history(examples)
-        user = stable_hash(examples["user_id"])
+        user, store = stable_hash(examples["user_id"]), stable_hash(examples["store_id"])
         # A session that goes on in another store is another audience row: store and local hour differ.
-        key = np.stack([user, stable_hash(examples["session_id"]), stable_hash(examples["store_id"])], axis=1)
+        key = np.stack([user, stable_hash(examples["session_id"]), store], axis=1)
         _, session = np.unique(key, axis=0, return_inverse=True)
         return Rows(
             item=item,
@@ -104,6 +117,7 @@ class ExampleReader:
             history_kind=kind,
             history_gap=gap,
             user=user,
+            store=store,
             start=examples["session_start"].cast(pa.int64()).to_numpy(),
         )
 
@@ -193,44 +207,100 @@ def concat_rows(pieces: list[Rows]) -> Rows:
     return Rows(session=np.concatenate(sessions), **columns)
 
 
-def stream_batches(
-    reader: ExampleReader, files: list[tuple[str, int]], batch_size: int, rng: np.random.Generator | None
-) -> Iterator[Rows]:
-    """Batches of about `batch_size` examples, whole sessions together.
+def list_units(files: list[tuple[str, int]]) -> list[Unit]:
+    """The row groups of some example files, in order."""
+    units = []
+    for path, _ in files:
+        with pq.ParquetFile(path) as file:
+            units += [(path, number) for number in range(file.num_row_groups)]
+    return units
 
-    With `rng`: files in a random order, sessions mixed within a buffer of some 65,000 examples. Without: the order of the files.
-    The order depends on nothing but the generator's state.
+
+def stream_batches(
+    reader: ExampleReader, units: list[Unit], batch_size: int, rng: np.random.Generator, *, by_store: bool = False
+) -> Iterator[Rows]:
+    """Batches of about `batch_size` examples, whole sessions together, in a random order that depends on nothing but the generator's state.
+
+    Row groups of all files come in a random order, so that days are mixed; sessions are mixed within a buffer of some 65,000 examples. With `by_store`
+    a batch draws from few stores, so that it holds fewer distinct listings; the batches of a buffer come in a random order then.
     """
-    order = np.arange(len(files)) if rng is None else rng.permutation(len(files))
+    mixed = [units[number] for number in rng.permutation(len(units))]
+    for rows in prefetch(_buffers(reader, mixed), 1):
+        yield from cut_batches(rows, batch_size, rng, by_store=by_store)
+
+
+def _buffers(reader: ExampleReader, units: list[Unit]) -> Iterator[Rows]:
     waiting: list[Rows] = []
     held = 0
-    for place, number in enumerate(order):
-        waiting.append(reader.read(files[number][0]))
+    for place, unit in enumerate(units):
+        waiting.append(reader.read_unit(unit))
         held += len(waiting[-1])
-        if held >= BUFFER_ROWS or place == len(order) - 1:
+        if held >= BUFFER_ROWS or place == len(units) - 1:
             rows = concat_rows(waiting)
             waiting, held = [], 0
             if len(rows):
-                yield from cut_batches(rows, batch_size, rng)
+                yield rows
 
 
-def cut_batches(rows: Rows, batch_size: int, rng: np.random.Generator | None) -> Iterator[Rows]:
+def cut_batches(
+    rows: Rows, batch_size: int, rng: np.random.Generator | None, *, by_store: bool = False
+) -> Iterator[Rows]:
     """Cut rows into batches of at most `batch_size`, whole sessions together: in a random order of sessions, or in theirs."""
     count = int(rows.session.max()) + 1
-    rank = np.arange(count) if rng is None else rng.permutation(count)
     if rng is None:
         # Sessions are numbered by hash; keep the files' order (by time) instead.
         rank = np.argsort(np.argsort(np.unique(rows.session, return_index=True)[1]))
+    else:
+        rank = rng.permutation(count)
+    if rng is not None and by_store:
+        # A session is in one store (see `encode`): stores in a random order, and within a store its sessions.
+        _, first = np.unique(rows.session, return_index=True)
+        stores, store = np.unique(rows.store[first], return_inverse=True)
+        rank = np.argsort(np.lexsort((rank, rng.permutation(len(stores))[store])))
     order = np.argsort(rank[rows.session], kind="stable")
-    session = rows.session[order]
+    cuts = list(_cuts(rows.session[order], batch_size))
+    for number in rng.permutation(len(cuts)) if rng is not None and by_store else range(len(cuts)):
+        start, end = cuts[number]
+        yield rows.take(order[start:end])
+
+
+def _cuts(session: Ints, batch_size: int) -> Iterator[tuple[int, int]]:
+    """First and one-past-last row of each batch of rows whose sessions lie together."""
     edges = np.flatnonzero(np.append(session[1:] != session[:-1], True)) + 1
     start = 0
-    while start < len(order):
+    while start < len(session):
         # The last whole session that still fits; a session longer than a batch is cut.
-        fits = edges[(edges > start) & (edges <= start + batch_size)]
-        end = int(fits[-1]) if len(fits) else min(start + batch_size, len(order))
-        yield rows.take(order[start:end])
-        start = end
+        place = int(np.searchsorted(edges, start + batch_size, side="right")) - 1
+        end = int(edges[place]) if place >= 0 and edges[place] > start else start + batch_size
+        yield start, min(end, len(session))
+        start = min(end, len(session))
+
+
+def split_batch(rows: Rows, parts: int) -> list[Rows]:
+    """A batch as `parts` batches of about the same size, cut between sessions where one ends near; some may be empty."""
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(rows.session)) + 1, [len(rows)]])
+    ideal = np.arange(1, parts) * len(rows) / parts
+    near = edges[np.abs(edges[:, None] - ideal[None, :]).argmin(axis=0)]
+    # A long session is cut where the part ends: it is then encoded once in each part.
+    cut = np.where(np.abs(near - ideal) <= len(rows) / (4 * parts), near, np.round(ideal)).astype(np.int64)
+    bounds = np.concatenate([[0], np.maximum.accumulate(cut), [len(rows)]])
+    return [rows.take(np.arange(low, high)) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def map_ahead(work: Callable[[T], U], source: Iterator[T], workers: int) -> Iterator[U]:
+    """`work` of each element, in the source's order, up to `workers` at a time and as many waiting."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="gather") as pool:
+        ahead: deque[Future[U]] = deque()
+        try:
+            for element in source:
+                ahead.append(pool.submit(work, element))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:

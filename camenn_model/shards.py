@@ -110,8 +110,12 @@ class ShardSet:
         return sorted((str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries)
 
     def examples(self, split: str) -> list[tuple[str, int]]:
-        """(path, rows) of the example files of one split, by date."""
-        return [(path, rows) for path, rows in self.files("examples") if f"/split={split}/" in path]
+        """(path, rows) of the example files of one split, by date: a day may have been written by an earlier run than the day before it."""
+        entries = self.manifest["tables"].get("examples", {}).get("files", [])
+        found = [
+            (str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries if entry["split"] == split
+        ]
+        return sorted(found, key=lambda entry: (entry[0].split("/date=")[1], entry[0]))
 
     @cached_property
     def items(self) -> pa.Table:

@@ -1,6 +1,11 @@
-"""Training: from a shard set to a model package. Streams, resumes from a checkpoint to the same bits, never opens the test part before the end."""
+"""Training: from a shard set to a model package. Streams, resumes from a checkpoint to the same bits, never opens the test part before the end.
+
+A step's batch is cut into micro-batches, which are computed one after another, or by several processes at once, and whose gradients are summed: the result
+is that of one process, but for the order of sums, with any number of processes that divides the number of micro-batches.
+"""
 
 import csv
+import itertools
 import json
 import math
 import multiprocessing
@@ -9,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +23,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from camenn_model.batch import AlignmentBatch
+from camenn_model.batch import AlignmentBatch, Batch
 from camenn_model.calibration import fit_platt
 from camenn_model.checkpoint import FOLDS, load_tensors, save_tensors
 from camenn_model.config import LossConfig, ModelConfig
-from camenn_model.dataset import AlignmentSampler, ExampleReader, Rows, collate, prefetch, stream_batches
+from camenn_model.dataset import (
+    AlignmentSampler,
+    ExampleReader,
+    Rows,
+    collate,
+    list_units,
+    map_ahead,
+    split_batch,
+    stream_batches,
+)
 from camenn_model.evaluation import Predictions, cvr_metrics, predict, reliability, representation
 from camenn_model.feature_space import FeatureSpace
 from camenn_model.item_table import ItemTable
-from camenn_model.losses import MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
+from camenn_model.losses import Losses, MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig, WeightAverage, build_optimizer
+from camenn_model.processes import Processes
 from camenn_model.shards import ShardSet
 from schemas.contract import InputError
 
@@ -52,6 +69,11 @@ class TrainOptions:
     attention: str = "prefix"
     epochs: int = 1
     batch_size: int = 128
+    """Examples a step, over all processes"""
+    micro_batches: int = 1
+    """Pieces that a step's batch is cut into; the number of processes divides it"""
+    by_store: bool = False
+    """Whether a batch draws from few stores, and so holds fewer distinct listings"""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3, ema_decay=0.99))
     evaluations: int = 4
     patience: int = 4
@@ -62,6 +84,12 @@ class TrainOptions:
     alignment: bool = True
     alignment_passes: int = 20
     checkpoint_seconds: float = 60.0
+    workers: int = 1
+    """Threads that gather batches"""
+
+    def request(self) -> dict[str, Any]:
+        """What the result depends on: not on how often it is saved, nor on the threads that gather."""
+        return {name: value for name, value in asdict(self).items() if name not in ("workers", "checkpoint_seconds")}
 
 
 @dataclass
@@ -174,13 +202,66 @@ class State:
     curves: list[dict[str, float]] = field(default_factory=list)
 
 
-class Trainer:
-    """One model, its optimiser and averaged weights, over the stream of a corpus."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """A piece of a step's batch, gathered."""
 
-    def __init__(self, corpus: Corpus, options: TrainOptions, progress: Progress) -> None:
+    number: int
+    rows: Rows
+    weight: float
+    """Its share of the step's examples; 0 for a row that stands in where a process has none"""
+    batch: Batch
+    alignment: AlignmentBatch | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process computes of a step."""
+
+    examples: int
+    """Of the whole step"""
+    pieces: list[MicroBatch]
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, as DistributedDataParallel wants them."""
+
+    def __init__(self, model: CameNN, loss: MultiTaskLoss, bf16: bool) -> None:
+        super().__init__()
+        self.model, self.loss, self.bf16 = model, loss, bf16
+
+    def forward(self, batch: Batch, alignment: AlignmentBatch | None) -> tuple[Losses, Tensor]:
+        """(losses; assignments of each expert of the CVR task, float32 [E])."""
+        with torch.autocast(batch.pairs.label.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.model(batch)
+            aligned = self.model.align(alignment) if alignment is not None else None
+        losses = self.loss(
+            output, batch.pairs.label, aligned, alignment.ita.label if alignment is not None else None, alignment.tia.label if alignment is not None else None
+        )  # fmt: skip
+        return losses, torch.bincount(output.gate.chosen.flatten(), minlength=output.gate.logits.shape[-1]).float()
+
+
+class Trainer:
+    """One model, its optimiser and averaged weights, over the stream of a corpus.
+
+    Args:
+        processes: this process's place among those that train the same model; each makes a Trainer of the same options.
+
+    Raises:
+        InputError: the processes cannot share the micro-batches evenly.
+    """
+
+    def __init__(
+        self, corpus: Corpus, options: TrainOptions, progress: Progress, processes: Processes | None = None
+    ) -> None:
         self.corpus, self.options, self.progress = corpus, options, progress
+        self.processes = processes or Processes(device=options.device)
+        if options.micro_batches % self.processes.count:
+            raise InputError(
+                f"--micro_batches {options.micro_batches}: {self.processes.count} processes cannot share them evenly. Give a multiple of {self.processes.count}."
+            )
         torch.manual_seed(options.seed)
-        self.device = torch.device(options.device)
+        self.device = torch.device(self.processes.device)
         self.model = CameNN(corpus.config)
         fit_inputs(self.model, corpus.table, options.seed)
         self.model.to(self.device)
@@ -193,6 +274,15 @@ class Trainer:
         self.sampler = sampler if options.alignment and len(sampler) >= 2 else None
         self.total = options.epochs * corpus.rows("train")
         self.checkpoint_path = Path(options.out) / "checkpoints" / "main.safetensors"
+        self.objective: nn.Module = Objective(self.model, self.loss, options.precision == "bf16")
+        if self.processes.count > 1:
+            self.objective = DistributedDataParallel(
+                self.objective,
+                device_ids=None if self.device.type == "cpu" else [self.device],
+                broadcast_buffers=False,
+                # An expert that no row of this process chose has no gradient here.
+                find_unused_parameters=True,
+            )
 
     def run(self) -> None:
         """Train to the end or to early stop, from a checkpoint where there is one."""
@@ -202,18 +292,16 @@ class Trainer:
         due = (state.examples // every + 1) * every
         saved = time.monotonic()
         while state.epoch < options.epochs and state.worse < options.patience:
-            rng = np.random.default_rng([options.seed, 1, state.epoch])
-            batches = stream_batches(self.corpus.reader, self.corpus.files("train"), options.batch_size, rng)
-            for rows, batch, alignment in prefetch(self._collated(batches, state.batch, state.step)):
+            for share in self.stream():
                 started = time.monotonic()
-                self._step(rows, batch, alignment)
+                self.step(share)
                 state.seconds += time.monotonic() - started
                 if state.examples >= due:
                     self._evaluate()
                     due += every
                     if state.worse >= options.patience:
                         break
-                if time.monotonic() - saved > options.checkpoint_seconds:
+                if self.processes.first and time.monotonic() - saved > options.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
             else:
@@ -226,83 +314,113 @@ class Trainer:
         self.model.load_state_dict(self.best)
         self.model.eval()
 
-    def _collated(
-        self, batches: Iterator[Rows], skip: int, step: int
-    ) -> Iterator[tuple[Rows, Any, AlignmentBatch | None]]:
-        """Gathered batches from the `skip`-th of the epoch on; every draw depends on the seed and the step alone."""
-        for number, rows in enumerate(batches):
-            if number < skip:
+    def stream(self) -> Iterator[Share]:
+        """This process's share of each step from where the epoch stands, gathered ahead; every draw depends on the seed and the step alone."""
+        options, state = self.options, self.state
+        rng = np.random.default_rng([options.seed, 1, state.epoch])
+        units = list_units(self.corpus.files("train"))
+        batches = stream_batches(self.corpus.reader, units, options.batch_size, rng, by_store=options.by_store)
+        numbered = enumerate(itertools.islice(batches, state.batch, None), start=state.step)
+        return map_ahead(self._gather, numbered, options.workers)
+
+    def _gather(self, numbered: tuple[int, Rows]) -> Share:
+        step, whole = numbered
+        options = self.options
+        own = options.micro_batches // self.processes.count
+        pieces = []
+        for number, rows in enumerate(split_batch(whole, options.micro_batches)):
+            if number // own != self.processes.rank:
                 continue
             alignment = None
             if self.sampler is not None:
-                alignment = self.sampler.draw(
-                    max(2, self.options.batch_size // 16), np.random.default_rng([self.options.seed, 2, step])
-                )
-            yield rows, collate(rows, self.corpus.table), alignment
-            step += 1
+                seed = [options.seed, 2, step, *([number] if number else [])]
+                count = max(2, options.batch_size // options.micro_batches // 16)
+                alignment = self.sampler.draw(count, np.random.default_rng(seed))
+            weight = len(rows) / len(whole)
+            # The last batch may have fewer rows than there are pieces, and every process takes part in every step.
+            given = rows if len(rows) else whole.take(np.zeros(1, dtype=np.int64))
+            pieces.append(MicroBatch(number, given, weight, collate(given, self.corpus.table), alignment))
+        return Share(len(whole), pieces)
 
-    def _step(self, rows: Rows, batch: Any, alignment: AlignmentBatch | None) -> None:
+    def step(self, share: Share) -> None:
+        """One step of the optimiser.
+
+        Raises:
+            InputError: a loss or the gradient is not finite; the rows are written aside.
+        """
         options, state = self.options, self.state
-        scale = rate_at((state.examples + len(rows) / 2) / self.total, options.optimizer.warmup)
+        scale = rate_at((state.examples + share.examples / 2) / self.total, options.optimizer.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = options.optimizer.learning_rate * scale
-        # Seeded by step, so that a resumed run draws the dropout that an uninterrupted one would have drawn.
-        torch.manual_seed(options.seed * 1_000_003 + state.step)
         self.model.train()
-        batch = batch.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            output = self.model(batch)
-            aligned = None
-            if alignment is not None:
-                alignment = alignment.to(self.device)
-                aligned = self.model.align(alignment)
-        losses = self.loss(
-            output, batch.pairs.label, aligned, alignment.ita.label if alignment is not None else None, alignment.tia.label if alignment is not None else None
-        )  # fmt: skip
-        if not torch.isfinite(losses.total):
-            path = Path(options.out) / f"nan-step-{state.step}.json"
-            path.write_text(
-                json.dumps(
-                    {
-                        "losses": {name: float(value) for name, value in losses._asdict().items()},
-                        "items": rows.item.tolist(),
-                        "labels": rows.label.tolist(),
-                    }
-                )
-            )
-            raise InputError(
-                f"training: the loss is not finite at step {state.step}; the batch is written to {path}. Lower --learning_rate, or look at these rows."
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.optimizer.clip)
+        figures = torch.stack([self._backward(piece, piece is share.pieces[-1]) for piece in share.pieces]).sum(dim=0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.optimizer.clip)
+        # One copy from the device for all that a step tells.
+        *told, length = torch.cat([figures, norm.reshape(1)]).tolist()
+        losses = dict(zip(Losses._fields, told, strict=False))
+        if not all(map(math.isfinite, [*losses.values(), length])):
+            self._stop(share, losses | {"gradient_norm": length})
         self.optimizer.step()
         self.ema.update(self.model)
         state.step += 1
         state.batch += 1
-        state.examples += len(rows)
-        chosen = torch.bincount(output.gate.chosen.flatten(), minlength=self.corpus.config.experts).float()
-        use = (chosen / chosen.sum()).tolist()
+        state.examples += share.examples
+        told = self.processes.sums(told)
+        losses = dict(zip(Losses._fields, told, strict=False))
+        chosen = told[len(losses) :]
         state.curves.append(
             {
                 "step": state.step,
                 "examples": state.examples,
                 "lr": options.optimizer.learning_rate * scale,
-                **{name: float(value.detach()) for name, value in losses._asdict().items()},
+                **losses,
+                "gradient_norm": length,
                 "early_stop_log_loss": math.nan,
-                **{f"expert_{number}": share for number, share in enumerate(use)},
+                **{f"expert_{number}": count / sum(chosen) for number, count in enumerate(chosen)},
             }
         )
-        self.progress("train", state.examples, self.total, f"loss {float(losses.cvr.detach()):.4f}")
+        self.progress("train", state.examples, self.total, f"loss {losses['cvr']:.4f}")
+
+    def _backward(self, piece: MicroBatch, last: bool) -> Tensor:
+        """Add a micro-batch's gradients; returns its weighted losses and the assignments of its experts, float32 [7 + E]."""
+        # Seeded by step and piece, so that a resumed run, or another number of processes, draws the same dropout.
+        torch.manual_seed(self.options.seed * 1_000_003 + self.state.step + (piece.number << 40))
+        batch = piece.batch.to(self.device)
+        alignment = piece.alignment.to(self.device) if piece.alignment is not None else None
+        parallel = self.objective if isinstance(self.objective, DistributedDataParallel) else None
+        with parallel.no_sync() if parallel is not None and not last else nullcontext():
+            losses, chosen = self.objective(batch, alignment)
+            # Gradients are summed over micro-batches, and DistributedDataParallel takes their mean over processes.
+            (losses.total * (piece.weight * self.processes.count)).backward()
+        return torch.cat([torch.stack(losses).detach() * piece.weight, chosen * (piece.weight > 0)])
+
+    def _stop(self, share: Share, losses: dict[str, float]) -> None:
+        table = self.corpus.table
+        path = Path(self.options.out) / f"nan-step-{self.state.step}-{self.processes.rank}.json"
+        rows = [piece.rows for piece in share.pieces]
+        found = {
+            "losses": losses,
+            "item_id": [item for piece in rows for item in table.ids.take(pa.array(piece.item)).to_pylist()],
+            "label": [label for piece in rows for label in piece.label.tolist()],
+            "session_start": [str(np.datetime64(start, "us")) for piece in rows for start in piece.start.tolist()],
+        }
+        path.write_text(json.dumps(found))
+        raise InputError(
+            f"training: a loss or the gradient is not finite at step {self.state.step}; the batch is written to {path}. Lower --learning_rate, or look at these rows."
+        )
 
     def _evaluate(self) -> None:
         """Log loss of the averaged weights on the early-stop part; keeps the best."""
         state = self.state
         self.model.eval()
+        # Each process takes some of the files.
+        files = self.corpus.files("early_stop")[self.processes.rank :: self.processes.count]
         with self.ema.applied_to(self.model):
-            loss = predict(
-                self.model, self.corpus.reader, self.corpus.table, self.corpus.files("early_stop")
-            ).log_loss()
+            found = predict(self.model, self.corpus.reader, self.corpus.table, files) if files else None
+            sums = (found.log_loss() * len(found.labels), len(found.labels)) if found is not None else (0.0, 0)
+            total, rows = self.processes.sums(sums)
+            loss = total / rows
             weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         if state.curves:
             state.curves[-1]["early_stop_log_loss"] = loss
@@ -319,11 +437,18 @@ class Trainer:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for number, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
-        save_tensors(self.checkpoint_path, tensors, {"state": asdict(self.state), "request": self._request()})
+        state = asdict(self.state)
+        curves = state.pop("curves")
+        tensors["curves"] = torch.tensor([list(row.values()) for row in curves], dtype=torch.float64)
+        save_tensors(
+            self.checkpoint_path,
+            tensors,
+            {"state": state, "columns": list(curves[0]) if curves else [], "request": self._request()},
+        )
 
     def _request(self) -> str:
         """What the checkpoint belongs to: another shard run or other options begin anew."""
-        return json.dumps({"run": self.corpus.shards.manifest["run"], **asdict(self.options)}, sort_keys=True)
+        return json.dumps({"run": self.corpus.shards.manifest["run"], **self.options.request()}, sort_keys=True)
 
     def _restore(self) -> None:
         if not self.checkpoint_path.exists():
@@ -344,7 +469,8 @@ class Trainer:
             number, key = name.split(".", 1)
             state.setdefault(int(number), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.state = State(**metadata["state"])
+        curves = [dict(zip(metadata["columns"], row, strict=True)) for row in tensors["curves"].tolist()]
+        self.state = State(**metadata["state"], curves=curves)
 
 
 def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: int) -> CameNN | None:
@@ -385,15 +511,22 @@ def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: in
     return model.eval()
 
 
-def train(options: TrainOptions, directory: Path, progress: Progress) -> dict[str, Any]:
+def train(
+    options: TrainOptions, directory: Path, progress: Progress, processes: Processes | None = None
+) -> dict[str, Any]:
     """Train, calibrate, measure, and write the package into `directory`; returns the metrics.
+
+    Of several processes the first one does so; the others take part in the steps, and return {}.
 
     Raises:
         InputError: the shard set cannot be trained on (see `open_corpus`), or the loss stopped being finite.
     """
     started = time.monotonic()
     corpus = open_corpus(options)
-    trainer = Trainer(corpus, options, progress)
+    trainer = Trainer(corpus, options, progress, processes)
+    if not trainer.processes.first:
+        trainer.run()
+        return {}
     steps = max(1, trainer.total // options.batch_size)
     # The alignment-only models depend on nothing that the main one learns: they are trained beside it, on the cores that it leaves free.
     context = multiprocessing.get_context("spawn")

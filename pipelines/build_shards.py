@@ -3,7 +3,8 @@
 clicks, orders ──► Clean ──► ByUser: sessions, labels, user and pair features, history
                                │
                                ▼
-                            ByItem: listing features ──► ByDay ──► examples/split=.../date=.../
+                            ByItem: listing features ──► ByDay ──► examples/date=.../
+published run ──► final days: their files; open days: their features ──┘
 store ──► Copy the embeddings in use, once ──► contents/
 """
 
@@ -21,11 +22,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import files
-from pipelines.attribution import HOUR_US
+from pipelines.attribution import DAY_US, HOUR_US
 from pipelines.console import ProgressFile, closing_table, watch
+from pipelines.days import (
+    ROW_SETTINGS,
+    Kept,
+    check_same_log,
+    cut_splits,
+    date_of,
+    day_of,
+    delisted_items,
+    keep_days,
+    keep_features,
+    read_starts,
+    sketch_days,
+    split_records,
+    write_part,
+)
 from pipelines.dimensions import read_timezones, read_users
 from pipelines.events import CleanEvents, read_times
-from pipelines.examples import ItemPass, SplitTimes, UserPass, finish_examples, split_times
+from pipelines.examples import Day, ItemPass, SplitTimes, UserPass, finish_examples, split_times
 from pipelines.items import CopyContents, contents_jobs, load_items, local_only
 from pipelines.manifest import (
     Count,
@@ -45,7 +61,7 @@ from pipelines.manifest import (
 from pipelines.options import add_common_flags, is_local_run, new_parser, open_pipeline, parse_with_beam, run_main
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable, write_table
 from schemas.catalog import CATALOG
-from schemas.contract import InputError, check_output
+from schemas.contract import InputError
 from schemas.events import CLICKS, ORDERS
 from schemas.rejects import REJECTS
 from schemas.training import EXAMPLES, ITEMS
@@ -68,6 +84,7 @@ class ShardOptions:
     timezone: str
     test_share: float
     max_reject_rate: float
+    late_days: float = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +99,9 @@ class Plan:
     splits: SplitTimes
     timezones: dict[str, str]
     directory: str
+    kept: Kept
+    days: int
+    """Days that are built"""
 
 
 def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndarray) -> int:
@@ -110,7 +130,9 @@ def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndar
 
 def check_flags(options: ShardOptions) -> None:
     """Raises InputError, naming the flag, for a number that makes no sense."""
-    hours, history, share = options.attribution_hours, options.history, options.test_share
+    hours, history, share, late = options.attribution_hours, options.history, options.test_share, options.late_days
+    if not 0 <= late <= 365:
+        raise InputError(f"--late_days {late}: must be between 0 and 365.")
     if not 0 < hours <= 24 * 365:
         raise InputError(f"--attribution_hours {hours}: must be more than 0 and at most a year.")
     if not 1 <= history <= 1_000:
@@ -120,11 +142,13 @@ def check_flags(options: ShardOptions) -> None:
 
 
 class WriteDays(beam.DoFn):
-    """One (split, date)'s examples and their listings' counts → its files of at most 262,144 rows, ordered by session, user and listing."""
+    """One day's examples, of a bucket of users, and their listings' counts → their files of at most 262,144 rows, ordered by session, user and listing."""
 
-    def __init__(self, directory: str, items_path: str, progress: str | None) -> None:
-        self.directory = directory
-        self.items_path = items_path
+    def __init__(self, plan: Plan, progress: str | None) -> None:
+        self.directory = files.join(plan.directory, "examples")
+        self.items_path = plan.items_path
+        self.splits = plan.splits
+        self.open_paths = plan.kept.open_paths
         self.progress_directory = progress
 
     def setup(self) -> None:
@@ -132,18 +156,19 @@ class WriteDays(beam.DoFn):
         with files.open_read(self.items_path) as handle:
             self.item_ids = pq.read_table(handle, columns=["item_id"])["item_id"].combine_chunks()
 
-    def process(self, element: tuple[tuple[str, str], Any]) -> Iterator[FileRecord]:
-        (split, date), pieces = element
+    def process(self, element: tuple[Day, Any]) -> Iterator[FileRecord]:
+        (date, bucket), pieces = element
         kinds: dict[str, list[pa.Table]] = {"examples": [], "counts": []}
         for kind, piece in pieces:
             kinds[kind].append(files.ipc_table(piece))
         table = finish_examples(pa.concat_tables(kinds["examples"]), pa.concat_tables(kinds["counts"]), self.item_ids)
+        table = keep_features(table, self.open_paths.get(date, []))
         table = table.sort_by([(name, "ascending") for name in ("session_start", "user_id", "session_id", "item_id")])
-        table = check_output(table, EXAMPLES)
-        for number, start in enumerate(range(0, table.num_rows, ROWS_PER_FILE)):
-            piece = table.slice(start, ROWS_PER_FILE)
-            path = files.join(self.directory, f"split={split}", f"date={date}", f"part-{number}.parquet")
-            yield FileRecord("examples", path, piece.num_rows, files.write_parquet(path, piece, row_group_size=8_192))
+        number = 0
+        for split, rows in cut_splits(table, self.splits):
+            for start in range(0, rows.num_rows, ROWS_PER_FILE):
+                yield write_part(self.directory, date, f"{bucket}-{number}", split, rows.slice(start, ROWS_PER_FILE))
+                number += 1
         self.progress.add(table.num_rows)
         self.progress.flush()
 
@@ -168,6 +193,8 @@ class BuildExamples(beam.PTransform):
             | "ReadOrders" >> ReadTable(plan.orders)
             | "CleanOrders" >> beam.ParDo(CleanEvents(STAGE, ORDERS)).with_outputs("rejects", "counts", main="rows")
         )
+        # A day of very many clicks is written in pieces of about a file each.
+        day_buckets = max(1, round(plan.clicks.rows / max(1, plan.days) / ROWS_PER_FILE))
         user_pass = UserPass(
             plan.items_path,
             stage=STAGE,
@@ -176,7 +203,8 @@ class BuildExamples(beam.PTransform):
             history=o.history,
             timezones=plan.timezones,
             timezone=o.timezone,
-            splits=plan.splits,
+            frozen_before=plan.kept.frozen_before,
+            day_buckets=day_buckets,
         )
         user_buckets = max(1, -(-(plan.clicks.rows + plan.orders.rows) // ROWS_PER_BUCKET))
         by_user = (
@@ -188,7 +216,7 @@ class BuildExamples(beam.PTransform):
         counts = (
             {"queries": by_user.queries, "item_events": by_user.item_events}
             | "ByItem" >> ShuffleByBucket({"queries": "item", "item_events": "item"}, user_buckets)
-            | "DescribeItems" >> beam.ParDo(ItemPass(plan.splits))
+            | "DescribeItems" >> beam.ParDo(ItemPass(day_buckets))
         )
         examples = (
             [
@@ -198,8 +226,7 @@ class BuildExamples(beam.PTransform):
             ]
             | "Join" >> beam.Flatten()
             | "ByDay" >> beam.GroupByKey()
-            | "WriteDays"
-            >> beam.ParDo(WriteDays(files.join(plan.directory, "examples"), plan.items_path, self.progress))
+            | "WriteDays" >> beam.ParDo(WriteDays(plan, self.progress))
         )
         rejects = [clicks.rejects, orders.rejects, by_user.rejects] | "MergeRejects" >> beam.Flatten()
         written = rejects | "WriteRejects" >> WriteTable(REJECTS, files.join(plan.directory, "rejects"))
@@ -209,8 +236,8 @@ class BuildExamples(beam.PTransform):
         }
 
 
-def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> dict[str, Any]:
-    """Run the stage and publish; returns the closing table."""
+def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebuild: bool = False) -> dict[str, Any]:
+    """Run the stage and publish; returns the closing table. With `rebuild`, days that were final are built again too."""
     started = time.monotonic()
     out = local_only(options.out, "--out")
     catalog, clicks, orders = (Source.find(options.data, contract) for contract in (CATALOG, CLICKS, ORDERS))
@@ -223,7 +250,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> di
     request = request_fingerprint(inputs, asdict(options))
     with files.single_writer(out):
         latest = read_latest(out)
-        if latest is not None and latest.request == request and not rerun:
+        if latest is not None and latest.request == request and not (rerun or rebuild):
             print(
                 f"shards: inputs and flags are those of run {latest.run}: nothing to do (--rerun builds it again)",
                 file=sys.stderr,
@@ -242,19 +269,32 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> di
                 f"{clicks.files[0]}: no click's attribution window of {options.attribution_hours:g} h is closed at --as_of {np.datetime64(as_of, 'us')}. "
                 "Give a later --as_of, a longer log, or a shorter --attribution_hours."
             )
+        settings = {name: getattr(options, name) for name in ROW_SETTINGS}
+        late = window + int(options.late_days * DAY_US)
+        kept = Kept() if rebuild else keep_days(latest, settings, as_of, late, out)
+        sketches = sketch_days(clicks)
+        check_same_log(kept, sketches, out)
+        # Days that have left the log count in the split too.
+        gone = [record for record in kept.records if date_of(record.path) < day_of(int(clicked_at.min()))]
+        splits = split_times(np.concatenate([closed, *map(read_starts, gone)]), window, options.test_share)
         run_name, directory = new_run(out)
         items, catalog_rejects, catalog_counts = load_items(STAGE, catalog, store)
+        if kept.records and latest is not None:
+            delisted = delisted_items(items, latest.paths("items"), kept.records)
+            items = pa.concat_tables([items, delisted]).sort_by("item_id")
         written = [write_table(directory, "items", items), write_table(directory, "users", users)]
         if catalog_rejects.num_rows:
             written.append(write_table(directory, "rejects", catalog_rejects))
-        jobs, kept = contents_jobs(store, items, latest, out, directory)
+        jobs, contents_kept = contents_jobs(store, items, latest, out, directory)
+        built = closed[closed >= kept.frozen_before]
         plan = Plan(
             clicks=clicks, orders=orders, items_path=written[0].path, as_of=as_of, window=window,
-            splits=split_times(closed, window, options.test_share), timezones=timezones, directory=directory,
+            splits=splits, timezones=timezones, directory=directory, kept=kept, days=len(np.unique(built // DAY_US)),
         )  # fmt: skip
+        days_kept = split_records(kept.records, splits, files.join(directory, "examples"))
         local = is_local_run(beam_flags)
         with (
-            watch("shards", len(closed), "examples", local) as progress,
+            watch("shards", len(built), "examples", local) as progress,
             open_pipeline(beam_flags) as pipeline,
         ):
             emitted = pipeline | "Examples" >> BuildExamples(options, plan, progress)
@@ -288,9 +328,15 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False) -> di
             "contents_images": "",
             "contents_titles": "",
         }
-        add_files(manifest, contracts, [*records, *kept])
+        manifest.options["days"] = {
+            "as_of": as_of,
+            "final_before": day_of(kept.frozen_before) if kept.records else None,
+            "rebuilt": rebuild,
+            "sketches": {date: kept.sketches[date] for date in kept.sketches if date in kept.dates} | sketches,
+        }
+        add_files(manifest, contracts, [*records, *days_kept, *contents_kept])
         manifest.seconds = time.monotonic() - started
-        manifest.summary = _summary(options, manifest, plan, records, kept)
+        manifest.summary = _summary(options, manifest, plan, records, contents_kept)
         publish(out, manifest)
     return manifest.summary
 
@@ -300,10 +346,8 @@ def _summary(
 ) -> dict[str, Any]:
     clicks = manifest.counts["clicks"]
     splits: dict[str, int] = {}
-    for record in records:
-        if record.table == "examples":
-            name = record.path.split("split=")[1].split("/")[0]
-            splits[name] = splits.get(name, 0) + record.rows
+    for record in sorted(manifest.records("examples"), key=lambda record: date_of(record.path)):
+        splits[record.split] = splits.get(record.split, 0) + record.rows
     size = sum(entry["bytes"] for table in manifest.tables.values() for entry in table["files"])
     return {
         "rows_in": clicks["in"],
@@ -316,6 +360,9 @@ def _summary(
             if name not in ("in", "rejected") and rows
         },
         "examples": splits,
+        "examples_built": sum(record.rows for record in records if record.table == "examples"),
+        "days_built": len({date_of(record.path) for record in records if record.table == "examples"}),
+        "days_kept": len(plan.kept.dates),
         "encoded_images": 0,
         "encoded_titles": 0,
         "contents_copied": sum(record.rows for record in records if record.table.startswith("contents_")),
@@ -356,7 +403,16 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.2,
         help="share of clicks, the last by time, in the test part (default %(default)s)",
     )
-    parser.add_argument("--rerun", action="store_true", help="build again although neither inputs nor flags changed")
+    parser.add_argument(
+        "--late_days",
+        type=float,
+        default=2.0,
+        help="days after a day's last attribution window until its labels are final and later runs keep it as it is (default %(default)s)",
+    )
+    parser.add_argument("--rerun", action="store_true", help="run again although neither inputs nor flags changed")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="build all days again, also final ones; the manifest records it"
+    )
     add_common_flags(parser)
     return parser
 
@@ -366,10 +422,10 @@ def main(argv: list[str] | None = None) -> int:
     a, beam_flags = parse_with_beam(build_parser(), argv)
     options = ShardOptions(
         data=files.absolute(a.data), store=files.absolute(a.store), out=files.absolute(a.out), attribution_hours=a.attribution_hours, history=a.history, as_of=a.as_of,
-        timezone=a.timezone, test_share=a.test_share, max_reject_rate=a.max_reject_rate,
+        timezone=a.timezone, test_share=a.test_share, max_reject_rate=a.max_reject_rate, late_days=a.late_days,
     )  # fmt: skip
     check_flags(options)
-    closing_table(STAGE, run(options, beam_flags, rerun=a.rerun), as_json=a.json)
+    closing_table(STAGE, run(options, beam_flags, rerun=a.rerun, rebuild=a.rebuild), as_json=a.json)
     return 0
 
 

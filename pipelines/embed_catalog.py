@@ -10,13 +10,14 @@ Small parts of the runs before are merged beside it. `--plan` ends before RunInf
 
 import argparse
 import errno
+import functools
 import os
 import re
 import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -168,6 +169,7 @@ class ResolveItems(beam.DoFn):
     def __init__(self, image_root: str, allow_absolute: bool) -> None:
         self.image_root = image_root
         self.allow_absolute = allow_absolute
+        self.real_directory: Callable[[str], str] = os.path.realpath
         self.read = beam.metrics.Metrics.counter(STAGE, "photos-read")
 
     def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[Any]:
@@ -187,6 +189,8 @@ class ResolveItems(beam.DoFn):
                 if key is not None
             }
         items, uris, inline = (rows[name].to_pylist() for name in ("item_id", "image_uri", "image_bytes"))
+        # Anew for each bucket: links may be changed between runs of a worker that lives on.
+        self.real_directory = functools.lru_cache(4_096)(os.path.realpath)
         with ThreadPoolExecutor(READ_THREADS) as pool:
             photos = list(
                 pool.map(
@@ -236,7 +240,7 @@ class ResolveItems(beam.DoFn):
         if uri is None or not uri.strip():
             return _Photo()
         try:
-            path = resolve_uri(uri, self.image_root, self.allow_absolute)
+            path = resolve_uri(uri, self.image_root, self.allow_absolute, self.real_directory)
             size, mtime = _stat(path)
             if size > LIMITS.bytes:
                 detail = f"column 'image_uri': '{uri}' has {size:,} bytes, more than {LIMITS.bytes:,}. Upload a smaller photo."

@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.attribution import HOUR_US, NEVER, attribute_orders
+from pipelines.attribution import DAY_US, NEVER, attribute_orders
 from pipelines.events import Outcomes, clean_log, usable_clicks, usable_orders
 from pipelines.features import (
     Events,
@@ -55,11 +55,15 @@ class SplitTimes:
     second_gap: int
     test: int
 
+    def part(self, session_start: np.ndarray) -> np.ndarray:
+        """Number of each session's part in order of time, int64 [n]; there are two gaps."""
+        edges = np.array([self.gap, self.early_stop, self.calibration, self.second_gap, self.test])
+        return np.searchsorted(edges, session_start, side="right")
+
     def of(self, session_start: np.ndarray) -> np.ndarray:
         """Name of each session's part, object [n]."""
-        edges = np.array([self.gap, self.early_stop, self.calibration, self.second_gap, self.test])
         names = np.array(["train", "gap", "early_stop", "calibration", "gap", "test"], dtype=object)
-        return names[np.searchsorted(edges, session_start, side="right")]
+        return names[self.part(session_start)]
 
 
 def split_times(clicked_at: np.ndarray, window: int, test_share: float) -> SplitTimes:
@@ -131,6 +135,7 @@ def build_user_examples(
     timezones: dict[str, str],
     timezone: str,
     bucket: int = 0,
+    frozen_before: int = 0,
 ) -> UserResult:
     """Labels, user and pair features and histories of a bucket of users.
 
@@ -143,6 +148,7 @@ def build_user_examples(
         history: entries of a history.
         timezones: IANA zone of each store; `timezone` for stores that are not there.
         bucket: number of this bucket of users, from which rows are numbered.
+        frozen_before: sessions that started before, int64 microseconds, are `final_day`: an earlier run built their day for good.
     """
     clicks, click_rejects, click_copies = clean_log(stage, CLICKS, clicks_table)
     orders, order_rejects, order_copies = clean_log(stage, ORDERS, orders_table)
@@ -193,6 +199,9 @@ def build_user_examples(
         ]
     )
     clicks = clicks.assign(user=click_user, label=(converted_at != NEVER).astype(np.int8))
+    # They count in the features of later sessions like any others.
+    clicks = click_outcomes.keep(clicks, (clicks["session_start"] >= frozen_before).to_numpy(dtype=bool), "final_day")
+    clicked_at = clicks["clicked_at"].to_numpy(np.int64)
     closed = click_outcomes.keep(clicks, (clicked_at + window <= as_of), "open_window")
     # Repeated clicks on one listing in a session are one example: placed where the first was, positive if any led to an order.
     label = closed.groupby(["user_id", "session_id", "item"], sort=False)["label"].transform("max")
@@ -341,20 +350,24 @@ def finish_examples(examples: pa.Table, counts: pa.Table, item_ids: pa.Array) ->
     return pa.table({name: columns[name] for name in EXAMPLES.names})
 
 
-def cut_days(table: pa.Table, splits: SplitTimes) -> Iterator[tuple[tuple[str, str], pa.Table]]:
-    """Rows by part of the log and day of `session_start`: ((split, date), rows)."""
+Day = tuple[str, int]
+"""(date of the session's start, bucket of users within it): what is written together."""
+
+
+def cut_days(table: pa.Table, day_buckets: int) -> Iterator[tuple[Day, pa.Table]]:
+    """Rows, which have ROW and `session_start`, by the day that they are written with."""
     if not table.num_rows:
         return
     start = table["session_start"].cast(pa.int64()).to_numpy()
-    frame = pd.DataFrame({"split": splits.of(start), "day": start // (24 * HOUR_US)})
-    groups: Any = frame.groupby(["split", "day"]).indices
-    for (split, day), rows in groups.items():
+    frame = pd.DataFrame({"day": start // DAY_US, "bucket": (table[ROW].to_numpy() >> 32) % day_buckets})
+    groups: Any = frame.groupby(["day", "bucket"]).indices
+    for (day, bucket), rows in groups.items():
         date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=int(day))).isoformat()
-        yield (str(split), date), table.take(pa.array(rows))
+        yield (date, int(bucket)), table.take(pa.array(rows))
 
 
 class UserPass(_ItemsDoFn):
-    """A bucket of users → ((split, date), examples without listing counts); what to ask the listings, and their events, beside."""
+    """A bucket of users → (Day, examples without listing counts); what to ask the listings, and their events, beside."""
 
     def __init__(
         self,
@@ -366,11 +379,13 @@ class UserPass(_ItemsDoFn):
         history: int,
         timezones: dict[str, str],
         timezone: str,
-        splits: SplitTimes,
+        frozen_before: int,
+        day_buckets: int,
     ) -> None:
         super().__init__(items_path)
         self.stage, self.as_of, self.window, self.history = stage, as_of, window, history
-        self.timezones, self.timezone, self.splits = timezones, timezone, splits
+        self.timezones, self.timezone = timezones, timezone
+        self.frozen_before, self.day_buckets = frozen_before, day_buckets
 
     def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[Any]:
         bucket, kinds = element
@@ -386,8 +401,9 @@ class UserPass(_ItemsDoFn):
             timezones=self.timezones,
             timezone=self.timezone,
             bucket=bucket,
+            frozen_before=self.frozen_before,
         )
-        yield from cut_days(result.examples, self.splits)
+        yield from cut_days(result.examples, self.day_buckets)
         yield beam.pvalue.TaggedOutput("queries", result.queries)
         yield beam.pvalue.TaggedOutput("item_events", result.item_events)
         for rejects in result.rejects:
@@ -397,16 +413,16 @@ class UserPass(_ItemsDoFn):
 
 
 class ItemPass(beam.DoFn):
-    """A bucket of listings → their counts, cut like the examples that they belong to: ((split, date), ROW and `ITEM_COUNTS`)."""
+    """A bucket of listings → their counts, cut like the examples that they belong to: (Day, ROW and `ITEM_COUNTS`)."""
 
-    def __init__(self, splits: SplitTimes) -> None:
-        self.splits = splits
+    def __init__(self, day_buckets: int) -> None:
+        self.day_buckets = day_buckets
 
-    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[tuple[tuple[str, str], pa.Table]]:
+    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[tuple[Day, pa.Table]]:
         _, kinds = element
         if "queries" not in kinds:
             return
         queries = kinds["queries"]
         counts = build_item_features(queries, kinds["item_events"])
-        for day, table in cut_days(counts.append_column("session_start", queries["session_start"]), self.splits):
+        for day, table in cut_days(counts.append_column("session_start", queries["session_start"]), self.day_buckets):
             yield day, table.drop_columns(["session_start"])

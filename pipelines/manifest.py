@@ -57,7 +57,7 @@ class Manifest:
     def records(self, table: str) -> list[FileRecord]:
         """A table's files as the records that a job emitted."""
         return [
-            FileRecord(table, entry["path"], entry["rows"], entry["bytes"])
+            FileRecord(table, entry["path"], entry["rows"], entry["bytes"], entry.get("split", ""))
             for entry in self.tables.get(table, {}).get("files", [])
         ]
 
@@ -155,7 +155,9 @@ def add_files(manifest: Manifest, contracts: dict[str, str], records: Iterable[F
     for name, contract_fingerprint in contracts.items():
         manifest.tables.setdefault(name, {"fingerprint": contract_fingerprint, "files": []})
     for record in records:
-        entry = {"path": record.path, "rows": record.rows, "bytes": record.bytes}
+        entry: dict[str, Any] = {"path": record.path, "rows": record.rows, "bytes": record.bytes}
+        if record.split:
+            entry["split"] = record.split
         manifest.tables[record.table]["files"].append(entry)
 
 

@@ -6,6 +6,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -132,11 +133,13 @@ class ImageQuality(NamedTuple):
 # --- addresses
 
 
-def resolve_uri(uri: str, image_root: str, allow_absolute: bool) -> str:
+def resolve_uri(
+    uri: str, image_root: str, allow_absolute: bool, real_directory: Callable[[str], str] | None = None
+) -> str:
     """The path to open for a catalog's `image_uri`: gs:// and s3:// as they are, anything else under `image_root`.
 
     With `allow_absolute`, an address may be an absolute path, or lead out of `image_root`. Whether the file is there is
-    not asked.
+    not asked. `real_directory` is `os.path.realpath`, or one that remembers, for a caller with many photos.
 
     Raises:
         UriDefect: another scheme, a path that leaves `image_root` (by '..', from the file system's root or through a
@@ -165,8 +168,14 @@ def resolve_uri(uri: str, image_root: str, allow_absolute: bool) -> str:
         return f"{image_root.rstrip('/')}/{uri}"
     path = os.path.join(image_root, uri)
     if not allow_absolute:
-        root = os.path.realpath(image_root)
-        if not os.path.realpath(path).startswith(root.rstrip(os.sep) + os.sep):
+        real = real_directory or os.path.realpath
+        directory, name = os.path.split(path)
+        # A directory holds many photos: what it is in truth is asked once, and of a photo only whether it is a link.
+        if name in ("", ".", "..") or os.path.islink(path):
+            found = os.path.realpath(path)
+        else:
+            found = os.path.join(real(directory), name)
+        if not found.startswith(real(image_root).rstrip(os.sep) + os.sep):
             raise UriDefect("outside_root", f"{column} leads out of {image_root}. {remedy}")
     return path
 

@@ -126,6 +126,8 @@ class FileRecord:
     path: str
     rows: int
     bytes: int
+    split: str = ""
+    """Part of the log, of example files"""
 
 
 class _WriteTables(beam.DoFn):

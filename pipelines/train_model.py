@@ -4,8 +4,7 @@ import argparse
 import os
 import sys
 import time
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pipelines.console import Bar, closing_table
 from pipelines.items import local_only
 from pipelines.manifest import Manifest, new_run, publish, read_latest, request_fingerprint, require_latest
 from pipelines.options import add_json_flag, run_main
+from schemas.contract import InputError
 
 STAGE = "train"
 
@@ -45,6 +45,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="passes over the training part (default %(default)s: ids overfit after about one)",
     )
     parser.add_argument("--batch_size", type=int, default=128, help="examples a step (default %(default)s)")
+    parser.add_argument(
+        "--micro_batches",
+        type=int,
+        default=0,
+        help="pieces of a step's batch whose gradients are summed: less memory, and one or more for each process of torchrun; 0 = one for each process (default %(default)s)",
+    )
+    parser.add_argument(
+        "--by_store",
+        action="store_true",
+        help="fill a batch from few stores: it holds fewer distinct listings, and mixes less",
+    )
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="largest learning rate (default %(default)s)")
     parser.add_argument(
         "--weighting",
@@ -63,6 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="threads for computing; 0 = half of the cores, the others gather batches (default %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="threads that gather batches; 0 = the cores that do not compute (default %(default)s)",
     )
     parser.add_argument("--rerun", action="store_true", help="train again although neither shards nor flags changed")
     add_json_flag(parser)
@@ -88,8 +105,9 @@ class _Bars:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, train, publish, print."""
+    """Parse, train, publish, print; one of several processes where torchrun started them."""
     arguments = build_parser().parse_args(argv)
+    check_flags(arguments)
     started = time.monotonic()
     out = local_only(arguments.out, "--out")
     shards_root = local_only(arguments.shards, "--shards")
@@ -97,9 +115,13 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from camenn_model.optimizer import OptimizerConfig
+    from camenn_model.processes import join_processes, processes_here, started_processes
     from camenn_model.train import TrainOptions, train
 
-    torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 1) // 2))
+    _, count = started_processes()
+    cores = max(1, (os.cpu_count() or 1) // processes_here())
+    threads = arguments.threads or max(1, cores // 2)
+    torch.set_num_threads(threads)
     device, _ = resolve_device_precision(arguments.device, "auto")
     options = TrainOptions(
         shards=shards_root,
@@ -108,37 +130,38 @@ def main(argv: list[str] | None = None) -> int:
         attention=arguments.attention,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
+        micro_batches=arguments.micro_batches or count,
+        by_store=arguments.by_store,
         optimizer=OptimizerConfig(learning_rate=arguments.learning_rate, ema_decay=0.99),
         loss=LossConfig(weighting=arguments.weighting),
         alignment=not arguments.no_alignment,
         seed=arguments.seed,
         device=device,
         precision=arguments.precision,
+        workers=arguments.workers or max(1, cores - threads),
     )
     inputs = {"shards": shards.request}
-    request = request_fingerprint(inputs, asdict(options))
-    with files.single_writer(out):
+    request = request_fingerprint(inputs, options.request())
+    with join_processes(device) as processes, files.single_writer(out) if processes.first else nullcontext():
         latest = read_latest(out)
-        if latest is not None and latest.request == request and not arguments.rerun:
-            print(
-                f"train: shards and flags are those of run {latest.run}: nothing to do (--rerun trains again)",
-                file=sys.stderr,
-            )
-            closing_table(
-                STAGE,
-                {**latest.summary, "unchanged": True, "seconds": round(time.monotonic() - started, 1)},
-                as_json=arguments.json,
-            )
+        unchanged = latest is not None and latest.request == request and not arguments.rerun
+        # The first process decides: the others may see what it publishes.
+        if processes.sums([float(unchanged and processes.first)])[0]:
+            if latest is not None and processes.first:
+                _tell_unchanged(latest, time.monotonic() - started, arguments.json)
+            return 0
+        if not processes.first:
+            train(options, Path(out), _nothing, processes)
             return 0
         run, directory = new_run(out)
         with ExitStack() as stack:
-            metrics = train(options, Path(directory), _Bars(stack))
+            metrics = train(options, Path(directory), _Bars(stack), processes)
         manifest = Manifest(
             stage=STAGE,
             run=run,
             request=request,
             inputs=inputs,
-            options=asdict(options),
+            options=options.request(),
             seconds=time.monotonic() - started,
         )
         for name in sorted(os.listdir(directory)):
@@ -151,6 +174,28 @@ def main(argv: list[str] | None = None) -> int:
         publish(out, manifest)
     closing_table(STAGE, manifest.summary, as_json=arguments.json)
     return 0
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Raises InputError, naming the flag, for a number that makes no sense."""
+    for name, least in (("epochs", 1), ("batch_size", 2), ("micro_batches", 0), ("threads", 0), ("workers", 0)):
+        if getattr(arguments, name) < least:
+            raise InputError(f"--{name} {getattr(arguments, name)}: must be at least {least}.")
+    if arguments.micro_batches > arguments.batch_size:
+        raise InputError(
+            f"--micro_batches {arguments.micro_batches}: a batch of {arguments.batch_size} examples cannot be cut into so many. Give fewer, or a larger --batch_size."
+        )
+
+
+def _nothing(*_: object) -> None:
+    """Progress of the processes that tell nothing."""
+
+
+def _tell_unchanged(latest: Manifest, seconds: float, as_json: bool) -> None:
+    print(
+        f"train: shards and flags are those of run {latest.run}: nothing to do (--rerun trains again)", file=sys.stderr
+    )
+    closing_table(STAGE, {**latest.summary, "unchanged": True, "seconds": round(seconds, 1)}, as_json=as_json)
 
 
 def _summary(metrics: dict[str, Any], shards: Manifest, manifest: Manifest, out: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ ITEM_QUALITY = (
 
 EXAMPLES = Contract(
     name="examples",
-    doc="One row per listing clicked in a session; in examples/split=.../date=.../. Counts are as of the session's first click.",
+    doc="One row per listing clicked in a session; in examples/date=.../; the manifest tells each file's split. Counts are as of the session's first click.",
     key=("user_id", "session_id", "item_id"),
     columns=(
         text_column("user_id", "who clicked"),

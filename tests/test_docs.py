@@ -30,5 +30,6 @@ def test_readme_names_every_command_and_no_unknown_flag() -> None:
     known = generate.flags()
     beam = {"--runner", "--flink_master", "--flink_job_server_jar", "--environment_type", "--environment_config"}
     beam |= {"--direct_num_workers", "--direct_running_mode", "--all"}
+    beam |= {"--standalone", "--nproc_per_node"}
     for flag in set(re.findall(r"--[a-z_]+", text)) - beam:
         assert flag in known, flag

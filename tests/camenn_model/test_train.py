@@ -1,18 +1,29 @@
-"""Training over a small shard set: it resumes to the same bits, learns what can be learned, and writes a package that opens."""
+"""Training over a small shard set: it resumes to the same bits, is the same however many processes share it, and writes a package that opens."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from camenn_model.checkpoint import read_package
-from camenn_model.dataset import AlignmentSampler, collate, stream_batches
+from camenn_model.checkpoint import load_tensors, read_package
+from camenn_model.config import LossConfig
+from camenn_model.dataset import AlignmentSampler, collate, list_units, map_ahead, split_batch, stream_batches
 from camenn_model.shards import ShardSet
-from camenn_model.train import Trainer, TrainOptions, open_corpus, rate_at, train
+from camenn_model.train import Corpus, Trainer, TrainOptions, open_corpus, rate_at, train
 from pipelines import build_shards
 from pipelines.options import run_main
+from schemas.contract import InputError
 from tests.pipelines.small_city import catalog_table, random_city, write_data, write_store
 
 
@@ -99,24 +110,201 @@ def test_train_writes_a_package_that_opens(shards: str, tmp_path: Path) -> None:
     assert set(metrics["test"]) == set(metrics["baselines"]["popularity"])
 
 
+def in_file_order(corpus: Corpus) -> Any:
+    return corpus.reader.read(corpus.files("train")[0][0])
+
+
 def test_stream_batches_gives_every_example_once_and_keeps_sessions_whole(shards: str, tmp_path: Path) -> None:
     corpus = open_corpus(options(shards, tmp_path))
-    files = corpus.files("train")
-    for rng in (None, np.random.default_rng(3)):
-        batches = list(stream_batches(corpus.reader, files, 32, rng))
-        assert sum(len(batch) for batch in batches) == corpus.rows("train")
+    units = list_units(corpus.files("train"))
+    assert len(units) > 1
+    expected = np.sort(np.concatenate([corpus.reader.read_unit(unit).start for unit in units]))
+    for by_store in (False, True):
+        batches = list(stream_batches(corpus.reader, units, 32, np.random.default_rng(3), by_store=by_store))
+        assert np.array_equal(np.sort(np.concatenate([batch.start for batch in batches])), expected)
         assert max(len(batch) for batch in batches) <= 32
-    again = list(stream_batches(corpus.reader, files, 32, np.random.default_rng(3)))
-    assert all(
-        np.array_equal(a.item, b.item) and np.array_equal(a.label, b.label) for a, b in zip(batches, again, strict=True)
-    )
+        # A session is (user, start, store); it is in more than one batch only where it is longer than a batch.
+        seen: dict[tuple[int, int, int], int] = {}
+        for number, batch in enumerate(batches):
+            for key in set(zip(batch.user.tolist(), batch.start.tolist(), batch.store.tolist(), strict=True)):
+                assert seen.setdefault(key, number) == number
+        again = list(stream_batches(corpus.reader, units, 32, np.random.default_rng(3), by_store=by_store))
+        assert all(
+            np.array_equal(a.item, b.item) and np.array_equal(a.label, b.label)
+            for a, b in zip(batches, again, strict=True)
+        )
+        other = list(stream_batches(corpus.reader, units, 32, np.random.default_rng(4), by_store=by_store))
+        assert not np.array_equal(batches[0].start, other[0].start)
+
+
+def test_batches_by_store_hold_fewer_stores(shards: str, tmp_path: Path) -> None:
+    corpus = open_corpus(options(shards, tmp_path))
+    units = list_units(corpus.files("train"))
+    stores = [
+        [
+            len(np.unique(batch.store))
+            for batch in stream_batches(corpus.reader, units, 32, np.random.default_rng(3), by_store=by_store)
+        ]
+        for by_store in (False, True)
+    ]
+    assert np.mean(stores[1]) < np.mean(stores[0])
+
+
+def test_workers_change_nothing(shards: str, tmp_path: Path) -> None:
+    trained = []
+    for workers in (1, 3):
+        chosen = options(shards, tmp_path / str(workers), workers=workers)
+        trainer = Trainer(open_corpus(chosen), chosen, no_progress)
+        trainer.run()
+        trained.append(trainer.model.state_dict())
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
+
+
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 7))
+def test_map_ahead_keeps_the_order(values: list[int], workers: int) -> None:
+    def work(value: int) -> int:
+        time.sleep(value / 5_000)
+        return value * value
+
+    assert list(map_ahead(work, iter(values), workers)) == [value * value for value in values]
+
+
+def test_map_ahead_passes_errors_on() -> None:
+    def work(value: int) -> int:
+        if value == 3:
+            raise ValueError("three")
+        return value
+
+    found = []
+    with pytest.raises(ValueError, match="three"):
+        for value in map_ahead(work, iter(range(10)), 2):
+            found.append(value)
+    assert found == [0, 1, 2]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 9))
+def test_split_batch_gives_every_row_once_in_order(shards: str, count: int, parts: int) -> None:
+    corpus = open_corpus_once(shards)
+    rows = in_file_order(corpus)
+    rows = rows.take(np.arange(min(count, len(rows))))
+    pieces = split_batch(rows, parts)
+    assert len(pieces) == parts
+    assert np.array_equal(np.concatenate([piece.item for piece in pieces]), rows.item)
+    assert max(len(piece) for piece in pieces) <= 1.5 * len(rows) / parts + 1
+
+
+_CORPORA: dict[str, Corpus] = {}
+
+
+def open_corpus_once(shards: str) -> Corpus:
+    if shards not in _CORPORA:
+        _CORPORA[shards] = open_corpus(options(shards, Path(shards)))
+    return _CORPORA[shards]
+
+
+def without_dropout(corpus: Corpus) -> Corpus:
+    names = ("dropout", "attention_dropout", "id_dropout", "modality_dropout", "position_dropout")
+    return replace(corpus, config=replace(corpus.config, **dict.fromkeys(names, 0.0)))
+
+
+def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The balance loss looks at a micro-batch as a whole, the alignment tasks draw anew for each: without them, without dropout and gate noise, pieces sum.
+    monkeypatch.setattr("camenn_model.experts.torch.randn_like", torch.zeros_like)
+    gradients = []
+    for pieces in (1, 3):
+        chosen = options(shards, tmp_path, micro_batches=pieces, alignment=False, loss=LossConfig(balance=0.0), seed=5)
+        trainer = Trainer(without_dropout(open_corpus(chosen)), chosen, no_progress)
+        trainer.step(next(iter(trainer.stream())))
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
+    for name, whole in gradients[0].items():
+        # With one patch a photo its place says nothing: the gradient is nothing but rounding.
+        if name not in ("item_tokens.row", "item_tokens.column"):
+            torch.testing.assert_close(
+                gradients[1][name], whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()), msg=name
+            )
+
+
+def run_torch(processes: int, *flags: str) -> dict[str, Any]:
+    """`camenn train` under torchrun, or alone; its metrics."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node"]
+    launcher = [*launcher, str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "pipelines.train_model", "--batch_size", "32", "--threads", "1", *flags]
+    # gloo would listen on the address of this machine's name.
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    assert found.returncode == 0, found.stderr[-3000:]
+    out = Path(flags[flags.index("--out") + 1])
+    run = json.loads((out / "latest.json").read_text())["run"]
+    return dict(json.loads((out / "runs" / run / "metrics.json").read_text()))
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(shards: str, tmp_path: Path) -> None:
+    one = run_torch(1, "--shards", shards, "--out", str(tmp_path / "one"), "--micro_batches", "2", "--epochs", "2")
+    two = run_torch(2, "--shards", shards, "--out", str(tmp_path / "two"), "--epochs", "2")
+    assert one["train"]["steps"] == two["train"]["steps"] > 10
+    assert two["early_stop_log_loss"] == pytest.approx(one["early_stop_log_loss"], abs=1e-4)
+    assert two["test"]["log_loss"] == pytest.approx(one["test"]["log_loss"], abs=1e-4)
+
+
+def test_processes_that_cannot_share_a_step_are_refused(shards: str, tmp_path: Path) -> None:
+    from camenn_model.processes import Processes
+
+    chosen = options(shards, tmp_path, micro_batches=3)
+    with pytest.raises(InputError, match="--micro_batches 3: 2 processes"):
+        Trainer(open_corpus(chosen), chosen, no_progress, Processes(0, 2))
+
+
+@pytest.mark.slow
+def test_a_killed_training_ends_with_the_same_weights(shards: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.camenn_model.saving_train", shards]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, timeout=300)
+    cut = tmp_path / "cut"
+    checkpoint = cut / "checkpoints" / "main.safetensors"
+    for steps in (4, 11):
+        process = subprocess.Popen([*command, str(cut)])
+        while not checkpoint.exists() or load_tensors(checkpoint)[1]["state"]["step"] < steps:
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run([*command, str(cut)], check=True, timeout=300)
+    for name in ("model.safetensors", "calibration.json", "curves.csv"):
+        assert (cut / "package" / name).read_bytes() == (tmp_path / "whole" / "package" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("where", ["weights", "gradient"])
+def test_training_that_is_not_finite_stops_and_writes_the_batch(shards: str, tmp_path: Path, where: str) -> None:
+    chosen = options(shards, tmp_path)
+    trainer = Trainer(open_corpus(chosen), chosen, no_progress)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    name, parameter = next((name, p) for name, p in trainer.model.named_parameters() if name == "pair_tokens.task")
+    if where == "weights":
+        with torch.no_grad():
+            parameter.fill_(torch.nan)
+    else:
+        parameter.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(InputError, match="not finite at step 0.*--learning_rate"):
+        trainer.run()
+    (path,) = tmp_path.glob("nan-step-0-*.json")
+    written = json.loads(path.read_text())
+    assert len(written["item_id"]) == len(written["label"]) == len(written["session_start"]) > 0
+    assert set(written["item_id"]) <= set(trainer.corpus.table.ids.to_pylist())
+    # No step was taken.
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items() if key != name)
 
 
 def test_collate_holds_each_item_and_session_once(shards: str, tmp_path: Path) -> None:
     from camenn_model.batch import check_batch
 
     corpus = open_corpus(options(shards, tmp_path))
-    rows = next(stream_batches(corpus.reader, corpus.files("train"), 32, None))
+    units = list_units(corpus.files("train"))
+    rows = next(stream_batches(corpus.reader, units, 32, np.random.default_rng(0)))
     batch = collate(rows, corpus.table)
     check_batch(batch, corpus.config)
     assert len(batch.items) == len(np.unique(rows.item))

@@ -1,0 +1,63 @@
+"""Several training processes, as torchrun starts them: each computes its share of every step, and sums are taken over all."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+WAIT = timedelta(hours=2)
+"""How long a process waits for another: the first one alone writes checkpoints and measures the split parts."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those that train one model."""
+
+    rank: int = 0
+    count: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written."""
+        return self.rank == 0
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Element by element over all processes, in float64; the same on each."""
+        if self.count == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+
+def started_processes() -> tuple[int, int]:
+    """(rank, number of processes) from the environment that torchrun sets; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_here() -> int:
+    """Processes that torchrun started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def join_processes(device: str) -> Iterator[Processes]:
+    """Meet the other processes, if torchrun started any: over nccl on GPUs (one for each process), over gloo on CPUs."""
+    rank, count = started_processes()
+    if device == "cuda" and count > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if count == 1:
+        yield Processes(device=device)
+        return
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=WAIT)
+    try:
+        yield Processes(rank, count, device)
+    finally:
+        dist.destroy_process_group()

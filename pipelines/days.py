@@ -1,0 +1,227 @@
+"""Days of a shard set: which are final, what a run keeps of the run before, and which part of the log each file belongs to.
+
+A day is that of a session's start, UTC. It may change until attribution and late orders are over; then it is final, and the next run takes its files as
+they are, whatever the logs say by then. Of a day that is still open, labels are computed anew; features stay what they were when a row was first built.
+"""
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from camenn_model.hashing import stable_hash
+from pipelines import files
+from pipelines.attribution import DAY_US
+from pipelines.examples import SplitTimes
+from pipelines.manifest import Manifest
+from pipelines.tables import FileRecord, Source
+from schemas.contract import InputError, check_output, conform
+from schemas.training import EXAMPLES
+
+SKETCH = 16
+"""Exposures of each day that are remembered: the next run finds them again in a log that only grew."""
+ROW_GROUP = 8_192
+"""Rows of an example file's row groups: what the loader reads at a time."""
+
+ROW_SETTINGS = ("attribution_hours", "history", "timezone")
+"""Flags that rows depend on: under others, days do not fit together."""
+
+
+def day_of(time: int) -> str:
+    """Date of a time in int64 microseconds."""
+    return (datetime.date(1970, 1, 1) + datetime.timedelta(days=time // DAY_US)).isoformat()
+
+
+def start_of(date: str) -> int:
+    """Midnight at which a date begins, int64 microseconds."""
+    return (datetime.date.fromisoformat(date) - datetime.date(1970, 1, 1)).days * DAY_US
+
+
+def date_of(path: str) -> str:
+    """The date that an example file is filed under."""
+    return path.split("/date=")[1].split("/")[0]
+
+
+def read_starts(record: FileRecord) -> np.ndarray:
+    """`session_start` of an example file, int64 microseconds."""
+    with files.open_read(record.path) as handle:
+        starts = pq.read_table(handle, columns=["session_start"])["session_start"]
+    return starts.cast(pa.int64()).to_numpy()
+
+
+def write_part(directory: str, date: str, name: str, split: str, rows: pa.Table) -> FileRecord:
+    """Write some of a day's examples, which belong to one split."""
+    path = files.join(directory, f"date={date}", f"part-{name}.parquet")
+    size = files.write_parquet(path, check_output(rows, EXAMPLES), row_group_size=ROW_GROUP)
+    return FileRecord("examples", path, rows.num_rows, size, split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a run takes over from the published one."""
+
+    frozen_before: int = 0
+    """Sessions that started before are not built again, int64 microseconds"""
+    records: list[FileRecord] = field(default_factory=list)
+    """Example files of the final days"""
+    open_paths: dict[str, list[str]] = field(default_factory=dict)
+    """By date: example files of the days that may still change"""
+    sketches: dict[str, list[int]] = field(default_factory=dict)
+    """By date: some exposures of the log that these days were built from"""
+
+    @property
+    def dates(self) -> set[str]:
+        """The final days."""
+        return {date_of(record.path) for record in self.records}
+
+
+def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, late: int, out: str) -> Kept:
+    """What of the published run stays: nothing where there is none.
+
+    Args:
+        settings: `ROW_SETTINGS` of this run.
+        as_of: of this run.
+        late: microseconds after a day's end until it is final: attribution window and late orders.
+
+    Raises:
+        InputError: rows of this run would not fit those of the published one.
+    """
+    if latest is None:
+        return Kept()
+    remedy = "Give --rebuild to build all days again, or another --out."
+    for name, value in settings.items():
+        if latest.options.get(name) != value:
+            raise InputError(
+                f"--{name} {value}: the days in {out} were built with {latest.options.get(name)}. {remedy}"
+            )
+    if latest.tables["examples"]["fingerprint"] != EXAMPLES.fingerprint() or "days" not in latest.options:
+        raise InputError(f"--out {out}: its examples have the columns of another version of camenn. {remedy}")
+    before = int(latest.options["days"]["as_of"])
+    if as_of < before:
+        raise InputError(
+            f"--as_of {np.datetime64(as_of, 'us')}: the days in {out} were built as of {np.datetime64(before, 'us')}, which is later. {remedy}"
+        )
+    frozen_before = (before - late) // DAY_US * DAY_US
+    final: list[FileRecord] = []
+    open_paths: dict[str, list[str]] = {}
+    for record in latest.records("examples"):
+        date = date_of(record.path)
+        if start_of(date) < frozen_before:
+            final.append(record)
+        else:
+            open_paths.setdefault(date, []).append(record.path)
+    return Kept(
+        frozen_before=frozen_before,
+        records=final,
+        open_paths=open_paths,
+        sketches={date: list(found) for date, found in latest.options["days"]["sketches"].items()},
+    )
+
+
+def sketch_days(clicks: Source) -> dict[str, list[int]]:
+    """For each day of the click log the least `SKETCH` hashes of its exposures, uint64: a sample that growth by late clicks leaves nearly as it was."""
+    found: dict[int, np.ndarray] = {}
+    names = ("exposure_id", "clicked_at")
+    contract = replace(clicks.contract, columns=tuple(c for c in clicks.contract.columns if c.name in names))
+    for path in clicks.files:
+        with files.open_read(path) as handle:
+            parquet = pq.ParquetFile(handle)
+            for number in range(parquet.num_row_groups):
+                table = conform(parquet.read_row_group(number, columns=list(names)), contract, path).drop_null()
+                day = table["clicked_at"].cast(pa.int64()).to_numpy() // DAY_US
+                hashed = stable_hash(table["exposure_id"])
+                for value in np.unique(day):
+                    mine = np.unique(np.concatenate([found.get(value, hashed[:0]), hashed[day == value]]))
+                    found[value] = mine[:SKETCH]
+    return {day_of(int(day) * DAY_US): [int(value) for value in values] for day, values in sorted(found.items())}
+
+
+def check_same_log(kept: Kept, now: dict[str, list[int]], out: str) -> None:
+    """A log may grow, late clicks may come, old days may leave it; but a final day must be the day that was built.
+
+    Raises:
+        InputError: most exposures of a final day are not in the log any more.
+    """
+    # Of the day at which the log begins a part may have left it.
+    first = min(now, default="")
+    for date in sorted((kept.dates & now.keys() & kept.sketches.keys()) - {first}):
+        known = kept.sketches[date]
+        # Late clicks push some of the least hashes out of the sample, and none of those below its end.
+        end = now[date][-1] if len(now[date]) == SKETCH else np.inf
+        expected = [value for value in known if value <= end]
+        missing = len(set(expected) - set(now[date]))
+        if expected and missing > len(expected) / 2:
+            raise InputError(
+                f"table 'clicks': the clicks of {date} are not those that {out} was built from: {missing} of {len(expected)} exposures that were looked for are gone. "
+                "Give --rebuild to build all days again, or another --out."
+            )
+
+
+def split_records(records: list[FileRecord], splits: SplitTimes, directory: str) -> list[FileRecord]:
+    """Enter final days under their present splits; a file that a boundary runs through is written anew, in pieces, under `directory`."""
+    found = []
+    for number, record in enumerate(records):
+        with files.open_read(record.path) as handle:
+            metadata = pq.ParquetFile(handle).metadata
+        place = EXAMPLES.names.index("session_start")
+        statistics = [metadata.row_group(group).column(place).statistics for group in range(metadata.num_row_groups)]
+        edges = pa.array([s.min for s in statistics] + [s.max for s in statistics], pa.timestamp("us"))
+        times = np.sort(edges.cast(pa.int64()).to_numpy())[[0, -1]]
+        if splits.part(times)[0] == splits.part(times)[1]:
+            found.append(replace(record, split=str(splits.of(times)[0])))
+            continue
+        with files.open_read(record.path) as handle:
+            table = pq.read_table(handle)
+        pieces = cut_splits(table, splits)
+        found += [
+            write_part(directory, date_of(record.path), f"kept-{number}-{piece}", split, rows)
+            for piece, (split, rows) in enumerate(pieces)
+        ]
+    return found
+
+
+def cut_splits(table: pa.Table, splits: SplitTimes) -> Iterator[tuple[str, pa.Table]]:
+    """Rows, ordered by session_start, by the part of the log that they belong to: (split, rows)."""
+    start = table["session_start"].cast(pa.int64()).to_numpy()
+    part = splits.part(start)
+    bounds = np.concatenate([[0], np.flatnonzero(np.diff(part)) + 1, [len(part)]])
+    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        if high > low:
+            yield str(splits.of(start[low : low + 1])[0]), table.slice(low, high - low)
+
+
+def keep_features(rows: pa.Table, paths: list[str]) -> pa.Table:
+    """The examples of an open day, with the features that earlier runs gave to those that they had; labels are the new ones."""
+    if not paths or not rows.num_rows:
+        return rows
+    rows = check_output(rows, EXAMPLES)
+    earlier = pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
+    keys = pa.concat_tables([earlier.select(EXAMPLES.key), rows.select(EXAMPLES.key)]).to_pandas()
+    group = keys.groupby(list(EXAMPLES.key), sort=False).ngroup().to_numpy()
+    place = pd.Series(np.arange(earlier.num_rows), index=group[: earlier.num_rows])
+    old = place.reindex(group[earlier.num_rows :]).to_numpy()
+    known = ~np.isnan(old)
+    stay = earlier.take(pa.array(old[known].astype(np.int64)))
+    label = rows.column_names.index("label")
+    stay = stay.set_column(label, rows.schema.field("label"), rows["label"].filter(pa.array(known)))
+    return pa.concat_tables([stay, rows.filter(pa.array(~known))])
+
+
+def delisted_items(items: pa.Table, earlier: list[str], kept: list[FileRecord]) -> pa.Table:
+    """Listings of the earlier `items` files that final days refer to and the catalog no longer has."""
+    if not earlier or not kept:
+        return items.slice(0, 0)
+    wanted = pa.chunked_array(
+        [
+            pc.unique(pq.ParquetFile(record.path).read(columns=["item_id"])["item_id"].combine_chunks())
+            for record in kept
+        ]
+    ).unique()
+    before = pa.concat_tables([pq.ParquetFile(path).read() for path in earlier])
+    gone = pc.and_not(pc.is_in(before["item_id"], wanted), pc.is_in(before["item_id"], items["item_id"]))
+    return before.filter(gone).select(items.column_names).cast(items.schema)

@@ -1,0 +1,227 @@
+"""Night after night into one shard set: final days stay, open days keep their features, and nothing differs from one build of the whole log."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from camenn_model.shards import ShardSet
+from camenn_model.train import TrainOptions, open_corpus
+from pipelines import build_shards
+from pipelines.attribution import DAY_US, HOUR_US
+from pipelines.days import SKETCH, check_same_log, date_of, start_of
+from pipelines.manifest import read_latest
+from schemas.contract import InputError
+from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, PAIR_COUNTS, SPLITS
+from tests.pipelines.shard_reference import Row
+from tests.pipelines.small_city import CATALOG_ROWS, START, by_key, catalog_table, random_city, write_data, write_store
+from tests.pipelines.test_examples import shard_options
+
+FEATURES = [column.name for column in (*AUDIENCE_COUNTS, *ITEM_COUNTS, *PAIR_COUNTS)] + ["history_item", "history_kind"]
+
+
+class Nights:
+    """A log that grows, and shards that are built from it again and again, labels final a day after the attribution window of six hours."""
+
+    def __init__(self, root: Path, seed: int = 5) -> None:
+        self.root = root
+        self.clicks, self.orders = random_city(seed, 500, 400)
+        self.catalog = catalog_table()
+        write_store(root / "store", self.catalog)
+        self.night = 0
+
+    def build(self, until: float, *, out: str = "shards", since: float = 0.0, **flags: Any) -> dict[str, Any]:
+        """Write what had come by `until` days after the start, and build; returns the closing table."""
+        self.night += 1
+
+        def came(rows: list[Row], column: str) -> list[Row]:
+            ends = (START + since * DAY_US, START + until * DAY_US)
+            return [row for row in rows if ends[0] <= row[column] < ends[1]]
+
+        data = self.root / f"data-{self.night}"
+        write_data(data, came(self.clicks, "clicked_at"), came(self.orders, "ordered_at"), catalog=self.catalog)
+        rebuild = flags.pop("rebuild", False)
+        settings = {"attribution_hours": 6.0, "late_days": 1.0, "max_reject_rate": 0.3, "test_share": 0.3} | flags
+        return build_shards.run(
+            shard_options(data, self.root / "store", self.root / out, **settings), [], rebuild=rebuild
+        )
+
+    def rows(self, out: str = "shards") -> dict[Any, Row]:
+        """All examples by key, each with its split."""
+        shards = ShardSet(str(self.root / out))
+        found: dict[Any, Row] = {}
+        for split in SPLITS:
+            for path, rows in shards.examples(split):
+                table = pq.ParquetFile(path).read()
+                assert table.num_rows == rows
+                assert {str(day) for day in table["session_start"].cast(pa.date32()).to_pylist()} == {date_of(path)}
+                for key, row in by_key(table).items():
+                    assert key not in found
+                    found[key] = row | {"split": split}
+        assert len(found) == sum(rows for _, rows in shards.files("examples"))
+        return found
+
+    def paths(self, before: int = 2**62) -> dict[str, bytes]:
+        """Example files of the days before a time, and what is in them."""
+        shards = ShardSet(str(self.root / "shards"))
+        return {
+            path: Path(path).read_bytes() for path, _ in shards.files("examples") if start_of(date_of(path)) < before
+        }
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_nights_add_up_to_one_build_of_the_whole_log(tmp_path: Path, seed: int) -> None:
+    nights = Nights(tmp_path, seed)
+    first = nights.build(6)
+    assert (first["days_kept"], first["days_built"]) == (0, len({date_of(path) for path in nights.paths()}))
+    for until in (8, 9.5, 12):
+        built = nights.build(until)
+        assert built["days_kept"] > 0
+        # Each click of a final day, and none else, is left alone.
+        assert built["clicks_final_day"] > 0
+    nights.build(12, out="whole")
+    assert nights.rows() == nights.rows("whole")
+    assert built["examples"] == sum_by_split(nights.rows("whole"))
+    assert built["days_built"] < nights.build(12, rebuild=True)["days_built"]
+    assert nights.rows() == nights.rows("whole")
+
+
+def sum_by_split(rows: dict[Any, Row]) -> dict[str, int]:
+    return {split: sum(row["split"] == split for row in rows.values()) for split in SPLITS}
+
+
+def test_final_days_stay_and_open_days_keep_their_features(tmp_path: Path) -> None:
+    nights = Nights(tmp_path)
+    nights.build(8)
+    before = nights.rows()
+    latest = read_latest(str(tmp_path / "shards"))
+    assert latest is not None
+    final = int(latest.options["days"]["as_of"]) - 6 * HOUR_US - DAY_US
+    final = final // DAY_US * DAY_US
+    kept = nights.paths(final)
+    assert kept
+    # A click and an order of every day, which come a night late; the order is for an example of that day that had none.
+    late_clicks, late_orders, bought = [], [], {}
+    for number, (key, row) in enumerate(sorted(before.items(), key=lambda entry: str(entry))):
+        click = {
+            "exposure_id": f"late {number}",
+            "session_id": f"late {number}",
+            "user_id": key[0],
+            "store_id": row["store_id"],
+            "item_id": key[2],
+            "clicked_at": row["session_start"] - 60_000_000,
+            "position": 0,
+        }
+        late_clicks.append(click)
+        day = row["session_start"] // DAY_US
+        if row["label"] == 0 and day not in bought:
+            bought[day] = key
+            order = {name: click[name] for name in ("user_id", "store_id", "item_id")}
+            late_orders.append(
+                {"order_id": f"late {number}", **order, "ordered_at": row["clicked_at"] + 1, "quantity": 1.0}
+            )
+    nights.clicks += late_clicks
+    nights.orders += late_orders
+    nights.build(9)
+    after = nights.rows()
+    now = nights.paths(final)
+    stayed = kept.keys() & now.keys()
+    assert stayed and all(now[path] == kept[path] for path in stayed)
+    assert len(kept) - len(stayed) <= len(SPLITS), "only where a split begins is a final day cut anew"
+    changed = 0
+    for key, row in before.items():
+        names = set(row) - {"split", "label"}
+        assert {name: after[key][name] for name in names} == {name: row[name] for name in names}
+        if row["session_start"] < final:
+            assert after[key]["label"] == row["label"]
+        elif key in bought.values():
+            assert (row["label"], after[key]["label"]) == (0, 1)
+            changed += 1
+    assert changed > 0
+    late = {key for key in after if str(key[1]).startswith("late")}
+    assert late and min(after[key]["session_start"] for key in late) >= final
+    # What is new has the features of what is known now, the late clicks among it.
+    nights.build(9, out="whole")
+    whole = nights.rows("whole")
+    fresh = [key for key in after if key not in before]
+    assert all({n: after[key][n] for n in FEATURES} == {n: whole[key][n] for n in FEATURES} for key in fresh)
+    assert any(whole[key][name] != before[key][name] for key in before for name in FEATURES)
+
+
+def test_days_that_left_the_log_and_listings_that_left_the_catalog_stay(tmp_path: Path) -> None:
+    nights = Nights(tmp_path)
+    nights.build(9)
+    before = nights.rows()
+    nights.catalog = catalog_table(row for row in CATALOG_ROWS if row["item_id"] != "i0")
+    write_store(tmp_path / "store", nights.catalog, run="20240102T000000-bbbbbb")
+    nights.build(12, since=5)
+    after = nights.rows()
+    gone = {key for key, row in before.items() if row["session_start"] < START + 4 * DAY_US}
+    assert gone <= after.keys()
+    assert any(key[2] == "i0" for key in gone)
+    shards = ShardSet(str(tmp_path / "shards"))
+    assert set(shards.items["item_id"].to_pylist()) == {row["item_id"] for row in CATALOG_ROWS}
+    corpus = open_corpus(TrainOptions(shards=str(tmp_path / "shards"), out=str(tmp_path / "model")))
+    for path, _ in corpus.files("train"):
+        assert corpus.reader.read(path).item.min() >= 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"attribution_hours": 12.0}, "--attribution_hours 12.0: the days in .* were built with 6.0.*--rebuild"),
+        ({"history": 7}, "--history 7: the days in .* were built with 5.*--rebuild"),
+        ({"timezone": "Asia/Shanghai"}, "--timezone Asia/Shanghai: .*--rebuild"),
+        ({"as_of": "2023-11-19"}, "--as_of 2023-11-19.*which is later.*--rebuild"),
+    ],
+)
+def test_rows_that_would_not_fit_are_refused(tmp_path: Path, flags: dict[str, Any], message: str) -> None:
+    nights = Nights(tmp_path)
+    nights.build(8)
+    pointer = (tmp_path / "shards" / "latest.json").read_bytes()
+    with pytest.raises(InputError, match=message):
+        nights.build(9, **flags)
+    assert (tmp_path / "shards" / "latest.json").read_bytes() == pointer
+    summary = nights.build(9, rebuild=True, **flags)
+    assert summary["days_kept"] == 0
+    assert json.loads(manifest_of(tmp_path / "shards").read_text())["options"]["days"]["rebuilt"] is True
+
+
+def manifest_of(out: Path) -> Path:
+    return Path(out / json.loads((out / "latest.json").read_text())["manifest"])
+
+
+def test_another_log_is_refused(tmp_path: Path) -> None:
+    nights = Nights(tmp_path)
+    nights.build(8)
+    for row in nights.clicks:
+        row["exposure_id"] = f"other {row['exposure_id']}"
+    with pytest.raises(InputError, match="the clicks of 2023-11-1.* are not those .*--rebuild"):
+        nights.build(9)
+
+
+def test_a_log_that_grows_is_known_again() -> None:
+    """However many clicks come late, the sample of a day is found in the day."""
+    from pipelines.days import Kept
+    from pipelines.tables import FileRecord
+
+    rng = np.random.default_rng(0)
+    kept = Kept(records=[FileRecord("examples", f"/x/date=2024-01-0{day}/part-0.parquet", 1, 1) for day in (2, 3)])
+    for _ in range(200):
+        old = {f"2024-01-0{day}": np.unique(rng.integers(0, 2**63, int(rng.integers(1, 60)))) for day in (1, 2, 3)}
+        grown = {
+            date: np.union1d(values, rng.integers(0, 2**63, int(rng.integers(0, 300))))[:SKETCH].tolist()
+            for date, values in old.items()
+        }
+        sketches = {date: values[:SKETCH].tolist() for date, values in old.items()}
+        check_same_log(Kept(records=kept.records, sketches=sketches), grown, "out")
+        # A day of a few clicks may go unnoticed in another log, one of some dozens does not.
+        known, other = (
+            {date: np.unique(rng.integers(0, 2**63, 60))[:SKETCH].tolist() for date in old} for _ in range(2)
+        )
+        with pytest.raises(InputError, match="2024-01-02"):
+            check_same_log(Kept(records=kept.records, sketches=known), other, "out")
