@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -530,7 +531,12 @@ def train(
     steps = max(1, trainer.total // options.batch_size)
     # The alignment-only models depend on nothing that the main one learns: they are trained beside it, on the cores that it leaves free.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(FOLDS, (os.cpu_count() or 1) // 2)), mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        max(1, min(FOLDS, (os.cpu_count() or 1) // 2)),
+        mp_context=context,
+        initializer=_end_with_parent,
+        initargs=(os.getpid(),),
+    ) as pool:
         paths = [directory / f"fold{fold}.safetensors" for fold in range(FOLDS)] if trainer.sampler is not None else []
         folds = [pool.submit(run_fold, options, fold, steps, path) for fold, path in enumerate(paths)]
         try:
@@ -539,6 +545,17 @@ def train(
             for fold in folds:
                 fold.cancel()
             raise
+
+
+def _end_with_parent(parent: int) -> None:
+    """A pool's processes outlive a parent that was killed, waiting for work for ever: these look whether it is there."""
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def run_fold(options: TrainOptions, fold: int, steps: int, path: Path) -> None:

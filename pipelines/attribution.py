@@ -15,26 +15,58 @@ DAY_US = 24 * HOUR_US
 class TimeIndex:
     """Events sorted by (key, time), for asking what lay before a time under a key.
 
-    Keys are int64. Keys and times are ranked, so that (key, time) fits one int64 whatever the keys' size (codes of pairs grow as users × listings),
-    and one `searchsorted` answers all queries at once.
+    Key and time are packed into one int64, so that one `searchsorted` answers all queries at once: the key as its distance from the least one, or its rank
+    where keys are sparse (codes of pairs grow as users × listings); the time as its distance from the first one, or its rank where that would not fit.
     """
 
     def __init__(self, key: Ints, time: Ints) -> None:
-        self.order = np.lexsort((time, key))
-        self.keys, key_ranks = np.unique(key, return_inverse=True)
-        self.times, ranks = np.unique(time, return_inverse=True)
-        self.stride = np.int64(len(self.times) + 1)
-        self.combined = (key_ranks * self.stride + ranks)[self.order]
+        n = len(key)
+        self.keys: Ints | None = None
+        self.first = int(key.min()) if n else 0
+        width = int(key.max()) - self.first + 1 if n else 0
+        if width <= 4 * n + 1024:
+            code = key - self.first
+        else:
+            self.keys, code = np.unique(key, return_inverse=True)
+            width = len(self.keys)
+        self.times: Ints | None = None
+        self.low = int(time.min()) if n else 0
+        span = int(time.max()) - self.low + 2 if n else 1
+        if width * span < NEVER:
+            at = time - self.low
+        else:
+            self.times, at = np.unique(time, return_inverse=True)
+            span = len(self.times) + 1
+        self.span = np.int64(span)
+        combined = code * self.span + at
+        self.order = np.argsort(combined, kind="stable")
+        self.combined = combined[self.order]
         self.time = time[self.order]
+        self.starts = np.zeros(width + 1, dtype=np.int64)
+        np.cumsum(np.bincount(code, minlength=width), out=self.starts[1:])
+
+    def _codes(self, key: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+        """Code of each key, 0 where it has no events, and whether it may have some."""
+        width = len(self.starts) - 1
+        if self.keys is None:
+            code = key - self.first
+            there = (code >= 0) & (code < width)
+        else:
+            code = np.searchsorted(self.keys, key)
+            there = code < width
+            there[there] = self.keys[code[there]] == key[there]
+        return np.where(there, code, 0), there
 
     def bounds(self, key: Ints, time: Ints, *, inclusive: bool = False) -> tuple[Ints, Ints]:
         """First and one-past-last position (into `order`) of the events of `key` before `time`, or up to and including it."""
-        ranks = np.searchsorted(self.times, time, side="right" if inclusive else "left")
-        place = np.searchsorted(self.keys, key)
-        there = place < len(self.keys)
-        there[there] = self.keys[place[there]] == key[there]
-        base = place * self.stride
-        return np.searchsorted(self.combined, base), np.searchsorted(self.combined, np.where(there, base + ranks, base))
+        code, there = self._codes(key)
+        if self.times is None:
+            at = np.clip(time - self.low + inclusive, 0, self.span - 1)
+        else:
+            at = np.searchsorted(self.times, time, side="right" if inclusive else "left")
+        start = self.starts[code]
+        end = np.searchsorted(self.combined, code * self.span + at)
+        return start, np.where(there, end, start)
 
     def count(self, key: Ints, time: Ints) -> Ints:
         """Events of `key` strictly before `time`."""
@@ -43,11 +75,15 @@ class TimeIndex:
 
     def last(self, key: Ints, time: Ints) -> Ints:
         """Time of the last event of `key` strictly before `time`; NEVER where there is none."""
+        return self.count_and_last(key, time)[1]
+
+    def count_and_last(self, key: Ints, time: Ints) -> tuple[Ints, Ints]:
+        """`count` and `last`, for the price of one."""
         start, end = self.bounds(key, time)
         found = np.full(len(key), NEVER)
         some = end > start
         found[some] = self.time[end[some] - 1]
-        return found
+        return end - start, found
 
 
 def attribute_orders(

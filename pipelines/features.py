@@ -53,9 +53,10 @@ def _counts(index: TimeIndex, key: Ints, time: Ints) -> Floats:
     return index.count(key, time).astype(np.float32)
 
 
-def _days(index: TimeIndex, key: Ints, time: Ints) -> Floats:
-    last = index.last(key, time)
-    return np.where(last == NEVER, np.nan, (time - last) / DAY_US).astype(np.float32)
+def _counts_and_days(index: TimeIndex, key: Ints, time: Ints) -> tuple[Floats, Floats]:
+    """Events before each time, and days since the last of them (NaN = none)."""
+    count, last = index.count_and_last(key, time)
+    return count.astype(np.float32), np.where(last == NEVER, np.nan, (time - last) / DAY_US).astype(np.float32)
 
 
 def smoothed_cvr(conversions: Floats, clicks: Floats) -> Floats:
@@ -72,11 +73,12 @@ def user_features(events: Events, user: Ints, time: Ints) -> dict[str, Floats]:
     happened = events.converted_at != NEVER
     conversions = TimeIndex(events.click_user[happened], events.converted_at[happened])
     n_clicks = _counts(clicks, user, time)
+    n_orders, days = _counts_and_days(orders, user, time)
     return {
         "user_clicks": n_clicks,
-        "user_orders": _counts(orders, user, time),
+        "user_orders": n_orders,
         "user_cvr": smoothed_cvr(_counts(conversions, user, time), n_clicks),
-        "user_days_since_order": _days(orders, user, time),
+        "user_days_since_order": days,
     }
 
 
@@ -96,13 +98,13 @@ def item_features(
     """Columns of `ITEM_COUNTS` for each query's (item, store, time), float32 [n]. A conversion is the first order credited to a click."""
     n_clicks = _counts(TimeIndex(click_item, clicked_at), queries.item, queries.time)
     n_conversions = _counts(TimeIndex(conversion_item, converted_at), queries.item, queries.time)
-    orders = TimeIndex(order_item, ordered_at)
+    n_orders, days = _counts_and_days(TimeIndex(order_item, ordered_at), queries.item, queries.time)
     here = np.where(queries.store >= 0, _pair(queries.item, queries.store, n_stores), -1)
     return {
         "item_clicks": n_clicks,
-        "item_orders": _counts(orders, queries.item, queries.time),
+        "item_orders": n_orders,
         "item_cvr": smoothed_cvr(n_conversions, n_clicks),
-        "item_days_since_order": _days(orders, queries.item, queries.time),
+        "item_days_since_order": days,
         "store_item_clicks": _counts(
             TimeIndex(_pair(click_item, click_store, n_stores), clicked_at), here, queries.time
         ),
@@ -131,6 +133,8 @@ def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> di
     pair = _pair(queries.user, queries.item, items.size)
     clicks = TimeIndex(_pair(events.click_user, events.click_item, items.size), events.clicked_at)
     orders = TimeIndex(_pair(events.order_user, events.order_item, items.size), events.ordered_at)
+    n_clicks, click_days = _counts_and_days(clicks, pair, queries.time)
+    n_orders, order_days = _counts_and_days(orders, pair, queries.time)
 
     def in_group(user: Ints, item: Ints, time: Ints, codes: Ints) -> Floats:
         group = codes[item]
@@ -142,10 +146,10 @@ def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> di
 
     known_user = queries.user >= 0
     features = {
-        "pair_clicks": _counts(clicks, pair, queries.time),
-        "pair_orders": _counts(orders, pair, queries.time),
-        "pair_days_since_click": _days(clicks, pair, queries.time),
-        "pair_days_since_order": _days(orders, pair, queries.time),
+        "pair_clicks": n_clicks,
+        "pair_orders": n_orders,
+        "pair_days_since_click": click_days,
+        "pair_days_since_order": order_days,
         "user_subcategory_clicks": in_group(events.click_user, events.click_item, events.clicked_at, items.subcategory),
         "user_subcategory_orders": in_group(events.order_user, events.order_item, events.ordered_at, items.subcategory),
         "user_brand_orders": in_group(events.order_user, events.order_item, events.ordered_at, items.brand),

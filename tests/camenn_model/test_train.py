@@ -1,5 +1,6 @@
 """Training over a small shard set: it resumes to the same bits, is the same however many processes share it, and writes a package that opens."""
 
+import contextlib
 import json
 import os
 import signal
@@ -259,6 +260,17 @@ def test_processes_that_cannot_share_a_step_are_refused(shards: str, tmp_path: P
         Trainer(open_corpus(chosen), chosen, no_progress, Processes(0, 2))
 
 
+def running() -> dict[int, int]:
+    """{process: its parent}, where there is a /proc to look at; those that ended and wait to be buried are left out."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(path.parent.name)] = int(parent)
+    return found
+
+
 @pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_weights(shards: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.camenn_model.saving_train", shards]
@@ -270,8 +282,15 @@ def test_a_killed_training_ends_with_the_same_weights(shards: str, tmp_path: Pat
         while not checkpoint.exists() or load_tensors(checkpoint)[1]["state"]["step"] < steps:
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.01)
+        children = {child for child, parent in running().items() if parent == process.pid}
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 60
+        while children & running().keys():
+            assert time.monotonic() < deadline, (
+                "the processes that train alignment models outlive the one that was killed"
+            )
+            time.sleep(0.1)
     subprocess.run([*command, str(cut)], check=True, timeout=300)
     for name in ("model.safetensors", "calibration.json", "curves.csv"):
         assert (cut / "package" / name).read_bytes() == (tmp_path / "whole" / "package" / name).read_bytes(), name

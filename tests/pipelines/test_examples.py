@@ -248,9 +248,13 @@ def test_split_times_keep_the_parts_in_order_and_a_window_apart(hours: list[int]
         min_size=1,
         max_size=10,
     ),
+    st.sampled_from((1, 2**59)),
 )
-def test_time_index_counts_and_finds_the_last(events: list[tuple[int, int]], queries: list[tuple[int, int]]) -> None:
-    """Keys of pairs grow as users × listings: 2**55 stands for a large city."""
+def test_time_index_counts_and_finds_the_last(
+    events: list[tuple[int, int]], queries: list[tuple[int, int]], unit: int
+) -> None:
+    """Keys of pairs grow as users × listings: 2**55 stands for a large city; times that are far apart do not fit beside a key."""
+    events, queries = ([(key, moment * unit) for key, moment in rows] for rows in (events, queries))
     key, time = (np.array([event[place] for event in events], dtype=np.int64) for place in (0, 1))
     asked, at = (np.array([query[place] for query in queries], dtype=np.int64) for place in (0, 1))
     index = TimeIndex(key, time)
