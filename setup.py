@@ -36,6 +36,7 @@ setup(
             "ruff>=0.12",
             "mypy>=1.15",
             "duckdb>=1.2",
+            "polars>=1.30",
             "scikit-learn>=1.5",
             "playwright>=1.50",
         ],

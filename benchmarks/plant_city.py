@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.audience import by_store
@@ -32,25 +33,27 @@ MADE = "city.json"
 """Written last: a directory without it was cut off and is made anew."""
 
 
-def plant_config(items: int, clicks: int, seed: int = 0) -> CityConfig:
+def plant_config(items: int, clicks: int, clicks_per_user: int = CLICKS_PER_USER) -> CityConfig:
     """Sizes of the city: a hundred listings a store, and about as many clicks a user as in the simulator's own city."""
     return CityConfig(
-        seed=seed,
+        seed=0,
         listings=items,
         clicks=clicks,
         stores=max(2, items // LISTINGS_PER_STORE),
-        users=max(20, clicks // CLICKS_PER_USER),
+        users=max(20, clicks // clicks_per_user),
         days=28,
     )
 
 
-def make_city(directory: Path, items: int, clicks: int, pairs: int) -> dict[str, int]:
+def make_city(
+    directory: Path, items: int, clicks: int, pairs: int, clicks_per_user: int = CLICKS_PER_USER
+) -> dict[str, int]:
     """Write `catalog`, `clicks`, `orders`, `users`, `stores` and `audience`, unless this very city is there; returns its row counts.
 
     Args:
         pairs: pairs (audience row, listing) that scoring is to meet, at most; the audience is whole stores, at every 4-hour bucket.
     """
-    asked = {"items": items, "clicks": clicks, "pairs": pairs}
+    asked = {"items": items, "clicks": clicks, "pairs": pairs, "clicks_per_user": clicks_per_user}
     record = directory / MADE
     if record.exists():
         there = json.loads(record.read_text())
@@ -58,7 +61,7 @@ def make_city(directory: Path, items: int, clicks: int, pairs: int) -> dict[str,
             return dict(there["rows"])
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    config = plant_config(items, clicks)
+    config = plant_config(items, clicks, clicks_per_user)
     catalog = make_catalog(make_classes(config), config)
     users = make_users(catalog.stores, config)
     rows = {
@@ -90,6 +93,43 @@ def make_city(directory: Path, items: int, clicks: int, pairs: int) -> dict[str,
         print(f"city: day {day.day + 1} of {config.days}, {rows['clicks']:,} clicks", file=sys.stderr, flush=True)
     for writer in writers.values():
         writer.close()
+    temporary = record.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"asked": asked, "rows": rows}))
+    os.replace(temporary, record)
+    return rows
+
+
+def multiply_city(source: Path, target: Path, copies: int) -> dict[str, int]:
+    """Write `target`: the same catalog and stores, and `copies` times the people and logs of `source`, under ids of their own; returns its row counts.
+
+    Simulating ten million clicks takes more than an hour; people of a copy do what those of the first do, which changes no cost.
+    """
+    asked = {"copies": copies, "of": json.loads((source / MADE).read_text())["asked"]}
+    record = target / MADE
+    if record.exists():
+        there = json.loads(record.read_text())
+        if there["asked"] == asked:
+            return dict(there["rows"])
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    rows = {}
+    for name in ("catalog", "stores"):
+        os.link(source / f"{name}.parquet", target / f"{name}.parquet")
+        rows[name] = pq.ParquetFile(target / f"{name}.parquet").metadata.num_rows
+    for name in ("users", "clicks", "orders"):
+        files = sorted((source / name).glob("*.parquet")) or [source / f"{name}.parquet"]
+        (target / name).mkdir()
+        for number, path in enumerate(files):
+            for copy in range(copies):
+                table = pq.ParquetFile(path).read()
+                for column in ("user_id", "session_id", "exposure_id", "order_id"):
+                    if column in table.column_names:
+                        renamed = pc.binary_join_element_wise(table[column], str(copy), ".")
+                        table = table.set_column(table.column_names.index(column), column, renamed)
+                rows[name] = rows.get(name, 0) + table.num_rows
+                pq.write_table(
+                    table, target / name / f"part-{number}-{copy}.parquet", compression="zstd", row_group_size=65_536
+                )
     temporary = record.with_suffix(".tmp")
     temporary.write_text(json.dumps({"asked": asked, "rows": rows}))
     os.replace(temporary, record)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from benchmarks import loop_runner
 from pipelines.manifest import Manifest, new_run, publish, read_latest
 from pipelines.options import run_main
+from schemas.training import EXAMPLES
 
 STAGES = ("embed", "shards", "score")
 PLAIN = "plain"
@@ -44,6 +45,8 @@ class Job:
     image_shape: Sequence[int]
     text_shape: Sequence[int]
     seed: int = 0
+    rebuild: bool = False
+    """Whether `shards` builds days that were final again"""
 
 
 def run_stage(job: Job) -> dict[str, Any]:
@@ -75,6 +78,7 @@ def run_stage(job: Job) -> dict[str, Any]:
                 max_reject_rate=0.0,
             ),
             flags,
+            rebuild=job.rebuild,
         )
     if job.stage == "score":
         from pipelines import score_catalog
@@ -150,6 +154,20 @@ def digest(manifest: Manifest) -> str:
     return found.hexdigest()[:16]
 
 
+def digest_examples(days: dict[str, list[str]]) -> str:
+    """16 hex digits over the rows of some days' example files, whichever program wrote them: {name of a day: paths}."""
+    found = hashlib.sha256()
+    schema = pa.schema([pa.field(field.name, field.type) for field in EXAMPLES.schema])
+    for day, paths in sorted(days.items()):
+        tables = [pq.ParquetFile(path).read().select(schema.names).replace_schema_metadata(None) for path in paths]
+        table = pa.concat_tables([table.cast(schema) for table in tables])
+        table = table.sort_by([(column, "ascending") for column in SORTED_BY["examples"]])
+        found.update(f"{day} {table.num_rows}\n".encode())
+        for column in table.combine_chunks().columns:
+            _hash_values(found, column)
+    return found.hexdigest()[:16]
+
+
 def _hash_values(found: Any, column: pa.ChunkedArray) -> None:
     """Feed values, lengths and nulls, whatever the layout of their buffers."""
     array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
@@ -172,6 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     manifest = read_latest(job.out)
     assert manifest is not None
     rows = {name: manifest.rows(name) for name in SORTED_BY if manifest.paths(name)}
+    days: dict[str, list[str]] = {}
+    for path in manifest.paths("examples"):
+        days.setdefault(Path(path).parent.name, []).append(path)
     print(
         json.dumps(
             {
@@ -179,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
                 "cpu_seconds": worked - loop_runner.building_seconds,
                 "rows": rows,
                 "digest": digest(manifest),
+                "digest_examples": digest_examples(days),
                 "pairs": summary.get("pairs"),
                 "bytes": sum(f["bytes"] for table in manifest.tables.values() for f in table["files"]),
             }

@@ -1,0 +1,268 @@
+"""The examples of `camenn shards`, as an expert would write them in Polars: the peer that its speed is measured against.
+
+The same rows, columns and values, from the same tables, as one Parquet file for each day; one process, all cores, no rejects (the logs of the benchmark
+have none) and no embeddings. `python -m benchmarks.polars_shards DATA OUT ENGINE` prints one JSON line.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipelines.features import PRIOR_CLICKS, PRIOR_CVR
+from schemas.training import EXAMPLES
+
+WINDOW = pl.duration(hours=24)
+HISTORY = 20
+DAY_US = 86_400_000_000
+HOUR_US = 3_600_000_000
+
+
+def read_events(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """(clicks, orders, items): cleaned, with ids as codes where they are only compared."""
+    items = (
+        pl.scan_parquet(data / "catalog.parquet")
+        .select("item_id", "subcategory", "brand")
+        .sort("item_id")
+        .with_row_index("item")
+        .with_columns(
+            pl.col("item").cast(pl.Int32),
+            *(pl.col(name).cast(pl.Categorical).to_physical().cast(pl.Int32) for name in ("subcategory", "brand")),
+        )
+        .collect()
+    )
+    clicks = pl.scan_parquet(data / "clicks" / "*.parquet").unique()
+    orders = pl.scan_parquet(data / "orders" / "*.parquet").unique()
+    clicked, ordered = pl.collect_all(
+        [clicks.select(pl.col("clicked_at").max()), orders.select(pl.col("ordered_at").max())], engine=engine
+    )
+    as_of = min(clicked.item(), ordered.item())
+    lazy_items = items.lazy()
+    clicks = (
+        clicks.filter(pl.col("clicked_at") <= as_of)
+        .with_columns(session_start=pl.col("clicked_at").min().over("user_id", "session_id"))
+        .join(lazy_items, on="item_id")
+        .drop("item_id")
+        .sort("clicked_at", "exposure_id")
+        .with_columns(as_of=pl.lit(as_of, pl.Datetime("us")))
+        .drop("exposure_id")
+    )
+    orders = (
+        orders.filter((pl.col("ordered_at") <= as_of) & (pl.col("quantity") > 0))
+        .join(lazy_items, on="item_id")
+        .select("user_id", "store_id", "item", "subcategory", "brand", "ordered_at")
+        .sort("ordered_at")
+    )
+    found = pl.collect_all([clicks, orders], engine=engine)
+    return found[0], found[1], items
+
+
+def attribute(clicks: pl.DataFrame, orders: pl.DataFrame) -> pl.DataFrame:
+    """Clicks with the time of the first order that is credited to each."""
+    clicks = clicks.with_row_index("click")
+    first = (
+        orders.join_asof(
+            clicks.select("click", "user_id", "item", "clicked_at"),
+            left_on="ordered_at",
+            right_on="clicked_at",
+            by=["user_id", "item"],
+            tolerance="24h",
+            check_sortedness=False,
+        )
+        .drop_nulls("click")
+        .group_by("click")
+        .agg(converted_at=pl.col("ordered_at").min())
+    )
+    return clicks.join(first, on="click", how="left", maintain_order="left")
+
+
+def before(
+    queries: pl.DataFrame, events: pl.DataFrame, time: str, by: list[str], count: str, days: str | None = None
+) -> pl.DataFrame:
+    """`queries` (sorted by session_start) with the number of `events` under the same key before, and the days since the last."""
+    counted = (
+        events.select(*by, time)
+        .drop_nulls()
+        .sort(time)
+        .with_columns((pl.int_range(pl.len()) + 1).over(by).alias(count))
+    )
+    found = queries.join_asof(
+        counted.rename({time: "_last"}),
+        left_on="session_start",
+        right_on="_last",
+        by=by,
+        allow_exact_matches=False,
+        coalesce=False,
+        check_sortedness=False,
+    )
+    columns = [pl.col(count).fill_null(0).cast(pl.Float32)]
+    if days is not None:
+        since = (pl.col("session_start") - pl.col("_last")).dt.total_microseconds()
+        columns.append((since / DAY_US).cast(pl.Float32).alias(days))
+    return found.with_columns(columns).drop("_last")
+
+
+def smoothed(conversions: str, clicks: str) -> pl.Expr:
+    """As `pipelines.features.smoothed_cvr`."""
+    prior, weight = pl.lit(PRIOR_CVR * PRIOR_CLICKS, pl.Float32), pl.lit(PRIOR_CLICKS, pl.Float32)
+    return (pl.col(conversions) + prior) / (pl.col(clicks) + weight)
+
+
+def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataFrame) -> pl.DataFrame:
+    """Sessions with the last entries of their users, latest first."""
+    events = (
+        pl.concat(
+            [
+                clicks.select("user_id", "item", "converted_at", when="clicked_at", kind=pl.lit(1, pl.Int8)),
+                orders.select(
+                    "user_id",
+                    "item",
+                    converted_at=pl.lit(None, pl.Datetime("us")),
+                    when="ordered_at",
+                    kind=pl.lit(2, pl.Int8),
+                ),
+            ]
+        )
+        .sort("user_id", "when", "kind", "item", descending=[False, False, False, True])
+        .with_row_index("event")
+    )
+    reach = events.group_by("user_id").agg(first=pl.col("event").min())
+    ends = events.select("user_id", "when", "event").sort("when")
+    sessions = (
+        sessions.sort("session_start")
+        .with_row_index("session")
+        .join_asof(
+            ends,
+            left_on="session_start",
+            right_on="when",
+            by="user_id",
+            allow_exact_matches=False,
+            check_sortedness=False,
+        )
+        .drop("when")
+        .join(reach, on="user_id", how="left", maintain_order="left")
+    )
+    last = pl.col("event").cast(pl.Int64)
+    back = (
+        sessions.select(
+            "session",
+            "session_start",
+            event=pl.int_ranges(last, pl.max_horizontal(last - 2 * HISTORY, pl.col("first").cast(pl.Int64) - 1), -1),
+        )
+        .drop_nulls("event")
+        .explode("event")
+        .drop_nulls("event")
+    )
+    picked = events.select("item", "converted_at", "when", "kind")[back["event"]]
+    history = (
+        pl.concat([back.drop("event"), picked], how="horizontal")
+        .filter(pl.col("converted_at").is_null() | (pl.col("converted_at") >= pl.col("session_start")))
+        .with_columns(
+            history_item=pl.col("item"),
+            history_hours=((pl.col("session_start") - pl.col("when")).dt.total_microseconds() / HOUR_US).cast(
+                pl.Float32
+            ),
+        )
+        .group_by("session", maintain_order=True)
+        .agg(
+            pl.col("history_item").head(HISTORY),
+            pl.col("kind").head(HISTORY).alias("history_kind"),
+            pl.col("history_hours").head(HISTORY),
+        )
+    )
+    return sessions.join(history, on="session", how="left", maintain_order="left").drop("session", "event", "first")
+
+
+def build(data: Path, engine: Any) -> pl.DataFrame:
+    """All examples, columns as in `EXAMPLES`."""
+    clicks, orders, items = read_events(data, engine)
+    clicks = attribute(clicks, orders)
+    conversions = clicks.filter(pl.col("converted_at").is_not_null())
+    examples = (
+        clicks.filter(pl.col("clicked_at") + WINDOW <= pl.col("as_of"))
+        .group_by("user_id", "session_id", "item", maintain_order=True)
+        .agg(
+            pl.col("store_id", "session_start", "clicked_at", "position", "subcategory", "brand").first(),
+            label=pl.col("converted_at").is_not_null().any().cast(pl.Int8),
+        )
+        .sort("session_start")
+    )
+    sessions = examples.select("user_id", "session_start").unique(maintain_order=True)
+    for events, when, by, count, days in (
+        (clicks, "clicked_at", ["user_id"], "user_clicks", None),
+        (orders, "ordered_at", ["user_id"], "user_orders", "user_days_since_order"),
+        (conversions, "converted_at", ["user_id"], "_user_conversions", None),
+    ):
+        sessions = before(sessions, events, when, by, count, days)
+    sessions = add_histories(sessions, clicks, orders)
+    for events, when, by, count, days in (
+        (clicks, "clicked_at", ["item"], "item_clicks", None),
+        (orders, "ordered_at", ["item"], "item_orders", "item_days_since_order"),
+        (conversions, "converted_at", ["item"], "_item_conversions", None),
+        (clicks, "clicked_at", ["item", "store_id"], "store_item_clicks", None),
+        (orders, "ordered_at", ["item", "store_id"], "store_item_orders", None),
+        (clicks, "clicked_at", ["user_id", "item"], "pair_clicks", "pair_days_since_click"),
+        (orders, "ordered_at", ["user_id", "item"], "pair_orders", "pair_days_since_order"),
+        (clicks, "clicked_at", ["user_id", "subcategory"], "user_subcategory_clicks", None),
+        (orders, "ordered_at", ["user_id", "subcategory"], "user_subcategory_orders", None),
+        (orders, "ordered_at", ["user_id", "brand"], "user_brand_orders", None),
+    ):
+        examples = before(examples, events, when, by, count, days)
+    stores = pl.read_parquet(data / "stores.parquet")
+    empty = pl.lit([], pl.List(pl.Float32))
+    examples = (
+        examples.join(sessions, on=["user_id", "session_start"], how="left", maintain_order="left")
+        .join(stores, on="store_id", how="left", maintain_order="left")
+        .with_columns(
+            smoothed("_user_conversions", "user_clicks").alias("user_cvr"),
+            smoothed("_item_conversions", "item_clicks").alias("item_cvr"),
+            pl.col("history_item").fill_null(empty.cast(pl.List(pl.Int32))),
+            pl.col("history_kind").fill_null(empty.cast(pl.List(pl.Int8))),
+            pl.col("history_hours").fill_null(empty),
+        )
+    )
+    local = pl.concat(
+        [
+            part.with_columns(
+                local=pl.col("session_start").dt.replace_time_zone("UTC").dt.convert_time_zone(zone or "UTC")
+            )
+            .with_columns(hour=pl.col("local").dt.hour(), weekday=(pl.col("local").dt.weekday() - 1).cast(pl.Int8))
+            .drop("local")
+            for (zone,), part in examples.group_by("timezone", maintain_order=True)
+        ]
+    )
+    return (
+        local.with_columns(
+            item_id=items["item_id"].gather(local["item"]),
+            history_item=pl.col("history_item").list.eval(
+                pl.element().replace_strict(items["item"], items["item_id"], return_dtype=pl.String)
+            ),
+        )
+        .select(EXAMPLES.names)
+        .sort("session_start", "user_id", "session_id", "item_id")
+    )
+
+
+def write_days(examples: pl.DataFrame, out: Path) -> None:
+    """One file a day."""
+    for (date,), day in examples.with_columns(_date=pl.col("session_start").dt.date()).group_by("_date"):
+        directory = out / f"date={date}"
+        directory.mkdir(parents=True)
+        day.drop("_date").write_parquet(directory / "part-0.parquet", compression="zstd", row_group_size=8_192)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build and write; print the seconds of it."""
+    data, out, engine = sys.argv[1:] if argv is None else argv
+    started = time.monotonic()
+    examples = build(Path(data), engine)
+    write_days(examples, Path(out))
+    print(json.dumps({"seconds": time.monotonic() - started, "rows": examples.height}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
