@@ -12,7 +12,9 @@ import argparse
 import datetime
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from apache_beam.transforms.window import GlobalWindows
 
 from pipelines import files
 from pipelines.attribution import DAY_US, HOUR_US
@@ -69,6 +72,7 @@ from schemas.training import EXAMPLES, ITEMS
 STAGE = "shards"
 ROWS_PER_BUCKET = 262_144
 ROWS_PER_FILE = 262_144
+WRITERS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,10 @@ class WriteDays(beam.DoFn):
         self.progress = ProgressFile(self.progress_directory)
         with files.open_read(self.items_path) as handle:
             self.item_ids = pq.read_table(handle, columns=["item_id"])["item_id"].combine_chunks()
+        self.writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="days")
+
+    def start_bundle(self) -> None:
+        self.writing: deque[Future[list[FileRecord]]] = deque()
 
     def process(self, element: tuple[Day, Any]) -> Iterator[FileRecord]:
         (date, bucket), pieces = element
@@ -162,15 +170,37 @@ class WriteDays(beam.DoFn):
         for kind, piece in pieces:
             kinds[kind].append(files.ipc_table(piece))
         table = finish_examples(pa.concat_tables(kinds["examples"]), pa.concat_tables(kinds["counts"]), self.item_ids)
+        self.writing.append(self.writers.submit(self._write, date, bucket, table))
+        # Parquet is encoded beside the next day; no more days than writers are in memory.
+        while len(self.writing) > WRITERS:
+            yield from self._written()
+
+    def finish_bundle(self) -> Iterator[Any]:
+        while self.writing:
+            for record in self._written():
+                yield GlobalWindows.windowed_value(record)
+
+    def teardown(self) -> None:
+        self.writers.shutdown()
+
+    def _write(self, date: str, bucket: int, table: pa.Table) -> list[FileRecord]:
         table = keep_features(table, self.open_paths.get(date, []))
         table = table.sort_by([(name, "ascending") for name in ("session_start", "user_id", "session_id", "item_id")])
-        number = 0
-        for split, rows in cut_splits(table, self.splits):
-            for start in range(0, rows.num_rows, ROWS_PER_FILE):
-                yield write_part(self.directory, date, f"{bucket}-{number}", split, rows.slice(start, ROWS_PER_FILE))
-                number += 1
-        self.progress.add(table.num_rows)
+        pieces = [
+            (split, rows.slice(start, ROWS_PER_FILE))
+            for split, rows in cut_splits(table, self.splits)
+            for start in range(0, rows.num_rows, ROWS_PER_FILE)
+        ]
+        return [
+            write_part(self.directory, date, f"{bucket}-{number}", split, rows)
+            for number, (split, rows) in enumerate(pieces)
+        ]
+
+    def _written(self) -> list[FileRecord]:
+        records = self.writing.popleft().result()
+        self.progress.add(sum(record.rows for record in records))
         self.progress.flush()
+        return records
 
 
 @dataclass

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from camenn_model.hashing import stable_hash
 from pipelines import files
 from pipelines.manifest import Count
 from pipelines.tables import Slice, Source, drop_nulls, make_rejects
@@ -44,13 +45,22 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> tuple[pd.DataF
     """
     time = "clicked_at" if contract is CLICKS else "ordered_at"
     table = table.set_column(table.column_names.index(time), time, table[time].cast(pa.int64()))
+    table = table.take(pa.array(np.argsort(table[time].to_numpy(), kind="stable"))).combine_chunks()
     frame = table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
-    order = [time, *contract.key, *(name for name in contract.names if name not in (time, *contract.key))]
-    frame = frame.sort_values(order, kind="stable", ignore_index=True)
-    copies = frame.duplicated().to_numpy()
-    frame = frame[~copies].reset_index(drop=True)
+    # Only events of one moment can be copies, and only they need the rest of the order.
+    moments = frame[time].to_numpy()
+    same = moments[1:] == moments[:-1]
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    copies = np.zeros(len(frame), dtype=bool)
+    if len(tied):
+        order = [time, *contract.key, *(name for name in contract.names if name not in (time, *contract.key))]
+        ordered = frame.iloc[tied].sort_values(order, kind="stable")
+        copies[tied] = ordered.duplicated().to_numpy()
+        places = np.arange(len(frame))
+        places[tied] = ordered.index.to_numpy()
+        frame = frame.iloc[places[~copies]].reset_index(drop=True)
     rejects = REJECTS.schema.empty_table()
-    if contract is CLICKS:
+    if contract is CLICKS and len(np.unique(stable_hash(table["exposure_id"]))) < len(frame):
         again = frame.duplicated(["user_id", "exposure_id"]).to_numpy()
         if again.any():
             ids = frame.loc[again, "exposure_id"].tolist()

@@ -165,10 +165,9 @@ def build_user_examples(
     clicks = usable_clicks(clicks, item_ids, as_of, click_outcomes)
     order_outcomes.counts.append(Count("orders", "out", len(orders)))
 
-    users, user_names = pd.factorize(pd.concat([clicks["user_id"], orders["user_id"]], ignore_index=True))
-    stores, _ = pd.factorize(pd.concat([clicks["store_id"], orders["store_id"]], ignore_index=True))
+    users, stores = (_codes(clicks[name], orders[name]) for name in ("user_id", "store_id"))
     n = len(clicks)
-    click_user, order_user = users[:n].astype(np.int64), users[n:].astype(np.int64)
+    click_user, order_user = users[:n], users[n:]
     click_item, order_item = clicks["item"].to_numpy(np.int64), orders["item"].to_numpy(np.int64)
     clicked_at, ordered_at = clicks["clicked_at"].to_numpy(np.int64), orders["ordered_at"].to_numpy(np.int64)
     size = np.int64(len(item_ids))
@@ -178,12 +177,12 @@ def build_user_examples(
     events = Events(
         click_user=click_user,
         click_item=click_item,
-        click_store=stores[:n].astype(np.int64),
+        click_store=stores[:n],
         clicked_at=clicked_at,
         converted_at=converted_at,
         order_user=order_user,
         order_item=order_item,
-        order_store=stores[n:].astype(np.int64),
+        order_store=stores[n:],
         ordered_at=ordered_at,
     )
     item_events = pa.concat_tables(
@@ -227,6 +226,14 @@ def build_user_examples(
     )
 
 
+def _codes(*columns: pd.Series) -> np.ndarray:
+    """Codes of some columns' values one after another, int64: the same for the same string."""
+    arrays = [pa.Array.from_pandas(column, type=pa.string()) for column in columns]
+    chunks = [chunk for array in arrays for chunk in (array.chunks if isinstance(array, pa.ChunkedArray) else [array])]
+    values = pa.concat_arrays([pa.array([], pa.string()), *chunks])
+    return values.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
 def _item_events(item: np.ndarray, store: pd.Series, kind: int, time: np.ndarray) -> pa.Table:
     return pa.table(
         {
@@ -253,9 +260,9 @@ def _describe(
         first["session_start"].to_numpy(np.int64),
     )
     # User features and histories once per session, then spread over its examples.
-    sessions, session_row = np.unique(np.stack([user, start], axis=1), axis=0, return_inverse=True)
-    per_session = user_features(events, sessions[:, 0], sessions[:, 1])
-    history = user_history(events, sessions[:, 0], sessions[:, 1], length)
+    session_user, session_start, session_row = _distinct_sessions(user, start)
+    per_session = user_features(events, session_user, session_start)
+    history = user_history(events, session_user, session_start, length)
     pairs = pair_features(events, Queries(user=user, item=item, store=np.zeros_like(user), time=start), attributes)
     store_code, store_names = pd.factorize(first["store_id"])
     zones = [timezones.get(name, timezone) for name in store_names]
@@ -290,6 +297,16 @@ def _describe(
             "history_hours": nested(pa.array(flat_hours[rows])),
         }
     )
+
+
+def _distinct_sessions(user: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct (user, start), in that order, and the place of each row's own among them."""
+    order = np.lexsort((start, user))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(user[order]) != 0) | (np.diff(start[order]) != 0)
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.cumsum(new) - 1
+    return user[order[new]], start[order[new]], place
 
 
 def _spread(lengths: np.ndarray, session_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

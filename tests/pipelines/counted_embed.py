@@ -1,10 +1,6 @@
-"""`camenn embed` in a process that may be killed: the real encoders, small chunks, and a line in a file for each chunk that is begun.
-
-python -m tests.pipelines.counted_embed DATA STORE LOG CHUNK WEIGHTS
-"""
+"""`camenn embed` in a process that may be killed: the real encoders, small chunks, and a line in a file for each chunk that is begun."""
 
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -59,7 +55,7 @@ def make_counted(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
 
 
 def main(data: str, store: str, log: str, chunk: str, weights: str) -> None:
-    """Run to the end, or until somebody kills it."""
+    """Run to the end, or until somebody kills it. All paths; `chunk` is a number."""
     global LOG
     LOG = log
     embed_catalog.CHUNK = int(chunk)
@@ -71,5 +67,9 @@ def main(data: str, store: str, log: str, chunk: str, weights: str) -> None:
     embed_catalog.run(options, ["--direct_num_workers=1"], make_handler=make_counted)
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def run_quietly(errors: str, *arguments: str) -> None:
+    """`main`, with what it says in a file."""
+    said = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    main(*arguments)

@@ -1,10 +1,11 @@
 """`kill -9` at any moment, and two runs at once: nothing is lost, little is done twice."""
 
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,38 @@ from safetensors.torch import save_file
 from camenn_model.encoder_spec import ImageSpec
 from camenn_model.image_encoder import load_inception
 from pipelines.manifest import read_latest
+from tests.pipelines import counted_embed
 from tests.pipelines.test_embed_catalog import jpeg, picture, write_catalog
 
-PHOTOS, TITLES, CHUNK, KILLS = 768, 300, 64, 20
+PHOTOS, TITLES, CHUNK, KILLS = 384, 192, 64, 20
 KEYS = {"items": "item_id", "image_embeddings": "image_key", "title_embeddings": "title_key"}
 
 
-def start(data: Path, store: Path, log: Path) -> subprocess.Popen[bytes]:
+# Each run is a fork of a process that has imported all there is: imports would take longer than what is tested.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.pipelines.counted_embed", "timm", "transformers", "camenn_model.text_encoder"])
+
+
+def start(data: Path, store: Path, log: Path) -> BaseProcess:
+    """`camenn embed` in a process of its own; what it says goes to LOG.err."""
     weights = str(data / "weights.safetensors")
-    command = [
-        sys.executable, "-m", "tests.pipelines.counted_embed", str(data), str(store), str(log), str(CHUNK), weights
-    ]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    arguments = (str(data), str(store), str(log), str(CHUNK), weights)
+    process = FORKS.Process(target=counted_embed.run_quietly, args=(f"{log}.err", *arguments), daemon=True)
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess, log: Path, timeout: float = 600) -> str:
+    """Wait for the end of a run that must succeed."""
+    process.join(timeout)
+    said = Path(f"{log}.err").read_text()
+    assert process.exitcode == 0, said[-2000:]
+    return said
+
+
+def kill(process: BaseProcess, number: int) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, number)
 
 
 def published(store: Path) -> dict[str, pa.Table]:
@@ -70,8 +91,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_kill_9_at_twenty_random_moments(data: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    whole = start(data, tmp_path / "whole", tmp_path / "whole.log")
-    assert whole.wait() == 0, whole.stderr and whole.stderr.read().decode()[-2000:]
+    ended(start(data, tmp_path / "whole", tmp_path / "whole.log"), tmp_path / "whole.log")
     seconds = time.monotonic() - started
     expected = published(tmp_path / "whole")
     assert encodes(tmp_path / "whole.log") == {"images": PHOTOS, "titles": TITLES}
@@ -82,16 +102,18 @@ def test_kill_9_at_twenty_random_moments(data: Path, tmp_path: Path) -> None:
         store, log, rounds, killed = tmp_path / f"store{rounds}", tmp_path / f"{rounds}.log", rounds + 1, 0
         while True:
             child = start(data, store, log)
-            try:
-                # In a child's first third it only imports: most moments are after that.
-                child.wait(moments.uniform(0.1 if kills % 5 == 0 else 0.35, 1.0) * seconds if kills < KILLS else None)
-            except subprocess.TimeoutExpired:
-                child.send_signal(signal.SIGKILL)
-                child.wait()
+            if kills < KILLS:
+                child.join(moments.uniform(0.1, 1.0) * seconds)
+            else:
+                child.join()
+            if child.exitcode is None:
+                kill(child, signal.SIGKILL)
+                child.join()
+                assert child.exitcode == -signal.SIGKILL
                 kills, killed = kills + 1, killed + 1
                 midway += 0 < sum(encodes(log).values()) < PHOTOS + TITLES
                 continue
-            assert child.returncode == 0, child.stderr and child.stderr.read().decode()[-2000:]
+            ended(child, log)
             break
         found = published(store)
         for name, table in expected.items():
@@ -103,17 +125,21 @@ def test_kill_9_at_twenty_random_moments(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_run_into_one_store_stops_and_the_first_goes_on(data: Path, tmp_path: Path) -> None:
-    first = start(data, tmp_path / "store", tmp_path / "first.log")
-    while not (tmp_path / "first.log").exists():
-        assert first.poll() is None, first.stderr and first.stderr.read().decode()[-2000:]
+    log = tmp_path / "first.log"
+    first = start(data, tmp_path / "store", log)
+    while not log.exists():
+        assert first.is_alive(), Path(f"{log}.err").read_text()[-2000:]
         time.sleep(0.05)
     # Held still, so that it cannot end before the second one asks.
-    first.send_signal(signal.SIGSTOP)
+    kill(first, signal.SIGSTOP)
     try:
-        _, errors = start(data, tmp_path / "store", tmp_path / "second.log").communicate(timeout=120)
+        second = start(data, tmp_path / "store", tmp_path / "second.log")
+        second.join(300)
+        assert second.exitcode == 1
     finally:
-        first.send_signal(signal.SIGCONT)
-    assert b"another camenn process is writing there. Wait for it to end" in errors
-    assert first.wait(timeout=300) == 0
+        kill(first, signal.SIGCONT)
+    said = (tmp_path / "second.log.err").read_text()
+    assert "another camenn process is writing there. Wait for it to end" in said
+    ended(first, log)
     assert not (tmp_path / "second.log").exists()
     assert published(tmp_path / "store")["items"].num_rows == PHOTOS + 1

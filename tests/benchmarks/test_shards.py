@@ -1,0 +1,47 @@
+"""The examples of `camenn shards` are those that an expert's Polars gives, to the bit; and the benchmark's figures are there."""
+
+import contextlib
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+
+from benchmarks import plant_stage, polars_shards, shards
+
+
+def run_here(command: list[str], *, standing: bool, timeout: float) -> tuple[str, dict[str, float] | None]:
+    """In the place of `run_watched`: processes would spend their time on imports."""
+    module = {"benchmarks.plant_stage": plant_stage, "benchmarks.polars_shards": polars_shards}[command[2]]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert module.main(command[3:]) == 0
+    return out.getvalue(), {"submitter": 100.0}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    work = tmp_path_factory.mktemp("shards")
+    return ["--items", "300", "--clicks", "4000", "--copies", "2", "--repeats", "1", "--work", str(work)]
+
+
+def test_shards_equal_those_of_polars(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "run_watched", run_here)
+    # Rows that differ are an error.
+    assert shards.main(small) == 0
+    printed = capsys.readouterr()
+    found: dict[str, Any] = json.loads(printed.out.splitlines()[-1])
+    assert found["rows"]["examples"] > 1_000
+    assert math.isfinite(found["vs_polars"]) and found["vs_polars"] > 0
+    assert 1.0 <= found["bytes_ratio"] < 1.15
+    assert found["rss_bytes_per_click"] == 0, "memory stands still in this test"
+
+
+def test_rows_that_differ_are_an_error(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "run_watched", run_here)
+    monkeypatch.setattr(polars_shards, "PRIOR_CLICKS", polars_shards.PRIOR_CLICKS + 1)
+    with pytest.raises(RuntimeError, match="the rows differ"):
+        shards.main(small)
