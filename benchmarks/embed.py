@@ -101,6 +101,11 @@ def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, A
         "matmul_gflops": {name: [round(found[name]) for found in ceilings] for name in ceilings[0]},
         "vs_bare_torch": round(statistics.median(whole), 4),
         "vs_plain_runinference": round(statistics.median(whole) / statistics.median(plain), 3),
+        "chunk_over_bare": {
+            kind: round(statistics.median(run["chunk_over_bare"][kind] for run in runs["whole"]), 4)
+            for kind in runs["whole"][0]["chunk_over_bare"]
+        },
+        "share_in_encoders": round(statistics.median(run["share_in_encoders"] for run in runs["whole"]), 4),
         "all_vs_bare_torch": [round(value, 4) for value in whole],
         "all_plain_vs_bare_torch": [round(value, 4) for value in plain],
         "listings_per_second": {way: round(value, 2) for way, value in pace.items()},

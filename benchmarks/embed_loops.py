@@ -7,6 +7,7 @@ compared with it within seconds. Start-up (imports, loading, compiling) is kept 
 """
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -71,10 +72,12 @@ class Job:
 # --- camenn embed
 
 
-def _write(path: str, **seconds: float) -> None:
-    """Add to the sums that a handler leaves for the submitter: the runner copies handlers, and tells nothing."""
-    found = json.loads(Path(path).read_text()) if Path(path).exists() else {}
-    Path(path).write_text(json.dumps({name: found.get(name, 0.0) + value for name, value in seconds.items()}))
+def _write(path: str, pair: tuple[float, float] | None, **seconds: float) -> None:
+    """Add to what a handler leaves for the submitter (sums, and pairs of seconds): the runner copies handlers, and tells nothing."""
+    found = json.loads(Path(path).read_text()) if Path(path).exists() else {"pairs": []}
+    pairs = found["pairs"] + ([pair] if pair is not None else [])
+    sums = {name: found.get(name, 0.0) + value for name, value in seconds.items()}
+    Path(path).write_text(json.dumps(sums | {"pairs": pairs}))
 
 
 class _Timed:
@@ -110,8 +113,13 @@ class _Timed:
         self.batches += 1
         paused = time.monotonic() - started
         handler: Any = super()
+        resumed = time.monotonic()
         found = list(handler.run_inference(batch, model, inference_args))
-        _write(self.record, start=model.start_seconds - self.told, paused=paused, bare=bare, contents=contents)
+        start = model.start_seconds - self.told
+        own = time.monotonic() - resumed - start
+        # Beside each other within seconds: a ratio that a machine which lends its cores elsewhere for minutes leaves alone.
+        pair = (own, bare) if bare else None
+        _write(self.record, pair, start=start, paused=paused, bare=bare, contents=contents, own=own)
         self.told = model.start_seconds
         return found
 
@@ -163,8 +171,17 @@ def run_whole(job: Job) -> dict[str, Any]:
         for kind, value in told.items()
         if value["contents"]
     }
+    net = seconds - start - paused - single
+    inside = sum(value["own"] for value in told.values())
+    by_chunk = {
+        kind: statistics.median(own / bare for own, bare in value["pairs"])
+        for kind, value in told.items()
+        if value["pairs"]
+    }
     return {
-        "seconds": seconds - start - paused - single,
+        "seconds": net,
+        "chunk_over_bare": by_chunk,
+        "share_in_encoders": inside / net,
         "bare_seconds": sum(bare.values()),
         "bare_by_encoder": bare,
         "start_seconds": imports + start + single,
