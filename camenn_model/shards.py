@@ -110,8 +110,16 @@ class ShardSet:
         return sorted((str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries)
 
     def examples(self, split: str) -> list[tuple[str, int]]:
-        """(path, rows) of the example files of one split, by date: a day may have been written by an earlier run than the day before it."""
+        """(path, rows) of the example files of one split, by date: a day may have been written by an earlier run than the day before it.
+
+        Raises:
+            InputError: the shard set was written by a version that filed splits by folder.
+        """
         entries = self.manifest["tables"].get("examples", {}).get("files", [])
+        if any("split" not in entry for entry in entries):
+            raise InputError(
+                f"--shards {self.root}: was written by an earlier version of camenn. Run `camenn shards --rebuild` into it."
+            )
         found = [
             (str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries if entry["split"] == split
         ]

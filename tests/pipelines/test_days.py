@@ -191,6 +191,23 @@ def test_rows_that_would_not_fit_are_refused(tmp_path: Path, flags: dict[str, An
     assert json.loads(manifest_of(tmp_path / "shards").read_text())["options"]["days"]["rebuilt"] is True
 
 
+def test_shard_sets_of_before_are_refused(tmp_path: Path) -> None:
+    nights = Nights(tmp_path)
+    nights.build(8)
+    path = manifest_of(tmp_path / "shards")
+    manifest = json.loads(path.read_text())
+    del manifest["options"]["days"]
+    for entry in manifest["tables"]["examples"]["files"]:
+        del entry["split"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="an earlier version of camenn.*--rebuild"):
+        ShardSet(str(tmp_path / "shards")).examples("train")
+    with pytest.raises(InputError, match="another version of camenn.*--rebuild"):
+        nights.build(9)
+    nights.build(9, rebuild=True)
+    assert nights.rows()
+
+
 def manifest_of(out: Path) -> Path:
     return Path(out / json.loads((out / "latest.json").read_text())["manifest"])
 
