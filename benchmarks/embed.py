@@ -12,17 +12,15 @@ Each run is a process of its own, medians are compared; the last line of stdout 
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import machine, names_of, work_directory
 from benchmarks.embed_loops import Job
 from benchmarks.listings import change_listings, first_listing, make_listings, make_small_photos
 from benchmarks.processes import run_watched
@@ -185,13 +183,6 @@ def measure_memory(work: Path, arguments: argparse.Namespace, common: dict[str, 
 MEASURES = {"speed": measure_speed, "nights": measure_nights, "memory": measure_memory}
 
 
-def _names(text: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    if not names or set(names) - set(PARTS):
-        raise argparse.ArgumentTypeError(f"choose from {','.join(PARTS)}")
-    return names
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
@@ -206,7 +197,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile", default="on", choices=("auto", "on", "off"), help="of camenn embed (default %(default)s)"
     )
-    parser.add_argument("--parts", type=_names, default=list(PARTS), help="of speed,nights,memory (default: all)")
+    parser.add_argument(
+        "--parts", type=names_of(PARTS), default=list(PARTS), help="of speed,nights,memory (default: all)"
+    )
     parser.add_argument("--items", type=int, default=2_560, help="listings of the speed part (default %(default)s)")
     parser.add_argument(
         "--plain_items", type=int, default=200, help="listings given to plain RunInference (default %(default)s)"
@@ -229,16 +222,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     common = {name: getattr(arguments, name) for name in ("image_weights", "text_encoder", "precision", "compile")}
     found: dict[str, Any] = {}
-    with ExitStack() as stack:
-        work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="camenn-embed-")))
+    with work_directory(arguments.work, "embed") as work:
         for part in arguments.parts:
-            found |= MEASURES[part](work.absolute(), arguments, common)
+            found |= MEASURES[part](work, arguments, common)
     found |= {
         "items": arguments.items,
         "repeats": arguments.repeats,
         "photos": "real" if arguments.photos else "drawn",
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
+        **machine(),
     }
     print(json.dumps(found), flush=True)
     return 0

@@ -11,20 +11,17 @@ embeddings and of the examples as one plain zstd Parquet table. Each run is a pr
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from benchmarks.command import machine, work_directory
 from benchmarks.plant_city import make_city, multiply_city
 from benchmarks.plant_stage import SORTED_BY, Job, digest_examples
 from benchmarks.processes import run_watched
@@ -169,15 +166,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print one JSON line."""
     arguments = build_parser().parse_args(argv)
-    with ExitStack() as stack:
-        work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="camenn-shards-")))
-        found = measure(work.absolute(), arguments)
+    with work_directory(arguments.work, "shards") as work:
+        found = measure(work, arguments)
     found |= {
         "stub_encoders": "embeddings of real sizes that say nothing",
         "workers": arguments.workers,
         "repeats": arguments.repeats,
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
+        **machine(),
     }
     print(json.dumps(found), flush=True)
     return 0

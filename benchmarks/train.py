@@ -18,13 +18,10 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import machine, names_of, work_directory
 from benchmarks.plant_city import make_city
 from benchmarks.plant_stage import Job, run_stage
 from camenn_model import metrics
@@ -231,16 +229,6 @@ def measure_mixing(shards: str, out: Path, arguments: argparse.Namespace) -> dic
 MEASURES = {"speed": measure_speed, "mixing": measure_mixing}
 
 
-def _names(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = [name for name in text.split(",") if name]
-        if not names or set(names) - set(allowed):
-            raise argparse.ArgumentTypeError(f"choose from {','.join(allowed)}")
-        return names
-
-    return parse
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
@@ -249,9 +237,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", help="shard set that `camenn shards` wrote (default: one is made)")
     parser.add_argument("--items", type=int, default=20_000, help="listings of the city (default %(default)s)")
     parser.add_argument("--clicks", type=int, default=300_000, help="clicks of the city (default %(default)s)")
-    parser.add_argument("--parts", type=_names(PARTS), default=list(PARTS), help="of speed,mixing (default: all)")
+    parser.add_argument("--parts", type=names_of(PARTS), default=list(PARTS), help="of speed,mixing (default: all)")
     profiles = tuple(sorted(PROFILES, reverse=True))
-    parser.add_argument("--profiles", type=_names(profiles), default=list(profiles), help="(default: all)")
+    parser.add_argument("--profiles", type=names_of(profiles), default=list(profiles), help="(default: all)")
     parser.add_argument("--batch_size", type=int, default=512, help="examples a step (default %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="steps of each measurement (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each way (default %(default)s)")
@@ -267,17 +255,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 1) // 2))
     found: dict[str, Any] = {}
-    with ExitStack() as stack:
-        work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="camenn-train-")))
-        shards = arguments.shards or prepare(work.absolute(), arguments.items, arguments.clicks)
+    with work_directory(arguments.work, "train") as work:
+        shards = arguments.shards or prepare(work, arguments.items, arguments.clicks)
         for part in arguments.parts:
-            found |= MEASURES[part](shards, work.absolute() / "models", arguments)
+            found |= MEASURES[part](shards, work / "models", arguments)
     found |= {
         "embeddings": "real" if arguments.shards else "stub, of real sizes",
         "repeats": arguments.repeats,
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
+        **machine(),
     }
     print(json.dumps(found), flush=True)
     return 0

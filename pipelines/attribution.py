@@ -1,5 +1,7 @@
 """Which order is credited to which click. Pure functions on arrays; times are int64 microseconds since 1970, UTC."""
 
+import datetime
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,11 @@ NEVER = np.iinfo(np.int64).max
 
 HOUR_US = 3_600_000_000
 DAY_US = 24 * HOUR_US
+
+
+def day_of(time: int) -> str:
+    """Date of a time in int64 microseconds, UTC."""
+    return (datetime.date(1970, 1, 1) + datetime.timedelta(days=time // DAY_US)).isoformat()
 
 
 class TimeIndex:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from apache_beam.transforms.window import GlobalWindows
 
 from pipelines import files
-from pipelines.attribution import DAY_US, HOUR_US
+from pipelines.attribution import DAY_US, HOUR_US, day_of
 from pipelines.console import ProgressFile, closing_table, watch
 from pipelines.days import (
     ROW_SETTINGS,
@@ -33,7 +33,6 @@ from pipelines.days import (
     check_same_log,
     cut_splits,
     date_of,
-    day_of,
     delisted_items,
     keep_days,
     keep_features,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from camenn_model.hashing import stable_hash
 from pipelines import files
-from pipelines.attribution import DAY_US
+from pipelines.attribution import DAY_US, day_of
 from pipelines.examples import SplitTimes
 from pipelines.manifest import Manifest
 from pipelines.tables import FileRecord, Source
@@ -30,11 +30,6 @@ ROW_GROUP = 8_192
 
 ROW_SETTINGS = ("attribution_hours", "history", "timezone")
 """Flags that rows depend on: under others, days do not fit together."""
-
-
-def day_of(time: int) -> str:
-    """Date of a time in int64 microseconds."""
-    return (datetime.date(1970, 1, 1) + datetime.timedelta(days=time // DAY_US)).isoformat()
 
 
 def start_of(date: str) -> int:

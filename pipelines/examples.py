@@ -4,7 +4,6 @@ The user pass makes whole rows but for the listing's counts, and these rows go s
 listing, and the counts meet the rows again under the row's number. Until then listings are codes, not ids. Pure table in, table out.
 """
 
-import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.attribution import DAY_US, NEVER, attribute_orders
+from pipelines.attribution import DAY_US, NEVER, attribute_orders, day_of
 from pipelines.events import Outcomes, clean_log, usable_clicks, usable_orders
 from pipelines.features import (
     Events,
@@ -379,8 +378,7 @@ def cut_days(table: pa.Table, day_buckets: int) -> Iterator[tuple[Day, pa.Table]
     frame = pd.DataFrame({"day": start // DAY_US, "bucket": (table[ROW].to_numpy() >> 32) % day_buckets})
     groups: Any = frame.groupby(["day", "bucket"]).indices
     for (day, bucket), rows in groups.items():
-        date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=int(day))).isoformat()
-        yield (date, int(bucket)), table.take(pa.array(rows))
+        yield (day_of(int(day) * DAY_US), int(bucket)), table.take(pa.array(rows))
 
 
 class UserPass(_ItemsDoFn):

@@ -1,0 +1,37 @@
+"""What the benchmarks' commands share: lists of names, a place to work in, and what is said of the machine."""
+
+import argparse
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def names_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """The type of a flag that takes some of these names, with commas between."""
+
+    def parse(text: str) -> list[str]:
+        names = [name for name in text.split(",") if name]
+        if not names or set(names) - set(allowed):
+            raise argparse.ArgumentTypeError(f"choose from {','.join(allowed)}")
+        return names
+
+    return parse
+
+
+@contextmanager
+def work_directory(given: Path | None, name: str) -> Iterator[Path]:
+    """The directory of `--work`, or a temporary one that is gone afterwards; absolute."""
+    if given is not None:
+        yield given.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix=f"camenn-{name}-") as made:
+        yield Path(made).absolute()
+
+
+def machine() -> dict[str, Any]:
+    """Cores and platform, for a result."""
+    return {"cores": os.cpu_count(), "platform": platform.platform()}
