@@ -11,7 +11,7 @@ from camenn_model.encoder_spec import TextSpec
 from camenn_model.image_encoder import ImageEncoder, compile_model
 from camenn_model.text_encoder import TextEncoder
 
-IMAGE_VARIANTS = (("compiled", 64), ("compiled", 128), ("eager", 64), ("eager", 256))
+IMAGE_VARIANTS = (("compiled", 64), ("compiled", 128), ("compiled", 256), ("eager", 128), ("eager", 256))
 """Kernels, and patches in a forward pass"""
 TITLE_VARIANTS = (("eager", 512), ("eager", 2_048), ("compiled", 512))
 """Kernels, and tokens in a forward pass"""
