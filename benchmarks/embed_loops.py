@@ -81,45 +81,58 @@ def _write(path: str, pair: tuple[float, float] | None, **seconds: float) -> Non
 
 
 class _Timed:
-    """Before a handler of the product. Ahead of every second batch, with its clock stopped, a bare loop encodes the same contents."""
+    """Before a handler of the product. With its clock stopped, a bare loop encodes half of each chunk's contents ahead of it and half after it."""
 
     record: str
     variant: Sequence[Any] | None
     bare: Any = None
     told = 0.0
-    batches = 0
 
     def make_bare(self, model: Any, variant: tuple[str, int]) -> Any:
         """The bare loop."""
         raise NotImplementedError
 
-    def given(self, chunk: Any, model: Any) -> Any:
-        """A chunk's contents as the bare loop takes them."""
+    def given(self, chunk: Any, model: Any, half: slice) -> Any:
+        """Some of a chunk's contents as the bare loop takes them."""
         raise NotImplementedError
+
+    def _bare_seconds(self, batch: Sequence[Any], model: Any, *, ahead: bool) -> float:
+        """Time of the bare loop over half of the contents."""
+        if self.variant is None:
+            return 0.0
+        mode, size = self.variant
+        self.bare = self.bare or self.make_bare(model, (mode, size))
+        halves = [slice(None, len(chunk.keys) // 2) if ahead else slice(len(chunk.keys) // 2, None) for chunk in batch]
+        return sum(self.bare.seconds(self.given(chunk, model, half)) for chunk, half in zip(batch, halves, strict=True))
 
     def run_inference(
         self, batch: Sequence[Any], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[Any]:
         """The handler's own, timed."""
-        started, bare, contents = time.monotonic(), 0.0, 0
-        if self.variant is not None and self.batches % 2 == 0:
+        handler: Any = super()
+        stopped = time.monotonic()
+        if self.variant is not None:
             # The chunk before may still be written.
             time.sleep(0.2)
-            mode, size = self.variant
-            self.bare = self.bare or self.make_bare(model, (mode, size))
-            for chunk in batch:
-                bare += self.bare.seconds(self.given(chunk, model))
-                contents += len(chunk.keys)
-        self.batches += 1
-        paused = time.monotonic() - started
-        handler: Any = super()
-        resumed = time.monotonic()
+        bare = self._bare_seconds(batch, model, ahead=True)
+        resumed, ready = time.monotonic(), model.start_seconds
         found = list(handler.run_inference(batch, model, inference_args))
-        start = model.start_seconds - self.told
-        own = time.monotonic() - resumed - start
-        # Beside each other within seconds: a ratio that a machine which lends its cores elsewhere for minutes leaves alone.
+        ended = time.monotonic()
+        own = ended - resumed - (model.start_seconds - ready)
+        bare += self._bare_seconds(batch, model, ahead=False)
+        contents = sum(len(chunk.keys) for chunk in batch) if bare else 0
+        # Around each other within seconds: a ratio that a machine which lends its cores elsewhere for minutes leaves alone.
         pair = (own, bare) if bare else None
-        _write(self.record, pair, start=start, paused=paused, bare=bare, contents=contents, own=own)
+        paused = resumed - stopped + time.monotonic() - ended
+        _write(
+            self.record,
+            pair,
+            start=model.start_seconds - self.told,
+            paused=paused,
+            bare=bare,
+            contents=contents,
+            own=own,
+        )
         self.told = model.start_seconds
         return found
 
@@ -130,8 +143,8 @@ class _TimedImages(_Timed, ImageChunkHandler):
 
         return BareImages(model, variant)
 
-    def given(self, chunk: ImageChunk, model: Any) -> Any:
-        return _load_patches([str(uri) for uri in chunk.uris], model.spec)
+    def given(self, chunk: ImageChunk, model: Any, half: slice) -> Any:
+        return _load_patches([str(uri) for uri in chunk.uris[half]], model.spec)
 
 
 class _TimedTitles(_Timed, TitleChunkHandler):
@@ -140,10 +153,10 @@ class _TimedTitles(_Timed, TitleChunkHandler):
 
         return BareTitles(model, variant)
 
-    def given(self, chunk: TitleChunk, model: Any) -> Any:
+    def given(self, chunk: TitleChunk, model: Any, half: slice) -> Any:
         from benchmarks.bare_encoders import tokenise
 
-        return tokenise(model, chunk.titles)
+        return tokenise(model, chunk.titles[half])
 
 
 def _load_patches(paths: list[str], spec: ImageSpec) -> NDArray[np.uint8]:
@@ -181,6 +194,7 @@ def run_whole(job: Job) -> dict[str, Any]:
     return {
         "seconds": net,
         "chunk_over_bare": by_chunk,
+        "image_pairs": [[round(value, 2) for value in pair] for pair in told["images"]["pairs"]],
         "share_in_encoders": inside / net,
         "bare_seconds": sum(bare.values()),
         "bare_by_encoder": bare,

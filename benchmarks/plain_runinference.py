@@ -46,7 +46,11 @@ class _OnePhoto(ModelHandler[Tensor, PredictionResult, Any]):
         started = time.monotonic()
         self.last += [(patches.permute(0, 2, 3, 1).numpy() * 127.5 + 127.5).astype(np.uint8) for patches in batch]
         if len(self.last) == EVERY:
-            _Clock.bare.append((EVERY, self.bare.seconds(np.concatenate(self.last))))
+            contents = np.concatenate(self.last)
+            if not _Clock.bare:
+                # Beam may have loaded the model on another thread: torch compiles again for this one.
+                self.bare.seconds(contents)
+            _Clock.bare.append((EVERY, self.bare.seconds(contents)))
             self.last = []
         _Clock.paused += time.monotonic() - started
         return results

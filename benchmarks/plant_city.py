@@ -8,7 +8,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -29,6 +31,8 @@ CLICKS_PER_USER = 17
 PHOTO_BYTES = 256
 FILES = 8
 """Files of each log, so that there is something to be read side by side; a row group for each day."""
+SKEW_ITEM, SKEW_USER = 0.30, 0.05
+"""Shares of all clicks that fall on one listing and on one user"""
 MADE = "city.json"
 """Written last: a directory without it was cut off and is made anew."""
 
@@ -55,10 +59,8 @@ def make_city(
     """
     asked = {"items": items, "clicks": clicks, "pairs": pairs, "clicks_per_user": clicks_per_user}
     record = directory / MADE
-    if record.exists():
-        there = json.loads(record.read_text())
-        if there["asked"] == asked:
-            return dict(there["rows"])
+    if (there := _there(record, asked)) is not None:
+        return there
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     config = plant_config(items, clicks, clicks_per_user)
@@ -93,9 +95,7 @@ def make_city(
         print(f"city: day {day.day + 1} of {config.days}, {rows['clicks']:,} clicks", file=sys.stderr, flush=True)
     for writer in writers.values():
         writer.close()
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"asked": asked, "rows": rows}))
-    os.replace(temporary, record)
+    _record(record, asked, rows)
     return rows
 
 
@@ -106,10 +106,8 @@ def multiply_city(source: Path, target: Path, copies: int) -> dict[str, int]:
     """
     asked = {"copies": copies, "of": json.loads((source / MADE).read_text())["asked"]}
     record = target / MADE
-    if record.exists():
-        there = json.loads(record.read_text())
-        if there["asked"] == asked:
-            return dict(there["rows"])
+    if (there := _there(record, asked)) is not None:
+        return there
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     rows = {}
@@ -130,10 +128,48 @@ def multiply_city(source: Path, target: Path, copies: int) -> dict[str, int]:
                 pq.write_table(
                     table, target / name / f"part-{number}-{copy}.parquet", compression="zstd", row_group_size=65_536
                 )
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"asked": asked, "rows": rows}))
-    os.replace(temporary, record)
+    _record(record, asked, rows)
     return rows
+
+
+def skew_city(source: Path, target: Path) -> dict[str, int]:
+    """Write `target`: `source`, where one listing has 30 % of all clicks and one user 5 %; returns its row counts."""
+    asked = {"skewed": json.loads((source / MADE).read_text())["asked"]}
+    record = target / MADE
+    if (there := _there(record, asked)) is not None:
+        return there
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=os.link)
+    record.unlink()
+    rng = np.random.default_rng(0)
+    first = pq.ParquetFile(min((source / "clicks").glob("*.parquet"))).read_row_group(0)
+    for path in sorted((target / "clicks").glob("*.parquet")):
+        table = pq.ParquetFile(path).read()
+        for share, columns in ((SKEW_ITEM, ("item_id", "store_id")), (SKEW_USER, ("user_id",))):
+            taken = pa.array(rng.random(table.num_rows) < share)
+            for name in columns:
+                changed = pc.if_else(taken, first[name][0], table[name])
+                table = table.set_column(table.column_names.index(name), name, changed)
+        path.unlink()  # It is the source's own file.
+        pq.write_table(table, path, compression="zstd", row_group_size=65_536)
+    rows = dict(json.loads((source / MADE).read_text())["rows"])
+    _record(record, asked, rows)
+    return rows
+
+
+def _record(path: Path, asked: dict[str, Any], rows: dict[str, int]) -> None:
+    """Say that a city is whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"asked": asked, "rows": rows}))
+    os.replace(temporary, path)
+
+
+def _there(path: Path, asked: dict[str, Any]) -> dict[str, int] | None:
+    """Row counts of this very city, if it was made before."""
+    if not path.exists():
+        return None
+    there = json.loads(path.read_text())
+    return dict(there["rows"]) if there["asked"] == asked else None
 
 
 def _catalog(table: pa.Table) -> pa.Table:

@@ -6,7 +6,8 @@ The log is that of a simulated city whose people are taken several times under i
 sizes. `vs_polars`: seconds of the same labels and features in Polars (benchmarks/polars_shards.py, the faster of its two engines) over the seconds of
 `camenn shards --rebuild`, whose embeddings were copied by a first run; both write their examples, and the rows must be equal to the bit.
 `rss_bytes_per_click`: how peak memory grows from the log of the people taken once to all of it. `bytes_ratio`: bytes of the shard set over those of the distinct
-embeddings and of the examples as one plain zstd Parquet table. Each run is a process of its own; the last line of stdout is one JSON object.
+embeddings and of the examples as one plain zstd Parquet table. `skew`: seconds and peak memory where one listing has 30 % of all clicks and one user 5 %, over
+those of the same log without skew (the people once); its rows must be Polars' too. Each run is a process of its own; the last line of stdout is one JSON object.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.command import machine, work_directory
-from benchmarks.plant_city import make_city, multiply_city
+from benchmarks.plant_city import make_city, multiply_city, skew_city
 from benchmarks.plant_stage import SORTED_BY, Job, digest_examples
 from benchmarks.processes import run_watched
 from pipelines.manifest import Manifest, read_latest
@@ -72,18 +73,20 @@ def run_polars(data: Path, out: Path, engine: str, timeout: float) -> dict[str, 
 
 
 def prepare(work: Path, items: int, clicks: int, copies: int, timeout: float) -> dict[str, dict[str, int]]:
-    """A part of the log (the people once) and the whole of it, and one store, unless they are there; returns the rows of the tables."""
+    """A part of the log (the people once), the same with skew, the whole log, and one store, unless they are there; returns the rows of the tables."""
     make_city(work / "city", items, clicks // copies, 1, CLICKS_PER_USER)
     rows = {
         name: multiply_city(work / "city", work / name / "data", times)
         for name, times in (("part", 1), ("whole", copies))
     }
+    rows["skew"] = skew_city(work / "part" / "data", work / "skew" / "data")
     if read_latest(str(work / "whole" / "store")) is None:
         say(f"embedding {items:,} listings with the stub encoders")
         run_stage(work / "whole", "embed", work / "whole" / "store", timeout, ["--direct_num_workers=1"])
-    link = work / "part" / "store"
-    if not link.is_symlink():
-        link.symlink_to(work / "whole" / "store")
+    for name in ("part", "skew"):
+        link = work / name / "store"
+        if not link.is_symlink():
+            link.symlink_to(work / "whole" / "store")
     return rows
 
 
@@ -114,8 +117,8 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         if read_latest(str(work / name / "shards")) is None:
             # Copies the embeddings; the runs that are measured find them there.
             run_stage(work / name, "shards", work / name / "shards", arguments.timeout, flags)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("part", "whole", *ENGINES)}
-    peaks: dict[str, list[float]] = {"part": [], "whole": []}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("part", "skew", "whole", *ENGINES)}
+    peaks: dict[str, list[float]] = {"part": [], "skew": [], "whole": []}
     for number in range(arguments.repeats):
         for name, results in runs.items():
             if name in peaks:
@@ -126,11 +129,16 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 peak = result["peak_mb"]
             results.append(result)
             say(f"{name} {number + 1}/{arguments.repeats}: {result['seconds']:.1f} s, {peak:,.0f} MB")
-    digests = {name: {run["digest_examples"] for run in results} for name, results in runs.items() if name != "part"}
-    if len(set.union(*digests.values())) != 1:
-        raise RuntimeError(f"the rows differ: {digests}")
+    skewed = run_polars(work / "skew" / "data", work / "polars", ENGINES[0], arguments.timeout)
+    digests = {name: {run["digest_examples"] for run in results} for name, results in runs.items()}
+    for same in (
+        {*digests["skew"], skewed["digest_examples"]},
+        set.union(*(digests[name] for name in ("whole", *ENGINES))),
+    ):
+        if len(same) != 1:
+            raise RuntimeError(f"the rows differ: {digests}, skew in Polars {skewed['digest_examples']}")
     seconds = {name: statistics.median(run["seconds"] for run in results) for name, results in runs.items()}
-    clicks = {name: rows[name]["clicks"] for name in peaks}
+    clicks = {name: rows[name]["clicks"] for name in ("part", "whole")}
     grown = statistics.median(peaks["whole"]) - statistics.median(peaks["part"])
     manifest = read_latest(str(work / "whole" / "shards"))
     assert manifest is not None
@@ -139,6 +147,10 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "vs_polars": round(min(seconds[engine] for engine in ENGINES) / seconds["whole"], 3),
         "rss_bytes_per_click": round(grown * 2**20 / (clicks["whole"] - clicks["part"])),
         "bytes_ratio": round(bytes_ratio(manifest, work), 4),
+        "skew": {
+            "seconds_ratio": round(seconds["skew"] / seconds["part"], 3),
+            "rss_ratio": round(statistics.median(peaks["skew"]) / statistics.median(peaks["part"]), 3),
+        },
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_rss_mb": {name: round(statistics.median(values)) for name, values in peaks.items()}
         | {engine: round(statistics.median(run["peak_mb"] for run in runs[engine])) for engine in ENGINES},

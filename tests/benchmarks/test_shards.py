@@ -4,11 +4,14 @@ import contextlib
 import io
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import plant_stage, polars_shards, shards
+from benchmarks import plant_city, plant_stage, polars_shards, shards
 
 
 def run_here(command: list[str], *, standing: bool, timeout: float) -> tuple[str, dict[str, float] | None]:
@@ -38,6 +41,19 @@ def test_shards_equal_those_of_polars(
     assert math.isfinite(found["vs_polars"]) and found["vs_polars"] > 0
     assert 1.0 <= found["bytes_ratio"] < 1.15
     assert found["rss_bytes_per_click"] == 0, "memory stands still in this test"
+    assert found["skew"]["rss_ratio"] == 1 and found["skew"]["seconds_ratio"] > 0
+
+
+def test_the_skewed_log_is_skewed(tmp_path: Path) -> None:
+    rows = plant_city.make_city(tmp_path / "even", 100, 4_000, 1)
+    assert plant_city.skew_city(tmp_path / "even", tmp_path / "skew") == rows
+    clicks = pq.read_table(tmp_path / "skew" / "clicks")
+    assert clicks.num_rows == rows["clicks"]
+    for column, share in (("item_id", plant_city.SKEW_ITEM), ("user_id", plant_city.SKEW_USER)):
+        most = pc.max(pc.value_counts(clicks[column]).field("counts")).as_py()
+        assert most / rows["clicks"] == pytest.approx(share, abs=0.03)
+    even = pq.read_table(tmp_path / "even" / "clicks")
+    assert pc.max(pc.value_counts(even["item_id"]).field("counts")).as_py() < 0.2 * rows["clicks"], "not its source"
 
 
 def test_rows_that_differ_are_an_error(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Labels and features against the row-by-row reference, and against the arrow of time."""
 
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +180,10 @@ def test_history_is_full_although_the_last_events_are_known_conversions() -> Non
     assert row["history_kind"] == [2] * 12 + [1] * 8
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_shards_pipeline_equals_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Two seeds: one bucket, and several buckets with several files per table."""
-    clicks, orders = random_city(seed, 300, 200)
-    data = write_data(tmp_path / "data", clicks, orders, files=seed, row_group_size=50)
-    store = write_store(tmp_path / "store", pq.read_table(data / ("catalog" if seed > 1 else "catalog.parquet")))
-    if seed > 1:
-        monkeypatch.setattr(build_shards, "ROWS_PER_BUCKET", 90)
+def check_shards(tmp_path: Path, clicks: list[Row], orders: list[Row], *, files: int) -> None:
+    """`camenn shards` gives the reference's rows and books."""
+    data = write_data(tmp_path / "data", clicks, orders, files=files, row_group_size=50)
+    store = write_store(tmp_path / "store", pq.read_table(data / ("catalog" if files > 1 else "catalog.parquet")))
     build_shards.run(shard_options(data, store, tmp_path / "shards"), [])
     shards = ShardSet(str(tmp_path / "shards"))
     as_of = min(max(c["clicked_at"] for c in clicks), max(o["ordered_at"] for o in orders))
@@ -200,6 +197,30 @@ def test_shards_pipeline_equals_the_reference(tmp_path: Path, monkeypatch: pytes
         assert table.schema.equals(EXAMPLES.schema)
     assert +shards_counts(shards, "clicks") == {"in": len(clicks), **+expected.clicks}
     assert +shards_counts(shards, "orders") == {"in": len(orders), **+expected.orders}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_shards_pipeline_equals_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Two seeds: one bucket, and several buckets with several files per table."""
+    if seed > 1:
+        monkeypatch.setattr(build_shards, "ROWS_PER_BUCKET", 90)
+    check_shards(tmp_path, *random_city(seed, 300, 200), files=seed)
+
+
+def test_shards_are_right_where_one_listing_and_one_user_have_most_clicks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing with 30 % of all clicks and a user with 5 %: each is far more than a bucket and a file are meant for."""
+    clicks, orders = random_city(3, 500, 200, users=40)
+    rng = random.Random(3)
+    for row in clicks:
+        if rng.random() < 0.30:
+            row |= {"item_id": ITEMS[0], "store_id": STORES[0]}
+        if rng.random() < 0.05 and row["user_id"] is not None:
+            row["user_id"] = "u0"
+    monkeypatch.setattr(build_shards, "ROWS_PER_BUCKET", 20)
+    monkeypatch.setattr(build_shards, "ROWS_PER_FILE", 8)
+    check_shards(tmp_path, clicks, orders, files=2)
 
 
 def shards_counts(shards: ShardSet, table: str) -> Any:
