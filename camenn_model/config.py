@@ -237,12 +237,14 @@ class ModelConfig:
 class LossConfig:
     """Weights of the parts of the loss (``docs/model.md``, Loss and optimiser).
 
-    ``alignment``: w of the mean of the ITA and TIA losses; ``contrastive``: w_c. Both are used by ``fixed`` weighting
-    only; ``uncertainty`` learns them. ``balance`` and ``z`` are added as they are under either.
+    ``alignment``: w of the mean of the ITA and TIA losses, which ``ita`` and ``tia`` multiply; ``contrastive``: w_c. They
+    are used by ``fixed`` weighting only; ``uncertainty`` learns them. ``balance`` and ``z`` are added as they are under either.
     """
 
     weighting: Weighting = "fixed"
     alignment: float = 0.5
+    ita: float = 1.0
+    tia: float = 1.0
     contrastive: float = 0.1
     balance: float = 0.01
     z: float = 0.001
@@ -251,7 +253,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"weighting {self.weighting!r}: 'fixed' or 'uncertainty'")
-        for name in ("alignment", "contrastive", "balance", "z"):
+        for name in ("alignment", "ita", "tia", "contrastive", "balance", "z"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if not 0.0 <= self.label_smoothing < 1.0:

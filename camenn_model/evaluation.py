@@ -126,7 +126,7 @@ def reliability(found: Predictions, calibration: PlattScaling, bins: int = 15) -
     ]
 
 
-def _match_scores(
+def match_scores(
     model: CameNN, table: ItemTable, image_of: Ints, text_of: Ints
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """ITA and TIA probabilities that photos and titles of given listings belong together, [n] each."""
@@ -190,10 +190,10 @@ def representation(model: CameNN, table: ItemTable, seed: int) -> tuple[dict[str
             queries.append({"direction": direction, "item_id": table.ids[int(rows[query])].as_py(), "results": results})
     other = rng.permutation(len(rows))
     swapped = product != product[other]
-    own_ita, own_tia = _match_scores(model, table, rows, rows)
+    own_ita, own_tia = match_scores(model, table, rows, rows)
     labels = np.concatenate([np.zeros(len(rows)), np.ones(int(swapped.sum()))])
     if swapped.any():
-        ita, tia = _match_scores(model, table, rows[other[swapped]], rows[swapped])
+        ita, tia = match_scores(model, table, rows[other[swapped]], rows[swapped])
         scores = np.concatenate([1 - (own_ita + own_tia) / 2, 1 - (ita + tia) / 2])
         figures["mismatch_auc"] = metrics.auc(labels, scores)
     else:

@@ -65,7 +65,7 @@ def smoothed_bce(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 class MultiTaskLoss(nn.Module):
     """Weighs the tasks.
 
-    ``fixed``: cvr + w (ita + tia) / 2 + w_c contrastive. ``uncertainty`` (Kendall, Gal, Cipolla 2018): sum over the
+    ``fixed``: cvr + w (w_ita ita + w_tia tia) / 2 + w_c contrastive. ``uncertainty`` (Kendall, Gal, Cipolla 2018): sum over the
     four of exp(-s) loss + s / 2, s a learned log variance without bounds: train ``parameters()`` with the model's.
     Balance and z losses of all gates are added with their own weights.
     """
@@ -100,7 +100,8 @@ class MultiTaskLoss(nn.Module):
         z = torch.stack([z_loss(gate) for gate in gates]).sum()
         stacked = torch.stack(tasks)
         if self.log_variances is None:
-            weights = stacked.new_tensor([1.0, config.alignment / 2, config.alignment / 2, config.contrastive])
+            half = config.alignment / 2
+            weights = stacked.new_tensor([1.0, half * config.ita, half * config.tia, config.contrastive])
             total = (weights[: len(tasks)] * stacked).sum()
         else:
             log_variances = self.log_variances[: len(tasks)]

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.catalog import CATALOG
@@ -23,7 +25,10 @@ from simulator.classes import make_classes
 from simulator.config import CityConfig
 from simulator.people import Users, make_users
 from simulator.photos import write_photos
-from simulator.truth import ClickTerms, expected_ladder
+from simulator.truth import ClickTerms, Draws, expected_ladder
+
+LADDER_DRAWS, LADDER_CLICKS = 64, 40_000
+_CLICKS_AT_ONCE = 2_000
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is counted, done, total)."""
@@ -96,21 +101,60 @@ def _write_logs(
     return exposures, clicks_file.close(), orders_file.close()
 
 
-def ladder_of(truth_clicks: Path) -> dict[str, dict[str, float]]:
-    """Expected AUC ladders from a truth/clicks.parquet: of all clicks, the test days', and their uniform sessions'.
+def draw_listings(
+    user: np.ndarray, store: np.ndarray, catalog: Catalog, users: Users, config: CityConfig, draws: int = LADDER_DRAWS
+) -> Draws:
+    """For each click `draws` listings of its store, drawn evenly, as its user would see them; user and store int64 [n]."""
+    rng = np.random.default_rng([config.seed, 7])
+    listings = catalog.listings
+    by_store = np.argsort(listings.store, kind="stable")
+    first = np.searchsorted(listings.store[by_store], np.arange(config.stores + 1))
+    low, high = first[store][:, None], first[store + 1][:, None]
+    drawn = by_store[(low + rng.random((len(store), draws)) * (high - low)).astype(np.int64)]
+    visual, text = np.empty(drawn.shape), np.empty(drawn.shape)
+    for start in range(0, len(drawn), _CLICKS_AT_ONCE):
+        rows = slice(start, start + _CLICKS_AT_ONCE)
+        visual[rows] = np.einsum("nk,ndk->nd", users.visual_taste[user[rows]], listings.visual[drawn[rows]]) / 2.0
+        text[rows] = np.einsum("nk,ndk->nd", users.text_taste[user[rows]], listings.text[drawn[rows]]) / np.sqrt(6.0)
+    return Draws(
+        config.content_weight * visual,
+        config.content_weight * text,
+        listings.image_ok[drawn],
+        listings.text_ok[drawn],
+        listings.mismatched[drawn],
+    )
 
-    Strata in which an AUC is not defined (too few clicks) are left out.
+
+def ladder_of(out: Path, catalog: Catalog, users: Users, config: CityConfig) -> dict[str, dict[str, float]]:
+    """Expected AUC ladders of the clicks written to `out`: of all, the test days', and their uniform sessions'.
+
+    At most `LADDER_CLICKS` clicks of each, drawn evenly: an expected AUC of so many moves by less than 0.001. Strata in which it is not defined (too
+    few clicks) are left out.
     """
     names = [*ClickTerms._fields, "test", "uniform"]
-    table = pq.read_table(truth_clicks, columns=names)
-    columns = {name: table[name].to_numpy() for name in names}
+    truth = pq.read_table(out / "truth" / "clicks.parquet", columns=names)
+    columns = {name: truth[name].to_numpy() for name in names}
+    clicks = pq.read_table(out / "clicks.parquet", columns=["user_id", "store_id"])
+    user, store = (
+        pc.index_in(clicks[name], value_set=ids(np.arange(count))).to_numpy().astype(np.int64)
+        for name, ids, count in (
+            ("user_id", tables.user_ids, config.users),
+            ("store_id", tables.store_ids, config.stores),
+        )
+    )
     test = columns["test"]
     strata = {"all": test | True, "test": test, "test_uniform": test & columns["uniform"]}
-    return {
-        name: expected_ladder(ClickTerms(*(columns[field][rows] for field in ClickTerms._fields)))
-        for name, rows in strata.items()
-        if rows.sum() >= 100
-    }
+    found = {}
+    for name, chosen in strata.items():
+        rows = np.flatnonzero(chosen)
+        if len(rows) < 100:
+            continue
+        if len(rows) > LADDER_CLICKS:
+            rows = np.sort(np.random.default_rng([config.seed, 8]).choice(rows, LADDER_CLICKS, replace=False))
+        terms = ClickTerms(*(columns[field][rows] for field in ClickTerms._fields))
+        draws = draw_listings(user[rows], store[rows], catalog, users, config)
+        found[name] = expected_ladder(terms, draws, config)
+    return found
 
 
 def _write_city(out: Path, config: CityConfig, progress: Progress | None) -> CitySummary:
@@ -134,7 +178,7 @@ def _write_city(out: Path, config: CityConfig, progress: Progress | None) -> Cit
     _write(truth / "classes.parquet", tables.truth_classes_table(catalog))
     _write(truth / "stores.parquet", tables.truth_stores_table(catalog, config))
     _write(truth / "users.parquet", tables.truth_users_table(users))
-    (truth / "ladder.json").write_text(json.dumps(ladder_of(truth / "clicks.parquet"), indent=2) + "\n")
+    (truth / "ladder.json").write_text(json.dumps(ladder_of(out, catalog, users, config), indent=2) + "\n")
     ordered = pq.read_table(truth / "clicks.parquet", columns=["ordered"])["ordered"]
     summary = CitySummary(
         rows=listings + user_rows + stores + clicks + orders,

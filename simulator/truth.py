@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from simulator.config import CityConfig
+
 LADDER_RUNGS = (
     "class_context",
     "clean_text",
@@ -54,27 +56,67 @@ def expected_auc(p: np.ndarray, s: np.ndarray) -> float:
     return float(np.sum(p_tie * (below + 0.5 * q_tie)) / (positives * negatives))
 
 
-def best_linear_score(p: np.ndarray, known: list[np.ndarray]) -> np.ndarray:
-    """The logistic regression on `known` (each [n]) that fits the true `p` [n] best, as a score (logit) [n].
+class Draws(NamedTuple):
+    """What a click's listing could be like for all that one knows of the click's user and store: arrays [n, D] of D draws for each click."""
 
-    Refitting, instead of leaving terms out of the true formula, accounts for what a click itself tells of the terms
-    that are not known: who clicked in spite of a high price had another reason. Newton's method on the expected log
-    loss; a tiny ridge keeps constant columns harmless.
+    visual_term: np.ndarray
+    text_term: np.ndarray
+    image_ok: np.ndarray
+    text_ok: np.ndarray
+    mismatched: np.ndarray
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def conditional_p_order(terms: ClickTerms, draws: Draws, config: CityConfig, known: tuple[str, ...]) -> np.ndarray:
+    """Probability of an order given the click, class, context and what is `known`, float64 [n]: the best score that there is with that knowledge.
+
+    Σ_d P(click | d) P(order | d) / Σ_d P(click | d) over draws d of what is not known: a click itself tells of it, as who clicked in spite of a high price had
+    another reason. Exposure tells nothing, as it does not look at content.
+
+    `known`, names of `Draws`: visual_term, text_term (of the true product); image_ok, text_ok (then the term is known where it is ok); mismatched. Where
+    image_ok and text_ok are known, draws count by how often listings like them are mismatched.
     """
-    x = np.column_stack([np.ones(len(p)), *known]).astype(np.float64)
-    weights = np.zeros(x.shape[1])
-    ridge = 1e-6 * len(p) * np.eye(x.shape[1])
-    for _ in range(25):
-        q = 1.0 / (1.0 + np.exp(-(x @ weights)))
-        hessian = (x * (q * (1 - q))[:, None]).T @ x + ridge
-        step = np.linalg.solve(hessian, x.T @ (p - q) - ridge @ weights)
-        weights += step
-        if np.abs(step).max() < 1e-8:
-            break
-    return x @ weights
+
+    def value(name: str) -> np.ndarray:
+        own: np.ndarray = getattr(terms, name)[:, None]
+        drawn: np.ndarray = getattr(draws, name)
+        if name in known:
+            return np.broadcast_to(own, drawn.shape)
+        flag = {"visual_term": "image_ok", "text_term": "text_ok"}.get(name)
+        # What is displayed rightly is seen.
+        return np.where(getattr(terms, flag)[:, None], own, drawn) if flag in known else drawn
+
+    visual, text, image_ok, text_ok, mismatched = (value(name) for name in Draws._fields)
+    a, o = terms.class_term[:, None], terms.context_term[:, None]
+    weight = _sigmoid(
+        config.click_bias + config.click_class * a + config.click_context * o
+        + (config.click_visual * visual) * image_ok + (config.click_text * text) * text_ok
+        + config.click_bad_image * ~image_ok + config.click_bad_text * ~text_ok
+    )  # fmt: skip
+    logit = (
+        config.order_bias + config.order_class * a + config.order_context * o + config.order_visual * visual + config.order_text * text
+    )  # fmt: skip
+    p: np.ndarray
+    if "image_ok" in known and "mismatched" not in known:
+        rate = _mismatch_rate(terms, draws)[:, None]
+        p = (1 - rate) * _sigmoid(logit) + rate * _sigmoid(logit + config.order_mismatch)
+    else:
+        p = _sigmoid(logit + config.order_mismatch * mismatched)
+    return np.asarray((weight * p).sum(axis=1) / weight.sum(axis=1), dtype=np.float64)
 
 
-def expected_ladder(terms: ClickTerms) -> dict[str, float]:
+def _mismatch_rate(terms: ClickTerms, draws: Draws) -> np.ndarray:
+    """Share of mismatched listings among all draws whose photo and title are as right as the click's, [n]."""
+    kind = 2 * draws.image_ok.ravel() + draws.text_ok.ravel()
+    count = np.maximum(np.bincount(kind, minlength=4), 1)
+    rate = np.bincount(kind, weights=draws.mismatched.ravel(), minlength=4) / count
+    return np.asarray(rate[2 * terms.image_ok + terms.text_ok])
+
+
+def expected_ladder(terms: ClickTerms, draws: Draws, config: CityConfig) -> dict[str, float]:
     """Expected AUC in clicked space of ever better informed scores, with users' tastes known; keys LADDER_RUNGS.
 
     class_context     a and o.
@@ -84,23 +126,18 @@ def expected_ladder(terms: ClickTerms) -> dict[str, float]:
     mismatch_known    as_displayed, and whether photo or title is another class's.
     true_probability  the probability that the order was drawn with.
 
-    Each but the last is `best_linear_score` of what it knows.
+    Each but the last is `conditional_p_order` of what it knows.
     """
-    base = [terms.class_term, terms.context_term]
-    displayed = [
-        *base,
-        terms.text_term * terms.text_ok,
-        terms.visual_term * terms.image_ok,
-        terms.text_ok,
-        terms.image_ok,
-    ]
     known = {
-        "class_context": base,
-        "clean_text": [*base, terms.text_term],
-        "clean_image": [*base, terms.visual_term],
-        "as_displayed": displayed,
-        "mismatch_known": [*displayed, terms.mismatched],
+        "class_context": (),
+        "clean_text": ("text_term",),
+        "clean_image": ("visual_term",),
+        "as_displayed": ("image_ok", "text_ok"),
+        "mismatch_known": ("image_ok", "text_ok", "mismatched"),
     }
-    ladder = {name: expected_auc(terms.p_order, best_linear_score(terms.p_order, x)) for name, x in known.items()}
+    ladder = {
+        name: expected_auc(terms.p_order, conditional_p_order(terms, draws, config, what))
+        for name, what in known.items()
+    }
     ladder["true_probability"] = expected_auc(terms.p_order, terms.p_order)
     return ladder

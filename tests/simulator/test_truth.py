@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.truth import LADDER_RUNGS, ClickTerms, best_linear_score, expected_auc, expected_ladder
+from simulator.config import CityConfig
+from simulator.truth import LADDER_RUNGS, ClickTerms, Draws, conditional_p_order, expected_auc, expected_ladder
 
 
 def brute_force_auc(p: np.ndarray, s: np.ndarray) -> float:
@@ -46,22 +47,83 @@ def test_expected_auc_rejects_what_has_no_auc(p: list[float], s: list[float], me
         expected_auc(np.array(p), np.array(s))
 
 
-def test_best_linear_score_recovers_the_logit() -> None:
-    rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((2, 5_000))
-    logit = -1.5 + 0.7 * x - 0.4 * y
-    score = best_linear_score(1 / (1 + np.exp(-logit)), [x, y, np.ones(5_000)])
-    assert np.abs(score - logit).max() < 1e-3
+CONFIG = CityConfig()
+
+
+def random_terms(n: int, draws: int, seed: int) -> tuple[ClickTerms, Draws]:
+    """Clicks, by the simulator's formula, on listings whose content takes few values; and draws from the same listings."""
+    rng = np.random.default_rng(seed)
+    shape = (40 * n,)
+
+    def listings(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+        image_ok, text_ok = rng.random(shape) < 0.7, rng.random(shape) < 0.8
+        mismatched = (~image_ok & (rng.random(shape) < 0.3)) | (~text_ok & (rng.random(shape) < 0.4))
+        return rng.choice((-1.5, 1.5), shape), rng.choice((-1.0, 1.0), shape), image_ok, text_ok, mismatched
+
+    a, o = rng.choice((-0.5, 0.5), shape), rng.choice((-0.3, 0.3), shape)
+    visual, text, image_ok, text_ok, mismatched = listings(shape)
+    c = CONFIG
+    p_click = 1 / (
+        1
+        + np.exp(
+            -(
+                c.click_bias + a + c.click_visual * visual * image_ok + c.click_text * text * text_ok + c.click_context * o
+                + c.click_bad_image * ~image_ok + c.click_bad_text * ~text_ok
+            )
+        )
+    )  # fmt: skip
+    clicked = np.flatnonzero(rng.random(shape) < p_click)[:n]
+    logit = (
+        c.order_bias
+        + c.order_class * a
+        + c.order_visual * visual
+        + c.order_text * text
+        + c.order_context * o
+        - mismatched
+    )
+    columns = (a, o, visual, text, image_ok, text_ok, mismatched, 1 / (1 + np.exp(-logit)))
+    return ClickTerms(*(column[clicked] for column in columns)), Draws(*listings((len(clicked), draws)))
+
+
+@pytest.mark.parametrize(
+    ("known", "given"),
+    [
+        ((), ["class_term", "context_term"]),
+        (("text_term",), ["class_term", "context_term", "text_term"]),
+        (("visual_term",), ["class_term", "context_term", "visual_term"]),
+    ],
+)
+def test_conditional_probability_is_the_mean_over_clicks_that_look_alike(
+    known: tuple[str, ...], given: list[str]
+) -> None:
+    """Of very many clicks, those with equal knowledge have on average the probability that is computed for each of them."""
+    terms, draws = random_terms(40_000, 256, seed=0)
+    found = conditional_p_order(terms, draws, CONFIG, known)
+    _, group = np.unique(np.stack([getattr(terms, name) for name in given]), axis=1, return_inverse=True)
+    size = np.bincount(group)
+    mean, computed = (np.bincount(group, weights=w) / size for w in (terms.p_order, found))
+    spread = np.sqrt(np.bincount(group, weights=(terms.p_order - mean[group]) ** 2) / size**2)
+    assert np.abs(computed - mean).max() < 0.004 + 5 * spread.max()
+
+
+@pytest.mark.parametrize("mismatch", [False, True])
+def test_conditional_probability_of_what_is_displayed(mismatch: bool) -> None:
+    terms, draws = random_terms(60_000, 256, seed=1)
+    known = ("image_ok", "text_ok", *(["mismatched"] if mismatch else []))
+    found = conditional_p_order(terms, draws, CONFIG, known)
+    seen = [
+        terms.class_term, terms.context_term, terms.image_ok, terms.text_ok,
+        terms.visual_term * terms.image_ok, terms.text_term * terms.text_ok, *([terms.mismatched] if mismatch else []),
+    ]  # fmt: skip
+    _, group = np.unique(np.stack(seen).astype(float), axis=1, return_inverse=True)
+    size = np.bincount(group)
+    mean, computed = (np.bincount(group, weights=w) / size for w in (terms.p_order, found))
+    spread = np.sqrt(np.bincount(group, weights=(terms.p_order - mean[group]) ** 2)) / size
+    assert (np.abs(computed - mean) < 0.006 + 5 * spread).all()
 
 
 def test_expected_ladder_rises_with_what_is_known() -> None:
-    rng = np.random.default_rng(1)
-    n = 20_000
-    a, o, v, t = rng.standard_normal((4, n)) * 0.8
-    image_ok, text_ok = rng.random((2, n)) < 0.8
-    mismatched = ~image_ok & (rng.random(n) < 0.3)
-    logit = -2.5 + 0.7 * a + 0.9 * o + 0.9 * v + 0.8 * t - mismatched
-    ladder = expected_ladder(ClickTerms(a, o, v, t, image_ok, text_ok, mismatched, 1 / (1 + np.exp(-logit))))
+    ladder = expected_ladder(*random_terms(20_000, 64, seed=2), CONFIG)
     assert tuple(ladder) == LADDER_RUNGS
     assert ladder["class_context"] < ladder["clean_text"] < ladder["true_probability"]
     assert ladder["class_context"] < ladder["clean_image"] < ladder["true_probability"]

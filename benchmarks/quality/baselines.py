@@ -1,0 +1,247 @@
+"""What teams use otherwise, tuned by random search with the same number of trials each, on the same parts of the log and the same as-of features.
+
+`lightgbm`: every feature that CameNN has. `lightgbm_content`: the same with the pooled frozen embeddings. `mmoe`: deepctr-torch's multi-gate mixture of
+experts, on the same with ids and pooled embeddings; its second task is whether the session has an order. Each trial is judged by log loss on the early-stop
+part; the test part is opened once, by the best.
+"""
+
+import contextlib
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from benchmarks.baselines import feature_frame
+from camenn_model.dataset import ExampleReader, Rows, concat_rows
+from camenn_model.feature_space import FeatureSpace
+from camenn_model.item_table import ItemTable
+from camenn_model.shards import ShardSet
+
+Floats = NDArray[np.float64]
+SPLITS = ("train", "early_stop", "calibration", "test")
+CONTENT_DIMENSIONS = 64
+"""Principal components of each modality's pooled embeddings that baselines are given."""
+ROUNDS, PATIENCE = 3_000, 60
+EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Examples of each split, encoded, and their frames."""
+
+    table: ItemTable
+    space: FeatureSpace
+    rows: dict[str, Rows]
+
+    @classmethod
+    def read(cls, shards: ShardSet, space: FeatureSpace, table: ItemTable, history: int, positions: int) -> "Inputs":
+        """All splits."""
+        reader = ExampleReader(space, table, shards.users, history, positions)
+        rows = {split: concat_rows([reader.read(path) for path, _ in shards.examples(split)]) for split in SPLITS}
+        return cls(table, space, rows)
+
+    def frame(self, split: str, *, content: Floats | None = None, ids: bool = False) -> pd.DataFrame:
+        """One split's features."""
+        rows = self.rows[split]
+        frame = feature_frame(rows, self.table, self.space, ids=ids)
+        if content is not None:
+            names = [f"content_{number}" for number in range(content.shape[1])]
+            frame = pd.concat([frame, pd.DataFrame(content[rows.item], columns=names)], axis=1)
+        return frame
+
+    def labels(self, split: str) -> NDArray[np.float64]:
+        """0 or 1."""
+        return self.rows[split].label.astype(np.float64)
+
+
+def principal(values: NDArray[np.float16], fit: NDArray[np.bool_], dimensions: int) -> NDArray[np.float32]:
+    """The first principal components of rows, fitted on some of them, each with spread 1."""
+    given = values.astype(np.float32)
+    mean = given[fit].mean(axis=0)
+    _, vectors = np.linalg.eigh(np.cov(given[fit], rowvar=False))
+    projected = (given - mean) @ vectors[:, ::-1][:, :dimensions].astype(np.float32)
+    return np.asarray(projected / np.maximum(projected[fit].std(axis=0), 1e-6), dtype=np.float32)
+
+
+def content_features(table: ItemTable) -> NDArray[np.float32]:
+    """Principal components of photo and title for each listing, [N, 2·64]; 0 where there is none."""
+    pieces = []
+    for pooled, row in ((table.pooled_images, table.image_row), (table.pooled_titles, table.title_row)):
+        dimensions = min(CONTENT_DIMENSIONS, pooled.shape[1])
+        found = principal(pooled, np.ones(len(pooled), dtype=bool), dimensions)
+        pieces.append(np.where((row >= 0)[:, None], found[row], 0))
+    return np.concatenate(pieces, axis=1)
+
+
+def _draw_lightgbm(rng: np.random.Generator, first: bool) -> dict[str, Any]:
+    if first:
+        # What benchmarks/baselines.py uses.
+        return {
+            "learning_rate": 0.03, "num_leaves": 31, "min_data_in_leaf": 100, "feature_fraction": 0.7, "bagging_fraction": 0.8,
+            "lambda_l1": 0.0, "lambda_l2": 0.0, "max_cat_threshold": 16, "cat_smooth": 50.0, "ids": False,
+        }  # fmt: skip
+
+    def log_uniform(low: float, high: float) -> float:
+        return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+    return {
+        "learning_rate": log_uniform(0.01, 0.15),
+        "num_leaves": int(rng.choice((7, 15, 31, 63, 127))),
+        "min_data_in_leaf": int(log_uniform(10, 1_000)),
+        "feature_fraction": float(rng.uniform(0.3, 1.0)),
+        "bagging_fraction": float(rng.uniform(0.5, 1.0)),
+        "lambda_l1": log_uniform(1e-3, 30),
+        "lambda_l2": log_uniform(1e-3, 30),
+        "max_cat_threshold": int(rng.choice((8, 16, 32, 64))),
+        "cat_smooth": log_uniform(1, 200),
+        "ids": bool(rng.random() < 0.3),
+    }
+
+
+def _try_lightgbm(
+    inputs: Inputs, content: NDArray[np.float32] | None, given: dict[str, Any], seed: int, threads: int
+) -> tuple[float, Callable[[str], Floats]]:
+    import lightgbm
+
+    parameters = {name: value for name, value in given.items() if name != "ids"} | {
+        "objective": "binary",
+        "metric": "binary_logloss",
+        "bagging_freq": 1,
+        "verbosity": -1,
+        "seed": seed,
+        "deterministic": True,
+        "force_row_wise": True,
+        "num_threads": threads,
+    }
+    frames = {split: inputs.frame(split, content=content, ids=given["ids"]) for split in SPLITS[:2]}
+    train = lightgbm.Dataset(frames["train"], inputs.labels("train"), free_raw_data=False)
+    stop = train.create_valid(frames["early_stop"], inputs.labels("early_stop"))
+    booster = lightgbm.train(
+        parameters, train, ROUNDS, valid_sets=[stop], callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)]
+    )
+    loss = float(booster.best_score["valid_0"]["binary_logloss"])
+
+    def raw(split: str) -> Floats:
+        return np.asarray(booster.predict(inputs.frame(split, content=content, ids=given["ids"]), raw_score=True))
+
+    return loss, raw
+
+
+def _draw_mmoe(rng: np.random.Generator, first: bool) -> dict[str, Any]:
+    if first:
+        # deepctr-torch's own defaults.
+        return {
+            "num_experts": 3, "expert_dnn_hidden_units": (256, 128), "gate_dnn_hidden_units": (64,), "tower_dnn_hidden_units": (64,),
+            "l2_reg_embedding": 1e-5, "dnn_dropout": 0.0, "embedding": 8, "learning_rate": 1e-3, "batch_size": 256,
+        }  # fmt: skip
+    return {
+        "num_experts": int(rng.choice((2, 3, 4, 8))),
+        "expert_dnn_hidden_units": [(64,), (128, 64), (256, 128), (256, 128, 64)][rng.integers(4)],
+        "gate_dnn_hidden_units": [(), (64,)][rng.integers(2)],
+        "tower_dnn_hidden_units": [(32,), (64,), (128, 64)][rng.integers(3)],
+        "l2_reg_embedding": float(np.exp(rng.uniform(np.log(1e-6), np.log(1e-3)))),
+        "dnn_dropout": float(rng.choice((0.0, 0.1, 0.2, 0.3, 0.5))),
+        "embedding": int(rng.choice((4, 8, 16))),
+        "learning_rate": float(np.exp(rng.uniform(np.log(1e-4), np.log(5e-3)))),
+        "batch_size": int(rng.choice((128, 256, 512, 1024))),
+    }
+
+
+def _mmoe_columns(frame: pd.DataFrame) -> dict[str, NDArray[Any]]:
+    """Codes as they are, numbers with 0 for what is missing beside a flag, where some is missing."""
+    columns: dict[str, NDArray[Any]] = {}
+    for name in frame:
+        if isinstance(frame[name].dtype, pd.CategoricalDtype):
+            columns[name] = frame[name].cat.codes.to_numpy().astype(np.int64)
+        else:
+            values = frame[name].to_numpy(dtype=np.float32)
+            columns[name] = np.nan_to_num(values)
+            columns[f"{name}_missing"] = np.isnan(values).astype(np.float32)
+    return columns
+
+
+def _try_mmoe(
+    inputs: Inputs, content: NDArray[np.float32] | None, given: dict[str, Any], seed: int, threads: int
+) -> tuple[float, Callable[[str], Floats]]:
+    import torch
+    from deepctr_torch.inputs import DenseFeat, SparseFeat
+    from deepctr_torch.models.multitask import MMOE
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    frame = inputs.frame("train", content=content, ids=True)
+    columns = [
+        SparseFeat(name, max(2, len(frame[name].cat.categories)), embedding_dim=given["embedding"])
+        if isinstance(frame[name].dtype, pd.CategoricalDtype)
+        else DenseFeat(name, 1)
+        for name in frame
+    ] + [DenseFeat(f"{name}_missing", 1) for name in frame if not isinstance(frame[name].dtype, pd.CategoricalDtype)]
+    names = ("num_experts", "expert_dnn_hidden_units", "gate_dnn_hidden_units", "tower_dnn_hidden_units")
+    model = MMOE(
+        columns,
+        task_types=["binary", "binary"],
+        task_names=["order", "session_order"],
+        l2_reg_embedding=given["l2_reg_embedding"],
+        dnn_dropout=given["dnn_dropout"],
+        seed=seed,
+        device="cpu",
+        **{name: given[name] for name in names},
+    )
+    model.compile(
+        torch.optim.Adam(model.parameters(), lr=given["learning_rate"]), loss=["binary_crossentropy"] * 2, metrics=[]
+    )
+    train = inputs.rows["train"]
+    ordered = np.bincount(train.session, weights=train.label) > 0
+    targets = np.stack([train.label, ordered[train.session]], axis=1).astype(np.float32)
+    cache: dict[str, dict[str, NDArray[Any]]] = {"train": _mmoe_columns(frame)}
+
+    def raw(split: str) -> Floats:
+        if split not in cache:
+            cache[split] = _mmoe_columns(inputs.frame(split, content=content, ids=True))
+        p = np.clip(model.predict(cache[split], batch_size=4_096)[:, 0].astype(np.float64), 1e-7, 1 - 1e-7)
+        return np.log(p) - np.log1p(-p)
+
+    best, kept = np.inf, None
+    labels = inputs.labels("early_stop")
+    for _ in range(EPOCHS):
+        # A pass at a time, so that the weights of the best one are kept.
+        with contextlib.redirect_stdout(io.StringIO()):
+            # It tells its device and sizes even so.
+            model.fit(cache["train"], targets, batch_size=given["batch_size"], epochs=1, verbose=0)
+        logits = raw("early_stop")
+        loss = float(np.mean(np.logaddexp(0, logits) - labels * logits))
+        if loss >= best:
+            break
+        best, kept = loss, {name: value.clone() for name, value in model.state_dict().items()}
+    assert kept is not None
+    model.load_state_dict(kept)
+    return best, raw
+
+
+DRAW = {"lightgbm": _draw_lightgbm, "lightgbm_content": _draw_lightgbm, "mmoe": _draw_mmoe}
+TRY = {"lightgbm": _try_lightgbm, "lightgbm_content": _try_lightgbm, "mmoe": _try_mmoe}
+WITH_CONTENT = ("lightgbm_content", "mmoe")
+
+
+def tune(
+    name: str, inputs: Inputs, trials: int, seed: int, threads: int, say: Callable[[str], None]
+) -> tuple[dict[str, Floats], dict[str, Any]]:
+    """(raw scores of calibration and test by the best of `trials`, what was tried)."""
+    rng = np.random.default_rng([seed, 19])
+    content = content_features(inputs.table) if name in WITH_CONTENT else None
+    best_loss, best, told = np.inf, None, []
+    for number in range(trials):
+        given = DRAW[name](rng, number == 0)
+        started = time.monotonic()
+        loss, raw = TRY[name](inputs, content, given, seed, threads)
+        told.append({**given, "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
+        if loss < best_loss:
+            best_loss, best = loss, raw
+        say(f"{name} trial {number + 1}/{trials}: {loss:.5f}, best {best_loss:.5f}, {told[-1]['seconds']} s")
+    assert best is not None
+    return {split: best(split) for split in ("calibration", "test")}, {"trials": told, "early_stop_log_loss": best_loss}

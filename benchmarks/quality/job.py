@@ -1,0 +1,232 @@
+"""One model on one log, in a process of its own: `python -m benchmarks.quality.job JOB` with a JSON job. Writes RESULT.json, and RESULT.npz with the scores."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.quality import representation
+from benchmarks.quality.judge import judge
+from benchmarks.quality.variants import VARIANTS, make_trainer
+from benchmarks.quality.worlds import World, read_keys, read_truth
+from camenn_model.calibration import fit_platt
+from camenn_model.dataset import AlignmentSampler, collate
+from camenn_model.evaluation import Predictions, predict
+from camenn_model.model import CameNN
+from camenn_model.optimizer import OptimizerConfig
+from camenn_model.train import Corpus, TrainOptions, open_corpus
+from schemas.contract import InputError
+
+BASELINES = ("lightgbm", "lightgbm_content", "mmoe")
+POPULARITY = "popularity"
+FROZEN = "frozen"
+"""No model of clicks: maps between the frozen encoders' features, for representation"""
+GATE_SAMPLE = 2_048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One model. `model`: a variant, a baseline, `popularity` or `frozen`."""
+
+    world: World
+    model: str
+    seed: int
+    epochs: int = 1
+    trials: int = 30
+    learning_rate: float = 1e-3
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.world.name}-{self.model}-{self.seed}"
+
+    def result(self) -> Path:
+        """Written last."""
+        return Path(self.world.work) / "results" / f"{self.name}.json"
+
+    def asked(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return {name: value for name, value in asdict(self).items() if name != "threads"} | {"world": self.world.name}
+
+    def done(self) -> bool:
+        """Whether the result of this very job is there."""
+        return self.result().exists() and json.loads(self.result().read_text())["asked"] == self.asked()
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """The job that `json.dumps(asdict(job))` wrote."""
+        raw = json.loads(text)
+        return cls(**(raw | {"world": World(**raw["world"])}))
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"quality: {text}", file=sys.stderr, flush=True)
+
+
+def _prior_clicks(files: list[tuple[str, int]]) -> NDArray[np.float64]:
+    return np.concatenate(
+        [pq.ParquetFile(path).read(columns=["item_clicks"])["item_clicks"].to_numpy() for path, _ in files]
+    ).astype(np.float64)
+
+
+def held_out(world: World, corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64], representation.Held]:
+    """(training listings with photo and title, their classes, the held-out ones). A class is the truth's, or the product where there is none."""
+    table = corpus.table
+    rows = np.flatnonzero(table.with_content())
+    train, held = rows[~table.held_out[rows]], rows[table.held_out[rows]]
+    if world.truth is None:
+        _, classes = np.unique(table.product, return_inverse=True)
+        return train, classes[train], representation.Held(held, classes[held], None, None)
+    listings = (
+        pq.read_table(world.truth / "listings.parquet").to_pandas().set_index("item_id").loc[table.ids.to_pylist()]
+    )
+    classes = listings["class_id"].to_numpy()
+    corrupted = ((listings["image_corruption"] != "clean") | (listings["text_corruption"] != "clean")).to_numpy()
+    mismatched = listings["mismatched"].to_numpy(dtype=bool)
+    return train, classes[train], representation.Held(held, classes[held], mismatched[held], corrupted[held])
+
+
+@torch.inference_mode()
+def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, list[float]]:
+    """Mean weight of each expert in the gate of each task, on some test examples and some alignment pairs."""
+    experts = model.config.experts
+    rows = corpus.reader.read(corpus.files("test")[0][0])
+    chosen = np.random.default_rng([seed, 23]).permutation(len(rows))[:GATE_SAMPLE]
+    gates = {"cvr": model(collate(rows.take(np.sort(chosen)), corpus.table)).gate}
+    sampler = AlignmentSampler(corpus.table)
+    batch = sampler.draw(min(512, len(sampler)), np.random.default_rng([seed, 29])) if len(sampler) >= 2 else None
+    if batch is not None:
+        output = model.align(batch)
+        gates |= {"ita": output.ita_gate, "tia": output.tia_gate}
+    return {
+        task: torch.zeros(experts)
+        .index_add(0, gate.chosen.flatten(), gate.weights.flatten())
+        .div(len(gate.chosen))
+        .tolist()
+        for task, gate in gates.items()
+    }
+
+
+def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
+    """(predictions of calibration and test, what else there is to tell)."""
+    variant = VARIANTS[job.model]
+    scratch = Path(job.world.work) / "jobs" / job.name
+    scratch.mkdir(parents=True, exist_ok=True)
+    options = TrainOptions(
+        shards=job.world.shards,
+        out=str(scratch),
+        epochs=job.epochs,
+        seed=job.seed,
+        optimizer=OptimizerConfig(learning_rate=job.learning_rate, ema_decay=0.99),
+    )
+    options = replace(options, **variant.options)
+    trainer, test = make_trainer(corpus, variant, options, job.world)
+    started, told = time.monotonic(), 0.0
+
+    def progress(phase: str, done: int, total: int, note: str) -> None:
+        nonlocal told
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            say(f"{job.name}: {phase} {done:,} of {total:,}, {note}")
+
+    trainer.progress = progress
+    trainer.run()
+    found = {
+        split: predict(trainer.model, corpus_of.reader, corpus_of.table, corpus_of.files(split))
+        for split, corpus_of in (("calibration", replace(test, table=trainer.corpus.table)), ("test", test))
+    }
+    state = trainer.state
+    more: dict[str, Any] = {
+        "train": {
+            "seconds": round(time.monotonic() - started, 1),
+            "examples": state.examples,
+            "best_step": state.best_step,
+            "steps": state.step,
+            "early_stop_log_loss": state.best_loss,
+        },
+        "gates": gate_use(trainer.model, test, job.seed),
+    }
+    if trainer.sampler is not None:
+        train, _, held = held_out(job.world, corpus)
+        if len(held.rows) >= 10:
+            more["representation"] = representation.of_model(trainer.model, corpus.table, train, held, job.seed)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return found, more
+
+
+def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
+    """The same of a baseline."""
+    from benchmarks.quality.baselines import Inputs, tune
+
+    config = corpus.config
+    inputs = Inputs.read(corpus.shards, corpus.space, corpus.table, config.history_length, config.position_size)
+    if job.model not in (*BASELINES, POPULARITY):
+        raise InputError(f"no model '{job.model}'; one of {', '.join([*VARIANTS, *BASELINES, POPULARITY, FROZEN])}")
+    if job.model == POPULARITY:
+        raw: dict[str, NDArray[np.float64]] = {}
+        for split in ("calibration", "test"):
+            files = [pq.ParquetFile(path).read(columns=["item_orders"]) for path, _ in corpus.files(split)]
+            raw[split] = np.log1p(
+                np.concatenate([table["item_orders"].to_numpy() for table in files]).astype(np.float64)
+            )
+        more: dict[str, Any] = {}
+    else:
+        raw, more = tune(job.model, inputs, job.trials, job.seed, job.threads, lambda text: say(f"{job.name}: {text}"))
+    found = {}
+    for split, logits in raw.items():
+        rows = inputs.rows[split]
+        _, user = np.unique(rows.user, return_inverse=True)
+        found[split] = Predictions(logits, inputs.labels(split), user.astype(np.int64), rows.session)
+    return found, more
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train, judge, write the result; returns it."""
+    started = time.monotonic()
+    torch.set_num_threads(job.threads)
+    corpus = open_corpus(TrainOptions(shards=job.world.shards, out=""))
+    result = {"asked": job.asked(), "model": job.model, "world": job.world.name, "seed": job.seed}
+    path = job.result()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if job.model == FROZEN:
+        train, classes, held = held_out(job.world, corpus)
+        result["representation"] = representation.of_frozen(corpus.table, train, classes, held, job.seed)
+    else:
+        found, more = run_camenn(job, corpus) if job.model in VARIANTS else run_baseline(job, corpus)
+        files = corpus.files("test")
+        truth = read_truth(job.world, read_keys(files)) if job.world.truth is not None else None
+        calibration = fit_platt(found["calibration"].labels, found["calibration"].logits)
+        test = found["test"]
+        result |= judge(test, calibration, corpus.config.base_rate, truth, _prior_clicks(files)) | more
+        np.savez_compressed(
+            path.with_suffix(".npz"), logits=test.logits, labels=test.labels, users=test.users, sessions=test.sessions
+        )
+    result["seconds"] = round(time.monotonic() - started, 1)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1, allow_nan=False))
+    os.replace(temporary, path)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job of the first argument."""
+    job = Job.from_json((sys.argv[1:] if argv is None else argv)[0])
+    result = run(job)
+    auc = f"AUC {result['test']['auc']:.4f}, " if "test" in result else ""
+    say(f"{job.name}: {auc}{result['seconds']:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Figures of predictions: the usual ones, those under known truth, and how sure they are.
+
+Shapes: n examples of the test part.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.quality.worlds import Truth
+from camenn_model import metrics
+from camenn_model.calibration import PlattScaling
+from camenn_model.evaluation import Predictions, cvr_metrics
+from simulator.truth import expected_auc
+
+Floats = NDArray[np.float64]
+BINS = 15
+FEW_CLICKS = 10
+"""Up to so many clicks before the session a listing counts as hardly known."""
+
+
+def expected_ece(p: Floats, probability: Floats, bins: int = BINS) -> float:
+    """Expected calibration error against true probabilities p [n]: mean over equal-mass bins of |mean probability − mean p|."""
+    order = np.argsort(probability, kind="stable")
+    pieces = np.array_split(order, bins)
+    return float(
+        sum(len(rows) * abs(probability[rows].mean() - p[rows].mean()) for rows in pieces if len(rows)) / len(p)
+    )
+
+
+def strata(truth: Truth, prior_clicks: Floats) -> dict[str, NDArray[np.bool_]]:
+    """Parts of the test examples that are reported apart, bool [n] each. Every click is from a listing that was shown; `uniform` ones were shown at random."""
+    return {
+        "uniform_sessions": truth.uniform,
+        "cold_start": truth.cold,
+        "warm": ~truth.cold,
+        "no_prior_click": prior_clicks == 0,
+        "few_prior_clicks": (prior_clicks > 0) & (prior_clicks <= FEW_CLICKS),
+        "more_prior_clicks": prior_clicks > FEW_CLICKS,
+        "uncorrupted": truth.image_ok & truth.text_ok,
+        "corrupted": ~(truth.image_ok & truth.text_ok),
+        "mismatched": truth.mismatched,
+    }
+
+
+def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, prior_clicks: Floats) -> dict[str, Any]:
+    """Expected AUC, PCOC and ECE, of all and by stratum; None where a stratum has fewer than a hundred examples."""
+    p, probability = truth.p_order, calibration(found.logits)
+    ladder = truth.ladder["test"]
+    auc = expected_auc(p, found.logits)
+    context, displayed = ladder["class_context"], ladder["as_displayed"]
+    by_stratum = {
+        name: {
+            "rows": int(rows.sum()),
+            "auc": expected_auc(p[rows], found.logits[rows]) if rows.sum() >= 100 else None,
+            "auc_of_truth": expected_auc(p[rows], p[rows]) if rows.sum() >= 100 else None,
+        }
+        for name, rows in strata(truth, prior_clicks).items()
+    }
+    return {
+        "auc": auc,
+        "auc_of_truth": expected_auc(p, p),
+        "attainable_share": (auc - context) / (displayed - context),
+        "pcoc": float(probability.sum() / p.sum()),
+        "ece": expected_ece(p, probability),
+        "strata": by_stratum,
+        "ladder": ladder,
+    }
+
+
+def content_efficiency(model: float, without_content: float, displayed: float) -> float:
+    """How much of what content is worth to the same model, when it is told what is displayed, the model takes from photos and titles: of expected AUCs."""
+    return (model - without_content) / (displayed - without_content)
+
+
+def judge(
+    found: Predictions,
+    calibration: PlattScaling,
+    base_rate: float,
+    truth: Truth | None,
+    prior_clicks: Floats,
+) -> dict[str, Any]:
+    """All figures of one model on one test part."""
+    figures = {"test": cvr_metrics(found, calibration, base_rate)}
+    if truth is not None:
+        figures["expected"] = under_truth(found, calibration, truth, prior_clicks)
+    return figures
+
+
+def auc_difference(
+    labels: Floats, one: Floats, other: Floats, users: NDArray[np.int64], draws: int = 200, seed: int = 0
+) -> tuple[float, float]:
+    """(AUC of `one` minus AUC of `other`, its standard error by a bootstrap over users), scores [n].
+
+    Users are drawn with replacement and keep all of their examples (cluster bootstrap, Field and Welsh 2007).
+    """
+    rng = np.random.default_rng(seed)
+    _, user = np.unique(users, return_inverse=True)
+    order = np.argsort(user, kind="stable")
+    starts = np.searchsorted(user[order], np.arange(user.max() + 2))
+    difference = metrics.auc(labels, one) - metrics.auc(labels, other)
+    drawn = []
+    for _ in range(draws):
+        chosen = rng.integers(0, len(starts) - 1, len(starts) - 1)
+        rows = np.concatenate([order[starts[u] : starts[u + 1]] for u in chosen])
+        drawn.append(metrics.auc(labels[rows], one[rows]) - metrics.auc(labels[rows], other[rows]))
+    return difference, float(np.std(drawn, ddof=1))
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """p values adjusted for their number (Holm 1979)."""
+    adjusted: dict[str, float] = {}
+    highest = 0.0
+    for place, name in enumerate(sorted(p_values, key=lambda key: p_values[key])):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[name]))
+        adjusted[name] = highest
+    return adjusted

@@ -1,0 +1,84 @@
+"""Which models are trained on which logs, and in which order: seed 0 of everything first, so that a table is whole early."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.quality.job import BASELINES, FROZEN, POPULARITY, Job
+from benchmarks.quality.worlds import World
+
+PARTS = ("city", "real", "controls", "ablations")
+CITY_MODELS = ("full", "no_content", "displayed", "no_alignment", "no_ids", FROZEN, POPULARITY, *BASELINES)
+REAL_MODELS = ("full", "no_alignment", "no_history", FROZEN, POPULARITY, *BASELINES)
+ABLATIONS = (
+    "full", "no_alignment", "no_ita", "no_tia", "no_contrastive", "no_images", "no_text", "dense_gate", "one_expert", "no_history", "full_attention",
+    "gate_without_content",
+)  # fmt: skip
+CONTROLS = ("permuted_labels", "shuffled_patches", "shuffled_alignment")
+SMALL_CITY: dict[str, Any] = {"clicks": 60_000, "listings": 3_000, "stores": 30, "users": 4_000, "photos": 2_000}
+"""The ablations' city"""
+QUICK_CITY: dict[str, Any] = {}
+QUICK_EPOCHS = 3
+"""Of the demo's city: with fewer steps nothing is learned yet"""
+QUICK_MODELS = ("full", "permuted_labels", POPULARITY, "lightgbm")
+QUICK_TRIALS = 3
+
+
+def world(arguments: argparse.Namespace, name: str, city: dict[str, Any] | None, preset: str = "default") -> World:
+    """A log with the encoders of the command line."""
+    real = city is None
+    return World(
+        name=name,
+        work=str(arguments.work),
+        preset=preset,
+        city=city,
+        data_directory=str(arguments.real) if real else None,
+        image_root=str(arguments.image_root) if real and arguments.image_root else None,
+        image_weights=arguments.image_weights,
+        text_encoder=arguments.text_encoder,
+    )
+
+
+def list_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """All jobs that were asked for, in order."""
+    if arguments.quick:
+        quick = world(arguments, "quick", QUICK_CITY, "demo")
+        jobs = [
+            Job(world=quick, model=model, seed=0, epochs=QUICK_EPOCHS, trials=QUICK_TRIALS) for model in QUICK_MODELS
+        ]
+        if arguments.real:
+            real = world(arguments, "real", None)
+            jobs += [
+                Job(world=real, model=model, seed=0, epochs=arguments.real_epochs, trials=QUICK_TRIALS)
+                for model in ("full", "lightgbm")
+            ]
+        return jobs
+    return sorted(_jobs(arguments), key=lambda job: job.seed)
+
+
+def _jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    for seed in range(arguments.seeds):
+        if "city" in arguments.parts:
+            city = world(arguments, f"city{seed}", {"seed": seed})
+            for model in CITY_MODELS:
+                yield Job(world=city, model=model, seed=seed, epochs=arguments.epochs, trials=arguments.trials)
+        if "real" in arguments.parts and arguments.real:
+            real = world(arguments, "real", None)
+            for model in REAL_MODELS:
+                yield Job(world=real, model=model, seed=seed, epochs=arguments.real_epochs, trials=arguments.trials)
+    for seed in range(min(arguments.seeds, arguments.ablation_seeds)):
+        small = world(arguments, f"small{seed}", {**SMALL_CITY, "seed": seed})
+        if "controls" in arguments.parts:
+            empty = world(arguments, f"worthless{seed}", {**SMALL_CITY, "seed": seed, "content_weight": 0.0})
+            clean = world(arguments, f"clean{seed}", {**SMALL_CITY, "seed": seed, "corruption": 0.0})
+            for where, models in (
+                (small, ("full", *CONTROLS)),
+                (empty, ("full", "no_content")),
+                (clean, ("full", "no_alignment")),
+            ):
+                for model in models:
+                    yield Job(world=where, model=model, seed=seed, epochs=arguments.epochs, trials=arguments.trials)
+        if "ablations" in arguments.parts:
+            for model in ABLATIONS:
+                if model != "full" or "controls" not in arguments.parts:
+                    yield Job(world=small, model=model, seed=seed, epochs=arguments.epochs, trials=arguments.trials)

@@ -1,0 +1,185 @@
+"""Representation on held-out listings: retrieval, mismatch and a linear probe, of a model and of maps between the frozen encoders' features.
+
+Shapes: n listings, classes as integers [n]; a hit is a listing of the query's class.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camenn_model import metrics
+from camenn_model.evaluation import content_vectors, match_scores
+from camenn_model.item_table import Ints, ItemTable
+from camenn_model.model import CameNN
+
+Floats = NDArray[np.float32]
+KS = (1, 5, 10)
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Of the maps: times the mean eigenvalue of the features' covariance"""
+DIMENSIONS = (16, 32, 64, 128)
+"""Of the correlation analysis"""
+VALIDATION = 0.2
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out listings with photo and title."""
+
+    rows: Ints
+    classes: Ints
+    mismatched: NDArray[np.bool_] | None
+    """Whether photo or title is another class's; None where nobody knows"""
+    corrupted: NDArray[np.bool_] | None
+
+
+def standardise(train: Floats, other: Floats) -> tuple[Floats, Floats]:
+    """Both by the mean and spread of `train`."""
+    mean, spread = train.mean(axis=0), train.std(axis=0) + 1e-6
+    return (train - mean) / spread, (other - mean) / spread
+
+
+def unit(vectors: Floats) -> Floats:
+    """Rows of length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+
+
+def _inverse_root(covariance: Floats, penalty: float) -> Floats:
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors / np.sqrt(values + penalty * values.mean())) @ vectors.T
+
+
+def cca(images: Floats, titles: Floats, penalty: float, dimensions: int) -> tuple[Floats, Floats]:
+    """Regularised canonical correlation analysis: projections of images and titles onto common axes, weighted by their correlations."""
+    n = len(images)
+    white_images = _inverse_root(images.T @ images / n, penalty)
+    white_titles = _inverse_root(titles.T @ titles / n, penalty)
+    left, correlations, right = np.linalg.svd(
+        white_images @ (images.T @ titles / n) @ white_titles, full_matrices=False
+    )
+    weight = np.sqrt(correlations[:dimensions])
+    return white_images @ left[:, :dimensions] * weight, white_titles @ right[:dimensions].T * weight
+
+
+def ridge(images: Floats, titles: Floats, penalty: float) -> Floats:
+    """Least squares from images to titles with a penalty on the squared weights."""
+    gram = images.T @ images
+    return np.linalg.solve(
+        gram + penalty * np.trace(gram) / len(gram) * np.eye(len(gram), dtype=gram.dtype), images.T @ titles
+    )
+
+
+def _similarities(
+    kind: str, setting: tuple[float, int], train: tuple[Floats, Floats], test: tuple[Floats, Floats]
+) -> Floats:
+    """[photos, titles] of the listings of `test`, by a map that was fitted on `train`."""
+    if kind == "ridge":
+        weights = ridge(*train, setting[0])
+        return unit(test[0] @ weights) @ unit(test[1]).T
+    of_images, of_titles = cca(*train, *setting)
+    return unit(test[0] @ of_images) @ unit(test[1] @ of_titles).T
+
+
+def _mean_first(similarities: Floats, classes: Ints) -> float:
+    both = (metrics.recall_at_k(s, classes, classes, (1,))[1] for s in (similarities, similarities.T))
+    return sum(both) / 2
+
+
+def frozen_similarities(table: ItemTable, train: Ints, train_classes: Ints, test: Ints, seed: int) -> dict[str, Floats]:
+    """Similarities [photos, titles] of the listings `test` by the best ridge map and the best CCA map between mean patch features and mean token states.
+
+    Settings are chosen by R@1 of both ways on a part of the training listings.
+    """
+
+    def features(rows: Ints) -> tuple[Floats, Floats]:
+        return (
+            table.pooled_images[table.image_row[rows]].astype(np.float32),
+            table.pooled_titles[table.title_row[rows]].astype(np.float32),
+        )
+
+    order = np.random.default_rng([seed, 13]).permutation(len(train))
+    cut = int(VALIDATION * len(train))
+    inner, outer = train[order[cut:]], train[order[:cut]]
+    found = {}
+    pairs = [standardise(a, b) for a, b in zip(features(inner), features(outer), strict=True)]
+    fit, check = (pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1])
+    whole = [standardise(a, b) for a, b in zip(features(train), features(test), strict=True)]
+    for kind, settings in (
+        ("ridge", [(penalty, 0) for penalty in PENALTIES]),
+        ("cca", [(penalty, size) for penalty in PENALTIES for size in DIMENSIONS]),
+    ):
+        scores = {s: _mean_first(_similarities(kind, s, fit, check), train_classes[order[:cut]]) for s in settings}
+        best = max(scores, key=lambda setting: scores[setting])
+        found[kind] = _similarities(kind, best, (whole[0][0], whole[1][0]), (whole[0][1], whole[1][1]))
+    return found
+
+
+def swapped_pairs(held: Held, seed: int) -> tuple[Ints, Ints]:
+    """Places (photos, titles) of pairs of other classes, of listings that are right themselves."""
+    right = np.arange(len(held.rows)) if held.corrupted is None else np.flatnonzero(~held.corrupted)
+    other = np.random.default_rng([seed, 17]).permutation(right)
+    differs = held.classes[right] != held.classes[other]
+    return right[differs], other[differs]
+
+
+def figures(similarities: Floats, belongs: Floats, swaps: Floats, held: Held) -> dict[str, Any]:
+    """R@k both ways from similarities [n, n]; mismatch AUC from how well own photos and titles belong together [n], and swapped ones [m]."""
+    found: dict[str, Any] = {
+        "image_to_text": {
+            f"r_at_{k}": v for k, v in metrics.recall_at_k(similarities, held.classes, held.classes, KS).items()
+        },
+        "text_to_image": {
+            f"r_at_{k}": v for k, v in metrics.recall_at_k(similarities.T, held.classes, held.classes, KS).items()
+        },
+    }
+    right = belongs if held.corrupted is None else belongs[~held.corrupted]
+    labels = np.concatenate([np.zeros(len(right)), np.ones(len(swaps))])
+    found["swap_auc"] = metrics.mismatch_auc(labels, np.concatenate([right, swaps]))
+    if held.mismatched is not None and held.mismatched.any():
+        found["mismatch_auc"] = metrics.mismatch_auc(held.mismatched, belongs)
+    return found
+
+
+def probe(train: Floats, train_groups: Ints, test: Floats, test_groups: Ints) -> float:
+    """Share of the test listings whose group a ridge classifier on vectors names."""
+    groups, target = np.unique(train_groups, return_inverse=True)
+    train, test = standardise(train, test)
+    onto = np.eye(len(groups), dtype=np.float32)[target]
+    weights = ridge(train, onto - onto.mean(axis=0), 0.1)
+    return float(np.mean(groups[(test @ weights + onto.mean(axis=0)).argmax(axis=1)] == test_groups))
+
+
+def of_model(model: CameNN, table: ItemTable, train: Ints, held: Held, seed: int) -> dict[str, Any]:
+    """The model's figures, with linear probes of the subcategory."""
+    image, text = (vectors.numpy() for vectors in content_vectors(model, table, held.rows))
+    ita, tia = match_scores(model, table, held.rows, held.rows)
+    photos, titles = swapped_pairs(held, seed)
+    swap_ita, swap_tia = match_scores(model, table, held.rows[photos], held.rows[titles])
+    found = figures(image @ text.T, (ita + tia) / 2, (swap_ita + swap_tia) / 2, held)
+    train_image, train_text = (vectors.numpy() for vectors in content_vectors(model, table, train))
+    groups = table.subcategory
+    found["probe"] = {
+        "image": probe(train_image, groups[train], image, groups[held.rows]),
+        "text": probe(train_text, groups[train], text, groups[held.rows]),
+    }
+    return found
+
+
+def of_frozen(table: ItemTable, train: Ints, train_classes: Ints, held: Held, seed: int) -> dict[str, Any]:
+    """The same of the frozen features: the better of the two maps for retrieval, the ridge map's cosine as the mismatch score."""
+    maps = frozen_similarities(table, train, train_classes, held.rows, seed)
+    photos, titles = swapped_pairs(held, seed)
+    found: dict[str, Any] = {name: figures(s, s.diagonal(), s[photos, titles], held) for name, s in maps.items()}
+    groups = table.subcategory
+    found["probe"] = {
+        "image": probe(
+            table.pooled_images[table.image_row[train]].astype(np.float32), groups[train],
+            table.pooled_images[table.image_row[held.rows]].astype(np.float32), groups[held.rows],
+        ),
+        "text": probe(
+            table.pooled_titles[table.title_row[train]].astype(np.float32), groups[train],
+            table.pooled_titles[table.title_row[held.rows]].astype(np.float32), groups[held.rows],
+        ),
+    }  # fmt: skip
+    return found

@@ -1,0 +1,253 @@
+"""What differs between the models that are compared: one change each, made to the corpus, to the configuration or to what is drawn."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.quality.worlds import World
+from camenn_model.batch import AlignmentBatch
+from camenn_model.config import ITEM_HASH, LossConfig
+from camenn_model.dataset import AlignmentSampler, ExampleReader, Rows
+from camenn_model.feature_space import MISSING, FeatureSpace
+from camenn_model.item_table import Ints, ItemTable
+from camenn_model.train import Corpus, Trainer, TrainOptions
+from schemas.training import ITEM_NUMBERS, ITEM_QUALITY
+from simulator.config import TEXT_FACTORS, VISUAL_FACTORS
+
+IMAGE_QUALITY, TEXT_QUALITY = ("blur", "luminance", "megapixels"), ("title_tokens", "unknown_share")
+assert {*IMAGE_QUALITY, *TEXT_QUALITY} == {column.name for column in ITEM_QUALITY}
+
+
+def hide(table: ItemTable, *, images: bool = False, titles: bool = False) -> ItemTable:
+    """The items without photos or titles, and without what was measured of them."""
+    hidden = copy.copy(table)
+    hidden.values, hidden.buckets = table.values.copy(), table.buckets.copy()
+    names = [column.name for column in (*ITEM_NUMBERS, *ITEM_QUALITY)]
+    for hides, quality in ((images, IMAGE_QUALITY), (titles, TEXT_QUALITY)):
+        if hides:
+            columns = [names.index(name) for name in quality]
+            hidden.values[:, columns], hidden.buckets[:, columns] = 0, 0
+    if images:
+        hidden.image_row = np.full_like(table.image_row, -1)
+    if titles:
+        hidden.title_row = np.full_like(table.title_row, -1)
+    return hidden
+
+
+def hide_ids(table: ItemTable, space: FeatureSpace) -> ItemTable:
+    """The items without their hashed ids."""
+    hidden = copy.copy(table)
+    place = [field.name for field in space.fields if field.group == "item"].index(ITEM_HASH)
+    hidden.cats, hidden.history_cats = table.cats.copy(), table.history_cats.copy()
+    hidden.cats[:, place], hidden.history_cats[:, 0] = MISSING, MISSING
+    return hidden
+
+
+def shuffle_images(table: ItemTable, seed: int) -> ItemTable:
+    """The items with each other's photos."""
+    shuffled = copy.copy(table)
+    has = np.flatnonzero(table.image_row >= 0)
+    shuffled.image_row = table.image_row.copy()
+    shuffled.image_row[has] = table.image_row[np.random.default_rng([seed, 11]).permutation(has)]
+    return shuffled
+
+
+class _Arrays:
+    """In the place of mapped embeddings: one vector for each row."""
+
+    def __init__(self, values: NDArray[np.float32]) -> None:
+        self.values = values.astype(np.float16)[:, None, :]
+        self.shape = self.values.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def gather(self, rows: Ints) -> NDArray[np.float16]:
+        """float16 [n, 1, width]; zeros for a row of -1."""
+        return np.where((rows >= 0)[:, None, None], self.values[rows], np.float16(0))
+
+
+def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
+    """The corpus with the truth of what photos and titles display in the place of their embeddings.
+
+    A photo: whether it is right and clear, its visual factors if so, and the vector z of the class that it shows. A title: the same with its attributes.
+    """
+    assert world.truth is not None
+    listings = pq.read_table(world.truth / "listings.parquet").to_pandas().set_index("item_id")
+    listings = listings.loc[corpus.table.ids.to_pylist()]
+    photos = pq.read_table(world.truth / "photos.parquet").to_pandas().set_index("image_uri")
+    shown = (
+        pq.read_table(world.data / "catalog.parquet", columns=["item_id", "image_uri"]).to_pandas().set_index("item_id")
+    )
+    shown = photos.loc[shown.loc[listings.index, "image_uri"]]
+    classes = pq.read_table(world.truth / "classes.parquet")
+    z = np.stack(classes["z"].to_numpy(zero_copy_only=False))[np.argsort(classes["class_id"].to_numpy())]
+    clear = (listings["image_corruption"].to_numpy() == "clean")[:, None]
+    visual = shown[[f"{name}_v" for name in VISUAL_FACTORS]].to_numpy() * clear
+    images = np.concatenate([clear, visual, z[shown["class_id"].to_numpy()]], axis=1)
+    said = (listings["text_corruption"].to_numpy() == "clean")[:, None]
+    noun = listings["text_class_id"].to_numpy(dtype=np.float64)
+    titles = np.concatenate(
+        [said, listings[list(TEXT_FACTORS)].to_numpy() * said, np.where(np.isnan(noun)[:, None], 0, z[np.nan_to_num(noun).astype(int)])],
+        axis=1,
+    )  # fmt: skip
+    table = copy.copy(corpus.table)
+    table.images, table.titles = _Arrays(images), _Arrays(titles)  # type: ignore[assignment]
+    table.image_row = table.title_row = np.arange(len(table))
+    table.tokens = np.ones(len(table), dtype=np.int64)
+    table.pooled_images, table.pooled_titles = images.astype(np.float16), titles.astype(np.float16)
+    config = replace(
+        corpus.config, image_width=images.shape[1], text_width=titles.shape[1], patch_grid=1, text_tokens=1
+    )
+    return replace(corpus, table=table, config=config)
+
+
+class _ChangedReader(ExampleReader):
+    """A reader that changes what it has read."""
+
+    def __init__(self, reader: ExampleReader, change: Callable[[Rows], Rows]) -> None:
+        vars(self).update(vars(reader))
+        self.change = change
+
+    def encode(self, examples: pa.Table) -> Rows:
+        """Rows of a table under the contract `EXAMPLES`, changed."""
+        return self.change(super().encode(examples))
+
+
+def _forget(rows: Rows) -> Rows:
+    return replace(
+        rows,
+        history=np.full_like(rows.history, -1),
+        history_kind=np.zeros_like(rows.history_kind),
+        history_gap=np.zeros_like(rows.history_gap),
+    )
+
+
+def _without_user(rows: Rows) -> Rows:
+    # The user's hashed id is the first field of the audience (FeatureSpace.encode_audience).
+    cats = rows.audience_cats.copy()
+    cats[:, 0] = MISSING
+    return replace(rows, audience_cats=cats)
+
+
+def _permute(rows: Rows) -> Rows:
+    return replace(rows, label=np.random.default_rng(len(rows)).permutation(rows.label))
+
+
+class _ShuffledLabels(AlignmentSampler):
+    """A sampler whose pairs' labels belong to other pairs."""
+
+    def __init__(self, sampler: AlignmentSampler) -> None:
+        vars(self).update(vars(sampler))
+
+    def draw(self, count: int, rng: np.random.Generator) -> AlignmentBatch | None:
+        """As the sampler's, with the labels of each task in another order."""
+        batch = super().draw(count, rng)
+        if batch is None:
+            return None
+        order = torch.from_numpy(rng.permutation(len(batch.ita.label)))
+        return replace(
+            batch,
+            ita=replace(batch.ita, label=batch.ita.label[order]),
+            tia=replace(batch.tia, label=batch.tia.label[order]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One model. What is not named is as in `full`."""
+
+    about: str
+    options: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    hides: tuple[str, ...] = ()
+    """Of images, titles"""
+    hides_ids: bool = False
+    reader: Callable[[Rows], Rows] | None = None
+    """What changes the examples, in training and in the test part"""
+    train_reader: Callable[[Rows], Rows] | None = None
+    """The same, in training and early stop only"""
+    displayed: bool = False
+    gate_mask: bool = False
+    shuffled_alignment: bool = False
+    shuffled_images: bool = False
+    """Whether the test part sees other listings' photos"""
+
+
+def _loss(**values: Any) -> dict[str, Any]:
+    return {"loss": LossConfig(**values)}
+
+
+VARIANTS: dict[str, Variant] = {
+    "full": Variant(about="CameNN"),
+    "no_alignment": Variant(
+        about="CVR alone: neither ITA nor TIA nor the contrastive loss", options={"alignment": False}
+    ),
+    "no_content": Variant(
+        about="no photos, no titles, nothing measured of them", options={"alignment": False}, hides=("images", "titles")
+    ),
+    "displayed": Variant(
+        about="the truth of what is displayed, in the place of embeddings", options={"alignment": False}, displayed=True
+    ),
+    "no_ita": Variant(about="without image-to-text alignment", options=_loss(ita=0.0)),
+    "no_tia": Variant(about="without text-to-image alignment", options=_loss(tia=0.0)),
+    "no_contrastive": Variant(about="without the contrastive loss", options=_loss(contrastive=0.0)),
+    "no_images": Variant(about="titles only", options={"alignment": False}, hides=("images",)),
+    "no_text": Variant(about="photos only", options={"alignment": False}, hides=("titles",)),
+    "dense_gate": Variant(about="every expert for every pair", config={"top_k": 4}),
+    "one_expert": Variant(about="one expert, no choice", config={"experts": 1, "top_k": 1}),
+    "no_ids": Variant(about="without hashed ids of listings and users", hides_ids=True, reader=_without_user),
+    "no_history": Variant(about="without the user's history", reader=_forget),
+    "full_attention": Variant(about="all tokens attend to all", options={"attention": "full"}),
+    "gate_without_content": Variant(about="the CVR gate sees fields and history, not photo and title", gate_mask=True),
+    "permuted_labels": Variant(about="control: training labels permuted", train_reader=_permute),
+    "shuffled_patches": Variant(about="control: at test, photos belong to other listings", shuffled_images=True),
+    "shuffled_alignment": Variant(
+        about="control: alignment labels shuffled", options=_loss(contrastive=0.0), shuffled_alignment=True
+    ),
+}
+
+
+def _mask_gate(trainer: Trainer) -> None:
+    """Hide `[TXT]` and the mean of patches from the CVR gate: the columns of its weights stay 0, where they begin."""
+    width = trainer.model.config.width
+    for layers in (trainer.model.cvr_gate.weights, trainer.model.cvr_gate.noise):
+        weight: torch.Tensor = layers[0].weight  # type: ignore[assignment]
+        if weight.shape[1] != 3 * width or weight.abs().max() > 0:
+            raise RuntimeError("the item side of the CVR gate is not [fields, TXT, patches] with weights of 0")
+        shown = torch.zeros_like(weight)
+        shown[:, :width] = 1
+        weight.register_hook(lambda gradient, shown=shown: gradient * shown)
+
+
+def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world: World) -> tuple[Trainer, Corpus]:
+    """(a trainer of the variant, the corpus of its test part).
+
+    Frozen features are standardised before anything is hidden: a model needs some to be made.
+    """
+    if variant.displayed:
+        corpus = displayed_attributes(corpus, world)
+    corpus = replace(corpus, config=replace(corpus.config, attention=options.attention, **variant.config))
+    trainer = Trainer(corpus, options, lambda *_: None)
+    if variant.hides:
+        corpus = replace(corpus, table=hide(corpus.table, **dict.fromkeys(variant.hides, True)))
+    if variant.hides_ids:
+        corpus = replace(corpus, table=hide_ids(corpus.table, corpus.space))
+    if variant.reader is not None:
+        corpus = replace(corpus, reader=_ChangedReader(corpus.reader, variant.reader))
+    trainer.corpus = corpus
+    if variant.train_reader is not None:
+        trainer.corpus = replace(corpus, reader=_ChangedReader(corpus.reader, variant.train_reader))
+    if variant.gate_mask:
+        _mask_gate(trainer)
+    if variant.shuffled_alignment and trainer.sampler is not None:
+        trainer.sampler = _ShuffledLabels(trainer.sampler)
+    test = replace(corpus, table=shuffle_images(corpus.table, options.seed)) if variant.shuffled_images else corpus
+    return trainer, test

@@ -1,0 +1,376 @@
+"""The quality benchmark: its statistics against scipy and slow references, its variants one by one, and a small run of all of it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from scipy.spatial.distance import cdist
+
+from benchmarks.plant_stage import Job as StageJob
+from benchmarks.plant_stage import run_stage
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import claims, judge, plan, representation
+from benchmarks.quality.job import Job, held_out, run
+from benchmarks.quality.variants import VARIANTS, hide, make_trainer, shuffle_images
+from benchmarks.quality.worlds import World, read_keys, read_truth
+from camenn_model import metrics
+from camenn_model.evaluation import predict
+from camenn_model.train import Corpus, TrainOptions, open_corpus
+from simulator.truth import expected_auc
+from tests.camenn_model.encoder_sources import minilm
+
+CITY = {"clicks": 3_000}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A tiny city, with stub embeddings (they say nothing: these tests are about the benchmark)."""
+    found = World(name="quick", work=str(tmp_path_factory.mktemp("quality")), preset="tiny", city=CITY)
+    found.directory.mkdir(parents=True)
+    from simulator.config import preset_config
+    from simulator.generate import generate_city
+
+    generate_city(found.data, preset_config("tiny", CITY))
+    for stage, name in (("embed", "store"), ("shards", "shards")):
+        run_stage(
+            StageJob(
+                stage=stage,
+                work=str(found.directory),
+                out=str(found.directory / name),
+                beam_flags=("--direct_num_workers=1",),
+                image_shape=(4, 24),
+                text_shape=(8, 16),
+            )
+        )
+    # Everything is there: this embeds nothing.
+    found.prepare()
+    return found
+
+
+@pytest.fixture(scope="module")
+def corpus(world: World) -> Corpus:
+    return open_corpus(TrainOptions(shards=world.shards, out=""))
+
+
+def options(world: World, tmp_path: Path, **values: Any) -> TrainOptions:
+    return TrainOptions(shards=world.shards, out=str(tmp_path), **({"batch_size": 64} | values))
+
+
+def steps(world: World, corpus: Corpus, name: str, tmp_path: Path, count: int = 3) -> tuple[Any, Corpus]:
+    """A trainer of the variant after some steps, and the corpus of its test part."""
+    variant = VARIANTS[name]
+    trainer, test = make_trainer(corpus, variant, replace(options(world, tmp_path), **variant.options), world)
+    for number, share in enumerate(trainer.stream()):
+        trainer.step(share)
+        if number + 1 == count:
+            break
+    trainer.model.eval()
+    return trainer, test
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_every_variant_trains(world: World, corpus: Corpus, tmp_path: Path, name: str) -> None:
+    trainer, test = steps(world, corpus, name, tmp_path)
+    assert all(np.isfinite(row["total"]) for row in trainer.state.curves)
+    aligned = sum(row["ita"] + row["tia"] for row in trainer.state.curves)
+    assert (aligned > 0) == VARIANTS[name].options.get("alignment", True)
+    found = predict(trainer.model, test.reader, test.table, test.files("test"))
+    assert np.isfinite(found.logits).all()
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("no_content", True), ("no_images", True), ("full", False)])
+def test_hidden_photos_change_nothing(world: World, corpus: Corpus, tmp_path: Path, name: str, hidden: bool) -> None:
+    trainer, test = steps(world, corpus, name, tmp_path)
+    before = predict(trainer.model, test.reader, test.table, test.files("test")).logits
+    # The same hidden again, of items that have each other's photos.
+    other = shuffle_images(corpus.table, 0)
+    if hidden:
+        other = hide(other, images=True, titles="titles" in VARIANTS[name].hides)
+    after = predict(trainer.model, test.reader, other, test.files("test")).logits
+    assert np.array_equal(before, after) == hidden
+
+
+def test_what_is_hidden_is_hidden(world: World, corpus: Corpus, tmp_path: Path) -> None:
+    table = hide(corpus.table, images=True, titles=True)
+    batch = table.batch(np.arange(len(table)))
+    assert not batch.has_image.any() and not batch.has_text.any() and not batch.text_mask.any()
+    # Price stays, quality goes: columns are price, price_relative, then the five of quality.
+    assert (batch.buckets[:, 2:] == 0).all() and (batch.buckets[:, :2] > 0).any()
+    assert (corpus.table.buckets[:, 2:] > 0).any(), "the corpus itself is as before"
+    trainer, test = steps(world, corpus, "no_ids", tmp_path)
+    rows = test.reader.read(test.files("test")[0][0])
+    assert (rows.audience_cats[:, 0] == 0).all() and (test.table.cats[:, 3] == 0).all()
+    assert (corpus.table.cats[:, 3] > 0).all()
+
+
+def test_gate_without_content_reads_no_content(world: World, corpus: Corpus, tmp_path: Path) -> None:
+    trainer, _ = steps(world, corpus, "gate_without_content", tmp_path)
+    width = trainer.model.config.width
+    weight = trainer.model.cvr_gate.weights[0].weight
+    assert (weight[:, width:] == 0).all() and (weight[:, :width] != 0).any()
+    usual, _ = steps(world, corpus, "full", tmp_path)
+    assert (usual.model.cvr_gate.weights[0].weight[:, width:] != 0).any()
+
+
+def test_displayed_attributes_are_the_truths(world: World, corpus: Corpus, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    _, test = make_trainer(corpus, VARIANTS["displayed"], options(world, tmp_path, alignment=False), world)
+    assert world.truth is not None
+    listings = {row["item_id"]: row for row in pq.read_table(world.truth / "listings.parquet").to_pylist()}
+    batch = test.table.batch(np.arange(len(test.table)))
+    for place, item in enumerate(test.table.ids.to_pylist()):
+        listing = listings[item]
+        assert batch.patches[place, 0, 0] == (listing["image_corruption"] == "clean")
+        assert batch.text[place, 0, 0] == (listing["text_corruption"] == "clean")
+        if listing["text_corruption"] == "clean":
+            assert batch.text[place, 0, 1] == listing["organic"]
+        if listing["image_corruption"] == "clean":
+            assert batch.patches[place, 0, 1] == np.float16(listing["freshness"])
+
+
+def test_permuted_labels_are_those_of_training_alone(world: World, corpus: Corpus, tmp_path: Path) -> None:
+    trainer, test = make_trainer(corpus, VARIANTS["permuted_labels"], options(world, tmp_path), world)
+    path = corpus.files("train")[0][0]
+    plain, given = corpus.reader.read(path), trainer.corpus.reader.read(path)
+    assert given.label.sum() == plain.label.sum() and not np.array_equal(given.label, plain.label)
+    assert np.array_equal(given.item, plain.item)
+    assert np.array_equal(test.reader.read(path).label, plain.label)
+
+
+def test_truth_is_that_of_the_examples(world: World, corpus: Corpus) -> None:
+    files = corpus.files("test")
+    keys = read_keys(files)
+    truth = read_truth(world, keys)
+    assert len(truth.p_order) == sum(rows for _, rows in files)
+    labels = np.concatenate([corpus.reader.read(path).label for path, _ in files])
+    # Orders are drawn with these probabilities.
+    assert labels.mean() == pytest.approx(truth.p_order.mean(), abs=4 * np.sqrt(truth.p_order.mean() / len(labels)))
+    assert metrics.auc(labels, truth.p_order) > 0.65
+    with pytest.raises(ValueError, match="not among the simulator's clicks"):
+        read_truth(world, keys.assign(item_id="nobody knows"))
+
+
+def test_expected_ece_by_hand() -> None:
+    p = np.array([0.1, 0.3, 0.5, 0.9])
+    # Two bins: of mean 0.2 against 0.3, and 0.7 against 0.6.
+    assert judge.expected_ece(p, np.array([0.25, 0.35, 0.55, 0.65]), bins=2) == pytest.approx(0.1)
+    assert judge.expected_ece(p, p) == 0
+
+
+def test_auc_difference_against_a_plain_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    users = rng.integers(0, 60, 1_500)
+    labels = (rng.random(1_500) < 0.3).astype(float)
+    one, other = labels + rng.normal(size=1_500), labels * 0.5 + rng.normal(size=1_500)
+    difference, error = judge.auc_difference(labels, one, other, users, draws=300)
+    assert difference == metrics.auc(labels, one) - metrics.auc(labels, other)
+    drawn = []
+    for _ in range(300):
+        rows = np.concatenate([np.flatnonzero(users == u) for u in rng.integers(0, 60, 60)])
+        drawn.append(metrics.auc(labels[rows], one[rows]) - metrics.auc(labels[rows], other[rows]))
+    assert error == pytest.approx(np.std(drawn, ddof=1), rel=0.25)
+
+
+def test_p_values_against_scipy() -> None:
+    values = [0.011, 0.017, 0.004]
+    assert claims.sign_p_value(values) == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue, rel=1e-4)
+    given = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
+    assert judge.holm(given) == {
+        "d": pytest.approx(0.02), "a": pytest.approx(0.03), "c": pytest.approx(0.06), "b": pytest.approx(0.06)
+    }  # fmt: skip
+    assert claims.surely_above([0.02, 0.021, 0.019]) and not claims.surely_above([0.02, -0.001, 0.03])
+
+
+def test_maps_against_sklearn() -> None:
+    from sklearn.cross_decomposition import CCA
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(1)
+    hidden = rng.normal(size=(400, 3))
+    images = hidden @ rng.normal(size=(3, 12)) + 0.3 * rng.normal(size=(400, 12))
+    titles = hidden @ rng.normal(size=(3, 8)) + 0.3 * rng.normal(size=(400, 8))
+    images, titles = ((v - v.mean(axis=0)) / v.std(axis=0) for v in (images, titles))
+    gram = images.T @ images
+    expected = Ridge(alpha=0.1 * np.trace(gram) / 12, fit_intercept=False).fit(images, titles).coef_.T
+    assert representation.ridge(images, titles, 0.1) == pytest.approx(expected, abs=1e-8)
+    of_images, of_titles = representation.cca(images, titles, 1e-9, 3)
+    ours = [abs(np.corrcoef(images @ of_images[:, i], titles @ of_titles[:, i])[0, 1]) for i in range(3)]
+    peer = CCA(n_components=3, scale=False, max_iter=5_000).fit(images, titles)
+    a, b = peer.transform(images, titles)
+    assert ours == pytest.approx([abs(np.corrcoef(a[:, i], b[:, i])[0, 1]) for i in range(3)], abs=1e-3)
+
+
+def test_figures_of_representation_by_hand() -> None:
+    held = representation.Held(
+        np.arange(4), np.array([0, 0, 1, 1]), np.array([False, False, False, True]), np.array([False] * 3 + [True])
+    )
+    vectors = np.array([[1.0, 0], [0.9, 0.1], [0, 1], [0.2, 0.8]])
+    similarities = -cdist(vectors, vectors)
+    belongs = np.array([0.9, 0.8, 0.7, 0.1])
+    found = representation.figures(similarities, belongs, np.array([0.2, 0.3]), held)
+    assert found["image_to_text"]["r_at_1"] == found["text_to_image"]["r_at_1"] == 1.0
+    assert found["mismatch_auc"] == found["swap_auc"] == 1.0
+    photos, titles = representation.swapped_pairs(held, 0)
+    assert all(held.classes[a] != held.classes[b] for a, b in zip(photos, titles, strict=True))
+    assert not {3} & {*photos.tolist(), *titles.tolist()}, "the listing that is wrong itself"
+
+
+@pytest.mark.parametrize("model", ["popularity", "frozen", "lightgbm", "lightgbm_content", "mmoe"])
+def test_baselines(world: World, model: str) -> None:
+    job = Job(world=world, model=model, seed=0, trials=2)
+    assert not job.done()
+    result = run(job)
+    assert job.done() and not replace(job, trials=3).done()
+    assert Job.from_json(json.dumps(plan_dict(job))) == job
+    if model == "frozen":
+        assert 0 <= result["representation"]["ridge"]["image_to_text"]["r_at_1"] <= 1
+        return
+    assert 0.4 < result["expected"]["auc"] < result["expected"]["auc_of_truth"]
+    stored = np.load(job.result().with_suffix(".npz"))
+    files = open_corpus(TrainOptions(shards=world.shards, out="")).files("test")
+    p = read_truth(world, read_keys(files)).p_order
+    assert expected_auc(p, stored["logits"]) == pytest.approx(result["expected"]["auc"])
+    if model != "popularity":
+        losses = [trial["early_stop_log_loss"] for trial in result["trials"]]
+        assert len(losses) == 2 and result["early_stop_log_loss"] == min(losses)
+
+
+def plan_dict(job: Job) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(job)
+
+
+def test_held_out_classes_are_the_truths(world: World, corpus: Corpus) -> None:
+    train, classes, held = held_out(world, corpus)
+    assert len(train) == len(classes) and not {*train.tolist()} & {*held.rows.tolist()}
+    assert held.mismatched is not None and held.corrupted is not None
+    assert (held.corrupted | ~held.mismatched).all(), "a mismatch is a corruption"
+
+
+def test_a_small_run_of_all_of_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--quick` in one process: jobs run here, and the world is the tests' own; its claims are about a bigger city."""
+    monkeypatch.setattr(plan, "world", lambda arguments, name, city, preset="default": world)
+    monkeypatch.setattr(plan, "QUICK_TRIALS", 2)
+    ran = []
+
+    def run_here(job: Job, deadline: float) -> str:
+        if job.done():
+            return "was done"
+        ran.append(job.model)
+        run(replace(job, epochs=1))
+        # The result is that of fewer epochs.
+        path = job.result()
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"asked": job.asked()}))
+        return "done"
+
+    monkeypatch.setattr(command, "run_job", run_here)
+    arguments = ["--quick", "--work", world.work, "--text_encoder", "none", "--jobs", "1"]
+    threads = torch.get_num_threads()
+    code = command.main(arguments)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out.splitlines()[-1])
+    assert set(found["expected_auc"]) == set(plan.QUICK_MODELS)
+    assert found["beats_lightgbm"] is None
+    broken = [claim for claim, holds in found["claims"].items() if not holds]
+    assert code == (1 if broken else 0)
+    assert all(claim in printed.err for claim in broken)
+    assert "full" in ran
+    ran.clear()
+    assert command.main(arguments) == code
+    assert not ran, "what is done is not done again"
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_no_claim_flips(tmp_path: Path) -> None:
+    """`--quick` as it is meant: the demo's city, the real encoders (random photo weights), processes of one thread."""
+    out = subprocess.run(
+        [sys.executable, "-m", "benchmarks.quality", "--quick", "--work", str(tmp_path), "--text_encoder", minilm()],
+        capture_output=True,
+        text=True,
+        timeout=3_000,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr[-3_000:]
+    found = json.loads(out.stdout.splitlines()[-1])
+    assert all(found["claims"].values()) and found["beats_lightgbm"] is None
+
+
+def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole tables from results that are made up: `full` is the best by far, so claims hold; then it is not."""
+
+    def expected(auc: float) -> dict[str, Any]:
+        strata = {
+            name: {"rows": 500, "auc": auc, "auc_of_truth": 0.8}
+            for name in ("uniform_sessions", "cold_start", "warm", "corrupted")
+        }
+        return {
+            "auc": auc, "auc_of_truth": 0.8, "attainable_share": 0.5, "pcoc": 1.0, "ece": 0.005, "strata": strata, "ladder": {},
+        }  # fmt: skip
+
+    way = {"r_at_1": 0.5, "r_at_5": 0.7, "r_at_10": 0.8}
+    weak = {"r_at_1": 0.1, "r_at_5": 0.2, "r_at_10": 0.3}
+    learned = {"image_to_text": way, "text_to_image": way, "mismatch_auc": 0.95, "swap_auc": 0.97}
+    mapped = {"image_to_text": weak, "text_to_image": weak, "mismatch_auc": 0.7, "swap_auc": 0.8}
+    results = []
+    rates = {
+        "full": 0.75,
+        "no_content": 0.65,
+        "displayed": 0.78,
+        "no_alignment": 0.74,
+        "lightgbm_content": 0.7,
+        "mmoe": 0.69,
+    }
+    test = dict.fromkeys(("auc", "gauc", "session_auc", "log_loss", "ne", "pcoc", "ece"), 0.7)
+    for seed in range(3):
+        for kind in ("city", "small"):
+            for model, auc in rates.items():
+                results.append(
+                    {
+                        "world": f"{kind}{seed}",
+                        "model": model,
+                        "seed": seed,
+                        "test": test,
+                        "expected": expected(auc + seed * 1e-3),
+                    }
+                )
+        results.append(
+            {
+                "world": f"city{seed}",
+                "model": "frozen",
+                "seed": seed,
+                "representation": {"ridge": mapped, "cca": mapped},
+            }
+        )
+    for result in results:
+        if result["model"] == "full":
+            result |= {"gates": {"cvr": [0.4, 0.6], "ita": [0.6, 0.4]}, "representation": learned}
+        if result["model"] in ("lightgbm_content", "mmoe"):
+            result["expected"]["auc"] += result["seed"] * 1e-3
+    small = [
+        r
+        for r in results
+        if not (r["world"].startswith("small") and r["model"] in ("lightgbm_content", "mmoe", "displayed"))
+    ]
+    claims.write_tables(small, tmp_path, docs=False)
+    told = json.loads((tmp_path / "claims.json").read_text())
+    assert len(told) >= 10 and all(claim["holds"] for claim in told.values()), told
+    text = (tmp_path / "quality.md").read_text()
+    assert "0.7510 ± 0.0006" in text and "content efficiency" in text
+    for result in small:
+        if result["model"] == "full":
+            result["expected"]["auc"] -= 0.08
+    claims.write_tables(small, tmp_path, docs=False)
+    told = json.loads((tmp_path / "claims.json").read_text())
+    assert not told["content efficiency ≥ 0.65"]["holds"] and not told["expected AUC above mmoe by 3 SE"]["holds"]
