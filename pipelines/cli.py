@@ -13,6 +13,9 @@ COMMANDS = {
     "score": ("pipelines.score_catalog", "score the catalog for an audience, and publish"),
     "report": ("pipelines.report", "write one self-contained HTML page about a run"),
     "nightly": ("pipelines.nightly", "embed, shards, train if due, score and report, from one config file"),
+    "publish": ("pipelines.publish_run", "let readers see a finished run that is not the published one"),
+    "rollback": ("pipelines.roll_back", "let readers see the run that was published before"),
+    "gc": ("pipelines.collect_garbage", "remove files that no kept run refers to"),
     "doctor": ("pipelines.doctor", "look at this machine: versions, devices, weights, disk; say what to do"),
 }
 

@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -46,6 +47,25 @@ def read_json(path: str) -> Any:
     """Parse one JSON file."""
     with open_read(path) as handle:
         return json.loads(handle.read())
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file that is there."""
+
+    path: str
+    bytes: int
+    written_at: float
+    """Seconds since 1970, UTC"""
+
+
+def match(pattern: str) -> list[Found]:
+    """Files whose paths match, in no order; `**` also matches slashes."""
+    return [
+        Found(file.path, file.size_in_bytes, file.last_updated_in_seconds)
+        for result in FileSystems.match([pattern])
+        for file in result.metadata_list
+    ]
 
 
 def make_directory(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Publication: a run's directory, its manifest, and `latest.json`, the one file that ever changes."""
+"""Publication: a run's directory, its manifest, and `latest.json`, the one file that ever changes; `published/` tells what it pointed to, one file each time."""
 
 import datetime
 import hashlib
@@ -20,6 +20,7 @@ from schemas.contract import SCHEMA_VERSION, InputError
 
 LATEST = "latest.json"
 MANIFEST = "manifest.json"
+PUBLISHED = "published"
 _FINISHED = "finished.json"
 
 
@@ -45,6 +46,8 @@ class Manifest:
     tables: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    """What was held against earlier nights before publication: name, passed, and words that tell by how much"""
     seconds: float = 0.0
     created_at: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -134,6 +137,12 @@ def require_latest(root: str, stage: str, flag: str) -> Manifest:
 
 def publish(root: str, manifest: Manifest) -> None:
     """Write the run's manifest, then let `latest.json` point to it: the one moment at which readers see the run."""
+    write_manifest(root, manifest)
+    point_to(root, manifest)
+
+
+def write_manifest(root: str, manifest: Manifest) -> None:
+    """Write a finished run's manifest; readers do not see the run yet."""
     manifest.created_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     manifest.versions = versions()
     record = asdict(manifest)
@@ -144,10 +153,38 @@ def publish(root: str, manifest: Manifest) -> None:
             entry["path"] = entry["path"].removeprefix(prefix)
         table["files"].sort(key=lambda entry: entry["path"])
     files.write_json(files.join(root, "runs", manifest.run, MANIFEST), record)
+
+
+def point_to(root: str, manifest: Manifest, **why: str) -> None:
+    """Let `latest.json` point to a run whose manifest is written; `why` is kept beside the time in `published/`."""
+    numbers = [number for number, _ in _published_files(root)]
+    entry = {
+        "run": manifest.run,
+        "stage": manifest.stage,
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **why,
+    }
+    # Numbered, not named by time: a clock that is set back must not change the order.
+    files.write_json(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry)
     files.write_json(
         files.join(root, LATEST),
         {"run": manifest.run, "stage": manifest.stage, "manifest": f"runs/{manifest.run}/{MANIFEST}"},
     )
+
+
+def _published_files(root: str) -> list[tuple[int, str]]:
+    """(number, path) of each entry of `published/`, oldest first."""
+    found = files.match(files.join(root, PUBLISHED, "*.json"))
+    return sorted((int(file.path.rpartition("/")[2].removesuffix(".json")), file.path) for file in found)
+
+
+def publications(root: str, last: int | None = None) -> list[dict[str, str]]:
+    """What `latest.json` pointed to, oldest first: run, stage, at, and why. With `last`, only so many of the latest ones.
+
+    The latest one may be of a publication that was cut off: `latest.json` alone tells what is published.
+    """
+    entries = _published_files(root)
+    return [files.read_json(path) for _, path in entries[-last if last else None :]]
 
 
 def add_files(manifest: Manifest, contracts: dict[str, str], records: Iterable[FileRecord]) -> None:
