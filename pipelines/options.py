@@ -14,6 +14,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 
+from pipelines.gates import HeldBack
 from pipelines.package import guard
 from schemas.contract import InputError
 
@@ -241,7 +242,7 @@ def worker_threads(beam_flags: list[str]) -> int | None:
 
 
 def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
-    """Run a command: what the user can mend is one message on stderr and exit code 2, everything else a traceback."""
+    """Run a command: what the user can mend is one message on stderr and exit code 2, a run that its gates hold back 3, everything else a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     # It prints the whole command line of a job server, twice.
     logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)
@@ -256,6 +257,9 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
     except InputError as error:
         print(f"camenn: error: {error}", file=sys.stderr)
         return 2
+    except HeldBack as held:
+        print(f"camenn: held back: {held}", file=sys.stderr)
+        return 3
     except Exception as error:
         cause = _input_error_behind(error)
         if cause is None:

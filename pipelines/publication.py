@@ -109,8 +109,8 @@ def rollback(root: str, reason: str | None) -> dict[str, Any]:
     return {"out": root, "run": earlier, "before": latest.run, "published": True}
 
 
-def _before(history: list[dict[str, str]], run: str) -> str | None:
-    """The run that was published before `run`, as a stack of publications has it on which a rollback takes the top away."""
+def standing(history: list[dict[str, str]], run: str) -> list[str]:
+    """Runs that were published up to `run`, which is published now, oldest first, without those that were rolled back from."""
     stack: list[str] = []
     for entry in history:
         if "rolled_back_from" in entry:
@@ -121,7 +121,35 @@ def _before(history: list[dict[str, str]], run: str) -> str | None:
     while stack and stack[-1] != run:
         # A publication that was cut off before `latest.json` was written.
         stack.pop()
+    return stack
+
+
+def _before(history: list[dict[str, str]], run: str) -> str | None:
+    """The run that was published before `run`."""
+    stack = standing(history, run)
     return stack[-2] if len(stack) > 1 else None
+
+
+def previous_run(root: str, run: str) -> Manifest | None:
+    """The manifest of the run that was published before `run`, which is published now; None where there was none or `camenn gc` removed its files."""
+    earlier = _before(publications(root), run)
+    if earlier is None:
+        return None
+    manifest = read_run(root, earlier)
+    try:
+        check_whole(root, manifest)
+    except InputError:
+        return None
+    return manifest
+
+
+def published_manifests(root: str, last: int) -> list[Manifest]:
+    """Manifests of up to `last` runs that stand, the published one included, oldest first."""
+    latest = read_latest(root)
+    if latest is None:
+        return []
+    runs = list(dict.fromkeys(reversed(standing(publications(root), latest.run))))[:last]
+    return [read_run(root, run) for run in reversed(runs)]
 
 
 # --- removing what nobody reads

@@ -9,10 +9,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from apache_beam.io.filesystems import FileSystems
 
 from pipelines import files
-from pipelines.manifest import MANIFEST, Manifest, read_latest, read_run
+from pipelines.manifest import Manifest, read_latest
+from pipelines.publication import previous_run
 from schemas.contract import InputError
 
 STAGES = (("embed", "store"), ("shards", "shards"), ("train", "model"), ("score", "scores"))
@@ -84,7 +84,7 @@ def read_work(root: str) -> Work:
     return Work(
         root=root,
         manifests=manifests,
-        previous_scores=_read_previous(files.join(root, "scores"), scores.run) if scores else None,
+        previous_scores=previous_run(files.join(root, "scores"), scores.run) if scores else None,
         metrics=_read_object(metrics_path) if metrics_path else None,
         metrics_path=metrics_path,
         curves=curves,
@@ -117,13 +117,6 @@ def _read_curves(path: str) -> pd.DataFrame | None:
     if missing:
         raise InputError(f"{path}: columns {', '.join(missing)} are missing. Train again, or remove the file.")
     return curves
-
-
-def _read_previous(root: str, run: str) -> Manifest | None:
-    """The run before `run` that has a manifest: names sort by time."""
-    found = FileSystems.match([files.join(root, "runs", "*", MANIFEST)])[0].metadata_list
-    earlier = sorted(name for name in (metadata.path.rstrip("/").split("/")[-2] for metadata in found) if name < run)
-    return read_run(root, earlier[-1]) if earlier else None
 
 
 def read_columns(paths: list[str], columns: list[str]) -> Iterator[pa.Table]:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import files
+from pipelines.distribution import EDGES, decile_shares, histogram, population_stability_index
 from pipelines.manifest import Manifest
 from pipelines.report_data import read_columns
 
@@ -16,8 +17,6 @@ TOP = 10
 """Ranks whose change from night to night is counted."""
 
 _BATCH = 262_144
-_EDGES = np.linspace(-14.0, 14.0, 2801)
-"""Log-odds between which scores are counted: a step is 1 % of the odds, fine enough for deciles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ def digest_scores(manifest: Manifest, *, with_stores: bool) -> ScoreDigest:
         if with_stores and manifest.paths("audience")
         else None
     )
-    histogram = np.zeros(len(_EDGES) + 1, dtype=np.int64)
+    counts = np.zeros(len(EDGES) + 1, dtype=np.int64)
     rows, total = 0, 0.0
     sums: list[pa.Table] = []
     tops: list[pa.Table] = []
@@ -77,7 +76,7 @@ def digest_scores(manifest: Manifest, *, with_stores: bool) -> ScoreDigest:
                 cvr = table["cvr"].to_numpy().astype(np.float64)
                 rows += len(cvr)
                 total += float(cvr.sum())
-                histogram += np.bincount(_bins(cvr), minlength=len(histogram))
+                counts += histogram(cvr)
                 tops.append(table.filter(pc.less_equal(table["rank"], TOP)).select(["audience_id", "item_id"]))
                 if audience is not None:
                     sums.append(_sum_by_store(table, audience))
@@ -90,15 +89,10 @@ def digest_scores(manifest: Manifest, *, with_stores: bool) -> ScoreDigest:
     return ScoreDigest(
         rows=rows,
         mean=total / rows if rows else 0.0,
-        histogram=histogram,
+        histogram=counts,
         stores=empty if stores is None else stores.rename_columns(["store_id", "item_id", "total", "rows"]).to_pandas(),
         top=pa.concat_tables(tops).to_pandas() if tops else pd.DataFrame({"audience_id": [], "item_id": []}),
     )
-
-
-def _bins(cvr: np.ndarray) -> np.ndarray:
-    clipped = np.clip(cvr, 1e-7, 1 - 1e-7)
-    return np.searchsorted(_EDGES, np.log(clipped / (1 - clipped)), side="right")
 
 
 def _sum_by_store(table: pa.Table, audience: pa.Table) -> pa.Table:
@@ -141,18 +135,3 @@ def compare_nights(now: ScoreDigest, before: ScoreDigest) -> Drift:
         changed=len(kept) - len(both),
         compared=len(kept),
     )
-
-
-def decile_shares(now: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Shares float64 [10] of the histogram `now` within the deciles of the histogram `before`; both int64 [bins]."""
-    reached = np.cumsum(before) / max(before.sum(), 1)
-    # A bin belongs to the decile in which its middle lies.
-    middle = reached - before / max(before.sum(), 1) / 2
-    decile = np.minimum((middle * 10).astype(int), 9)
-    return np.bincount(decile, weights=now, minlength=10) / max(now.sum(), 1)
-
-
-def population_stability_index(found: np.ndarray, expected: np.ndarray) -> float:
-    """Σ (q - p) ln(q / p) over shares p, q: below 0.1 is read as stable, above 0.2 as shifted. Empty cells count as 1e-4."""
-    q, p = np.maximum(found, 1e-4), np.maximum(expected, 1e-4)
-    return float(np.sum((q - p) * np.log(q / p)))

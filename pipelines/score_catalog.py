@@ -25,8 +25,10 @@ from pipelines.attribution import HOUR_US
 from pipelines.audience import by_store, by_user, has_candidates, read_audience, read_candidates, score_time
 from pipelines.console import closing_table, watch
 from pipelines.dimensions import read_timezones, read_users
+from pipelines.distribution import EDGES, histogram
 from pipelines.events import read_times
 from pipelines.examples import item_attributes
+from pipelines.gates import NIGHTS, HeldBack, Night, check_night
 from pipelines.items import CopyContents, contents_jobs, load_items, local_only
 from pipelines.manifest import (
     Count,
@@ -42,6 +44,7 @@ from pipelines.manifest import (
     read_rejects,
     request_fingerprint,
     require_latest,
+    write_manifest,
 )
 from pipelines.options import (
     add_common_flags,
@@ -52,6 +55,7 @@ from pipelines.options import (
     run_main,
     use_all_cores,
 )
+from pipelines.publication import published_manifests
 from pipelines.score_tiles import AlignListings, AudienceRows, JudgeListings, RankChunk, ScoreTile, Tile, WorkerInput
 from pipelines.snapshot import Log, Snapshot, audience_features, build_log
 from pipelines.tables import Source, WriteTable, write_table
@@ -348,6 +352,28 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
             "scores": files.join(directory, "scores"),
             "listing_quality": files.join(directory, "listing_quality"),
         }
+        night = Night(
+            listings=items.num_rows,
+            audience_rows=audience.num_rows,
+            rows=manifest.rows("scores"),
+            mean_cvr=statistics["mean"],
+            histogram=tuple(
+                (int(place), int(statistics["histogram"][place])) for place in np.flatnonzero(statistics["histogram"])
+            ),
+        )
+        manifest.options["night"] = asdict(night)
+        nights = [
+            earlier.options["night"] for earlier in published_manifests(out, NIGHTS) if "night" in earlier.options
+        ]
+        gates = check_night(night, [Night.from_json(value) for value in nights])
+        manifest.gates = [gate.to_json() for gate in gates]
+        failed = [gate.words for gate in gates if not gate.passed]
+        if failed:
+            write_manifest(out, manifest)
+            raise HeldBack(
+                f"run {run_name} is finished, but {'; '.join(failed)}. The scores of before stay published. "
+                f"Look at {directory}; if it is right: camenn publish {directory} --force --reason TEXT"
+            )
         publish(out, manifest)
     return manifest.summary
 
@@ -385,8 +411,9 @@ def expected_rows(chunks: list[Chunk], top_k: int, candidates: np.ndarray | None
 
 
 def score_statistics(paths: list[str]) -> dict[str, Any]:
-    """Mean and range of the written cvr column, file by file; a null or NaN raises."""
+    """Mean, range and histogram of the written cvr column, file by file; a null or NaN raises."""
     total, rows, low, high = 0.0, 0, np.inf, -np.inf
+    counts = np.zeros(len(EDGES) + 1, dtype=np.int64)
     for path in paths:
         with files.open_read(path) as handle:
             cvr = pq.read_table(handle, columns=["cvr"])["cvr"].to_numpy()
@@ -394,7 +421,8 @@ def score_statistics(paths: list[str]) -> dict[str, Any]:
             raise InputError(f"{path}: cvr holds values that are not finite. Nothing was published; train again.")
         total, rows = total + float(cvr.sum(dtype=np.float64)), rows + len(cvr)
         low, high = min(low, float(cvr.min(initial=np.inf))), max(high, float(cvr.max(initial=-np.inf)))
-    return {"mean": total / rows if rows else 0.0, "range": (low, high) if rows else None}
+        counts += histogram(cvr.astype(np.float64))
+    return {"mean": total / rows if rows else 0.0, "range": (low, high) if rows else None, "histogram": counts}
 
 
 def count_flag(paths: list[str], flag: str) -> int:

@@ -265,6 +265,41 @@ def test_score_as_of_an_earlier_date_reads_nothing_later(city: City, capfd: pyte
     pd.testing.assert_frame_equal(table(city.work / "backfill_cut", "scores"), whole)
 
 
+def test_a_night_that_lost_half_of_its_listings_is_held_back(city: City, capfd: pytest.CaptureFixture[str]) -> None:
+    """Readers keep last night's scores, the exit code is 3, and what to do is said; then it is done."""
+    scores = city.work / "scores"
+    before = read_latest(str(scores))
+    assert before is not None
+    catalog = pq.read_table(city.data / "catalog.parquet")
+    places = [
+        "--store",
+        str(city.work / "store"),
+        "--model",
+        str(city.work / "model"),
+        "--out",
+        str(scores),
+        "--top_k",
+        "10",
+    ]
+    # The file itself comes back: one that was written anew would be another input for the tests below.
+    aside = (city.data / "catalog.parquet").rename(city.work / "whole_catalog.parquet")
+    try:
+        pq.write_table(catalog.slice(0, catalog.num_rows // 2), city.data / "catalog.parquet")
+        assert cli.main(["score", "--data", str(city.data), *places, "--max_reject_rate", "1"]) == 3
+    finally:
+        aside.replace(city.data / "catalog.parquet")
+    said = capfd.readouterr().err
+    assert "held back" in said and "60 listings are 0.500 of" in said
+    assert read_latest(str(scores)) == before
+    run = re.search(r"camenn publish (\S+) --force", said)
+    assert run is not None
+    assert cli.main(["publish", run[1], "--force", "--reason", "half of the shops closed"]) == 0
+    now = read_latest(str(scores))
+    assert now is not None and now.rows("listing_quality") == 60
+    assert cli.main(["rollback", "--out", str(scores)]) == 0
+    assert read_latest(str(scores)) == before
+
+
 def test_report_is_written(city: City, capfd: pytest.CaptureFixture[str]) -> None:
     reported = city.run(capfd, "report", "--run", str(city.work))
     page = (city.work / "report" / "index.html").read_text()

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipelines.build_shards import build_parser as shards_parser
+from pipelines.distribution import decile_shares, population_stability_index
 from pipelines.embed_catalog import build_parser as embed_parser
 from pipelines.manifest import Manifest
 from pipelines.report import build_parser, main, render
@@ -22,14 +23,7 @@ from pipelines.report_plots import plot_reliability
 from pipelines.report_quality import quality
 from pipelines.report_rows import books, click_funnel
 from pipelines.report_runs import REPEAT_FLAGS, repeat_command, timings
-from pipelines.report_scores import (
-    ScoreDigest,
-    compare_nights,
-    decile_shares,
-    digest_scores,
-    population_stability_index,
-    top_by_store,
-)
+from pipelines.report_scores import ScoreDigest, compare_nights, digest_scores, top_by_store
 from pipelines.report_words import duration, number, percent, shown
 from pipelines.score_catalog import build_parser as score_parser
 from pipelines.train_model import build_parser as train_parser
