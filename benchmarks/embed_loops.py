@@ -194,7 +194,7 @@ def run_whole(job: Job) -> dict[str, Any]:
     return {
         "seconds": net,
         "chunk_over_bare": by_chunk,
-        "image_pairs": [[round(value, 2) for value in pair] for pair in told["images"]["pairs"]],
+        "image_pairs": [[round(value, 2) for value in pair] for pair in told.get("images", {}).get("pairs", [])],
         "share_in_encoders": inside / net,
         "bare_seconds": sum(bare.values()),
         "bare_by_encoder": bare,
