@@ -86,7 +86,6 @@ class _Timed:
     record: str
     variant: Sequence[Any] | None
     bare: Any = None
-    told = 0.0
 
     def make_bare(self, model: Any, variant: tuple[str, int]) -> Any:
         """The bare loop."""
@@ -110,16 +109,20 @@ class _Timed:
     ) -> Iterable[Any]:
         """The handler's own, timed."""
         handler: Any = super()
+        begun = time.monotonic()
+        encoder = model.get()
         stopped = time.monotonic()
+        loading = stopped - begun
         if self.variant is not None:
             # The chunk before may still be written.
             time.sleep(0.2)
-        bare = self._bare_seconds(batch, model, ahead=True)
-        resumed, ready = time.monotonic(), model.start_seconds
+        bare = self._bare_seconds(batch, encoder, ahead=True)
+        resumed, ready = time.monotonic(), encoder.start_seconds
         found = list(handler.run_inference(batch, model, inference_args))
         ended = time.monotonic()
-        own = ended - resumed - (model.start_seconds - ready)
-        bare += self._bare_seconds(batch, model, ahead=False)
+        compiling = encoder.start_seconds - ready
+        own = ended - resumed - compiling
+        bare += self._bare_seconds(batch, encoder, ahead=False)
         contents = sum(len(chunk.keys) for chunk in batch) if bare else 0
         # Around each other within seconds: a ratio that a machine which lends its cores elsewhere for minutes leaves alone.
         pair = (own, bare) if bare else None
@@ -127,13 +130,12 @@ class _Timed:
         _write(
             self.record,
             pair,
-            start=model.start_seconds - self.told,
+            start=loading + compiling,
             paused=paused,
             bare=bare,
             contents=contents,
             own=own,
         )
-        self.told = model.start_seconds
         return found
 
 

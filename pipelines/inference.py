@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from apache_beam.metrics import Metrics
@@ -28,6 +29,8 @@ from pipelines.patches import LIMITS, ImageDefect, ImageQuality, decode_image, g
 if TYPE_CHECKING:
     from camenn_model.image_encoder import ImageEncoder
     from camenn_model.text_encoder import TextEncoder
+
+Encoder = TypeVar("Encoder")
 
 IMAGE_METRICS, TITLE_METRICS = "embed-images", "embed-titles"
 """Metrics namespaces of RunInference and of the counters below."""
@@ -126,7 +129,26 @@ class _Unread(Exception):
         self.detail = detail
 
 
-class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "ImageEncoder"]):
+class OnDemand(Generic[Encoder]):
+    """An encoder that is loaded when the first chunk comes: a night on which nothing changed needs none.
+
+    Args:
+        load: raises WeightsError or DeviceError where this worker cannot honour the spec.
+    """
+
+    def __init__(self, load: Callable[[], Encoder]) -> None:
+        self._load, self._lock = load, threading.Lock()
+        self._encoder: Encoder | None = None
+
+    def get(self) -> Encoder:
+        """The encoder; loaded once, whichever thread asks first."""
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = self._load()
+            return self._encoder
+
+
+class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "OnDemand[ImageEncoder]"]):
     """Photos → patch features. A photo that cannot be decoded is a defect; the rest of its chunk goes on."""
 
     def __init__(self, spec: ImageSpec, *, torch_threads: int | None = None) -> None:
@@ -136,18 +158,21 @@ class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "ImageEncoder"])
         self._spec = spec
         self._torch_threads = torch_threads
 
-    def load_model(self) -> ImageEncoder:
-        """Load the encoder; raises WeightsError or DeviceError where this worker cannot honour the spec."""
+    def load_model(self) -> OnDemand[ImageEncoder]:
+        """The encoder, which is not loaded yet."""
+        return OnDemand(self._load)
+
+    def _load(self) -> ImageEncoder:
         from camenn_model.image_encoder import ImageEncoder
 
         _set_threads(self._torch_threads)
         return ImageEncoder(self._spec)
 
     def run_inference(
-        self, batch: Sequence[ImageChunk], model: ImageEncoder, inference_args: dict[str, Any] | None = None
+        self, batch: Sequence[ImageChunk], model: OnDemand[ImageEncoder], inference_args: dict[str, Any] | None = None
     ) -> Iterable[EncodedImages]:
         """Encode each chunk; photos are read and decoded on threads while the encoder computes."""
-        return encode_images(batch, model)
+        return encode_images(batch, model.get())
 
     def get_num_bytes(self, batch: Sequence[ImageChunk]) -> int:
         """Bytes of keys, paths and inline photos (the default would pickle them)."""
@@ -164,7 +189,7 @@ class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "ImageEncoder"])
         return False
 
 
-class TitleChunkHandler(ModelHandler[TitleChunk, EncodedTitles, "TextEncoder"]):
+class TitleChunkHandler(ModelHandler[TitleChunk, EncodedTitles, "OnDemand[TextEncoder]"]):
     """Titles → token states."""
 
     def __init__(self, spec: TextSpec, *, torch_threads: int | None = None) -> None:
@@ -173,18 +198,22 @@ class TitleChunkHandler(ModelHandler[TitleChunk, EncodedTitles, "TextEncoder"]):
         self._spec = spec
         self._torch_threads = torch_threads
 
-    def load_model(self) -> TextEncoder:
-        """Load the encoder; raises WeightsError or DeviceError where this worker cannot honour the spec."""
+    def load_model(self) -> OnDemand[TextEncoder]:
+        """The encoder, which is not loaded yet."""
+        return OnDemand(self._load)
+
+    def _load(self) -> TextEncoder:
         from camenn_model.text_encoder import TextEncoder
 
         _set_threads(self._torch_threads)
         return TextEncoder(self._spec)
 
     def run_inference(
-        self, batch: Sequence[TitleChunk], model: TextEncoder, inference_args: dict[str, Any] | None = None
+        self, batch: Sequence[TitleChunk], model: OnDemand[TextEncoder], inference_args: dict[str, Any] | None = None
     ) -> Iterable[EncodedTitles]:
         """Encode each chunk."""
-        return [encode_titles(chunk, model) for chunk in batch]
+        encoder = model.get()
+        return [encode_titles(chunk, encoder) for chunk in batch]
 
     def get_num_bytes(self, batch: Sequence[TitleChunk]) -> int:
         """Characters of keys and titles (the default would pickle them)."""
@@ -303,8 +332,7 @@ def encode_titles(chunk: TitleChunk, model: TextEncoder) -> EncodedTitles:
 
 def measure_pace(spec: ImageSpec | TextSpec, threads: int | None) -> float:
     """Seconds for one content on this machine: the encoder is loaded and given one batch to warm up and one to be timed."""
-    handler = chunk_handler(spec, threads)
-    model = handler.load_model()
+    model = chunk_handler(spec, threads).load_model().get()
     work: Any
     if isinstance(spec, ImageSpec):
         contents = -(-spec.batch_size // spec.shape[0])

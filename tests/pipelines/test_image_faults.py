@@ -27,7 +27,7 @@ from PIL import Image
 from camenn_model.encoder_spec import ImageSpec
 from camenn_model.image_encoder import ImageEncoder
 from pipelines import cli
-from pipelines.inference import EncodedImages, ImageChunk, ImageChunkHandler, content_key
+from pipelines.inference import EncodedImages, ImageChunk, ImageChunkHandler, OnDemand, content_key
 from pipelines.manifest import read_latest
 from pipelines.patches import LIMITS, ImageDefect, decode_image
 from schemas.catalog import CATALOG
@@ -695,17 +695,19 @@ SPEC = replace(
 
 
 @pytest.fixture(scope="module")
-def encoder() -> ImageEncoder:
+def encoder() -> OnDemand[ImageEncoder]:
     return ImageChunkHandler(SPEC, torch_threads=1).load_model()
 
 
-def encode(encoder: ImageEncoder, photos: list[tuple[str, str | None, bytes | None]]) -> EncodedImages:
+def encode(encoder: OnDemand[ImageEncoder], photos: list[tuple[str, str | None, bytes | None]]) -> EncodedImages:
     keys, uris, data = ([photo[column] for photo in photos] for column in range(3))
     (encoded,) = ImageChunkHandler(SPEC).run_inference([ImageChunk("chunk", keys, uris, data)], encoder)  # type: ignore[arg-type]
     return encoded
 
 
-def test_chunk_of_every_kind_loses_no_photo(contents: dict[str, bytes], encoder: ImageEncoder, tmp_path: Path) -> None:
+def test_chunk_of_every_kind_loses_no_photo(
+    contents: dict[str, bytes], encoder: OnDemand[ImageEncoder], tmp_path: Path
+) -> None:
     """Every second photo in a file, the others inline; some files are not what they were."""
     outcomes = {content_key(contents[name]): CASES[name] for name in CASES}
     photos: dict[str, tuple[str, str | None, bytes | None]] = {}

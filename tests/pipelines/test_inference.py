@@ -1,10 +1,17 @@
 import io
+import json
 import pickle
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import apache_beam as beam
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from apache_beam.ml.inference.base import RunInference
 from apache_beam.testing.test_pipeline import TestPipeline
@@ -18,11 +25,13 @@ from pipelines.inference import (
     EncodedTitles,
     ImageChunk,
     ImageChunkHandler,
+    OnDemand,
     TitleChunk,
     TitleChunkHandler,
     content_key,
 )
 from pipelines.patches import decode_image, grid_patches
+from schemas.catalog import CATALOG
 from tests.camenn_model.encoder_sources import minilm
 
 SPEC = replace(
@@ -37,7 +46,7 @@ def handler() -> ImageChunkHandler:
 
 
 @pytest.fixture(scope="module")
-def encoder(handler: ImageChunkHandler) -> ImageEncoder:
+def encoder(handler: ImageChunkHandler) -> OnDemand[ImageEncoder]:
     return handler.load_model()
 
 
@@ -58,7 +67,7 @@ def chunk_of(directory: Path, contents: list[bytes]) -> ImageChunk:
 
 
 def test_image_chunk_handler_encodes_every_good_photo(
-    handler: ImageChunkHandler, encoder: ImageEncoder, tmp_path: Path
+    handler: ImageChunkHandler, encoder: OnDemand[ImageEncoder], tmp_path: Path
 ) -> None:
     contents = [photo(seed) for seed in range(11)]
     bad = {2: b"", 5: b"<html>not found</html>", 9: photo(9)[:-200]}
@@ -79,12 +88,12 @@ def test_image_chunk_handler_encodes_every_good_photo(
     assert encoded.width.tolist() == [160] * 8 and encoded.height.tolist() == [80] * 8
     assert (encoded.blur > 0).all() and encoded.blur.dtype == encoded.luminance.dtype == np.float32
     for row, embedding in zip(good, encoded.embeddings, strict=True):
-        expected = encoder.encode(grid_patches(decode_image(contents[row], 150).pixels, 2, 75))
+        expected = encoder.get().encode(grid_patches(decode_image(contents[row], 150).pixels, 2, 75))
         assert (embedding == expected).all()
 
 
 def test_image_chunk_handler_takes_inline_photos(
-    handler: ImageChunkHandler, encoder: ImageEncoder, tmp_path: Path
+    handler: ImageChunkHandler, encoder: OnDemand[ImageEncoder], tmp_path: Path
 ) -> None:
     data = photo(3)
     inline = ImageChunk("inline", [content_key(data)], [None], [data])
@@ -94,7 +103,7 @@ def test_image_chunk_handler_takes_inline_photos(
 
 
 def test_image_chunk_handler_remembers_nothing_of_photos_that_changed(
-    handler: ImageChunkHandler, encoder: ImageEncoder, tmp_path: Path
+    handler: ImageChunkHandler, encoder: OnDemand[ImageEncoder], tmp_path: Path
 ) -> None:
     chunk = chunk_of(tmp_path, [photo(0), photo(1), photo(2)])
     (tmp_path / "0.jpg").write_bytes(photo(5))
@@ -107,7 +116,9 @@ def test_image_chunk_handler_remembers_nothing_of_photos_that_changed(
     ]
 
 
-def test_image_chunk_handler_of_no_good_photo_gives_no_rows(handler: ImageChunkHandler, encoder: ImageEncoder) -> None:
+def test_image_chunk_handler_of_no_good_photo_gives_no_rows(
+    handler: ImageChunkHandler, encoder: OnDemand[ImageEncoder]
+) -> None:
     (encoded,) = handler.run_inference([ImageChunk("none", ["k"], [None], [b"no"])], encoder)
     assert encoded.keys == [] and encoded.embeddings.shape == (0, 4, 1536) and len(encoded.defects) == 1
     assert encoded.blur.shape == encoded.width.shape == (0,)
@@ -161,3 +172,58 @@ def test_title_chunk_handler_runs_in_a_pipeline() -> None:
     with TestPipeline(runner="FnApiRunner") as pipeline:
         chunks = pipeline | beam.Create([TitleChunk("c", ["1", "2"], ["red apple", "whole milk"])])
         assert_that(chunks | RunInference(TitleChunkHandler(spec, torch_threads=1)), check)
+
+
+def test_an_encoder_is_loaded_once_and_by_the_first_chunk() -> None:
+    loads: list[int] = []
+
+    def load() -> object:
+        time.sleep(0.05)
+        loads.append(1)
+        return object()
+
+    encoder = OnDemand(load)
+    assert not loads
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: id(encoder.get()), range(8)))
+    assert len(loads) == len(found) == 1
+
+
+def test_a_night_without_new_contents_loads_no_encoder(tmp_path: Path) -> None:
+    """In a process of its own: neither timm nor transformers is imported, let alone weights read into a model."""
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(photo(number))
+        rows.append({"item_id": f"i{number}", "title": f"apples {number}", "image_uri": f"images/{number}.jpg"})
+    schema = pa.schema(
+        [
+            CATALOG.schema.field(name)
+            for name in CATALOG.schema.names
+            if name not in ("image_bytes", "product_key", "store_id")
+        ]
+    )
+    pq.write_table(
+        pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema),
+        tmp_path / "catalog.parquet",
+    )
+    flags = [
+        "--data",
+        str(tmp_path),
+        "--store",
+        str(tmp_path / "store"),
+        "--image_weights",
+        "random:0",
+        "--text_encoder",
+        minilm(),
+    ]
+    program = (
+        "import sys, json; from pipelines.cli import main; code = main(['embed', *sys.argv[1:], '--grid', '2', '--max_tokens', '16']);"
+        "print(json.dumps({'code': code, 'loaded': [n for n in ('timm', 'camenn_model.image_encoder', 'camenn_model.text_encoder') if n in sys.modules]}))"
+    )
+    found = []
+    for _ in range(2):
+        out = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, check=True)
+        found.append(json.loads(out.stdout.splitlines()[-1]))
+    assert found[0] == {"code": 0, "loaded": ["timm", "camenn_model.image_encoder", "camenn_model.text_encoder"]}
+    assert found[1] == {"code": 0, "loaded": []}
