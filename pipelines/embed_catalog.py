@@ -5,7 +5,7 @@ catalog ──► Clean ──► Resolve (which photo, which title) ──► i
                           ▼
               minus committed keys ──► chunks of ≤ 256 ──► RunInference ──► one part + commit marker each
 
-Small parts of the runs before are merged beside it. `--plan` ends before RunInference: it counts.
+Small parts, of this run and of those before, are merged once all are encoded, by runs that encoded something. `--plan` ends before RunInference: it counts.
 """
 
 import argparse
@@ -449,14 +449,11 @@ class ChooseKernels(beam.DoFn):
 
 
 class MergeParts(beam.DoFn):
-    """Small parts of earlier runs → one part with their contents."""
+    """A directory and some of its small parts → one part with their contents, in the store."""
 
-    def __init__(self, directory: str, contract: Contract) -> None:
-        self.directory, self.contract = directory, contract
-
-    def process(self, group: list[Part]) -> Iterator[FileRecord]:
-        part = merge_parts(self.directory, group)
-        yield FileRecord(self.contract.name, part.path, part.rows, part.bytes)
+    def process(self, element: tuple[str, list[Part]]) -> None:
+        directory, group = element
+        merge_parts(directory, group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -522,11 +519,9 @@ class EncodeContents(beam.PTransform):
 
     def expand(self, wanted: beam.PCollection) -> Any:
         job, column = self.job, KEY_COLUMNS[self.kind]
-        directory, contract = store_place(job.options, self.kind)
-        parts = list_parts(directory)
         stored = (
             wanted.pipeline
-            | "ListParts" >> beam.Create(parts)
+            | "ListParts" >> beam.Create(list_parts(store_place(job.options, self.kind)[0]))
             | "SpreadParts" >> beam.Reshuffle()
             | "ReadKeys" >> beam.ParDo(ReadKeys(column))
         )
@@ -544,14 +539,8 @@ class EncodeContents(beam.PTransform):
         if job.options.accelerator:
             encode.with_resource_hints(accelerator=job.options.accelerator)
         encoded = chunks | "EncodeChunks" >> encode
-        merged = (
-            wanted.pipeline
-            | "PlanMerges" >> beam.Create(plan_merges(parts))
-            | "SpreadMerges" >> beam.Reshuffle()
-            | "MergeParts" >> beam.ParDo(MergeParts(directory, contract))
-        )
         return {
-            "files": [encoded["skipped_files"], encoded["files"], merged] | "MergeFiles" >> beam.Flatten(),
+            "files": [encoded["skipped_files"], encoded["files"]] | "MergeFiles" >> beam.Flatten(),
             "unread": [encoded["skipped_unread"], encoded["unread"]] | "MergeUnread" >> beam.Flatten(),
         }
 
@@ -696,6 +685,14 @@ def _run_job(job: EmbedJob, beam_flags: list[str]) -> tuple[list[FileRecord], di
     return records, counts
 
 
+def _merge_small(options: EmbedOptions, parts: dict[str, list[Part]], beam_flags: list[str]) -> None:
+    """Merge small parts where there are many, as a job of its own: what is encoded tonight is whole before, and is merged tonight too."""
+    groups = [(store_place(options, kind)[0], group) for kind, found in parts.items() for group in plan_merges(found)]
+    if groups:
+        with open_pipeline(beam_flags) as pipeline:
+            pipeline | "PlanMerges" >> beam.Create(groups) | beam.Reshuffle() | "MergeParts" >> beam.ParDo(MergeParts())
+
+
 def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler = chunk_handler) -> dict[str, Any]:
     """Run the stage and publish; returns the closing table."""
     started = time.monotonic()
@@ -717,6 +714,11 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             records, counts = _run_job(job, beam_flags)
         check_reject_rate(counts, options.max_reject_rate, read_rejects(records))
         parts = {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
+        new = {kind: [part for part in found if part.path not in before[kind]] for kind, found in parts.items()}
+        if any(new.values()):
+            # A run that encoded nothing does next to nothing.
+            _merge_small(options, parts, beam_flags)
+            parts = {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
         run_records = [record for record in records if record.table in ("items", "rejects")]
         item_files, unread_files = (
             [record.path for record in records if record.table == table] for table in ("items", "defects")
@@ -746,10 +748,6 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             for part in found
         ]
         add_files(manifest, contracts, [*run_records, *defects, *stored])
-        new = {
-            kind: [part for part in found if part.path not in before[kind] and not part.replaces]
-            for kind, found in parts.items()
-        }
         seconds = time.monotonic() - started
         manifest.seconds = seconds
         catalog = counts["catalog"]
@@ -779,7 +777,8 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             else set()
         )
         for kind in (IMAGES, TITLES):
-            drop_replaced(store_place(options, kind)[0], listed)
+            # Parts that were written and merged tonight were never listed.
+            drop_replaced(store_place(options, kind)[0], listed, unseen={part.name for part in new[kind]})
     return manifest.summary
 
 

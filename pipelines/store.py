@@ -6,15 +6,15 @@
     STORE/runs/RUN/items/...                   which photo and title each listing has; rejects/, defects/, manifest.json
     STORE/latest.json
 
-A part without its marker was cut off by a crash: nobody reads it. Every night adds small parts, so every run also merges those of the runs before
-it into large ones; the marker of a merged part names the parts that it replaces, and from that moment on nobody reads them. They are removed once
+A part without its marker was cut off by a crash: nobody reads it. Every night adds small parts, so every run that encoded something also merges small ones
+into large ones; the marker of a merged part names the parts that it replaces, and from that moment on nobody reads them. They are removed once
 they have been replaced for two days and the published run does not list them.
 """
 
 import datetime
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -247,8 +247,12 @@ def _row_groups(group: list[Part]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
-def drop_replaced(directory: str, listed: set[str], now: datetime.datetime | None = None) -> int:
+def drop_replaced(
+    directory: str, listed: set[str], now: datetime.datetime | None = None, *, unseen: Container[str] = ()
+) -> int:
     """Remove parts that were replaced `READERS_HAVE` ago and are not among `listed` (paths of the published run); returns how many.
+
+    Those named in `unseen`, which no published run ever listed, go as soon as they are replaced.
 
     The marker goes last: a removal that was cut off is finished by the next one.
     """
@@ -257,8 +261,9 @@ def drop_replaced(directory: str, listed: set[str], now: datetime.datetime | Non
     replaced = {
         name
         for part in parts.values()
-        if part.replaces and datetime.datetime.fromisoformat(part.written_at) <= limit
+        if part.replaces
         for name in part.replaces
+        if name in unseen or datetime.datetime.fromisoformat(part.written_at) <= limit
     }
     gone = [part for name, part in parts.items() if name in replaced and part.path not in listed]
     for part in gone:

@@ -277,8 +277,13 @@ def test_small_parts_of_earlier_runs_are_merged(
     rows = store.table("title_embeddings")
     assert len(rows) == manifest.rows("title_embeddings") == summary["titles_in_store"]
     assert {row["title_key"] for row in store.table("items").values()} - {None} <= set(rows)
-    # Readers of the run before still find its parts.
-    assert len(list(root.glob("titles/*/part-*.parquet"))) == 5
+    # Readers of the run before still find its parts; what the third night wrote and merged at once nobody has ever read.
+    assert len(list(root.glob("titles/*/part-*.parquet"))) == 4
+    # A night that encodes nothing merges nothing.
+    monkeypatch.setattr(store_module, "SMALL_PARTS", 1)
+    assert store.embed("--image_root", str(data))["encoded_titles"] == 0
+    manifest = read_latest(str(root))
+    assert manifest is not None and len(manifest.paths("title_embeddings")) == 2
 
 
 @pytest.mark.slow

@@ -126,6 +126,14 @@ def test_parts_are_removed_only_after_two_days_and_when_not_listed(
     assert drop_replaced(str(tmp_path), set(), now + 3 * NIGHT) == 1
 
 
+def test_parts_that_nobody_ever_listed_go_at_once(tmp_path: Path) -> None:
+    a, b, c = (commit(tmp_path, 10 * n, 3) for n in range(3))
+    merged = merge_parts(str(tmp_path), [a, b, c])
+    assert drop_replaced(str(tmp_path), set(), unseen={a.name, c.name, merged.name}) == 2
+    assert Path(b.path).exists() and Path(merged.path).exists() and not Path(a.path).exists()
+    assert [part.path for part in list_parts(str(tmp_path))] == [merged.path]
+
+
 def test_a_part_without_its_marker_is_not_read(tmp_path: Path) -> None:
     kept = commit(tmp_path, 0, 3)
     cut = commit(tmp_path, 10, 3)
