@@ -1,8 +1,6 @@
 """The quality benchmark: its statistics against scipy and slow references, its variants one by one, and a small run of all of it."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from camenn_model import metrics
 from camenn_model.evaluation import predict
 from camenn_model.train import Corpus, TrainOptions, open_corpus
 from simulator.truth import expected_auc
-from tests.camenn_model.encoder_sources import minilm
 
 CITY = {"clicks": 3_000}
 
@@ -290,21 +287,6 @@ def test_a_small_run_of_all_of_it(
     assert command.main(arguments) == code
     assert not ran, "what is done is not done again"
     torch.set_num_threads(threads)
-
-
-@pytest.mark.slow
-def test_no_claim_flips(tmp_path: Path) -> None:
-    """`--quick` as it is meant: the demo's city, the real encoders (random photo weights), processes of one thread."""
-    out = subprocess.run(
-        [sys.executable, "-m", "benchmarks.quality", "--quick", "--work", str(tmp_path), "--text_encoder", minilm()],
-        capture_output=True,
-        text=True,
-        timeout=3_000,
-        check=False,
-    )
-    assert out.returncode == 0, out.stderr[-3_000:]
-    found = json.loads(out.stdout.splitlines()[-1])
-    assert all(found["claims"].values()) and found["beats_lightgbm"] is None
 
 
 def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
