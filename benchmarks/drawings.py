@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.command import machine
+from benchmarks.quality.representation import ridge, standardise
 from camenn_model.encoder_spec import ImageSpec
 from camenn_model.image_encoder import ImageEncoder
 from pipelines.patches import grid_patches
@@ -48,13 +49,10 @@ def r_squared(features: NDArray[np.float32], factors: NDArray[np.float64]) -> ND
     )
 
     def of(train: NDArray[np.bool_], judged: NDArray[np.bool_], penalty: float) -> NDArray[np.float64]:
-        mean, spread = features[train].mean(axis=0), features[train].std(axis=0) + 1e-6
-        x, base = ((features - mean) / spread).astype(np.float64), factors[train].mean(axis=0)
-        gram = x[train].T @ x[train]
-        weights = np.linalg.solve(
-            gram + penalty * np.trace(gram) / len(gram) * np.eye(len(gram)), x[train].T @ (factors[train] - base)
-        )
-        wrong = factors[judged] - base - x[judged] @ weights
+        x, other = standardise(features[train].astype(np.float64), features[judged].astype(np.float64))
+        base = factors[train].mean(axis=0)
+        weights = ridge(x, factors[train] - base, penalty)
+        wrong = factors[judged] - base - other @ weights
         return np.asarray(
             1 - (wrong**2).sum(axis=0) / ((factors[judged] - factors[judged].mean(axis=0)) ** 2).sum(axis=0)
         )

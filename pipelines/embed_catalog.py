@@ -685,12 +685,19 @@ def _run_job(job: EmbedJob, beam_flags: list[str]) -> tuple[list[FileRecord], di
     return records, counts
 
 
-def _merge_small(options: EmbedOptions, parts: dict[str, list[Part]], beam_flags: list[str]) -> None:
-    """Merge small parts where there are many, as a job of its own: what is encoded tonight is whole before, and is merged tonight too."""
+def _merge_small(options: EmbedOptions, parts: dict[str, list[Part]], beam_flags: list[str]) -> dict[str, list[Part]]:
+    """Merge small parts where there are many, as a job of its own: what is encoded tonight is whole before, and is merged tonight too. Returns the parts after it."""
     groups = [(store_place(options, kind)[0], group) for kind, found in parts.items() for group in plan_merges(found)]
-    if groups:
-        with open_pipeline(beam_flags) as pipeline:
-            pipeline | "PlanMerges" >> beam.Create(groups) | beam.Reshuffle() | "MergeParts" >> beam.ParDo(MergeParts())
+    if not groups:
+        return parts
+    with open_pipeline(beam_flags) as pipeline:
+        pipeline | "PlanMerges" >> beam.Create(groups) | beam.Reshuffle() | "MergeParts" >> beam.ParDo(MergeParts())
+    return _list_parts(options)
+
+
+def _list_parts(options: EmbedOptions) -> dict[str, list[Part]]:
+    """Committed parts of both kinds' generations."""
+    return {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
 
 
 def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler = chunk_handler) -> dict[str, Any]:
@@ -699,7 +706,7 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
     source = Source.find(options.data, CATALOG)
     with files.single_writer(options.store):
         latest = read_latest(options.store)
-        before = {kind: {part.path for part in list_parts(store_place(options, kind)[0])} for kind in (IMAGES, TITLES)}
+        before = {kind: {part.path for part in found} for kind, found in _list_parts(options).items()}
         run_name, run_directory = new_run(options.store)
         with watch("embed", None, "contents", is_local_run(beam_flags)) as progress:
             job = EmbedJob(
@@ -713,12 +720,11 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             )
             records, counts = _run_job(job, beam_flags)
         check_reject_rate(counts, options.max_reject_rate, read_rejects(records))
-        parts = {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
+        parts = _list_parts(options)
         new = {kind: [part for part in found if part.path not in before[kind]] for kind, found in parts.items()}
         if any(new.values()):
             # A run that encoded nothing does next to nothing.
-            _merge_small(options, parts, beam_flags)
-            parts = {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
+            parts = _merge_small(options, parts, beam_flags)
         run_records = [record for record in records if record.table in ("items", "rejects")]
         item_files, unread_files = (
             [record.path for record in records if record.table == table] for table in ("items", "defects")

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 
 from pipelines import report_plots as plots
+from pipelines.gates import MOST_PSI
 from pipelines.report_data import Work
 from pipelines.report_scores import Drift
 from pipelines.report_words import BASELINE_TITLES, METRICS, Metric, phrase
 
-_CALM_PSI, _LARGE_PSI = 0.1, 0.2
-"""Below the first a distribution is read as unchanged; the second is the gate of publication."""
+_CALM_PSI = 0.1
+"""Below it a distribution is read as unchanged; above MOST_PSI a night is held back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def drift_words(drift: Drift) -> tuple[str, str]:
     """('ok' | 'warn' | 'bad', what the stability index says in words)."""
     if drift.psi < _CALM_PSI:
         return "ok", "The scores are spread as they were last night."
-    if drift.psi <= _LARGE_PSI:
+    if drift.psi <= MOST_PSI:
         return "warn", "The scores have moved somewhat since last night, within what publication allows."
     return (
         "bad",

@@ -86,25 +86,31 @@ def _mean_first(similarities: Floats, classes: Ints) -> float:
     return sum(both) / 2
 
 
+def frozen_features(table: ItemTable, rows: Ints) -> tuple[Floats, Floats]:
+    """Mean patch features and mean token states of listings that have both, two [n, width]."""
+    return (
+        table.pooled_images[table.image_row[rows]].astype(np.float32),
+        table.pooled_titles[table.title_row[rows]].astype(np.float32),
+    )
+
+
 def frozen_similarities(table: ItemTable, train: Ints, train_classes: Ints, test: Ints, seed: int) -> dict[str, Floats]:
     """Similarities [photos, titles] of the listings `test` by the best ridge map and the best CCA map between mean patch features and mean token states.
 
     Settings are chosen by R@1 of both ways on a part of the training listings.
     """
 
-    def features(rows: Ints) -> tuple[Floats, Floats]:
-        return (
-            table.pooled_images[table.image_row[rows]].astype(np.float32),
-            table.pooled_titles[table.title_row[rows]].astype(np.float32),
-        )
-
     order = np.random.default_rng([seed, 13]).permutation(len(train))
     cut = int(VALIDATION * len(train))
     inner, outer = train[order[cut:]], train[order[:cut]]
     found = {}
-    pairs = [standardise(a, b) for a, b in zip(features(inner), features(outer), strict=True)]
+    pairs = [
+        standardise(a, b) for a, b in zip(frozen_features(table, inner), frozen_features(table, outer), strict=True)
+    ]
     fit, check = (pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1])
-    whole = [standardise(a, b) for a, b in zip(features(train), features(test), strict=True)]
+    whole = [
+        standardise(a, b) for a, b in zip(frozen_features(table, train), frozen_features(table, test), strict=True)
+    ]
     for kind, settings in (
         ("ridge", [(penalty, 0) for penalty in PENALTIES]),
         ("cca", [(penalty, size) for penalty in PENALTIES for size in DIMENSIONS]),
@@ -172,14 +178,6 @@ def of_frozen(table: ItemTable, train: Ints, train_classes: Ints, held: Held, se
     photos, titles = swapped_pairs(held, seed)
     found: dict[str, Any] = {name: figures(s, s.diagonal(), s[photos, titles], held) for name, s in maps.items()}
     groups = table.subcategory
-    found["probe"] = {
-        "image": probe(
-            table.pooled_images[table.image_row[train]].astype(np.float32), groups[train],
-            table.pooled_images[table.image_row[held.rows]].astype(np.float32), groups[held.rows],
-        ),
-        "text": probe(
-            table.pooled_titles[table.title_row[train]].astype(np.float32), groups[train],
-            table.pooled_titles[table.title_row[held.rows]].astype(np.float32), groups[held.rows],
-        ),
-    }  # fmt: skip
+    vectors = zip(("image", "text"), frozen_features(table, train), frozen_features(table, held.rows), strict=True)
+    found["probe"] = {name: probe(a, groups[train], b, groups[held.rows]) for name, a, b in vectors}
     return found

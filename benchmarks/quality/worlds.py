@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,6 @@ class World:
             _camenn(
                 "shards", "--data", str(self.data), "--store", str(store), "--out", self.shards, *self.flags.get("shards", [])
             )  # fmt: skip
-
-    def to_json(self) -> str:
-        """For another process."""
-        return json.dumps(asdict(self))
 
 
 def _camenn(*command: str) -> None:
