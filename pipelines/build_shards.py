@@ -61,6 +61,7 @@ from pipelines.manifest import (
     require_latest,
 )
 from pipelines.options import add_common_flags, is_local_run, new_parser, open_pipeline, parse_with_beam, run_main
+from pipelines.parcels import Packer, Parcel, unpack
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable, write_table
 from schemas.catalog import CATALOG
 from schemas.contract import InputError
@@ -105,6 +106,8 @@ class Plan:
     kept: Kept
     days: int
     """Days that are built"""
+    scratch: str | None = None
+    """Where shuffles lie, on the local runner (pipelines/parcels.py)"""
 
 
 def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndarray) -> int:
@@ -144,6 +147,20 @@ def check_flags(options: ShardOptions) -> None:
         raise InputError(f"--test_share {share}: must be more than 0 and less than 0.9.")
 
 
+class PackDays(beam.DoFn):
+    """(Day, table) → (Day, (kind, parcel of the table))."""
+
+    def __init__(self, kind: str, packer: Packer) -> None:
+        self.kind, self.packer = kind, packer
+
+    def process(self, element: tuple[Day, pa.Table]) -> Iterator[tuple[Day, tuple[str, Parcel]]]:
+        day, table = element
+        yield day, (self.kind, self.packer.pack(table))
+
+    def finish_bundle(self) -> None:
+        self.packer.close()
+
+
 class WriteDays(beam.DoFn):
     """One day's examples, of a bucket of users, and their listings' counts → their files of at most 262,144 rows, ordered by session, user and listing."""
 
@@ -167,7 +184,7 @@ class WriteDays(beam.DoFn):
         (date, bucket), pieces = element
         kinds: dict[str, list[pa.Table]] = {"examples": [], "counts": []}
         for kind, piece in pieces:
-            kinds[kind].append(files.ipc_table(piece))
+            kinds[kind].append(unpack(piece))
         table = finish_examples(pa.concat_tables(kinds["examples"]), pa.concat_tables(kinds["counts"]), self.item_ids)
         self.writing.append(self.writers.submit(self._write, date, bucket, table))
         # Parquet is encoded beside the next day; no more days than writers are in memory.
@@ -238,20 +255,21 @@ class BuildExamples(beam.PTransform):
         user_buckets = max(1, -(-(plan.clicks.rows + plan.orders.rows) // ROWS_PER_BUCKET))
         by_user = (
             {"clicks": clicks.rows, "orders": orders.rows}
-            | "ByUser" >> ShuffleByBucket({"clicks": "user_id", "orders": "user_id"}, user_buckets)
+            | "ByUser"
+            >> ShuffleByBucket({"clicks": "user_id", "orders": "user_id"}, user_buckets, scratch=plan.scratch)
             | "DescribeUsers"
             >> beam.ParDo(user_pass).with_outputs("queries", "item_events", "rejects", "counts", main="examples")
         )
         counts = (
             {"queries": by_user.queries, "item_events": by_user.item_events}
-            | "ByItem" >> ShuffleByBucket({"queries": "item", "item_events": "item"}, user_buckets)
+            | "ByItem"
+            >> ShuffleByBucket({"queries": "item", "item_events": "item"}, user_buckets, scratch=plan.scratch)
             | "DescribeItems" >> beam.ParDo(ItemPass(day_buckets))
         )
         examples = (
             [
-                by_user.examples
-                | "Pack" >> beam.MapTuple(lambda day, table: (day, ("examples", files.ipc_bytes(table)))),
-                counts | "PackCounts" >> beam.MapTuple(lambda day, table: (day, ("counts", files.ipc_bytes(table)))),
+                by_user.examples | "Pack" >> beam.ParDo(PackDays("examples", Packer(plan.scratch))),
+                counts | "PackCounts" >> beam.ParDo(PackDays("counts", Packer(plan.scratch))),
             ]
             | "Join" >> beam.Flatten()
             | "ByDay" >> beam.GroupByKey()
@@ -316,14 +334,18 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             written.append(write_table(directory, "rejects", catalog_rejects))
         jobs, contents_kept = contents_jobs(store, items, latest, out, directory)
         built = closed[closed >= kept.frozen_before]
+        local = is_local_run(beam_flags)
         plan = Plan(
             clicks=clicks, orders=orders, items_path=written[0].path, as_of=as_of, window=window,
             splits=splits, timezones=timezones, directory=directory, kept=kept, days=len(np.unique(built // DAY_US)),
+            scratch=files.join(directory, "shuffle") if local else None,
         )  # fmt: skip
         days_kept = split_records(kept.records, splits, files.join(directory, "examples"))
-        local = is_local_run(beam_flags)
+        due = len(built)
+        # 8 bytes a click each, for as long as the job runs.
+        del clicked_at, ordered_at, closed, built
         with (
-            watch("shards", len(built), "examples", local) as progress,
+            watch("shards", due, "examples", local) as progress,
             open_pipeline(beam_flags) as pipeline,
         ):
             emitted = pipeline | "Examples" >> BuildExamples(options, plan, progress)
@@ -342,6 +364,8 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
                 "counts": [emitted["counts"], counts] | "AllCounts" >> beam.Flatten(),
             } | "Finish" >> FinishRun(directory)
         records, found = read_finished(directory)
+        if plan.scratch is not None and files.exists(plan.scratch):
+            files.delete_directory(plan.scratch)
         check_accounting(found)
         check_reject_rate(found, options.max_reject_rate, read_rejects(records))
         manifest = Manifest(

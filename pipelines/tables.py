@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from camenn_model.hashing import stable_hash
-from pipelines.files import fingerprint, ipc_bytes, ipc_table, join, list_parquet, open_read, write_parquet
+from pipelines.files import fingerprint, join, list_parquet, open_read, write_parquet
+from pipelines.parcels import Packer, Parcel, unpack
 from schemas.contract import Contract, InputError, check_output, conform
 from schemas.rejects import REJECTS
 
@@ -205,15 +206,18 @@ def split_by_bucket(table: pa.Table, column: str, buckets: int) -> Iterator[tupl
 
 
 class _ToBuckets(beam.DoFn):
-    def __init__(self, column: str, buckets: int, tag: str, compression: str) -> None:
+    def __init__(self, column: str, buckets: int, tag: str, packer: Packer) -> None:
         self.column = column
         self.buckets = buckets
         self.tag = tag
-        self.compression = compression
+        self.packer = packer
 
-    def process(self, table: pa.Table) -> Iterator[tuple[int, tuple[str, bytes]]]:
+    def process(self, table: pa.Table) -> Iterator[tuple[int, tuple[str, Parcel]]]:
         for number, piece in split_by_bucket(table, self.column, self.buckets):
-            yield number, (self.tag, ipc_bytes(piece, self.compression))
+            yield number, (self.tag, self.packer.pack(piece))
+
+    def finish_bundle(self) -> None:
+        self.packer.close()
 
 
 @dataclass
@@ -222,18 +226,20 @@ class ShuffleByBucket(beam.PTransform):
 
     Takes a dict kind -> (PCollection of Arrow tables, column); yields (bucket, {kind: Arrow table or None}). Batches travel as Arrow IPC bytes: a
     shuffle costs by element, so rows never travel alone. Row order within a bucket is not defined: sort before you depend on it. `compression`: lz4
-    is the faster one; zstd takes half of the memory where FnApiRunner holds the shuffle, above all of content keys.
+    is the faster one; zstd takes half of the memory where FnApiRunner holds the shuffle, above all of content keys. `scratch`: directory in which the batches
+    stay, so that only their places travel (see pipelines/parcels.py).
     """
 
     kinds: dict[str, str]
     buckets: int
     compression: str = "lz4"
+    scratch: str | None = None
 
     def expand(self, tables: Any) -> beam.PCollection:
         tagged = [
             tables[kind]
             | f"Bucket{kind.title().replace('_', '')}"
-            >> beam.ParDo(_ToBuckets(column, self.buckets, kind, self.compression))
+            >> beam.ParDo(_ToBuckets(column, self.buckets, kind, Packer(self.scratch, self.compression)))
             for kind, column in self.kinds.items()
         ]
         return (
@@ -241,11 +247,11 @@ class ShuffleByBucket(beam.PTransform):
         )
 
 
-def _decode_group(group: tuple[int, Iterable[tuple[str, bytes]]]) -> tuple[int, dict[str, pa.Table]]:
+def _decode_group(group: tuple[int, Iterable[tuple[str, Parcel]]]) -> tuple[int, dict[str, pa.Table]]:
     bucket, pieces = group
     found: dict[str, list[pa.Table]] = {}
-    for tag, data in pieces:
-        found.setdefault(tag, []).append(ipc_table(data))
+    for tag, parcel in pieces:
+        found.setdefault(tag, []).append(unpack(parcel))
     return bucket, {tag: pa.concat_tables(tables) for tag, tables in found.items()}
 
 
