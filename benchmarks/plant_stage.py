@@ -82,9 +82,10 @@ def run_stage(job: Job) -> dict[str, Any]:
         )
     if job.stage == "score":
         from pipelines import score_catalog
+        from pipelines.score_inputs import ScoreOptions
 
         return score_catalog.run(
-            score_catalog.ScoreOptions(
+            ScoreOptions(
                 data=data,
                 store=str(work / "store"),
                 model=str(work / "model"),

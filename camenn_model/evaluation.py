@@ -50,34 +50,41 @@ def predict(
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Logits of every example of some files. The display position is unknown, as it is in scoring."""
-    scorer = Scorer(model)
-    device = next(model.parameters()).device
     total = sum(rows for _, rows in files)
     logits, labels, users, done = [], [], [], 0
     sessions: list[NDArray[np.int64]] = []
     base = 0
+
+    def tell(rows: int) -> None:
+        if progress is not None:
+            progress(done + rows, total)
+
     for path, _ in files:
-        order: list[Ints] = []
-        found: list[NDArray[np.float64]] = []
         rows = reader.read(path)
-        indexed = replace(rows, start=np.arange(len(rows)))
-        # Batches keep sessions whole, so they come in another order: `start` carries each row's place in the file.
-        for piece, batch in prefetch(_batches(indexed, table)):
-            found.append(scorer.score_pairs(batch.to(device)).double().cpu().numpy())
-            order.append(piece)
-            done += len(piece)
-            if progress is not None:
-                progress(done, total)
-        place = np.concatenate(order)
-        values = np.empty(len(rows))
-        values[place] = np.concatenate(found)
-        logits.append(values)
+        logits.append(predict_rows(model, table, rows, tell))
+        done += len(rows)
         labels.append(rows.label.astype(np.float64))
         users.append(rows.user)
         sessions.append(rows.session + base)
         base += int(rows.session.max(initial=-1)) + 1
     _, user = np.unique(np.concatenate(users), return_inverse=True)
     return Predictions(np.concatenate(logits), np.concatenate(labels), user.astype(np.int64), np.concatenate(sessions))
+
+
+def predict_rows(
+    model: CameNN, table: ItemTable, rows: Rows, progress: Callable[[int], None] | None = None
+) -> NDArray[np.float64]:
+    """Logits of encoded examples, [n] in their order. The display position is unknown."""
+    scorer, device = Scorer(model), next(model.parameters()).device
+    # Batches keep sessions whole, so they come in another order: `start` carries each row's place.
+    indexed = replace(rows, start=np.arange(len(rows)))
+    values, done = np.empty(len(rows)), 0
+    for place, batch in prefetch(_batches(indexed, table)):
+        values[place] = scorer.score_pairs(batch.to(device)).double().cpu().numpy()
+        done += len(place)
+        if progress is not None:
+            progress(done)
+    return values
 
 
 def _batches(rows: Rows, table: ItemTable) -> Iterator[tuple[Ints, Batch]]:

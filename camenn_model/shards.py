@@ -21,14 +21,15 @@ class Contents:
     Args:
         paths: Arrow IPC files of (key, embedding).
         key: name of the key column.
+        shape: (tokens, width) where there are no files that tell it.
     """
 
-    def __init__(self, paths: list[str], key: str) -> None:
+    def __init__(self, paths: list[str], key: str, shape: tuple[int, int] = (0, 0)) -> None:
         self.views: list[NDArray[np.float16]] = []
         self.maps: list[pa.MemoryMappedFile] = []
         keys: list[pa.Array] = []
         starts = [0]
-        self.shape = (0, 0)
+        self.shape = shape
         for path in sorted(paths):
             mapped = pa.memory_map(path)
             self.maps.append(mapped)
@@ -79,6 +80,11 @@ class Contents:
         return out
 
 
+def date_of(path: str) -> str:
+    """The date that an example file is filed under."""
+    return path.split("/date=")[1].split("/")[0]
+
+
 @dataclass(frozen=True)
 class ShardSet:
     """A published shard set.
@@ -124,6 +130,12 @@ class ShardSet:
             (str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries if entry["split"] == split
         ]
         return sorted(found, key=lambda entry: (entry[0].split("/date=")[1], entry[0]))
+
+    def closed_before(self) -> str:
+        """The first date that is not over yet, attribution windows included: labels of earlier ones are complete, but for orders that arrive late."""
+        options = self.manifest["options"]
+        closed_us = int(options["days"]["as_of"]) - round(float(options["attribution_hours"]) * 3_600_000_000)
+        return str(np.datetime64(closed_us, "us").astype("datetime64[D]"))
 
     @cached_property
     def items(self) -> pa.Table:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from camenn_model.hashing import stable_hash
+from camenn_model.shards import date_of
 from pipelines import files
 from pipelines.attribution import DAY_US, day_of
 from pipelines.examples import SplitTimes
@@ -35,11 +36,6 @@ ROW_SETTINGS = ("attribution_hours", "history", "timezone")
 def start_of(date: str) -> int:
     """Midnight at which a date begins, int64 microseconds."""
     return (datetime.date.fromisoformat(date) - datetime.date(1970, 1, 1)).days * DAY_US
-
-
-def date_of(path: str) -> str:
-    """The date that an example file is filed under."""
-    return path.split("/date=")[1].split("/")[0]
 
 
 def read_starts(record: FileRecord) -> np.ndarray:

@@ -140,12 +140,16 @@ def fingerprint(paths: list[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
+class InUseError(InputError):
+    """Another process writes to an output."""
+
+
 @contextlib.contextmanager
 def single_writer(root: str) -> Iterator[None]:
     """Hold the output root for one writer.
 
     Raises:
-        InputError: another process writes there now.
+        InUseError: another process writes there now.
     """
     if not is_local(root):
         # An object store offers no lock to hold; two writers make two runs, and the later latest.json wins whole.
@@ -156,7 +160,7 @@ def single_writer(root: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(
+            raise InUseError(
                 f"{root}: another camenn process is writing there. Wait for it to end, or choose another output."
             ) from error
         yield

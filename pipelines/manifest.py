@@ -1,6 +1,5 @@
 """Publication: a run's directory, its manifest, and `latest.json`, the one file that ever changes; `published/` tells what it pointed to, one file each time."""
 
-import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -14,7 +13,7 @@ import apache_beam as beam
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import files
+from pipelines import clock, files
 from pipelines.tables import FileRecord
 from schemas.contract import SCHEMA_VERSION, InputError
 
@@ -77,7 +76,7 @@ def request_fingerprint(inputs: dict[str, str], options: dict[str, Any]) -> str:
 
 def new_run(root: str) -> tuple[str, str]:
     """Name and directory of a run that does not exist yet: names sort by time."""
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    stamp = clock.utc_now().strftime("%Y%m%dT%H%M%S")
     run = f"{stamp}-{secrets.token_hex(3)}"
     directory = files.join(root, "runs", run)
     files.make_directory(directory)
@@ -143,7 +142,7 @@ def publish(root: str, manifest: Manifest) -> None:
 
 def write_manifest(root: str, manifest: Manifest) -> None:
     """Write a finished run's manifest; readers do not see the run yet."""
-    manifest.created_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    manifest.created_at = clock.utc_stamp()
     manifest.versions = versions()
     record = asdict(manifest)
     prefix = root.rstrip("/") + "/"
@@ -161,7 +160,7 @@ def point_to(root: str, manifest: Manifest, **why: str) -> None:
     entry = {
         "run": manifest.run,
         "stage": manifest.stage,
-        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "at": clock.utc_stamp(),
         **why,
     }
     # Numbered, not named by time: a clock that is set back must not change the order.

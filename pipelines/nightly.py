@@ -1,168 +1,277 @@
-"""`camenn nightly`: the stages in order, from one config file. A plain sequence: each stage skips what did not change."""
+"""`camenn nightly`: embed, shards, train where it is due, score and report, from one config file; unattended.
+
+Each stage skips what did not change and goes on where a killed run ended, so a night that failed is simply run again. Exit codes: 0 all is well; 1 something
+unforeseen; 2 something to mend (input, config, a full disk); 3 tonight's scores were held back by a gate; 4 another night is running; 5 the published
+scores are older than they may be. After each of them readers see tonight's scores whole, or those of before.
+"""
 
 import argparse
 import importlib
+import os
+import subprocess
 import sys
 import time
-import tomllib
-from pathlib import Path
+import traceback
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
-from pipelines import files
+from pipelines import clock, files
 from pipelines.console import closing_table
-from pipelines.options import add_json_flag, run_main
+from pipelines.gates import HeldBack
+from pipelines.manifest import publications, read_latest
+from pipelines.night_record import DONE, FAILED, HELD, NOT_DUE, UNCHANGED, Night, StageRecord, new_night
+from pipelines.nightly_config import STAGES, NightlyConfig, describe, example, read_config
+from pipelines.options import HELD_BACK, MENDABLE, add_json_flag, input_error_behind, run_main
+from pipelines.publication import collect
+from pipelines.retraining import decide
 from schemas.contract import InputError
 
-STAGES = {
-    "embed": "pipelines.embed_catalog",
-    "shards": "pipelines.build_shards",
-    "train": "pipelines.train_model",
-    "score": "pipelines.score_catalog",
-    "report": "pipelines.report",
-}
-
-EXAMPLE = """\
-# camenn nightly --config city.toml
-data = "/data/city"     # catalog, clicks, orders and so on
-work = "/data/camenn"   # store/, shards/, model/, scores/ and report/ are made in it
-train = true            # false: score with the model that is there
-beam = []               # flags for Apache Beam, for example ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
-
-[embed]                 # flags of `camenn embed` beyond --data and --store
-grid = 4
-max_tokens = 16
-
-[shards]
-
-[train_flags]
-profile = "small"
-
-[score]
-top_k = 100
-"""
+UNFORESEEN, BUSY, STALE = 1, 4, 5
+OUTPUTS = {"embed": "store", "shards": "shards", "train": "model", "score": "scores"}
+FAILURE_COMMAND_S = 300.0
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The config, checked.
+def stage_command(config: NightlyConfig, stage: str) -> list[str]:
+    """The flags that a stage is called with tonight."""
+    store, shards, model, scores = (config.output(name) for name in OUTPUTS.values())
+    own = {
+        "embed": ["--data", config.data, "--store", store],
+        "shards": ["--data", config.data, "--store", store, "--out", shards],
+        "train": ["--shards", shards, "--out", model, *(["--challenge"] if config.retrain.challenge else [])],
+        "score": ["--data", config.data, "--store", store, "--model", model, "--out", scores, "--shards", shards],
+        "report": ["--run", config.work],
+    }[stage]
+    beam = list(config.beam) if stage in ("embed", "shards", "score") else []
+    return [*own, *config.stage_flags(stage), *beam]
 
-    Raises:
-        InputError: not there, not TOML, an unknown or missing key.
-    """
+
+def tell(stage: str, summary: dict[str, Any]) -> str:
+    """What a stage changed and what it left out, in a sentence."""
+    s = summary
+    if stage == "embed":
+        return (
+            f"{s['encoded_images']:,} photos and {s['encoded_titles']:,} titles encoded, {s['images_in_store']:,} and {s['titles_in_store']:,} in the store; "
+            f"{s['rows_out']:,} listings, {s['rejected']:,} rejected, {s['defects']:,} without a usable photo"
+        )
+    if stage == "shards":
+        return (
+            f"{s['examples_built']:,} examples of {s['days_built']:,} days built, {s['days_kept']:,} final days left as they are; "
+            f"{s.get('clicks_open_window', 0):,} clicks left out until their window is over, {s['rejected']:,} rows rejected"
+        )
+    if stage == "train":
+        duel = s.get("challenge")
+        took_over = (
+            f"; log loss {duel['challenger_log_loss']:.4f} against {duel['champion_log_loss']:.4f} of the model before"
+            if duel
+            else ""
+        )
+        return f"{s['steps']:,} steps, AUC {s['test_auc']:.4f} on unseen clicks{took_over}"
+    return f"{s['pairs']:,} pairs as of {s['score_date']}, {s['rows_out']:,} rows published, mean CVR {s['mean_cvr']:.4f}, {s['flagged_mismatch']:,} listings flagged as mismatched"
+
+
+class _Nightly:
+    """One night that has the lock."""
+
+    def __init__(self, config: NightlyConfig, night: Night) -> None:
+        self.config, self.night = config, night
+        self.code = 0
+
+    def stage(self, stage: str, work: Callable[[StageRecord], None]) -> bool:
+        """Run one stage and record how it went; returns whether it did what it is for."""
+        record = StageRecord(stage)
+        self.night.stages.append(record)
+        self.night.write()
+        self.night.say(f"{stage}: begins")
+        began = time.monotonic()
+        try:
+            work(record)
+        except HeldBack as held:
+            record.status, record.words = HELD, str(held)
+            if stage != "train":
+                # A challenger that lost is an answer, not a failure.
+                self._fail(HELD_BACK, stage, record.words)
+        except Exception as error:
+            mendable = input_error_behind(error)
+            record.status = FAILED
+            record.words = str(mendable) if mendable else f"{type(error).__name__}: {error}"
+            if mendable is None:
+                self.night.say(f"{stage}: {traceback.format_exc()}")
+            self._fail(MENDABLE if mendable else UNFORESEEN, stage, record.words)
+        record.seconds = round(time.monotonic() - began, 1)
+        self.night.say(f"{stage}: {record.status}, {record.seconds} s: {record.words}")
+        self.night.write()
+        return record.status in (DONE, UNCHANGED, NOT_DUE)
+
+    def _fail(self, code: int, stage: str, words: str) -> None:
+        if not self.code:
+            self.code, self.night.message = code, f"{stage}: {words}"
+
+    def run_stage(self, record: StageRecord) -> None:
+        """Call a stage's command; what it published goes into the record."""
+        stage = record.stage
+        root = self.config.output(OUTPUTS[stage]) if stage in OUTPUTS else None
+        before = read_latest(root) if root else None
+        code = int(importlib.import_module(STAGES[stage]).main(stage_command(self.config, stage)))
+        if code:
+            raise RuntimeError(f"camenn {stage} ended with exit code {code}")
+        after = read_latest(root) if root else None
+        if after is None:
+            record.status, record.words = DONE, files.join(self.config.work, "report", "index.html")
+            return
+        record.run, record.summary = after.run, after.summary
+        same = before is not None and before.run == after.run
+        record.status = UNCHANGED if same else DONE
+        record.words = f"nothing changed since run {after.run}" if same else tell(stage, after.summary)
+
+    def train(self, record: StageRecord) -> None:
+        """Train where it is due."""
+        decision = decide(self.config)
+        if not decision.due:
+            record.status, record.words = NOT_DUE, decision.words
+            return
+        self.night.say(f"train: due: {decision.words}")
+        self.run_stage(record)
+        record.words = f"due: {decision.words}; {record.words}"
+
+    def tidy(self, record: StageRecord) -> None:
+        """Remove what no kept run refers to."""
+        keep = self.config.keep
+        if not keep.runs:
+            record.status, record.words = NOT_DUE, "[keep] runs = 0"
+            return
+        found = [
+            collect(self.config.output(name), keep.runs, keep.retention_days or None, dry_run=False)
+            for name in OUTPUTS.values()
+            if read_latest(self.config.output(name)) is not None
+        ]
+        removed, megabytes = sum(part["files_removed"] for part in found), sum(part["megabytes"] for part in found)
+        record.status, record.words = DONE, f"{removed:,} files removed, {megabytes:,.1f} MB"
+
+    def run(self) -> None:
+        """The stages in order. A training that fails leaves the model of before, and the night goes on with it."""
+        for stage in ("embed", "shards"):
+            if not self.stage(stage, self.run_stage):
+                return
+        if not self.stage("train", self.train) and read_latest(self.config.output("model")) is None:
+            return
+        if self.stage("score", self.run_stage):
+            self.stage("report", self.run_stage)
+            self.stage("gc", self.tidy)
+
+    def finish(self) -> int:
+        """Look at what readers see now, write the record; returns the exit code."""
+        night = self.night
+        night.published = published_scores(self.config)
+        if night.published is not None:
+            hours = night.published["hours"]
+            if hours > self.config.keep.stale_hours and not self.code:
+                self.code = STALE
+                night.message = (
+                    f"the published scores are {hours:.0f} h old, more than {self.config.keep.stale_hours:g}: nothing new came in. "
+                    "See whether catalog and logs still arrive."
+                )
+        night.exit_code, night.finished_at = self.code, clock.utc_stamp()
+        night.write()
+        seen = f"readers see run {night.published['run']}" if night.published else "nothing is published yet"
+        night.say(f"ends with exit code {self.code}; {seen}" + (f"; {night.message}" if night.message else ""))
+        return self.code
+
+
+def published_scores(config: NightlyConfig) -> dict[str, Any] | None:
+    """The scores that readers see: run, when they were published, and hours since (0 where the clock was set back)."""
+    root = config.output("scores")
+    latest = read_latest(root)
+    if latest is None:
+        return None
+    at = next(entry["at"] for entry in reversed(publications(root)) if entry["run"] == latest.run)
+    hours = (clock.utc_now() - datetime.fromisoformat(at)).total_seconds() / 3_600
+    return {"run": latest.run, "at": at, "hours": round(max(0.0, hours), 2)}
+
+
+def call_on_failure(config: NightlyConfig, code: int, message: str, record: str, say: Callable[[str], None]) -> None:
+    """Run the config's `on_failure` command; whatever becomes of it, the night's own exit code stands."""
+    if not config.on_failure or not code:
+        return
+    told = {"CAMENN_EXIT_CODE": str(code), "CAMENN_MESSAGE": message, "CAMENN_RECORD": record}
     try:
-        config = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"--config {path}: no such file. `camenn nightly --init` prints one to start from.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"--config {path}: not TOML: {error}") from error
-    known = {
-        "data": str,
-        "work": str,
-        "train": bool,
-        "beam": list,
-        "embed": dict,
-        "shards": dict,
-        "train_flags": dict,
-        "score": dict,
+        ended = subprocess.run(config.on_failure, env=os.environ | told, timeout=FAILURE_COMMAND_S, check=False)
+        say(f"on_failure: {' '.join(config.on_failure)} ended with exit code {ended.returncode}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        say(f"on_failure: {' '.join(config.on_failure)} failed: {error}")
+
+
+def run_night(config: NightlyConfig, as_json: bool) -> int:
+    """One night, from the lock to the exit code."""
+    started = time.monotonic()
+    try:
+        with files.single_writer(config.work):
+            night, before = new_night(config.work, dict(describe(config)))
+            night.say(f"night {night.number} begins; config {config.path}")
+            if before is not None and before["exit_code"] is None:
+                where = before["stages"][-1]["stage"] if before["stages"] else "its beginning"
+                night.say(f"night {before['number']} was cut off in {where}; what it had committed is used")
+            work = _Nightly(config, night)
+            try:
+                work.run()
+            finally:
+                code = work.finish()
+    except files.InUseError as busy:
+        print(f"camenn nightly: {busy}", file=sys.stderr)
+        call_on_failure(config, BUSY, str(busy), "", lambda text: print(f"nightly: {text}", file=sys.stderr))
+        return BUSY
+    call_on_failure(config, code, night.message, night.path, night.say)
+    closing_table("nightly", _summary(night, time.monotonic() - started), as_json=as_json)
+    return code
+
+
+def _summary(night: Night, seconds: float) -> dict[str, Any]:
+    """The closing table: books and figures of the stages that ran."""
+    found = {record.stage: record.summary for record in night.stages}
+    rows = {name: found.get("score", {}).get(name, 0) for name in ("rows_in", "rows_out", "rejected")}
+    encoded = {name: found.get("embed", {}).get(name, 0) for name in ("encoded_images", "encoded_titles")}
+    if any(record.stage == "embed" and record.status != DONE for record in night.stages):
+        encoded = dict.fromkeys(encoded, 0)
+    return {
+        **rows,
+        **encoded,
+        "score_date": found.get("score", {}).get("score_date"),
+        "night": night.number,
+        "exit_code": night.exit_code,
+        "message": night.message or None,
+        "stages": {record.stage: record.status for record in night.stages},
+        "stage_seconds": {record.stage: record.seconds for record in night.stages},
+        "published": night.published["run"] if night.published else None,
+        "record": night.path,
+        "seconds": round(seconds, 1),
+        "out": night.config["work"],
     }
-    for name, value in config.items():
-        if name not in known:
-            raise InputError(f"--config {path}: unknown key '{name}'. Known ones: {', '.join(known)}.")
-        if not isinstance(value, known[name]):
-            raise InputError(f"--config {path}: '{name}' must be a {known[name].__name__}.")
-    for name in ("data", "work"):
-        if name not in config:
-            raise InputError(f"--config {path}: '{name}' is missing.")
-    return config
-
-
-def to_flags(values: dict[str, Any]) -> list[str]:
-    """A table of the config as flags; a true boolean is the flag alone, a false one is left out."""
-    flags = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            flags += [f"--{name}"] if value else []
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags
-
-
-def plan(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """The night's commands, in order: (stage, flags)."""
-    data, work, beam = config["data"], config["work"], [str(flag) for flag in config.get("beam", [])]
-    store, shards, model, scores = (files.join(work, name) for name in ("store", "shards", "model", "scores"))
-    steps = [("embed", ["--data", data, "--store", store, *to_flags(config.get("embed", {})), *beam])]
-    if config.get("train", True):
-        steps.append(
-            ("shards", ["--data", data, "--store", store, "--out", shards, *to_flags(config.get("shards", {})), *beam])
-        )
-        steps.append(("train", ["--shards", shards, "--out", model, *to_flags(config.get("train_flags", {}))]))
-    steps.append(
-        (
-            "score",
-            [
-                "--data",
-                data,
-                "--store",
-                store,
-                "--model",
-                model,
-                "--out",
-                scores,
-                *to_flags(config.get("score", {})),
-                *beam,
-            ],
-        )
-    )
-    steps.append(("report", ["--run", work]))
-    return steps
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `camenn nightly`."""
     parser = argparse.ArgumentParser(
         prog="camenn nightly",
-        description="Run embed, shards, train, score and report in order; each does only what changed.",
+        description="Run embed, shards, train where it is due, score and report in order; each does only what changed.",
+        epilog="exit codes: 0 all is well; 1 something unforeseen (a traceback tells); 2 something to mend: input, config, a full disk; 3 tonight's scores were held back by a gate; "
+        "4 another night is running; 5 the published scores are older than they may be. After each of them readers see tonight's scores whole, or those of before.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="TOML file; see --init")
-    parser.add_argument("--init", action="store_true", help="print a config to start from, and stop")
+    parser.add_argument("--init", action="store_true", help="print a config with every default, and stop")
     add_json_flag(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run the stages until one fails, print."""
+    """Parse, run the night, print."""
     arguments = build_parser().parse_args(argv)
     if arguments.init:
-        print(EXAMPLE, end="")
+        print(example(), end="")
         return 0
     if arguments.config is None:
         raise InputError("--config is missing. `camenn nightly --init` prints a config to start from.")
-    config = read_config(arguments.config)
-    started = time.monotonic()
-    seconds: dict[str, float] = {}
-    for stage, flags in plan(config):
-        print(f"nightly: {stage}", file=sys.stderr, flush=True)
-        began = time.monotonic()
-        code = int(importlib.import_module(STAGES[stage]).main(flags))
-        seconds[stage] = round(time.monotonic() - began, 1)
-        if code:
-            print(
-                f"nightly: {stage} ended with exit code {code}; what is published is the last good night's",
-                file=sys.stderr,
-            )
-            return code
-    from pipelines.manifest import require_latest
-
-    scores = require_latest(files.join(config["work"], "scores"), "score", "work")
-    names = ("rows_in", "rows_out", "rejected", "encoded_images", "encoded_titles", "score_date")
-    summary = {name: scores.summary[name] for name in names} | {
-        "stage_seconds": seconds,
-        "seconds": round(time.monotonic() - started, 1),
-        "out": config["work"],
-    }
-    closing_table("nightly", summary, as_json=arguments.json)
-    return 0
+    return run_night(read_config(arguments.config), arguments.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -32,6 +33,11 @@ WORKERS_KEPT_MS = 20_000
 """How long Flink keeps idle SDK workers of a job. Shorter than its restart delay should be: a restarted job must not find its dead workers."""
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
+
+MENDABLE, HELD_BACK = 2, 3
+"""Exit codes: what the user can mend; a finished run that its gates keep from readers"""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 DATAFLOW_RUNNERS = ("dataflow", "dataflowrunner")
 
@@ -254,30 +260,38 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
     except DryRun as done:
         print(f"camenn: dry run: {done}; nothing was published", file=sys.stderr)
         return 0
-    except InputError as error:
-        print(f"camenn: error: {error}", file=sys.stderr)
-        return 2
     except HeldBack as held:
         print(f"camenn: held back: {held}", file=sys.stderr)
-        return 3
+        return HELD_BACK
     except Exception as error:
-        cause = _input_error_behind(error)
+        cause = input_error_behind(error)
         if cause is None:
             raise
         print(f"camenn: error: {cause}", file=sys.stderr)
-        return 2
+        return MENDABLE
 
 
-def _input_error_behind(error: BaseException) -> InputError | None:
-    """The InputError that a Beam worker wrapped in its own exceptions, if that is what ended the job."""
+def input_error_behind(error: BaseException) -> InputError | None:
+    """What the user can mend, if that is what ended a command: an InputError, perhaps wrapped by a Beam worker in its own exceptions, or a full disk."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, InputError):
             return seen
+        if isinstance(seen, OSError) and seen.errno in FULL:
+            return _full_disk(str(seen))
         seen = seen.__cause__ or seen.__context__
     # A runner may flatten a worker's exception to text.
     text = str(error)
     for marker in ("InputError: ", "WeightsError: ", "DeviceError: "):
         if marker in text:
             return InputError(text.split(marker)[-1].split(" [while running")[0].strip().strip("'\""))
+    for number in FULL:
+        if f"[Errno {number}]" in text:
+            return _full_disk(text[text.index(f"[Errno {number}]") :].split(" [while running")[0].splitlines()[0])
     return None
+
+
+def _full_disk(what: str) -> InputError:
+    return InputError(
+        f"{what}: the disk is full. Free some of it (`camenn gc` removes what no kept run refers to) and run again: what was published is as it was."
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 
-from pipelines import files
+from pipelines import clock, files
 from pipelines.manifest import LATEST, MANIFEST, Manifest, point_to, publications, read_latest, read_run
 from pipelines.store import IMAGES, TITLES
 from schemas.contract import InputError
@@ -175,7 +175,7 @@ def find_garbage(
     Raises:
         InputError: nothing is published there: it may be no output of camenn at all.
     """
-    now = now or datetime.datetime.now(datetime.UTC)
+    now = now or clock.utc_now()
     latest = read_latest(root)
     if latest is None:
         raise InputError(f"--out {root}: nothing is published there (no {LATEST}); nothing was removed.")

@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import datetime
 import hashlib
 import os
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipelines import files, report_listings, report_quality, report_rows, report_runs, report_words
+from pipelines import clock, files, report_listings, report_quality, report_rows, report_runs, report_words
 from pipelines.console import NO_ROWS, closing_table
 from pipelines.manifest import versions
 from pipelines.options import add_json_flag, new_parser, run_main
@@ -141,7 +140,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
     """Everything that the template shows, and the names of the sections that lack their source."""
     scores = work.manifests.get("score")
     digest = digest_scores(scores, with_stores=True) if scores and scores.paths("scores") else None
-    flagged = report_listings.read_mismatches(work)
+    flagged = report_listings.read_flagged(work)
     wanted = report_listings.retrieval_ids(work)
     if flagged:
         wanted |= set(flagged[0]["item_id"])
@@ -167,7 +166,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
     shards = work.manifests.get("shards")
     context: dict[str, Any] = {
         "name": os.path.basename(work.root.rstrip("/")) or work.root,
-        "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "written": clock.utc_now().strftime("%Y-%m-%d %H:%M UTC"),
         "as_of": str(shards.summary["as_of"])[:16].replace("T", " ")
         if shards and shards.summary.get("as_of")
         else None,
@@ -179,7 +178,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
         "queries": report_listings.retrieval(work, card),
         "retrieved": work.retrieval is not None,
         "quality_flags": {
-            "cards": report_listings.mismatch_cards(flagged[0], card),
+            "cards": report_listings.flagged_cards(flagged[0], card),
             "flags": flagged[1],
             "listings": flagged[2],
         }

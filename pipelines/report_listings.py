@@ -1,7 +1,7 @@
 """The report's sections with photos: retrieval, listings to mend, top items by store."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -10,9 +10,11 @@ import pyarrow.compute as pc
 from pipelines.report_data import Item, Work, read_columns
 from pipelines.report_photos import Photo
 from pipelines.report_scores import ScoreDigest, top_by_store
+from pipelines.report_words import FLAG_WORDS
 
 QUERIES_PER_DIRECTION = 6
-MISMATCHES = 24
+FLAGGED = 24
+FLAGGED_COLUMNS = ["item_id", "mismatch", "flags", "clicks", "orders", "lost_orders"]
 STORES_WITH_PHOTOS = 24
 STORES_LISTED = 300
 ITEMS_PER_STORE = 6
@@ -27,6 +29,8 @@ class Card:
     photo: Photo
     note: str = ""
     good: bool | None = None
+    reasons: list[str] = field(default_factory=list)
+    activity: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,32 +81,46 @@ def retrieval(work: Work, card: Callable[..., Card]) -> list[Query]:
     ]
 
 
-def read_mismatches(work: Work) -> tuple[pd.DataFrame, dict[str, int], int] | None:
-    """Flagged listings, worst first (item_id, mismatch); listings by flag; all listings. None without scores."""
+def read_flagged(work: Work) -> tuple[pd.DataFrame, dict[str, int], int] | None:
+    """Flagged listings (item_id, mismatch, flags, clicks, orders, lost_orders), those that lost most first; listings by flag; all listings. None without scores."""
     manifest = work.manifests.get("score")
     if manifest is None or not manifest.paths("listing_quality"):
         return None
     counts: dict[str, int] = {}
     worst: list[pd.DataFrame] = []
     listings = 0
-    for table in read_columns(manifest.paths("listing_quality"), ["item_id", "mismatch", "flags"]):
+    for table in read_columns(manifest.paths("listing_quality"), FLAGGED_COLUMNS):
         listings += table.num_rows
         flags = table["flags"].combine_chunks()
         for entry in pc.value_counts(pc.list_flatten(flags)).to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
-        rows = pc.list_parent_indices(flags).filter(pc.equal(pc.list_flatten(flags), "mismatch"))
-        frame = table.drop_columns(["flags"]).take(rows).to_pandas()
-        worst.append(frame.nlargest(MISMATCHES, "mismatch"))
-    frame = pd.concat(worst).sort_values(["mismatch", "item_id"], ascending=[False, True]).head(MISMATCHES)
+        frame = table.filter(pc.greater(pc.list_value_length(table["flags"]), 0)).to_pandas()
+        # An absent photo is known to whoever left it out.
+        frame = frame[[not {"no_image", "no_text"} >= set(names) for names in frame["flags"]]]
+        worst.append(_worst(frame))
+    frame = _worst(pd.concat(worst))
     return frame, dict(sorted(counts.items(), key=lambda pair: -pair[1])), listings
 
 
-def mismatch_cards(frame: pd.DataFrame, card: Callable[..., Card]) -> list[Card]:
-    """Flagged listings with what the model makes of them."""
-    return [
-        card(item, note=f"{mismatch:.2f}", good=False)
-        for item, mismatch in zip(frame["item_id"], frame["mismatch"], strict=True)
-    ]
+def _worst(frame: pd.DataFrame) -> pd.DataFrame:
+    """The first listings by lost orders; among those that lost none, by mismatch."""
+    return frame.sort_values(
+        ["lost_orders", "mismatch", "item_id"], ascending=[False, False, True], ignore_index=True
+    ).head(FLAGGED)
+
+
+def flagged_cards(frame: pd.DataFrame, card: Callable[..., Card]) -> list[Card]:
+    """Flagged listings with what they lost, and why they are flagged."""
+    found = []
+    for row in frame.to_dict("records"):
+        reasons = [FLAG_WORDS.get(flag, flag) for flag in row["flags"]]
+        if "mismatch" in row["flags"]:
+            reasons[list(row["flags"]).index("mismatch")] += f" ({row['mismatch']:.2f})"
+        made = card(row["item_id"], note=f"−{row['lost_orders']:.1f} orders", good=False)
+        found.append(
+            replace(made, reasons=reasons, activity=f"{row['orders']:,} orders of {row['clicks']:,} clicks in 28 days")
+        )
+    return found
 
 
 def choose_stores(digest: ScoreDigest) -> tuple[pd.DataFrame, list[str], list[str]]:

@@ -13,7 +13,7 @@ REPEAT_FLAGS = {
         "embed": "data store image_root allow_absolute image_weights text_encoder grid patch_size max_tokens device precision max_reject_rate",
         "shards": "data store out attribution_hours history as_of timezone test_share max_reject_rate",
         "train": "shards out profile attention epochs batch_size learning_rate weighting no_alignment seed device precision",
-        "score": "data store model out score_date top_k audience timezone max_reject_rate",
+        "score": "data store model out score_date top_k audience timezone max_reject_rate shards",
     }.items()
 }
 """Flags of each stage that a manifest's options give back; a test holds them to the stages' own parsers."""

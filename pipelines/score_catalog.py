@@ -7,31 +7,22 @@ audience, model ─────────────────────�
 """
 
 import argparse
-import datetime
 import sys
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from camenn_model.feature_space import FeatureSpace, to_float
 from pipelines import files
-from pipelines.attribution import HOUR_US
-from pipelines.audience import by_store, by_user, has_candidates, read_audience, read_candidates, score_time
-from pipelines.console import closing_table, watch
-from pipelines.dimensions import read_timezones, read_users
+from pipelines.console import NO_ROWS, closing_table, watch
 from pipelines.distribution import EDGES, histogram
-from pipelines.events import read_times
-from pipelines.examples import item_attributes
 from pipelines.gates import NIGHTS, HeldBack, Night, check_night
-from pipelines.items import CopyContents, contents_jobs, load_items, local_only
+from pipelines.items import CopyContents, contents_jobs, local_only
 from pipelines.manifest import (
-    Count,
     FinishRun,
     Manifest,
     add_files,
@@ -42,13 +33,12 @@ from pipelines.manifest import (
     read_finished,
     read_latest,
     read_rejects,
-    request_fingerprint,
-    require_latest,
     write_manifest,
 )
 from pipelines.options import (
     add_common_flags,
     is_local_run,
+    local_workers,
     new_parser,
     open_pipeline,
     parse_with_beam,
@@ -56,127 +46,38 @@ from pipelines.options import (
     use_all_cores,
 )
 from pipelines.publication import published_manifests
-from pipelines.score_tiles import AlignListings, AudienceRows, JudgeListings, RankChunk, ScoreTile, Tile, WorkerInput
-from pipelines.snapshot import Log, Snapshot, audience_features, build_log
-from pipelines.tables import Source, WriteTable, write_table
-from schemas.audience import AUDIENCE, CANDIDATES
-from schemas.catalog import CATALOG
+from pipelines.score_inputs import (
+    STAGE,
+    ScoreOptions,
+    cut_tiles,
+    encode_audience,
+    expected_rows,
+    find_pairs,
+    open_inputs,
+)
+from pipelines.score_tiles import (
+    AlignListings,
+    JudgeListings,
+    RankChunk,
+    ScoreTile,
+    WorkerInput,
+    measure_pace,
+)
+from pipelines.snapshot import Snapshot, recent_activity
+from pipelines.tables import WriteTable, write_table
+from schemas.audience import AUDIENCE
 from schemas.contract import InputError
-from schemas.events import CLICKS, ORDERS
 from schemas.rejects import REJECTS
 from schemas.scores import LISTING_QUALITY, SCORES
 from schemas.training import ITEMS
 
-STAGE = "score"
-TILE_ITEMS = 512
-CHUNK_ROWS = 512
+if TYPE_CHECKING:
+    from camenn_model.challenge import Calibration
+    from camenn_model.checkpoint import Package
+
 SPAN_ITEMS = 512
 PAIRS_FOR_ALL_CORES = 200_000
 """Pairs from which worker processes, which take some ten seconds to start, pay."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
-    """One score run, resolved."""
-
-    data: str
-    store: str
-    model: str
-    out: str
-    score_date: str | None
-    top_k: int
-    audience: str
-    timezone: str
-    max_reject_rate: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Audience rows [first, last) and the listings that they meet."""
-
-    audience: tuple[int, int]
-    items: np.ndarray
-
-
-def plan_chunks(audience: pa.Table, items: pa.Table, candidates: np.ndarray | None) -> list[Chunk]:
-    """Cut the audience, ordered by store, into chunks that meet the same listings: their own store's, and those of no store."""
-    item_store = items["store_id"].to_pandas()
-    shared = item_store.isna().to_numpy()
-    stores = audience["store_id"].to_pandas().to_numpy(dtype=object)
-    edges = (
-        np.flatnonzero(np.append(stores[1:] != stores[:-1], True)) + 1 if not shared.all() else np.array([len(stores)])
-    )
-    chunks = []
-    start = 0
-    for end in edges:
-        mine = (
-            np.flatnonzero(shared | (item_store == stores[start]).to_numpy(dtype=bool))
-            if not shared.all()
-            else np.arange(items.num_rows)
-        )
-        for first in range(start, int(end), CHUNK_ROWS):
-            last = min(first + CHUNK_ROWS, int(end))
-            met = mine
-            if candidates is not None:
-                asked = candidates[(candidates[:, 0] >= first) & (candidates[:, 0] < last), 1]
-                met = np.intersect1d(mine, asked)
-            if len(met):
-                chunks.append(Chunk(audience=(first, last), items=met))
-        start = int(end)
-    return chunks
-
-
-def cut_tiles(chunks: list[Chunk]) -> list[Tile]:
-    """Tiles of at most 512 listings × 512 audience rows."""
-    return [
-        Tile(number, chunk.audience, chunk.items[first : first + TILE_ITEMS].astype(np.int32).tobytes())
-        for number, chunk in enumerate(chunks)
-        for first in range(0, len(chunk.items), TILE_ITEMS)
-    ]
-
-
-def encode_audience(
-    audience: pa.Table, users: pa.Table, log: Log, space: FeatureSpace, weekday: int, history_length: int
-) -> AudienceRows:
-    """Audience rows as the model reads them; users' fields come from the users table, the audience's own columns go before."""
-    user = log.user_codes(audience["user_id"].to_pylist())
-    store = log.store_codes(audience["store_id"].to_pylist())
-    place = pc.index_in(audience["user_id"], value_set=users["user_id"].combine_chunks()).combine_chunks()
-    # A null user must not be found as a null key.
-    place = pc.if_else(pc.is_null(audience["user_id"]).combine_chunks(), pa.scalar(None, pa.int32()), place)
-    fields = users.take(place)
-    for name in audience.column_names:
-        if name not in AUDIENCE.names:
-            column = audience[name].cast(pa.string())
-            known = fields[name] if name in fields.column_names else pa.nulls(audience.num_rows, pa.string())
-            merged = pc.coalesce(column, known)
-            fields = fields.drop_columns([name]) if name in fields.column_names else fields
-            fields = fields.append_column(name, merged)
-    counts, history, kind, hours = audience_features(log, user, history_length)
-    values, buckets = space.encode_numbers(("audience_counts",), counts)
-    hour = to_float(audience["hour"]).astype(np.int64)
-    cats = space.encode_audience(audience["user_id"], audience["store_id"], hour, np.full(len(hour), weekday), fields)
-    gap = np.where(history >= 0, np.log1p(np.maximum(hours, 0)), 0).astype(np.float32)
-    return AudienceRows(
-        user=user,
-        store=store,
-        cats=cats,
-        values=values,
-        buckets=buckets,
-        history=history,
-        kind=kind.astype(np.int64),
-        gap=gap,
-    )
-
-
-def check_encoders(store: Manifest, encoders: dict[str, Any], model: str) -> None:
-    """Raises InputError where the model was trained on other embeddings than the store's."""
-    for kind in ("image", "text"):
-        if store.options[kind]["fingerprint"] != encoders[kind]["fingerprint"]:
-            raise InputError(
-                f"--model {model}: was trained on embeddings of {encoders[kind]['description']}, the store's are of {store.options[kind]['description']}. "
-                "Embed with the model's encoders and flags, or train on shards of this store."
-            )
 
 
 def check_scores(cvr_range: tuple[float, float] | None, rows: int, expected_rows: int) -> None:
@@ -200,73 +101,40 @@ def check_scores(cvr_range: tuple[float, float] | None, rows: int, expected_rows
 
 def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> dict[str, Any]:
     """Run the stage and publish; returns the closing table."""
-    from camenn_model.checkpoint import open_package
-
     started = time.monotonic()
     out = local_only(options.out, "--out")
-    catalog, clicks, orders = (Source.find(options.data, contract) for contract in (CATALOG, CLICKS, ORDERS))
-    users, users_source = read_users(options.data)
-    timezones, stores_source = read_timezones(options.data, options.timezone)
-    given = read_audience(options.data) if options.audience == "auto" else None
-    store = require_latest(options.store, "embed", "--store")
-    package = open_package(local_only(options.model, "--model"))
-    check_encoders(store, package.encoders, options.model)
-    sources = {
-        "catalog": catalog,
-        "clicks": clicks,
-        "orders": orders,
-        "users": users_source,
-        "stores": stores_source,
-        "audience": given[1] if given else None,
-    }
-    inputs = {name: source.fingerprint for name, source in sources.items() if source is not None}
-    if has_candidates(options.data):
-        inputs["candidates"] = Source.find(options.data, CANDIDATES).fingerprint
-    inputs |= {"store": store.request, "model": package.version}
-    request = request_fingerprint(inputs, asdict(options))
+    inputs = open_inputs(options)
+    package = inputs.package
     with files.single_writer(out):
         latest = read_latest(out)
-        if latest is not None and latest.request == request and not rerun:
+        if latest is not None and latest.request == inputs.request and not rerun:
             print(
                 f"score: inputs and flags are those of run {latest.run}: nothing to do (--rerun scores again)",
                 file=sys.stderr,
             )
             return {**latest.summary, "unchanged": True, "seconds": round(time.monotonic() - started, 1)}
-        score_date = options.score_date or default_date(clicks, orders)
-        moment, weekday = score_time(score_date)
+        pairs = find_pairs(options, inputs)
+        items, audience, chunks, score_date = pairs.items, pairs.audience, pairs.chunks, pairs.score_date
         run_name, directory = new_run(out)
-        items, catalog_rejects, catalog_counts = load_items(STAGE, catalog, store)
-        if items.num_rows == 0:
-            raise InputError(f"{catalog.files[0]}: table 'catalog' has no usable row: there is nothing to score.")
-        window = int(float(package.meta["attribution_hours"]) * HOUR_US)
-        log, log_rejects, log_counts = build_log(
-            STAGE, clicks, orders, items["item_id"], item_attributes(items), moment, window
-        )
-        audience = (given[0] if given else make_audience(options, items, log, timezones)).sort_by(
-            [("store_id", "ascending"), ("audience_id", "ascending")]
-        )
-        candidates = read_candidates(options.data, audience["audience_id"], items["item_id"])
-        chunks = plan_chunks(audience, items, candidates[0] if candidates else None)
-        rows = encode_audience(audience, users, log, package.space, weekday, package.config.history_length)
-        Snapshot.build(log).write(files.join(directory, "snapshot"))
-        pairs = candidates[0] if candidates else np.zeros((0, 2), dtype=np.int64)
+        rows = encode_audience(inputs, pairs)
+        Snapshot.build(pairs.log).write(files.join(directory, "snapshot"))
+        asked = pairs.candidates if pairs.candidates is not None else np.zeros((0, 2), dtype=np.int64)
         written = [
             write_table(directory, "items", items),
             write_table(directory, "audience", audience.select(AUDIENCE.names).cast(AUDIENCE.schema)),
         ]
         write_table(directory, "audience_features", rows.table())
-        write_table(directory, "candidate_rows", pa.table({"audience": pairs[:, 0], "item": pairs[:, 1]}))
-        rejects = pa.concat_tables([catalog_rejects, *log_rejects])
-        if rejects.num_rows:
-            written.append(write_table(directory, "rejects", rejects))
-        counts = [*log_counts, *(Count("catalog", where, n) for where, n in catalog_counts.items())]
-        jobs, kept = contents_jobs(store, items, latest, out, directory)
+        write_table(directory, "activity", pa.table(recent_activity(pairs.log)))
+        write_table(directory, "candidate_rows", pa.table({"audience": asked[:, 0], "item": asked[:, 1]}))
+        if pairs.rejects.num_rows:
+            written.append(write_table(directory, "rejects", pairs.rejects))
+        jobs, kept = contents_jobs(inputs.store, items, latest, out, directory)
         contents = [CopyContents.copy(job) for job in jobs]
         paths = {
             kind: tuple(r.path for r in (*contents, *kept) if r.table == f"contents_{kind}")
             for kind in ("images", "titles")
         }
-        n_pairs = sum((c.audience[1] - c.audience[0]) * len(c.items) for c in chunks)
+        n_pairs = pairs.count
         local = is_local_run(beam_flags)
         if n_pairs > PAIRS_FOR_ALL_CORES:
             beam_flags = use_all_cores(beam_flags)
@@ -305,7 +173,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
                 >> WriteTable(LISTING_QUALITY, files.join(directory, "listing_quality", f"score_date={score_date}"))
             )
             submitted = pipeline | "SubmittersFiles" >> beam.Create([*written, *contents, *kept])
-            tallies = pipeline | "SubmittersCounts" >> beam.Create(counts)
+            tallies = pipeline | "SubmittersCounts" >> beam.Create(pairs.counts)
             {
                 "files": [scores, quality, submitted] | "AllFiles" >> beam.Flatten(),
                 "counts": tallies,
@@ -313,14 +181,14 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         records, found = read_finished(directory)
         check_accounting(found)
         check_reject_rate(found, options.max_reject_rate, read_rejects(records))
-        due = expected_rows(chunks, options.top_k, candidates[0] if candidates else None)
+        due = expected_rows(chunks, options.top_k, pairs.candidates)
         statistics = score_statistics([r.path for r in records if r.table == "scores"])
         check_scores(statistics["range"], sum(r.rows for r in records if r.table == "scores"), due)
         manifest = Manifest(
             stage=STAGE,
             run=run_name,
-            request=request,
-            inputs=inputs,
+            request=inputs.request,
+            inputs=inputs.fingerprints,
             options=asdict(options) | {"score_date": score_date},
             counts=found,
         )
@@ -339,7 +207,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
             "score_date": score_date,
             "listings": items.num_rows,
             "pairs": n_pairs,
-            "candidates_unknown": candidates[2] if candidates else 0,
+            "candidates_unknown": pairs.candidates_unknown,
             "mean_cvr": statistics["mean"],
             "lowest_cvr": statistics["range"][0],
             "highest_cvr": statistics["range"][1],
@@ -357,6 +225,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
             audience_rows=audience.num_rows,
             rows=manifest.rows("scores"),
             mean_cvr=statistics["mean"],
+            model=package.version,
             histogram=tuple(
                 (int(place), int(statistics["histogram"][place])) for place in np.flatnonzero(statistics["histogram"])
             ),
@@ -365,7 +234,9 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         nights = [
             earlier.options["night"] for earlier in published_manifests(out, NIGHTS) if "night" in earlier.options
         ]
-        gates = check_night(night, [Night.from_json(value) for value in nights])
+        calibration = judge_model(options, package)
+        manifest.summary["calibration"] = calibration.to_json() if calibration is not None else None
+        gates = check_night(night, [Night.from_json(value) for value in nights], calibration)
         manifest.gates = [gate.to_json() for gate in gates]
         failed = [gate.words for gate in gates if not gate.passed]
         if failed:
@@ -378,36 +249,45 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
     return manifest.summary
 
 
-def make_audience(options: ScoreOptions, items: pa.Table, log: Log, timezones: dict[str, str]) -> pa.Table:
-    """The audience where the data directory has none: active users, or every store at every 4-hour bucket."""
-    if options.audience == "users":
-        return by_user(log, timezones, options.timezone)
-    listed = set(pc.drop_null(items["store_id"]).to_pylist())
-    return by_store(sorted(listed | set(log.stores)) if items["store_id"].null_count else sorted(listed))
+def judge_model(options: ScoreOptions, package: "Package") -> "Calibration | None":
+    """The model's calibration on the latest closed days of the shard set, where one is given."""
+    if options.shards is None:
+        return None
+    from camenn_model.challenge import judge_calibration
+    from camenn_model.shards import ShardSet
+
+    return judge_calibration(package, ShardSet(options.shards))
 
 
-def default_date(clicks: Source, orders: Source) -> str:
-    """The day after the smaller of both logs' ends: everything known is read."""
-    ends = [times.max() for times in (read_times(clicks, "clicked_at"), read_times(orders, "ordered_at")) if len(times)]
-    if not ends:
-        raise InputError(f"{clicks.files[0]}: both logs are empty. Give --score_date, or a log with rows.")
-    end = datetime.datetime.fromtimestamp(int(min(ends)) / 1e6, tz=datetime.UTC).date()
-    return (end + datetime.timedelta(days=1)).isoformat()
-
-
-def expected_rows(chunks: list[Chunk], top_k: int, candidates: np.ndarray | None) -> int:
-    """Rows that scores must have: per audience row the smaller of top_k and the listings it meets."""
-    total = 0
-    for chunk in chunks:
-        first, last = chunk.audience
-        if candidates is None:
-            met = np.full(last - first, len(chunk.items))
-        else:
-            pairs = candidates[(candidates[:, 0] >= first) & (candidates[:, 0] < last)]
-            pairs = pairs[np.isin(pairs[:, 1], chunk.items)]
-            met = np.bincount(pairs[:, 0] - first, minlength=last - first)
-        total += int(np.minimum(met, top_k).sum() if top_k else met.sum())
-    return total
+def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:
+    """What `run` would have to do; returns the closing table. Logs are read, nothing is scored or written."""
+    started = time.monotonic()
+    inputs = open_inputs(options)
+    latest = read_latest(options.out)
+    pairs = find_pairs(options, inputs)
+    pace, source = None, None
+    if latest is not None and latest.summary.get("pairs"):
+        pace, source = latest.seconds / latest.summary["pairs"], f"run {latest.run}"
+    elif is_local_run(beam_flags) and pairs.count:
+        workers = local_workers(use_all_cores(beam_flags) if pairs.count > PAIRS_FOR_ALL_CORES else beam_flags)
+        pace, source = (
+            measure_pace(inputs.package, pairs.items, encode_audience(inputs, pairs), pairs.chunks[0].items) / workers,
+            "a tile scored just now; start-up is not in it",
+        )
+    return {
+        **NO_ROWS,
+        "rows_in": pairs.audience.num_rows,
+        "score_date": pairs.score_date,
+        "listings": pairs.items.num_rows,
+        "pairs": pairs.count,
+        "rows_out": expected_rows(pairs.chunks, options.top_k, pairs.candidates),
+        "rejected": pairs.rejects.num_rows,
+        "nothing_to_do": latest is not None and latest.request == inputs.request,
+        "score_seconds": None if pace is None else round(pace * pairs.count, 1),
+        "estimated_from": source,
+        "seconds": round(time.monotonic() - started, 1),
+        "out": options.out,
+    }
 
 
 def score_statistics(paths: list[str]) -> dict[str, Any]:
@@ -465,6 +345,15 @@ def build_parser() -> argparse.ArgumentParser:
         default="UTC",
         help="IANA zone of stores that the table `stores` does not name (default %(default)s)",
     )
+    parser.add_argument(
+        "--shards",
+        help="shard set that `camenn shards` wrote: the model must be calibrated on its latest closed days, or the night is held back (default: not asked)",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print how many pairs a run would score and how long that takes, and score nothing",
+    )
     parser.add_argument("--rerun", action="store_true", help="score again although neither inputs nor flags changed")
     add_common_flags(parser)
     return parser
@@ -477,9 +366,10 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--top_k {a.top_k}: must be 0 (all) or more.")
     options = ScoreOptions(
         data=files.absolute(a.data), store=files.absolute(a.store), model=files.absolute(a.model), out=files.absolute(a.out), score_date=a.score_date, top_k=a.top_k, audience=a.audience,
-        timezone=a.timezone, max_reject_rate=a.max_reject_rate,
+        timezone=a.timezone, max_reject_rate=a.max_reject_rate, shards=files.absolute(a.shards) if a.shards else None,
     )  # fmt: skip
-    closing_table(STAGE, run(options, beam_flags, rerun=a.rerun), as_json=a.json)
+    summary = plan(options, beam_flags) if a.plan else run(options, beam_flags, rerun=a.rerun)
+    closing_table(STAGE, summary, as_json=a.json)
     return 0
 
 

@@ -1,8 +1,9 @@
 """The workers' side of scoring: one tile of listings against a chunk of audience rows; then each row's best, ranked."""
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 import numpy as np
@@ -18,6 +19,11 @@ from pipelines.features import Ints
 from pipelines.snapshot import Snapshot
 from schemas.scores import LISTING_QUALITY, SCORES
 
+if TYPE_CHECKING:
+    from camenn_model.checkpoint import Package
+
+TIMED = 256
+"""Listings and audience rows of the tile that `--plan` times."""
 MOST_CACHED_ROWS = 4_096
 """Audience rows whose states a worker keeps (0.15 MB each in `small`)."""
 
@@ -46,6 +52,12 @@ class WorkerInput:
     titles: tuple[str, ...]
     top_k: int
     progress: str | None
+
+
+def _read_part(directory: str, name: str) -> pa.Table:
+    """A table that the submitter wrote with `write_table`."""
+    with files.open_read(files.join(directory, name, "part-0.parquet")) as handle:
+        return pq.read_table(handle)
 
 
 class _ModelDoFn(beam.DoFn):
@@ -77,8 +89,7 @@ class _ModelDoFn(beam.DoFn):
         self.progress = ProgressFile(self.given.progress)
 
     def _read(self, name: str) -> pa.Table:
-        with files.open_read(files.join(self.given.directory, name, "part-0.parquet")) as handle:
-            return pq.read_table(handle)
+        return _read_part(self.given.directory, name)
 
 
 class ScoreTile(_ModelDoFn):
@@ -177,6 +188,39 @@ class AudienceRows:
         return audience_batch(
             self.cats[rows], self.values[rows], self.buckets[rows], self.history[rows], self.kind[rows], self.gap[rows]
         )
+
+
+def measure_pace(package: "Package", items: pa.Table, audience: AudienceRows, met: Ints) -> float:
+    """Seconds for one pair on one thread of this machine.
+
+    A tile is scored of real audience rows and of real listings (`met`: their rows) without embeddings and counts, which change nothing in its time.
+    """
+    import torch
+
+    from camenn_model.item_table import ItemTable
+    from camenn_model.scorer import Scorer
+    from camenn_model.shards import Contents
+
+    config = package.config
+    images = Contents([], "image_key", (config.patch_grid**2, config.image_width))
+    titles = Contents([], "title_key", (config.text_tokens, config.text_width))
+    table = ItemTable(items, package.space, images, titles)
+    scorer, rows = Scorer(package.model()), met[:TIMED]
+    batch, history = audience.batch(slice(0, TIMED))
+    shape = (len(batch.cats), len(rows), len(NUMERIC_GROUPS["item_counts"]) + len(NUMERIC_GROUPS["pair_counts"]))
+    values, buckets = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = []
+    try:
+        for _ in range(2):
+            started = time.monotonic()
+            states = scorer.audience_states(batch, table.history(history))
+            scorer.score_tile(scorer.item_states(table.batch(rows)), states, values, buckets)
+            seconds.append(time.monotonic() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return min(seconds) / (shape[0] * shape[1])
 
 
 def encode_tile(
@@ -278,12 +322,15 @@ class JudgeListings(beam.DoFn):
         self.model_version = model_version
 
     def process(self, element: tuple[None, Iterable[bytes]]) -> Iterator[pa.Table]:
-        from camenn_model.quality import Alignment, judge
+        from camenn_model.quality import Activity, Alignment, judge
 
         table = pa.concat_tables([files.ipc_table(piece) for piece in element[1]]).sort_by("item")
-        with files.open_read(files.join(self.directory, "items", "part-0.parquet")) as handle:
-            items = pq.read_table(handle)
-        judged = judge(items, Alignment(*(table[name].to_numpy() for name in ("ita", "tia", "cosine"))))
+        items, activity = (_read_part(self.directory, name) for name in ("items", "activity"))
+        judged = judge(
+            items,
+            Alignment(*(table[name].to_numpy() for name in ("ita", "tia", "cosine"))),
+            Activity(*(activity[name].to_numpy() for name in ("clicks", "orders"))),
+        )
         yield judged.append_column("model_version", pa.repeat(self.model_version, judged.num_rows)).cast(
             LISTING_QUALITY.schema
         )

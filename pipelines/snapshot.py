@@ -285,6 +285,18 @@ def audience_features(log: Log, users: Ints, length: int) -> tuple[dict[str, Flo
     return {column.name: counts[column.name] for column in AUDIENCE_COUNTS}, history.item, history.kind, history.hours
 
 
+def recent_activity(log: Log) -> dict[str, Ints]:
+    """Of each listing, int64 [N]: `clicks` of the 28 days before the log's time, and `orders` credited to them by then."""
+    events = log.events
+    recent = events.clicked_at >= log.time - ACTIVE_DAYS * DAY_US
+    bought = recent & (events.converted_at < log.time)
+    size = log.attributes.size
+    return {
+        "clicks": np.bincount(events.click_item[recent], minlength=size).astype(np.int64),
+        "orders": np.bincount(events.click_item[bought], minlength=size).astype(np.int64),
+    }
+
+
 def active_users(log: Log) -> pd.DataFrame:
     """Users with an event in the 28 days before the log's time: user_id, store_id, at."""
     return log.last_seen[log.last_seen["at"] >= log.time - ACTIVE_DAYS * DAY_US].sort_values(

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
 from numpy.typing import NDArray
 
-from pipelines import files
+from pipelines import clock, files
 from schemas.contract import Contract, check_output
 from schemas.embeddings import stamp_embeddings
 
@@ -161,14 +161,10 @@ def _write_marker(part: Part) -> Part:
             "failures": part.failures,
             "unread": part.unread,
             "replaces": part.replaces,
-            "written_at": _now().isoformat(timespec="seconds"),
+            "written_at": clock.utc_stamp(),
         },
     )
     return part
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
 
 
 # --- merging
@@ -257,7 +253,7 @@ def drop_replaced(
     The marker goes last: a removal that was cut off is finished by the next one.
     """
     parts = {part.name: part for part in _all_parts(directory)}
-    limit = (now or _now()) - READERS_HAVE
+    limit = (now or clock.utc_now()) - READERS_HAVE
     replaced = {
         name
         for part in parts.values()

@@ -12,8 +12,17 @@ from camenn_model.config import PROFILES, LossConfig
 from camenn_model.encoder_spec import resolve_device_precision
 from pipelines import files
 from pipelines.console import Bar, closing_table
+from pipelines.gates import Gate, HeldBack
 from pipelines.items import local_only
-from pipelines.manifest import Manifest, new_run, publish, read_latest, request_fingerprint, require_latest
+from pipelines.manifest import (
+    Manifest,
+    new_run,
+    publish,
+    read_latest,
+    request_fingerprint,
+    require_latest,
+    write_manifest,
+)
 from pipelines.options import add_json_flag, run_main
 from schemas.contract import InputError
 
@@ -80,6 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="threads that gather batches; 0 = the cores that do not compute (default %(default)s)",
+    )
+    parser.add_argument(
+        "--challenge",
+        action="store_true",
+        help="publish the new model only where it predicts the latest closed days as well as the published one (exit code 3 otherwise)",
     )
     parser.add_argument("--rerun", action="store_true", help="train again although neither shards nor flags changed")
     add_json_flag(parser)
@@ -171,9 +185,39 @@ def main(argv: list[str] | None = None) -> int:
                 "files": [{"path": path, "rows": 0, "bytes": os.path.getsize(path)}],
             }
         manifest.summary = _summary(metrics, shards, manifest, out)
+        if arguments.challenge and latest is not None:
+            challenge(manifest, latest.run, out, shards_root)
         publish(out, manifest)
     closing_table(STAGE, manifest.summary, as_json=arguments.json)
     return 0
+
+
+def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> None:
+    """Enter into the manifest how the new model did against the published run `champion` on the latest closed days.
+
+    Raises:
+        HeldBack: it is worse; its package and its manifest are kept.
+    """
+    from camenn_model.challenge import hold_duel
+    from camenn_model.checkpoint import read_package
+    from camenn_model.shards import ShardSet
+
+    old, new = (read_package(Path(out) / "runs" / run) for run in (champion, manifest.run))
+    duel = hold_duel(old, new, ShardSet(shards_root))
+    if duel is None:
+        print(
+            "train: the published model cannot be compared (other encoders, or no closed day in the test part): the new one takes over",
+            file=sys.stderr,
+        )
+        return
+    gate = Gate("challenge", duel.passed, duel.words())
+    manifest.gates, manifest.summary["challenge"] = [gate.to_json()], duel.to_json()
+    if not duel.passed:
+        write_manifest(out, manifest)
+        directory = files.join(out, "runs", manifest.run)
+        raise HeldBack(
+            f"{duel.words()}. The published model stays. If the new one is to be had all the same: camenn publish {directory} --force --reason TEXT"
+        )
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -217,6 +261,7 @@ def _summary(metrics: dict[str, Any], shards: Manifest, manifest: Manifest, out:
         "test_pcoc": test["pcoc"],
         "popularity_auc": popularity["auc"],
         "mismatch_auc": representation.get("mismatch_auc"),
+        "shards_as_of": shards.summary["as_of"],
         "seconds": round(manifest.seconds, 1),
         "run": manifest.run,
         "out": out,

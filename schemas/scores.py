@@ -49,6 +49,13 @@ LISTING_QUALITY = Contract(
             nullable=True,
         ),
         Column(name="flags", type=pa.list_(pa.string()), doc="mismatch, no_image, no_text, vague_image, poor_title"),
+        Column(name="clicks", type=pa.int64(), doc="clicks in the 28 days before the score date"),
+        Column(name="orders", type=pa.int64(), doc="of these clicks, those an order has been credited to by then"),
+        Column(
+            name="lost_orders",
+            type=pa.float32(),
+            doc="orders that photo and title may have cost in these days: what the clicks bring to unflagged listings of the subcategory, less its own orders, shrunk where clicks are few; 0 without a flag",
+        ),
         text_column("model_version", "fingerprint of the model package"),
     ),
 )

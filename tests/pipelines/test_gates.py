@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from camenn_model.challenge import Calibration
 from pipelines.distribution import decile_shares, histogram, population_stability_index
 from pipelines.gates import Night, check_night
 
@@ -95,3 +96,27 @@ def test_nights_survive_a_manifest() -> None:
 def test_nights_without_a_common_bin_have_a_distribution_too() -> None:
     nights = [dataclasses.replace(make_night(), histogram=((place, 100),)) for place in (900, 1_000, 1_100)]
     assert {gate.name for gate in check_night(nights[1], nights)} >= {"psi"}
+
+
+def test_another_models_distribution_says_nothing_of_faults() -> None:
+    before = [make_night(seed, model="old") for seed in range(6)]
+    new = make_night(9, shift=1.0, model="new")
+    assert {gate.name for gate in check_night(new, before)} == {"coverage_listings", "coverage_audience_rows"}
+    assert failed(make_night(9, shift=1.0, model="new", listings=900), before) == {"coverage_listings"}
+    # From its second night on it is held against itself, not against the one before.
+    later = check_night(make_night(10, shift=1.0, model="new"), [*before, new])
+    assert len(later) == 4 and all(gate.passed for gate in later)
+    assert failed(make_night(10, model="new"), [*before, new]) == {"mean_cvr", "psi"}
+    assert "the night published last by this model" in later[2].words
+
+
+@pytest.mark.parametrize(
+    ("pcoc", "error", "passed"), [(1.19, 0.0, True), (1.35, 0.1, True), (1.35, 0.05, False), (0.7, 0.01, False)]
+)
+def test_calibration_is_held_to_a_fifth_beyond_chance(pcoc: float, error: float, passed: bool) -> None:
+    calibration = Calibration("2026-01-01", "2026-01-02", 3_000, 500, pcoc, error, 0.4)
+    for before in ([make_night(1)], [make_night(1, model="old")]):
+        gates = {gate.name: gate for gate in check_night(make_night(9), before, calibration)}
+        assert gates["calibration"].passed is passed
+        assert f"{pcoc:.3f}" in gates["calibration"].words
+    assert check_night(make_night(9), [], calibration) == []

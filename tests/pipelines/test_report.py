@@ -16,9 +16,9 @@ from pipelines.distribution import decile_shares, population_stability_index
 from pipelines.embed_catalog import build_parser as embed_parser
 from pipelines.manifest import Manifest
 from pipelines.report import build_parser, main, render
-from pipelines.report_data import read_items, read_work
-from pipelines.report_listings import read_mismatches
-from pipelines.report_photos import Photos, thumbnail
+from pipelines.report_data import Item, read_items, read_work
+from pipelines.report_listings import Card, flagged_cards, read_flagged
+from pipelines.report_photos import Photo, Photos, thumbnail
 from pipelines.report_plots import plot_reliability
 from pipelines.report_quality import quality
 from pipelines.report_rows import books, click_funnel
@@ -216,14 +216,22 @@ def test_quality_without_baselines_marks_nothing(work: Path) -> None:
     assert result is not None and all(row.best is None for row in result["rows"])
 
 
-def test_mismatches_come_worst_first_with_flag_counts(work: Path) -> None:
-    found = read_mismatches(read_work(str(work)))
+def test_flagged_listings_come_by_lost_orders_with_flag_counts(work: Path) -> None:
+    found = read_flagged(read_work(str(work)))
     assert found is not None
     frame, flags, listings = found
     assert listings == 90
     assert flags["no_image"] == 18
-    assert frame["mismatch"].is_monotonic_decreasing
-    assert {"i000000", "i000001"} <= set(frame["item_id"])
+    assert frame["lost_orders"].is_monotonic_decreasing and frame["lost_orders"].nunique() > 1
+    for _, alike in frame.groupby("lost_orders"):
+        assert alike["mismatch"].is_monotonic_decreasing
+    # That a photo is not there is known to whoever left it out.
+    assert all("mismatch" in flags for flags in frame["flags"])
+    cards = flagged_cards(
+        frame, lambda item_id, note, good: Card(item=Item(item_id=item_id), photo=Photo(), note=note, good=good)
+    )
+    assert cards[0].note == "−6.0 orders" and cards[0].reasons[0].startswith("photo and title do not belong together (")
+    assert "clicks in 28 days" in cards[0].activity
 
 
 def test_top_by_store_equals_plain_mean(work: Path) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import store
+from pipelines import clock, store
 from pipelines.store import Part, commit_part, drop_replaced, list_parts, merge_parts, plan_merges
 from schemas.embeddings import KERNELS_KEY, embedding_shape, image_embeddings
 
@@ -87,7 +87,7 @@ def test_365_nights_leave_few_files_and_every_content_once(tmp_path: Path, monke
     published: list[set[str]] = [set(), set()]
     most = first = 0
     for night in range(365):
-        monkeypatch.setattr(store, "_now", lambda night=night: start + night * NIGHT)
+        monkeypatch.setattr(clock, "utc_now", lambda night=night: start + night * NIGHT)
         parts = list_parts(str(tmp_path))
         for _ in range(2):
             rows = 3 + night % 5

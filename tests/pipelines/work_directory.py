@@ -123,6 +123,9 @@ def write_scores(root: Path, run: str, items: pa.Table, stores: int, seed: int) 
                 ],
                 pa.list_(pa.string()),
             ),
+            "clicks": np.arange(n, dtype=np.int64),
+            "orders": np.zeros(n, dtype=np.int64),
+            "lost_orders": pa.array(np.arange(n) % 7, pa.float32()),
             "model_version": ["m1"] * n,
         }
     )

@@ -1,0 +1,88 @@
+"""What a night leaves behind: `WORK/nights/00000031/record.json` and `log.txt`, written as it goes, so that a night that was killed tells how far it came."""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipelines import clock, files
+from pipelines.manifest import versions
+
+NIGHTS = "nights"
+RECORD = "record.json"
+LOG = "log.txt"
+
+DONE, UNCHANGED, NOT_DUE, HELD, FAILED, RUNNING = "done", "unchanged", "not due", "held back", "failed", "running"
+
+
+@dataclass
+class StageRecord:
+    """One stage of a night."""
+
+    stage: str
+    status: str = RUNNING
+    words: str = ""
+    """What changed and what was left out; or what went wrong"""
+    seconds: float = 0.0
+    run: str | None = None
+    """The run that is published after it"""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Night:
+    """A night's record. `directory`: where it is written."""
+
+    number: int
+    directory: str
+    config: dict[str, Any]
+    started_at: str = field(default_factory=clock.utc_stamp)
+    finished_at: str | None = None
+    exit_code: int | None = None
+    """None = it runs, or was killed"""
+    message: str = ""
+    published: dict[str, Any] | None = None
+    """Scores that readers see after it: run, at, hours since"""
+    stages: list[StageRecord] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        """Of the record."""
+        return files.join(self.directory, RECORD)
+
+    def write(self) -> None:
+        """Write the record as it stands. A disk that is full must not keep a night from ending as it should, so that is said and no more."""
+        try:
+            files.write_json(self.path, asdict(self) | {"versions": versions()})
+        except OSError as error:
+            _say(f"{self.path} cannot be written: {error}")
+
+    def say(self, text: str) -> None:
+        """One line for whoever watches, and for the log."""
+        line = _say(text)
+        try:
+            with open(files.join(self.directory, LOG), "a") as handle:
+                handle.write(line + "\n")
+        except OSError as error:
+            _say(f"{files.join(self.directory, LOG)} cannot be written: {error}")
+
+
+def _say(text: str) -> str:
+    line = f"{clock.utc_stamp()} nightly: {text}"
+    print(line, file=sys.stderr, flush=True)
+    return line
+
+
+def read_nights(work: str) -> list[dict[str, Any]]:
+    """Records of all nights, oldest first; a night that was cut off while it wrote its first one is left out."""
+    found = sorted(files.match(files.join(work, NIGHTS, "*", RECORD)), key=lambda file: file.path)
+    return [files.read_json(file.path) for file in found]
+
+
+def new_night(work: str, config: dict[str, Any]) -> tuple[Night, dict[str, Any] | None]:
+    """(tonight's record, written; the record of the night before). Numbers, not times, tell the order: a clock may be set back."""
+    before = read_nights(work)
+    number = max((record["number"] for record in before), default=0) + 1
+    night = Night(number, files.join(work, NIGHTS, f"{number:08d}"), config)
+    files.make_directory(night.directory)
+    night.write()
+    return night, before[-1] if before else None

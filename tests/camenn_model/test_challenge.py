@@ -1,0 +1,137 @@
+"""Models on days they have not seen: calibration and duels, against the figures worked out row by row."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from camenn_model import challenge
+from camenn_model.challenge import Calibration, Duel, hold_duel, judge_calibration, latest_closed_days
+from camenn_model.checkpoint import Package, open_package
+from camenn_model.shards import ShardSet, date_of
+from pipelines import build_shards, train_model
+from pipelines.manifest import read_latest
+from pipelines.options import run_main
+from pipelines.publication import publications
+from tests.pipelines.small_city import catalog_table, random_city, write_data, write_store
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set of some 900 clicks, and a model trained on it."""
+    root = tmp_path_factory.mktemp("challenge")
+    clicks, orders = random_city(7, 900, 500)
+    write_store(root / "store", catalog_table())
+    write_data(root / "data", clicks, orders)
+    shards = ["--data", str(root / "data"), "--store", str(root / "store"), "--out", str(root / "shards")]
+    assert run_main(build_shards.main, [*shards, "--max_reject_rate", "1", "--attribution_hours", "6"]) == 0
+    assert train(root) == 0
+    return root
+
+
+def train(root: Path, *flags: str) -> int:
+    return run_main(
+        train_model.main,
+        ["--shards", str(root / "shards"), "--out", str(root / "model"), "--batch_size", "64", *flags],
+    )
+
+
+def by_hand(package: Package, shards: ShardSet) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and calibrated probabilities of the latest closed days, click by click."""
+    from camenn_model.dataset import ExampleReader, collate
+    from camenn_model.item_table import ItemTable
+
+    days = latest_closed_days(shards)
+    assert days is not None
+    table = ItemTable(shards.items, package.space, shards.images, shards.titles)
+    config = package.config
+    reader = ExampleReader(package.space, table, shards.users, config.history_length, config.position_size)
+    model = package.model()
+    labels, probability = [], []
+    for path, _ in shards.examples("test"):
+        if days.first <= date_of(path) <= days.last:
+            rows = reader.read(path)
+            for place in range(len(rows)):
+                one = collate(rows.take(np.array([place])), table)
+                one.pairs.position.zero_()
+                logit = model(one).logits.item()
+                labels.append(float(rows.label[place]))
+                probability.append(float(package.calibration(np.array([logit]))[0]))
+    return np.array(labels), np.array(probability)
+
+
+def test_calibration_and_duel_are_those_worked_out_click_by_click(city: Path) -> None:
+    shards, package = ShardSet(str(city / "shards")), open_package(str(city / "model"))
+    labels, p = by_hand(package, shards)
+    assert len(labels) > 30 and 0 < labels.sum() < len(labels)
+    found = judge_calibration(package, shards)
+    assert found is not None and (found.examples, found.orders) == (len(labels), int(labels.sum()))
+    assert found.pcoc == pytest.approx(p.sum() / labels.sum(), rel=1e-5)
+    calibrated_on = package.calibration.positives
+    assert calibrated_on > 5
+    errors = np.sqrt((p * (1 - p)).sum()) / labels.sum(), found.pcoc / np.sqrt(calibrated_on)
+    assert found.standard_error == pytest.approx(np.hypot(*errors), rel=1e-5)
+    loss = -(labels * np.log(p) + (1 - labels) * np.log(1 - p))
+    assert found.log_loss == pytest.approx(loss.mean(), rel=1e-5)
+    duel = hold_duel(package, package, shards)
+    assert duel is not None and duel.passed and duel.standard_error == 0
+    assert duel.champion_log_loss == duel.challenger_log_loss == pytest.approx(loss.mean(), rel=1e-5)
+
+
+def test_only_closed_days_of_the_test_part_are_looked_at(city: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = ShardSet(str(city / "shards"))
+    latest = read_latest(str(city / "shards"))
+    assert latest is not None
+    monkeypatch.setattr(challenge, "LEAST_EXAMPLES", 1)
+    days = latest_closed_days(shards)
+    assert days is not None and days.first == days.last < shards.closed_before()
+    # Its last click's window was over when the logs ended.
+    end = np.datetime64(days.last) + np.timedelta64(1, "D") + np.timedelta64(6, "h")
+    assert end <= np.datetime64(int(latest.options["days"]["as_of"]), "us")
+    paths = {path for path, _ in shards.examples("test")}
+    assert {path for path, _ in days.units} <= paths
+    monkeypatch.setattr(challenge, "LEAST_EXAMPLES", 10**9)
+    every = latest_closed_days(shards)
+    assert every is not None and every.first < days.first
+    assert {path for path, _ in every.units} == {path for path in paths if date_of(path) < shards.closed_before()}
+    monkeypatch.setattr(challenge, "MOST_EXAMPLES", 1)
+    few = latest_closed_days(shards)
+    assert few is not None and len(few.units) == 1
+
+
+def test_chance_alone_is_no_miscalibration() -> None:
+    quiet = Calibration("2026-01-01", "2026-01-01", 10, 2, 1.5, 0.4, 0.5)
+    assert quiet.off_by() == 0
+    loud = Calibration("2026-01-01", "2026-01-01", 10_000, 2_000, 1.5, 0.02, 0.5)
+    assert loud.off_by() == pytest.approx(0.46)
+    nothing = Calibration("2026-01-01", "2026-01-01", 10, 0, None, None, 0.1)
+    assert nothing.off_by() == 0 and "nothing was ordered" in nothing.words()
+
+
+@pytest.mark.parametrize(("challenger", "passed"), [(0.40, True), (0.4305, True), (0.432, False)])
+def test_a_challenger_may_be_worse_by_chance_alone(challenger: float, passed: bool) -> None:
+    assert Duel("a", "b", 100, 0.43, challenger, 0.001, 0.6, 0.6).passed is passed
+
+
+def test_a_challenger_that_is_worse_is_kept_and_not_published(
+    city: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read_latest(str(city / "model"))
+    assert before is not None
+
+    def worse(*_: object) -> Duel:
+        return Duel("2026-01-01", "2026-01-02", 5_000, 0.43, 0.5, 0.001, 0.66, 0.6)
+
+    monkeypatch.setattr(challenge, "hold_duel", worse)
+    assert train(city, "--challenge", "--seed", "1") == 3
+    assert "0.5000" in capsys.readouterr().err
+    now = read_latest(str(city / "model"))
+    assert now is not None and now.run == before.run
+    monkeypatch.undo()
+    # The other way round: a model of one's own seed is no worse, so it takes over, and the duel is kept.
+    assert train(city, "--challenge", "--rerun") == 0
+    after = read_latest(str(city / "model"))
+    assert after is not None and after.run != before.run
+    assert after.gates[0]["name"] == "challenge" and after.gates[0]["passed"]
+    assert after.summary["challenge"]["champion_log_loss"] == after.summary["challenge"]["challenger_log_loss"]
+    assert [entry["run"] for entry in publications(str(city / "model"))] == [before.run, after.run]
