@@ -10,5 +10,7 @@ if [ "${1:-}" = --all ]; then select=(); shift; fi
 ruff check .
 ruff format --check .
 mypy
+# Files go to worker processes whole: what a file's tests share, a Flink cluster say, is made once. Four at most: each holds encoders.
+parallel=(--numprocesses auto --maxprocesses 4 --dist loadfile)
 # An empty array is an unbound variable to the bash that macOS ships.
-python -m pytest ${select[@]+"${select[@]}"} --durations=15 "$@"
+python -m pytest "${parallel[@]}" ${select[@]+"${select[@]}"} --durations=15 "$@"

@@ -41,6 +41,7 @@ setup(
         "gcp": ["apache-beam[gcp]>=2.77"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.12",
             "mypy>=1.15",

@@ -13,13 +13,22 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipelines import clock, files, report_listings, report_quality, report_rows, report_runs, report_words
+from pipelines import (
+    clock,
+    files,
+    report_listings,
+    report_nights,
+    report_quality,
+    report_rows,
+    report_runs,
+    report_words,
+)
 from pipelines.console import NO_ROWS, closing_table
 from pipelines.manifest import versions
 from pipelines.options import add_json_flag, new_parser, run_main
 from pipelines.report_data import STAGES, Item, Work, read_items, read_work
 from pipelines.report_photos import Photo, Photos
-from pipelines.report_plots import plot_deciles
+from pipelines.report_plots import plot_deciles, plot_trend
 from pipelines.report_scores import ScoreDigest, compare_nights, digest_scores
 from pipelines.report_words import STAGE_TITLES, count, duration, number, percent, signed
 from schemas.contract import InputError
@@ -164,6 +173,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
             work.previous_scores.run,
         )
     shards = work.manifests.get("shards")
+    nights = report_nights.published_nights(work)
     context: dict[str, Any] = {
         "name": os.path.basename(work.root.rstrip("/")) or work.root,
         "written": clock.utc_now().strftime("%Y-%m-%d %H:%M UTC"),
@@ -193,6 +203,9 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
         "drift_from": drift_from,
         "drift_words": report_quality.drift_words(drift) if drift else None,
         "decile_plot": plot_deciles(drift.shares) if drift else None,
+        "nights": nights,
+        "trends": trend_plots(nights),
+        "night_rows": report_nights.night_rows(work),
         "funnel": report_rows.click_funnel(work),
         "splits": report_rows.splits(work),
         "books": report_rows.books(work),
@@ -218,6 +231,25 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
         "timings": "timings",
     }
     return context, [name for name, key in sources.items() if not context[key]]
+
+
+def trend_plots(nights: list[report_nights.Published]) -> list[dict[str, str]]:
+    """Title and plot of each figure that is followed over the nights; none before the second night."""
+    if len(nights) < 2:
+        return []
+    changes = [night.new_model for night in nights]
+    figures: list[tuple[str, list[float | None], float | None]] = [
+        ("Mean predicted rate, %", [100 * night.mean_cvr for night in nights], None),
+        ("Listings", [float(night.listings) for night in nights], None),
+        ("Flagged as mismatched, % of listings", [100 * night.mismatched for night in nights], None),
+    ]
+    pcoc = [night.pcoc for night in nights]
+    if any(value is not None for value in pcoc):
+        figures.append(("Predicted for each bought, latest closed days", pcoc, 1.0))
+    return [
+        {"title": title, "plot": plot_trend(values, changes, f"{title}, by night", even=even)}
+        for title, values, even in figures
+    ]
 
 
 def _list_stores(chosen: tuple[Any, list[str], list[str]], items: dict[str, Item]) -> list[report_listings.Store]:

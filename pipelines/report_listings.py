@@ -116,7 +116,8 @@ def flagged_cards(frame: pd.DataFrame, card: Callable[..., Card]) -> list[Card]:
         reasons = [FLAG_WORDS.get(flag, flag) for flag in row["flags"]]
         if "mismatch" in row["flags"]:
             reasons[list(row["flags"]).index("mismatch")] += f" ({row['mismatch']:.2f})"
-        made = card(row["item_id"], note=f"−{row['lost_orders']:.1f} orders", good=False)
+        lost = f"−{row['lost_orders']:.1f} orders" if row["lost_orders"] >= 0.05 else "no orders lost"
+        made = card(row["item_id"], note=lost, good=False)
         found.append(
             replace(made, reasons=reasons, activity=f"{row['orders']:,} orders of {row['clicks']:,} clicks in 28 days")
         )

@@ -100,6 +100,32 @@ def _draw(axis: Axes, curves: pd.DataFrame, column: str, colour: str, label: str
     axis.plot(steps, smooth, color=colour, label=label, marker="o" if len(values) < 3 else None)
 
 
+def plot_trend(
+    values: Sequence[float | None], new_model: Sequence[bool], label: str, *, even: float | None = None
+) -> str:
+    """One figure night after night; a dashed line where another model took over. `even`: a value to compare with. NaN and None are gaps."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (axis,) = _new_axes()
+        figure.set_size_inches(4.5, 2.0)
+        nights = np.arange(len(values))
+        known = np.array([np.nan if value is None else value for value in values], dtype=float)
+        for place in np.flatnonzero(new_model):
+            axis.axvline(place - 0.5, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+        if even is not None:
+            axis.axhline(even, color=_MUTED, linewidth=0.9)
+        axis.plot(nights, known, color=_SERIES[0], marker="o", markersize=3.5 if len(known) < 40 else 2)
+        axis.margins(y=0.25)
+        axis.set_xlim(-0.6, len(values) - 0.4)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.xaxis.set_major_formatter(
+            FuncFormatter(
+                lambda place, _: f"{int(place) - len(values) + 1:+d}" if place < len(values) - 1 else "tonight"
+            )
+        )
+        axis.yaxis.set_major_locator(MaxNLocator(4))
+        return _svg(figure, re.sub(r"[^a-z]+", "-", label.lower()), label)
+
+
 def _finish_steps(axis: Axes, ylabel: str, columns: int) -> None:
     axis.set_xlabel("training step")
     axis.set_ylabel(ylabel)

@@ -146,7 +146,7 @@ class Month:
         encoders += ["--text_encoder", minilm(), "--image_weights", str(self.root / "weights.safetensors")]
         places = ["--data", str(self.data), "--store", str(fresh / "store")]
         assert run_main(embed_catalog.main, [*places, *encoders]) == 0
-        model = ["--model", str(self.work / "model"), "--out", str(fresh / "scores"), "--top_k", "10"]
+        model = ["--model", str(self.work / "model"), "--out", str(fresh / "scores"), "--top_k", "0"]
         assert run_main(score_catalog.main, [*places, *model]) == 0
         latest = read_latest(str(fresh / "scores"))
         assert latest is not None
@@ -194,7 +194,7 @@ def month(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Month]:
         [train]
         batch_size = 128
         [score]
-        top_k = 10
+        top_k = 0
         """
     )
     os.environ["CAMENN_NOTICES"] = str(root / "failures")

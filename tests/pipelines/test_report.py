@@ -14,10 +14,12 @@ from PIL import Image
 from pipelines.build_shards import build_parser as shards_parser
 from pipelines.distribution import decile_shares, population_stability_index
 from pipelines.embed_catalog import build_parser as embed_parser
-from pipelines.manifest import Manifest
-from pipelines.report import build_parser, main, render
+from pipelines.manifest import Manifest, publish
+from pipelines.night_record import StageRecord, new_night
+from pipelines.report import build_parser, main, render, trend_plots
 from pipelines.report_data import Item, read_items, read_work
 from pipelines.report_listings import Card, flagged_cards, read_flagged
+from pipelines.report_nights import night_rows, published_nights
 from pipelines.report_photos import Photo, Photos, thumbnail
 from pipelines.report_plots import plot_reliability
 from pipelines.report_quality import quality
@@ -111,7 +113,8 @@ def test_page_has_every_section_with_its_figures(page: str) -> None:
         "Compared with run 20240311T020000-bbbbbb",
     ):
         assert text in page, text
-    assert page.count("<svg role=") == 6
+    # Six, and the four that follow the nights.
+    assert page.count("<svg role=") == 10
 
 
 def test_page_warns_of_untrained_weights(work: Path, page: str) -> None:
@@ -232,6 +235,43 @@ def test_flagged_listings_come_by_lost_orders_with_flag_counts(work: Path) -> No
     )
     assert cards[0].note == "−6.0 orders" and cards[0].reasons[0].startswith("photo and title do not belong together (")
     assert "clicks in 28 days" in cards[0].activity
+
+
+def test_trends_are_what_was_published_night_after_night(tmp_path: Path) -> None:
+    root = str(tmp_path / "scores")
+    figures = [("r1", "old", 0.2, 100), ("r2", "old", 0.21, 101), ("r3", "new", 0.25, 102)]
+    for run, model, mean, listings in figures:
+        summary = {
+            "mean_cvr": mean,
+            "score_date": f"2026-01-0{run[1]}",
+            "model_version": model,
+            "listings": listings,
+            "rows_out": 7,
+            "flagged_mismatch": 5,
+            "calibration": {"pcoc": 1.1} if model == "new" else None,
+        }
+        publish(root, Manifest(stage="score", run=run, summary=summary))
+    nights = published_nights(read_work(str(tmp_path)))
+    assert [(n.run, n.model, n.mean_cvr, n.listings) for n in nights] == figures
+    assert [n.new_model for n in nights] == [False, False, True] and [n.pcoc for n in nights] == [None, None, 1.1]
+    plots = trend_plots(nights)
+    assert len(plots) == 4 and all(plot["plot"].startswith("<svg") for plot in plots)
+    assert "2026-01-03" not in plots[0]["plot"] and "tonight" in plots[0]["plot"]
+    assert trend_plots(nights[:1]) == []
+
+
+def test_nights_that_failed_or_were_cut_off_are_shown_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for code, message in ((0, ""), (2, "shards: table 'orders' is missing"), (None, "")):
+        night, _ = new_night(str(tmp_path), {})
+        night.stages.append(StageRecord("embed", "done", seconds=2.0))
+        night.exit_code, night.message = code, message
+        night.write()
+    rows = night_rows(read_work(str(tmp_path)))
+    assert [(row.number, row.exit_code) for row in rows] == [(3, None), (2, 2), (1, 0)]
+    assert rows[0].words == "running, or cut off" and rows[1].message == "shards: table 'orders' is missing"
+    assert rows[2].stages == "embed done" and rows[2].seconds == 2.0
 
 
 def test_top_by_store_equals_plain_mean(work: Path) -> None:

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from pipelines.files import write_parquet
 from pipelines.manifest import Manifest, add_files, publish
+from pipelines.night_record import StageRecord, new_night
 from pipelines.tables import FileRecord
 from schemas.audience import AUDIENCE
 from schemas.contract import Contract, check_output
@@ -137,7 +138,19 @@ def write_scores(root: Path, run: str, items: pa.Table, stores: int, seed: int) 
         _write(root, run, ITEMS, items),
     ]
     counts = {"audience": {"in": 2 * stores, "out": 2 * stores}, "catalog": {"in": n, "out": n}}
-    summary = {"rows_in": 2 * stores, "rows_out": scores.num_rows, "pairs": scores.num_rows, "seconds": 31.5}
+    day = f"2024-03-1{2 + seed}"
+    summary = {
+        "rows_in": 2 * stores,
+        "rows_out": scores.num_rows,
+        "pairs": scores.num_rows,
+        "seconds": 31.5,
+        "mean_cvr": float(scores["cvr"].to_numpy().mean()),
+        "score_date": day,
+        "listings": n,
+        "model_version": f"m{seed // 2}",
+        "flagged_mismatch": 12 + seed,
+        "calibration": {"pcoc": 1.0 + 0.04 * seed},
+    }
     _publish(
         root,
         Manifest(
@@ -370,5 +383,9 @@ def make_work(
     write_model(work / "model", run, table["item_id"].to_pylist())
     for night in range(nights):
         write_scores(work / "scores", f"2024031{night + 1}T020000-bbbbbb", table, stores, night)
+        record, _ = new_night(str(work), {})
+        record.stages.append(StageRecord("score", "done" if night else "failed", seconds=31.5))
+        record.exit_code, record.message = (0, "") if night else (2, "shards: table 'orders' is missing. Put it there.")
+        record.write()
     (work / "metrics.json").write_text(json.dumps(make_metrics()))
     return work
