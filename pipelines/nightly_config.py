@@ -133,6 +133,10 @@ def read_config(path: str) -> NightlyConfig:
     for name in ("data", "work"):
         if not given.get(name):
             raise InputError(f"--config {path}: '{name}' is missing. `camenn nightly --init` shows what it is.")
+    if not files.is_local(given["work"]):
+        raise InputError(
+            f"--config {path}: 'work' must be on a local disk: models and embeddings are mapped into memory there."
+        )
     for name in ("beam", "on_failure"):
         if not all(isinstance(word, str) for word in given.get(name, [])):
             raise InputError(f"--config {path}: '{name}' must be a list of texts, not {given[name]!r}.")

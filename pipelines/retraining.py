@@ -7,6 +7,8 @@ from pipelines import files
 from pipelines.manifest import MANIFEST, Manifest, read_latest, read_run
 from pipelines.nightly_config import NightlyConfig
 
+AS_OF = "shards_as_of"
+"""Where a training's summary says up to when its shards had read the logs"""
 ONCE_A_DAY = 0.9
 """Days of log that must have come since the last training before drift starts another."""
 SLACK = 0.1
@@ -29,6 +31,8 @@ def decide(config: NightlyConfig) -> Decision:
     if model is None:
         return Decision(True, "there is no model yet")
     last = last_training(config.output("model"), model)
+    if AS_OF not in last.summary:
+        return Decision(True, "the published model does not tell which days it was trained on")
     if last.inputs["shards"] == shards.request:
         return Decision(False, "the shards are those of the last training")
     from camenn_model.challenge import judge_calibration, reads_embeddings_of
@@ -38,7 +42,7 @@ def decide(config: NightlyConfig) -> Decision:
     package, shard_set = open_package(config.output("model")), ShardSet(config.output("shards"))
     if not reads_embeddings_of(package, shard_set):
         return Decision(True, "the store's embeddings are of other encoders than the model's")
-    days = days_between(last.summary["shards_as_of"], shards.summary["as_of"])
+    days = days_between(last.summary[AS_OF], shards.summary["as_of"])
     every = config.retrain.every_days
     age = f"the logs have grown by {days:.1f} days since the last training"
     if every and days >= every - SLACK:
@@ -62,7 +66,7 @@ def last_training(root: str, published: Manifest) -> Manifest:
     newest = published
     for found in files.match(files.join(root, "runs", "*", MANIFEST)):
         other = read_run(root, found.path.split("/")[-2])
-        if other.summary["shards_as_of"] > newest.summary["shards_as_of"]:
+        if other.summary.get(AS_OF, "") > newest.summary.get(AS_OF, ""):
             newest = other
     return newest
 

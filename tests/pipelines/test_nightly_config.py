@@ -81,6 +81,15 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str, capsys: py
     assert not (tmp_path / "work").exists()
 
 
+def test_work_is_local(tmp_path: Path) -> None:
+    path = tmp_path / "city.toml"
+    path.write_text('data = "gs://city/data"\nwork = "gs://city/work"')
+    with pytest.raises(InputError, match="'work' must be on a local disk"):
+        read_config(str(path))
+    path.write_text('data = "gs://city/data"\nwork = "~/work"')
+    assert read_config(str(path)).data == "gs://city/data"
+
+
 @pytest.mark.parametrize("text", ['work = "w"', 'data = ""\nwork = "w"', "# nothing"])
 def test_data_and_work_are_asked_for(tmp_path: Path, text: str) -> None:
     path = tmp_path / "city.toml"
