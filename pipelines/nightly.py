@@ -90,20 +90,28 @@ class _Nightly:
             record.status, record.words = HELD, str(held)
             if stage != "train":
                 # A challenger that lost is an answer, not a failure.
-                self._fail(HELD_BACK, stage, record.words)
+                self.fail(HELD_BACK, stage, record.words)
         except Exception as error:
             mendable = input_error_behind(error)
             record.status = FAILED
             record.words = str(mendable) if mendable else f"{type(error).__name__}: {error}"
             if mendable is None:
                 self.night.say(f"{stage}: {traceback.format_exc()}")
-            self._fail(MENDABLE if mendable else UNFORESEEN, stage, record.words)
+            self.fail(MENDABLE if mendable else UNFORESEEN, stage, record.words)
+        except SystemExit as refused:
+            # What argparse does with flags; it has told which.
+            record.status, record.words = (
+                FAILED,
+                f"camenn {stage} refused its flags, see above (exit code {refused.code})",
+            )
+            self.fail(MENDABLE, stage, record.words)
         record.seconds = round(time.monotonic() - began, 1)
         self.night.say(f"{stage}: {record.status}, {record.seconds} s: {record.words}")
         self.night.write()
         return record.status in (DONE, UNCHANGED, NOT_DUE)
 
-    def _fail(self, code: int, stage: str, words: str) -> None:
+    def fail(self, code: int, stage: str, words: str) -> None:
+        """Remember what went wrong first."""
         if not self.code:
             self.code, self.night.message = code, f"{stage}: {words}"
 
@@ -184,7 +192,8 @@ def published_scores(config: NightlyConfig) -> dict[str, Any] | None:
     latest = read_latest(root)
     if latest is None:
         return None
-    at = next(entry["at"] for entry in reversed(publications(root)) if entry["run"] == latest.run)
+    # Scores of an earlier camenn have no record of their publication.
+    at = next((entry["at"] for entry in reversed(publications(root)) if entry["run"] == latest.run), latest.created_at)
     hours = (clock.utc_now() - datetime.fromisoformat(at)).total_seconds() / 3_600
     return {"run": latest.run, "at": at, "hours": round(max(0.0, hours), 2)}
 
@@ -214,6 +223,9 @@ def run_night(config: NightlyConfig, as_json: bool) -> int:
             work = _Nightly(config, night)
             try:
                 work.run()
+            except BaseException as ended:
+                work.fail(UNFORESEEN, "nightly", f"ended by {type(ended).__name__}")
+                raise
             finally:
                 code = work.finish()
     except files.InUseError as busy:
