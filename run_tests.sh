@@ -11,6 +11,6 @@ ruff check .
 ruff format --check .
 mypy
 # Files go to worker processes whole: what a file's tests share, a Flink cluster say, is made once. Four at most: each holds encoders.
-parallel=(--numprocesses auto --maxprocesses 4 --dist loadfile)
+parallel=(--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 # An empty array is an unbound variable to the bash that macOS ships.
 python -m pytest "${parallel[@]}" ${select[@]+"${select[@]}"} --durations=15 "$@"
