@@ -12,7 +12,7 @@ import pytest
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc, endpoints_pb2
 
 from pipelines import package
-from pipelines.options import _input_error_behind
+from pipelines.options import input_error_behind
 from pipelines.package import check_package, guard, package_fingerprint
 from schemas.contract import InputError
 from tests.pipelines.flink_cluster import PROJECT, free_port, wait_until
@@ -115,7 +115,7 @@ def test_every_dofn_brings_the_check_along(tmp_path: Path, monkeypatch: pytest.M
     words = "worker on .* has camenn package another .*was submitted with .*Install the same"
     with pytest.raises(Exception, match=words) as caught:
         pipeline.run().wait_until_finish()
-    assert isinstance(_input_error_behind(caught.value), InputError)
+    assert isinstance(input_error_behind(caught.value), InputError)
 
 
 def test_fingerprint_ignores_a_librarys_build_but_not_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
