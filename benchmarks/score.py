@@ -34,7 +34,7 @@ from camenn_model.config import PROFILES, ModelConfig
 from camenn_model.dataset import collate
 from camenn_model.model import CameNN
 from camenn_model.scorer import Scorer
-from camenn_model.train import Corpus, TrainOptions, fit_inputs, open_corpus
+from camenn_model.train import Corpus, TrainOptions, open_corpus
 from pipelines.manifest import read_latest
 
 PARTS = ("speed", "memory")
@@ -86,7 +86,6 @@ class Sides:
     def _model(self) -> CameNN:
         torch.manual_seed(0)
         model = CameNN(self.config)
-        fit_inputs(CameNN(self.corpus.config), self.corpus.table, 0)
         with torch.no_grad():
             for part in model.cvr_gate.weights:
                 torch.nn.init.normal_(part.weight, std=0.3)
