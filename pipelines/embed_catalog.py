@@ -825,7 +825,8 @@ def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
             encode_seconds += rows * pace / local_workers(beam_flags)
         sources.append(source)
     return summary | {
-        "encode_seconds": None if encode_seconds is None else round(encode_seconds, 1),
+        # Three digits, not tenths: a fast machine's small run is no run of 0 seconds.
+        "encode_seconds": None if encode_seconds is None else float(f"{encode_seconds:.3g}"),
         "estimated_from": "; ".join(sources) or None,
         "seconds": round(time.monotonic() - started, 1),
         "out": options.store,
