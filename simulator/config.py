@@ -19,7 +19,7 @@ TEXT_FACTORS = ("organic", "imported", "seedless", "heavy_pack", "brand_name", "
 MAX_PHOTOS = 4000
 """Largest photo bank: every distinct picture is encoded once, however many listings use it."""
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Raised when the same configuration would give other files."""
 
 

@@ -1,18 +1,23 @@
-"""Photos of products on a shelf, in which four visual factors can be read by eye.
+"""Photos of products on a shelf, in which four visual factors can be read by eye and by a small network.
 
-A pack stands on a shelf; it is full up to `fill`, carries a label or none, and `pieces` pieces lie in front of it,
-each in a paper cup. A share `browned` of the surface of all of the product is brown. Neighbours, price tags, light and camera vary.
+On the left stands a pack, full up to `fill`; where it is empty, its checked liner shows. On the right lie two cut faces of the product on plates. In front lie
+`pieces` pieces, each in a striped paper cup, and beside them a yellow label or none. A share `browned` of the surface of all of the product is brown and mouldy. Each factor
+is an area, and has a texture of its own that is the same for every class. Neighbours, price tags, light and camera vary.
 """
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from simulator.classes import Look
-from simulator.shapes import PACKED_SHAPES, draw_piece
+from simulator.shapes import PACKED_SHAPES, draw_piece, texture_gain
 
 _BROWN = np.array([58, 38, 20], dtype=np.float32)
+_MOULD = np.float32(235)
 _LABEL = (255, 214, 40)
 """Every label is of the same paper, whatever the class."""
+_LINER = ((250, 250, 250, 255), (40, 70, 150, 255))
+_CUP = ((250, 250, 250), (200, 20, 60))
+_LABEL_BOX = (0.632, 0.503, 1.072, 1.117)
 _FLOOR = 0.66
 """Where the plank begins, as a share of the height."""
 
@@ -31,15 +36,16 @@ def brown_surface(image: Image.Image, surface: np.ndarray, share: float, rng: np
     threshold = np.quantile(noise[surface], 1 - share)
     strength = np.clip((noise - threshold) / 10 + 0.5, 0, 1) * surface * 0.96
     pixels = np.asarray(image, dtype=np.float32)
-    # Rot is mottled, and looks the same on every product.
+    # Rot is mottled with specks of mould, and looks the same on every product.
     mottle = 0.55 + smooth_noise(image.size, 75, rng)[:, :, None] / 255.0
-    browned = pixels + strength[:, :, None] * (_BROWN * mottle - pixels)
+    mould = (smooth_noise(image.size, 90, rng) > 175)[:, :, None]
+    browned = pixels + strength[:, :, None] * (np.where(mould, _MOULD, _BROWN * mottle) - pixels)
     return Image.fromarray(np.clip(browned, 0, 255).astype(np.uint8))
 
 
 def _shelf(size: int, rng: np.random.Generator) -> Image.Image:
     """Wall, neighbours out of focus, a plank, and a price rail."""
-    wall = rng.integers(150, 215) + rng.integers(-14, 15, size=3)
+    wall = rng.integers(178, 200) + rng.integers(-4, 5, size=3)
     # The background is drawn small and enlarged: that is what puts it out of focus.
     small = max(8, size // 6)
     gradient = np.linspace(0.82, 1.08, small, dtype=np.float32)[:, None, None]
@@ -49,7 +55,7 @@ def _shelf(size: int, rng: np.random.Generator) -> Image.Image:
         for _ in range(rng.integers(1, 4)):
             width, height = rng.uniform(0.06, 0.2), rng.uniform(0.15, 0.5)
             centre = rng.uniform(-0.02, 0.12) if side == 0 else rng.uniform(0.88, 1.02)
-            colour = tuple(int(c) for c in rng.integers(60, 190, size=1) + rng.integers(-30, 31, size=3))
+            colour = tuple(int(c) for c in rng.integers(100, 180, size=1) + rng.integers(-20, 21, size=3))
             box = tuple(v * small for v in (centre - width / 2, _FLOOR - height, centre + width / 2, _FLOOR + 0.02))
             if rng.random() < 0.5:
                 draw.rectangle(box, fill=colour)
@@ -59,7 +65,7 @@ def _shelf(size: int, rng: np.random.Generator) -> Image.Image:
     draw = ImageDraw.Draw(image)
     floor = round(_FLOOR * size)
     wood = rng.integers(0, 3)
-    plank = ((196, 182, 160), (206, 206, 208), (178, 192, 198))[wood]
+    plank = ((196, 190, 180), (198, 194, 184), (192, 188, 180))[wood]
     draw.rectangle((0, floor, size, size), fill=plank)
     for _ in range(9):
         y = rng.uniform(floor, size)
@@ -117,12 +123,10 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
 CONTAINERS = tuple(_OUTLINES)
 
 
-def _pack(
-    look: Look, fill: float, size: int, rng: np.random.Generator
-) -> tuple[Image.Image, Image.Image, tuple[int, int, int, int]]:
-    """(RGBA layer of the pack and what is in it, its contents' mask "L", box of the pack)."""
-    left, right = round(0.19 * size), round(0.81 * size)
-    top, bottom = round(0.07 * size), round(0.68 * size)
+def _pack(look: Look, fill: float, size: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """(RGBA layer of the pack and what is in it, its contents' mask "L")."""
+    left, right = round(0.03 * size), round(0.60 * size)
+    top, bottom = round(0.05 * size), round(0.68 * size)
     width, height = right - left, bottom - top
     outline = [(left + x * width, top + y * height) for x, y in _OUTLINES[look.container]]
     inside = Image.new("L", (size, size))
@@ -148,29 +152,20 @@ def _pack(
     body = Image.new("RGBA", (size, size), (*(round(0.62 * c) for c in look.colour), 255))
     body.alpha_composite(heap)
     layer = Image.new("RGBA", (size, size), (0, 0, 0, 0))
-    # Ribbed see-through plastic, whatever the class: where the pack is empty, it shows.
-    plastic = Image.new("RGBA", (size, size), (228, 236, 240, 245))
-    ribs = ImageDraw.Draw(plastic)
-    for x in range(0, size, max(4, size // 30)):
-        ribs.line((x, 0, x, size), fill=(176, 190, 198, 255), width=max(1, size // 150))
-    layer.paste(plastic, mask=inside)
+    y_HW, x_HW = np.mgrid[0:size, 0:size] // max(3, round(size / 33))
+    checks = np.array(_LINER, dtype=np.uint8)[(x_HW + y_HW) % 2]
+    layer.paste(Image.fromarray(checks, "RGBA"), mask=inside)
     layer.paste(body, mask=below)
     draw = ImageDraw.Draw(layer)
     draw.line([*outline, outline[0]], fill=(*look.accent, 255), width=max(2, size // 60))
-    if look.container == "crate":
-        for share in (0.33, 0.66):
-            y = top + share * height
-            draw.line((left, y, right, y), fill=(*look.accent, 255), width=max(2, size // 60))
     if look.container in ("jar", "bottle"):
         lid = (outline[0][0] - 2, top - 0.03 * size, outline[1][0] + 2, top + 0.04 * size)
         draw.rectangle(lid, fill=(*look.accent, 255))
-    return layer, below, (left, top, right, bottom)
+    return layer, below
 
 
-def paper_label(
-    layer: Image.Image, look: Look, box: tuple[int, int, int, int], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Stick a yellow label with a barcode and a coloured foot on the pack; returns its box."""
+def paper_label(layer: Image.Image, look: Look, box: tuple[int, int, int, int], rng: np.random.Generator) -> None:
+    """Stick a yellow label with a barcode and a coloured foot into the middle of `box`."""
     left, top, right, bottom = box
     width, height = right - left, bottom - top
     x0 = round(left + (0.2 + rng.uniform(-0.05, 0.05)) * width)
@@ -179,33 +174,55 @@ def paper_label(
     draw = ImageDraw.Draw(layer)
     draw.rectangle((x0, y0, x1, y1), fill=_LABEL, outline=(40, 40, 40))
     draw.rectangle((x0 + 2, y0 + round(0.8 * (y1 - y0)), x1 - 2, y1 - 2), fill=look.accent)
-    step = (x1 - x0) / 14
-    for bar in range(1, 13):
+    step = (x1 - x0) / 10
+    for bar in range(1, 9):
         x = x0 + (bar + 0.3) * step
         y = y0 + 0.12 * (y1 - y0)
         draw.rectangle((x, y, x + rng.uniform(0.3, 0.6) * step, y0 + 0.68 * (y1 - y0)), fill=(20, 20, 20))
-    return x0, y0, x1, y1
+
+
+def _cut_faces(look: Look, size: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """RGBA layers (plates, cut faces): as large for every class, so that a browned share is as large an area."""
+    side = round(0.33 * size)
+    y_SS, x_SS = np.mgrid[0:side, 0:side] / side - 0.5
+    radius_SS = np.hypot(y_SS, x_SS)
+    gain_SS = texture_gain(look.texture, side, rng) * (1.05 - 0.5 * radius_SS)
+    rgb = np.clip(np.array(look.colour, dtype=np.float32) * gain_SS[:, :, None], 0, 255)
+    face = Image.fromarray(np.dstack([rgb, 255 * (radius_SS < 0.49)]).astype(np.uint8), "RGBA")
+    plates, faces = Image.new("RGBA", (size, size)), Image.new("RGBA", (size, size))
+    draw = ImageDraw.Draw(plates)
+    x, plate = 0.81 * size, 0.18 * size
+    for y in (0.18 * size, 0.52 * size):
+        box = (x - plate, y - plate, x + plate, y + plate)
+        draw.ellipse(box, fill=(244, 244, 246), outline=(120, 130, 150), width=max(2, size // 100))
+        faces.alpha_composite(face, (round(x - side / 2), max(0, round(y - side / 2))))
+    return plates, faces
 
 
 def _front_pieces(look: Look, count: int, size: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """RGBA layers (paper cups, pieces): `count` pieces, each in its cup, in up to two rows on the plank."""
-    cups = Image.new("RGBA", (size, size))
-    layer = Image.new("RGBA", (size, size))
-    piece = draw_piece(look, max(12, round(0.15 * size)), rng)
+    """RGBA layers (paper cups, pieces): `count` pieces, each in its striped cup, in rows of five on the plank."""
+    cups, layer = Image.new("RGBA", (size, size)), Image.new("RGBA", (size, size))
+    piece = draw_piece(look, max(12, round(0.085 * size)), rng)
     draw = ImageDraw.Draw(cups)
-    radius = 0.092 * size
-    back = count // 2 if count > 4 else 0
-    for number, y in ((back, 0.72), (count - back, 0.86)):
-        for i in range(number):
-            x = 0.5 + (i - (number - 1) / 2) * 0.188 + rng.uniform(-0.012, 0.012)
-            spread = 8 if look.shape in PACKED_SHAPES else 28
-            turned = piece.rotate(float(rng.uniform(-spread, spread)), resample=Image.Resampling.BILINEAR)
-            cx, cy = x * size, (y + rng.uniform(-0.008, 0.008)) * size
-            cup = (cx - radius, cy - 0.85 * radius, cx + radius, cy + 0.85 * radius)
-            draw.ellipse(cup, fill=(250, 250, 250), outline=(60, 70, 110), width=max(2, size // 75))
-            spot = (round(cx - piece.width / 2), round(cy - piece.height / 2))
-            layer.alpha_composite(turned, (max(0, spot[0]), max(0, spot[1])))
+    radius = 0.07 * size
+    spread = 8 if look.shape in PACKED_SHAPES else 28
+    for number in range(count):
+        row, place = divmod(number, 5)
+        cx = (0.08 + 0.14 * place + 0.07 * row + rng.uniform(-0.01, 0.01)) * size
+        cy = (0.765 + 0.125 * row + rng.uniform(-0.006, 0.006)) * size
+        cup = (cx - radius, cy - 0.9 * radius, cx + radius, cy + 0.9 * radius)
+        draw.ellipse(cup, fill=_CUP[0])
+        for stripe in range(16):
+            draw.pieslice(cup, 22.5 * stripe, 22.5 * stripe + 11.25, fill=_CUP[1])
+        turned = piece.rotate(float(rng.uniform(-spread, spread)), resample=Image.Resampling.BILINEAR)
+        spot = (round(cx - piece.width / 2), round(cy - piece.height / 2))
+        layer.alpha_composite(turned, (max(0, spot[0]), max(0, spot[1])))
     return cups, layer
+
+
+def _opaque(layer: Image.Image) -> np.ndarray:
+    """bool [height, width]: where a layer hides what is under it."""
+    return np.asarray(layer)[:, :, 3] > 200
 
 
 def _camera(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -219,7 +236,7 @@ def _camera(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR, fillcolor=(190, 188, 184)
     )
     across = np.linspace(-1, 1, width)[None, :, None]
-    gain = rng.uniform(0.9, 1.1) * (1 + rng.uniform(-0.1, 0.1) * across) * rng.uniform(0.97, 1.03, size=3)
+    gain = rng.uniform(0.95, 1.05) * (1 + rng.uniform(-0.05, 0.05) * across) * rng.uniform(0.985, 1.015, size=3)
     noise = rng.integers(-5, 6, size=(height, width, 1), dtype=np.int8)
     pixels = np.asarray(framed, dtype=np.float32) * gain.astype(np.float32)
     pixels += noise
@@ -230,17 +247,18 @@ def draw_photo(
     look: Look, *, browned: float, pieces: int, fill: float, label: bool, size: int, rng: np.random.Generator
 ) -> Image.Image:
     """A drawn photo, RGB [size, size]: shares from 0 to 1; see the module's head."""
-    image = _shelf(size, rng)
-    pack, contents, box = _pack(look, fill, size, rng)
-    surface = np.asarray(contents) > 127
-    if label:
-        x0, y0, x1, y1 = paper_label(pack, look, box, rng)
-        surface = surface.copy()
-        surface[y0 : y1 + 1, x0 : x1 + 1] = False
+    image = _shelf(size, rng).convert("RGBA")
+    pack, contents = _pack(look, fill, size, rng)
+    plates, faces = _cut_faces(look, size, rng)
     cups, front = _front_pieces(look, pieces, size, rng)
-    image = image.convert("RGBA")
-    image.alpha_composite(pack)
-    image.alpha_composite(cups)
-    image.alpha_composite(front)
-    surface = (surface & (np.asarray(cups)[:, :, 3] == 0)) | (np.asarray(front)[:, :, 3] > 200)
-    return _camera(brown_surface(image.convert("RGB"), surface, browned, rng), rng)
+    for layer in (pack, plates, faces, cups, front):
+        image.alpha_composite(layer)
+    if label:
+        x0, y0, x1, y1 = (round(share * size) for share in _LABEL_BOX)
+        paper_label(image, look, (x0, y0, x1, y1), rng)
+    image = image.convert("RGB")
+    in_pack = (np.asarray(contents) > 127) & (np.asarray(cups)[:, :, 3] == 0)
+    # Each of the three has its share, so that a few pieces in a full pack tell as much as a full row beside an empty one.
+    for surface in (in_pack, _opaque(front), _opaque(faces)):
+        image = brown_surface(image, surface, browned, rng)
+    return _camera(image, rng)

@@ -52,7 +52,7 @@ def test_draw_photo_label_shows_as_yellow_paper() -> None:
         ]
         for label in (False, True)
     ]
-    assert max(yellow[0]) + 0.03 < min(yellow[1])
+    assert max(yellow[0]) + 0.02 < min(yellow[1])
 
 
 def test_brown_surface_changes_the_share_it_is_told() -> None:
