@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from pipelines.features import PRIOR_CLICKS, PRIOR_CVR
+from pipelines.features import CLICKS_OF_HISTORY, PRIOR_CLICKS, PRIOR_CVR
 from schemas.training import EXAMPLES
 
 WINDOW = pl.duration(hours=24)
@@ -156,10 +156,55 @@ def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataF
         .explode("event")
         .drop_nulls("event")
     )
-    picked = events.select("item", "converted_at", "when", "kind")[back["event"]]
-    history = (
+    columns = ("item", "converted_at", "when", "kind")
+    picked = events.select(columns)[back["event"]]
+    recent = (
         pl.concat([back.drop("event"), picked], how="horizontal")
         .filter(pl.col("converted_at").is_null() | (pl.col("converted_at") >= pl.col("session_start")))
+        .filter(pl.int_range(pl.len()).over("session") < HISTORY)
+        .with_columns(click=(pl.col("kind") == 1).cum_sum().over("session"))
+    )
+    # Clicks beyond the latest quarter yield their places, oldest first, to purchases before all of these.
+    bought = events.filter(pl.col("kind") == 2).with_row_index("purchase")
+    known = bought.group_by("user_id").agg(first_purchase=pl.col("purchase").min())
+    before = sessions.select("session", "session_start", "user_id").join_asof(
+        bought.select("user_id", "when", "purchase").sort("when"),
+        left_on="session_start",
+        right_on="when",
+        by="user_id",
+        allow_exact_matches=False,
+        check_sortedness=False,
+    )
+    per_session = (
+        recent.group_by("session")
+        .agg(clicks=(pl.col("kind") == 1).sum().cast(pl.Int64), listed=(pl.col("kind") == 2).sum().cast(pl.Int64))
+        .join(before.drop("when"), on="session")
+        .join(known, on="user_id", how="left")
+        .with_columns(end=pl.col("purchase").cast(pl.Int64) + 1 - pl.col("listed"))
+        .with_columns(
+            yields=pl.min_horizontal(
+                pl.max_horizontal(pl.col("clicks") - HISTORY // CLICKS_OF_HISTORY, 0),
+                (pl.col("end") - pl.col("first_purchase").cast(pl.Int64)).fill_null(0),
+            )
+        )
+    )
+    older = (
+        per_session.filter(pl.col("yields") > 0)
+        .select(
+            "session",
+            "session_start",
+            purchase=pl.int_ranges(pl.col("end") - 1, pl.col("end") - 1 - pl.col("yields"), -1),
+        )
+        .explode("purchase")
+    )
+    taken = bought.select(columns)[older["purchase"]]
+    kept = (
+        recent.join(per_session.select("session", "clicks", "yields"), on="session", how="left", maintain_order="left")
+        .filter((pl.col("kind") == 2) | (pl.col("click") <= pl.col("clicks") - pl.col("yields")))
+        .select("session", "session_start", *columns)
+    )
+    history = (
+        pl.concat([kept, pl.concat([older.drop("purchase"), taken], how="horizontal")])
         .with_columns(
             history_item=pl.col("item"),
             history_hours=((pl.col("session_start") - pl.col("when")).dt.total_microseconds() / HOUR_US).cast(
@@ -167,11 +212,7 @@ def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataF
             ),
         )
         .group_by("session", maintain_order=True)
-        .agg(
-            pl.col("history_item").head(HISTORY),
-            pl.col("kind").head(HISTORY).alias("history_kind"),
-            pl.col("history_hours").head(HISTORY),
-        )
+        .agg("history_item", pl.col("kind").alias("history_kind"), "history_hours")
     )
     return sessions.join(history, on="session", how="left", maintain_order="left").drop("session", "event", "first")
 

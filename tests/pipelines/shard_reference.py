@@ -192,12 +192,26 @@ def describe(
     }
     past = [(-o["ordered_at"], 0, o["item_id"]) for o in my_orders]
     past += [(-c["clicked_at"], 1, c["item_id"]) for c in my_clicks if not c["known"]]
-    past = sorted(past)[:history]
+    past = latest_history(sorted(past), history)
     return {name: single(value) for name, value in features.items()} | {
         "history_item": [name for _, _, name in past],
         "history_kind": [1 if clicked else 2 for _, clicked, _ in past],
         "history_hours": [single((start + minus) / HOUR) for minus, _, _ in past],
     }
+
+
+def latest_history(past: list[tuple[int, int, str]], length: int) -> list[tuple[int, int, str]]:
+    """The last `length` of (−time, 1 if clicked, item), latest first; old clicks among them make room, one by one, for older purchases."""
+    shown, rest = past[:length], past[length:]
+    for purchase in [event for event in rest if event[1] == 0]:
+        clicks = [event for event in shown if event[1] == 1]
+        if len(clicks) <= length // 4:
+            break
+        shown.reverse()
+        shown.remove(clicks[-1])
+        shown.reverse()
+        shown.append(purchase)
+    return shown
 
 
 def local_time(time: int, zone: str) -> datetime.datetime:
