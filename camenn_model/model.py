@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from camenn_model.affinity import Affinity
 from camenn_model.alignment import ContrastiveHead, TaskTokens, init_heads, pair_content
 from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch, ItemBatch
 from camenn_model.config import ModelConfig
@@ -62,6 +63,7 @@ class CameNN(nn.Module):
         self.cvr_gate = Gate((3 * width, 2 * width), config)
         self.ita_gate = Gate((2 * width,), config)
         self.tia_gate = Gate((2 * width,), config)
+        self.affinity = Affinity(config)
         self.cvr_tower = Tower(config, config.base_rate)
         self.ita_tower = Tower(config, 0.5)
         self.tia_tower = Tower(config, 0.5)
@@ -104,7 +106,8 @@ class CameNN(nn.Module):
             Side(audience.tokens, audience.mask, pairs.audience),
         )
         mixed = self._bottom_and_experts(sides, self.pair_tokens(pairs), gate)
-        return CvrOutput(self.cvr_tower(mixed), gate, mixed.computed)
+        affinity = self.affinity(items.summary, audience.summary, pairs.item, pairs.audience)
+        return CvrOutput(self.cvr_tower(mixed) + affinity, gate, mixed.computed)
 
     def align(self, batch: AlignmentBatch) -> AlignOutput:
         """ITA and TIA logits and the contrastive similarities; fields are hidden, photos and titles are all there is.

@@ -37,6 +37,7 @@ class SideStates:
     shared: list[tuple[Tensor, Tensor]]  # per shared layer: keys [R, h, c, N], values [R, h, N, c]
     tokens: Tensor  # [R, N, d] out of the shared bottom
     filled: Tensor  # [E, R] bool: expert computed for this row
+    vector: Tensor  # [R, d] float32: the side of ``Affinity``, the audience's with the scale
     experts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # like shared; rows not filled are 0
     tower: tuple[Tensor, Tensor] | None = None  # keys [R, h, E, c, N], values [R, h, N, E, c]; not filled: 0
 
@@ -75,14 +76,14 @@ class Scorer:
                 f"score_tile: values {tuple(values.shape)}, buckets {tuple(buckets.shape)} for "
                 f"{count_s} audience rows x {count_i} items"
             )
-        logits = torch.empty(count_s, count_i, device=values.device)
+        logits = audience.vector @ items.vector.T
         step_s = min(count_s, max(1, int(TILE_PAIRS**0.5)))
         step_i = max(1, TILE_PAIRS // max(1, step_s))
         for start_i in range(0, count_i, step_i):
             rows_i = slice(start_i, min(start_i + step_i, count_i))
             for start_s in range(0, count_s, step_s):
                 rows_s = slice(start_s, min(start_s + step_s, count_s))
-                logits[rows_s, rows_i] = self._tile(
+                logits[rows_s, rows_i] += self._tile(
                     _Rows(items, rows_i), _Rows(audience, rows_s), values[rows_s, rows_i], buckets[rows_s, rows_i]
                 )
         return logits
@@ -119,7 +120,9 @@ class Scorer:
             shared.append(keys_values(kv))
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
         filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
-        return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled)
+        affinity = self.model.affinity
+        vector = affinity.audience(side_tokens.summary) * affinity.scale if side else affinity.item(side_tokens.summary)
+        return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector)
 
     def _tile(self, items: _Rows, audience: _Rows, values: Tensor, buckets: Tensor) -> Tensor:
         """Logits [S, I] of one cache-sized tile; values, buckets [S, I, n]. Inside, pairs run item by item."""

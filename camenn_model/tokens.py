@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from camenn_model.batch import AudienceBatch, HistoryItems, ItemBatch, PairBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec, ModelConfig
 from camenn_model.layers import drop, init_embedding, init_linear, wide_scale
+from schemas.training import CLICKED, PURCHASED
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -129,6 +130,7 @@ class SideTokens:
     tokens: Tensor  # [R, N, d]
     mask: Tensor  # [R, N] bool
     gate: Tensor  # [R, gate width]
+    summary: Tensor  # [R, 3 d]: what ``Affinity`` reads
 
 
 class ItemTokens(nn.Module):
@@ -206,10 +208,12 @@ class ItemTokens(nn.Module):
         mean_field = field_tokens.mean(1)
         field_tokens = drop(field_tokens, self.config.dropout, self.training)
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=field_tokens.device)
+        gate = torch.cat([mean_field, content.text_gate, content.image_gate], dim=-1)
         return SideTokens(
             tokens=torch.cat([content.text, content.image, field_tokens], dim=1),
             mask=torch.cat([content.text_mask, content.image_mask, real], dim=1),
-            gate=torch.cat([mean_field, content.text_gate, content.image_gate], dim=-1),
+            gate=gate,
+            summary=gate,
         )
 
     def identity(self, cats: Tensor) -> Tensor:
@@ -272,12 +276,14 @@ class AudienceTokens(nn.Module):
         )
         past = self.history_norm(past)
         past_mask = audience.history >= 0
-        gate = torch.cat([field_tokens.mean(1), masked_mean(past, past_mask)], dim=-1)
+        mean_field = field_tokens.mean(1)
+        kinds = [masked_mean(past, past_mask & (audience.history_kind == kind)) for kind in (PURCHASED, CLICKED)]
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=past.device)
         return SideTokens(
             tokens=drop(torch.cat([field_tokens, past], dim=1), self.config.dropout, self.training),
             mask=torch.cat([real, past_mask], dim=1),
-            gate=gate,
+            gate=torch.cat([mean_field, masked_mean(past, past_mask)], dim=-1),
+            summary=torch.cat([mean_field, *kinds], dim=-1),
         )
 
 

@@ -35,7 +35,7 @@ def reference_logits(model: CameNN, batch: Batch) -> Tensor:
             outputs = prefix_layer(model.mixture.experts[expert], item, user, tokens)
             norm = model.mixture.norms[expert]
             mixed = [total + weight * layer_norm(norm, output) for total, output in zip(mixed, outputs, strict=True)]
-        logits.append(tower_logit(model.cvr_tower, torch.cat(mixed), mixed[2][0]))
+        logits.append(tower_logit(model.cvr_tower, torch.cat(mixed), mixed[2][0]) + affinity_logit(model, batch, i, u))
     return torch.stack(logits)
 
 
@@ -57,8 +57,33 @@ def full_logits(model: CameNN, batch: Batch) -> Tensor:
         for weight, expert in zip(gate, order, strict=True):
             output = layer_output(model.mixture.experts[expert], tokens, tokens)
             mixed = mixed + weight * layer_norm(model.mixture.norms[expert], output)
-        logits.append(tower_logit(model.cvr_tower, mixed, mixed[0]))
+        logits.append(tower_logit(model.cvr_tower, mixed, mixed[0]) + affinity_logit(model, batch, i, u))
     return torch.stack(logits)
+
+
+def affinity_logit(model: CameNN, batch: Batch, i: int, u: int) -> Tensor:
+    """What item i is times what audience row u likes."""
+    item = model.item_tokens(batch.items).tokens[i]
+    texts, patches = 1 + model.config.text_tokens, model.config.patches
+    image = item[texts + 1 : texts + 1 + patches].mean(0) if batch.items.has_image[i] else item[texts]
+    ours = torch.cat([item[texts + 1 + patches :].mean(0), item[0], image])
+    identity = model.item_tokens.identity(batch.history.cats)
+    user = model.audience_tokens(batch.audience, batch.history, identity).tokens[u]
+    fields = len(user) - batch.audience.history.shape[1]
+    theirs = [user[:fields].mean(0)]
+    for kind in (2, 1):  # bought, clicked
+        past = [
+            token
+            for token, entry, what in zip(
+                user[fields:], batch.audience.history[u], batch.audience.history_kind[u], strict=True
+            )
+            if entry >= 0 and what == kind
+        ]
+        theirs.append(torch.stack(past).mean(0) if past else torch.zeros_like(user[0]))
+    vectors = []
+    for side, summary in ((model.affinity.item, ours), (model.affinity.audience, torch.cat(theirs))):
+        vectors.append(linear(side.out, F.gelu(linear(side.hidden, layer_norm(side.norm, summary)))))
+    return vectors[0] @ vectors[1] / model.config.width**0.5
 
 
 def prefix_layer(layer: EncoderLayer, item: Tensor, user: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
