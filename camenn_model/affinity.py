@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camenn_model.config import ModelConfig
-from camenn_model.layers import drop
+from camenn_model.layers import drop, init_linear
 
 ITEM_INPUTS, AUDIENCE_INPUTS = 3, 3
 """Summaries that each side is read from: fields, ``[TXT]``, mean of patches; fields, mean of purchases, mean of clicks."""
@@ -28,7 +28,6 @@ class SideVector(nn.Module):
         width = config.width
         self.dropout = config.dropout
         self.norm = nn.LayerNorm(inputs * width)
-        # torch's own initialisation: a product of two vectors near 0 has gradients near 0 on both sides.
         self.hidden = nn.Linear(inputs * width, 2 * width)
         self.out = nn.Linear(2 * width, width)
 
@@ -41,16 +40,30 @@ class SideVector(nn.Module):
 
 
 class Affinity(nn.Module):
-    """The bilinear part of the CVR logit."""
+    """The bilinear part of the CVR logit, and what it tells the ``[CVR]`` token of both sides before the first layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.item = SideVector(ITEM_INPUTS, config)
         self.audience = SideVector(AUDIENCE_INPUTS, config)
+        self.item_task = nn.Linear(config.width, config.width, bias=False)
+        self.audience_task = nn.Linear(config.width, config.width, bias=False)
+        self.deep_hidden = nn.Linear(config.width, 4 * config.width)
+        self.deep = nn.Linear(4 * config.width, 1, bias=False)
+        self.dropout = config.dropout
         self.scale = config.width**-0.5
+        # One factor starts near 0, so that logits start at the base rate; the other as torch has it, as both near 0 would leave both without gradients.
+        for part in (self.item_task, self.audience_task, self.audience.out, self.deep_hidden, self.deep):
+            init_linear(part)
 
-    def forward(self, items: Tensor, audience: Tensor, item: Tensor, row: Tensor) -> Tensor:
-        """Logits [B] of pairs: summaries of I items [I, 3 d] and S audience rows [S, 3 d], and each pair's item and row, int64 [B]."""
-        ours = self.item(items).index_select(0, item)
-        theirs = self.audience(audience).index_select(0, row)
-        return (ours * theirs).sum(-1) * self.scale
+    def vectors(self, summary: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """(factor of the product, with its scale; what is added to the ``[CVR]`` token), two [R, d] of side 0 (items) or 1 (audience)."""
+        vector = (self.item, self.audience)[side](summary)
+        return vector * self.scale**0.5, (self.item_task, self.audience_task)[side](vector)
+
+    def of_token(self, task: Tensor) -> Tensor:
+        """What the ``[CVR]`` tokens [..., d] say below the first layer: logits [...] float32."""
+        hidden = F.gelu(self.deep_hidden(task))
+        with torch.autocast(task.device.type, enabled=False):
+            logits: Tensor = self.deep(drop(hidden.float(), self.dropout, self.training))
+        return logits.squeeze(-1)

@@ -108,9 +108,13 @@ class Numeric:
         finite = values[np.isfinite(values)].astype(np.float64)
         if not len(finite):
             return cls((), False, 0.0, 1.0)
-        quantiles = np.quantile(finite, np.linspace(0, 1, QUANTILE_BUCKETS + 1)[1:-1], method="lower")
-        # A value that more than one quantile falls on gets a bucket of its own by being a boundary once.
-        boundaries = tuple(float(b) for b in np.unique(quantiles))
+        distinct, counts = np.unique(finite, return_counts=True)
+        # Most counts are 0 most of the time: a value that alone fills buckets gets one of its own, and the others share the rest.
+        common = distinct[counts > len(finite) / QUANTILE_BUCKETS]
+        rest = finite[~np.isin(finite, common)]
+        quantiles = np.quantile(rest, np.linspace(0, 1, QUANTILE_BUCKETS + 1), method="lower") if len(rest) else rest
+        below = distinct[np.maximum(np.searchsorted(distinct, common) - 1, 0)]
+        boundaries = tuple(float(b) for b in np.unique(np.concatenate([quantiles, common, below]))[:-1])
         log = bool(finite.min() >= 0 and finite.max() > 5)
         shown = np.log1p(finite) if log else finite
         return cls(boundaries, log, float(shown.mean()), float(max(shown.std(), 1e-6)))

@@ -105,9 +105,14 @@ class CameNN(nn.Module):
             Side(items.tokens, items.mask, pairs.item),
             Side(audience.tokens, audience.mask, pairs.audience),
         )
-        mixed = self._bottom_and_experts(sides, self.pair_tokens(pairs), gate)
-        affinity = self.affinity(items.summary, audience.summary, pairs.item, pairs.audience)
-        return CvrOutput(self.cvr_tower(mixed) + affinity, gate, mixed.computed)
+        (ours, our_task), (theirs, their_task) = (
+            tuple(part.index_select(0, index) for part in self.affinity.vectors(side.summary, number))
+            for number, (side, index) in enumerate(((items, pairs.item), (audience, pairs.audience)))
+        )
+        x = self.pair_tokens(pairs, our_task + their_task)
+        mixed = self._bottom_and_experts(sides, x, gate)
+        logits = self.cvr_tower(mixed) + (ours * theirs).sum(-1) + self.affinity.of_token(x[:, 0])
+        return CvrOutput(logits, gate, mixed.computed)
 
     def align(self, batch: AlignmentBatch) -> AlignOutput:
         """ITA and TIA logits and the contrastive similarities; fields are hidden, photos and titles are all there is.

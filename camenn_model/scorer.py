@@ -37,7 +37,8 @@ class SideStates:
     shared: list[tuple[Tensor, Tensor]]  # per shared layer: keys [R, h, c, N], values [R, h, N, c]
     tokens: Tensor  # [R, N, d] out of the shared bottom
     filled: Tensor  # [E, R] bool: expert computed for this row
-    vector: Tensor  # [R, d] float32: the side of ``Affinity``, the audience's with the scale
+    vector: Tensor  # [R, d] float32: factor of ``Affinity``
+    task: Tensor  # [R, d]: the side's part of what ``[CVR]`` is told
     experts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # like shared; rows not filled are 0
     tower: tuple[Tensor, Tensor] | None = None  # keys [R, h, E, c, N], values [R, h, N, E, c]; not filled: 0
 
@@ -120,9 +121,8 @@ class Scorer:
             shared.append(keys_values(kv))
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
         filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
-        affinity = self.model.affinity
-        vector = affinity.audience(side_tokens.summary) * affinity.scale if side else affinity.item(side_tokens.summary)
-        return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector)
+        vector, task = self.model.affinity.vectors(side_tokens.summary, side)
+        return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector, task)
 
     def _tile(self, items: _Rows, audience: _Rows, values: Tensor, buckets: Tensor) -> Tensor:
         """Logits [S, I] of one cache-sized tile; values, buckets [S, I, n]. Inside, pairs run item by item."""
@@ -130,7 +130,9 @@ class Scorer:
         count_s, count_i = values.shape[:2]
         values, buckets = values.transpose(0, 1).flatten(0, 1), buckets.transpose(0, 1).flatten(0, 1)
         unknown = torch.zeros(len(buckets), dtype=torch.int64, device=values.device)
-        x = model.pair_tokens.embed(values, buckets, unknown)  # [I S, X, d]
+        told = (items.task[:, None] + audience.task[None, :]).flatten(0, 1)
+        x = model.pair_tokens.embed(values, buckets, unknown, told)  # [I S, X, d]
+        below = model.affinity.of_token(x[:, 0])
         every = torch.ones(count_i, count_s, dtype=torch.bool, device=values.device)
         all_i, all_s = find_places(every, model.config.heads)
         for number, layer in enumerate(layers_of(model.shared)):
@@ -155,7 +157,7 @@ class Scorer:
             share = weights[..., expert].flatten().index_select(0, pairs)
             mixed.index_add_(0, pairs, tokens * share[:, None, None])
         sides = ((items.tower(), all_i), (audience.tower(), all_s))
-        return self._tower(mixed, weights.flatten(0, 1), sides).view(count_i, count_s).T
+        return (self._tower(mixed, weights.flatten(0, 1), sides) + below).view(count_i, count_s).T
 
     def _tower(self, mixed: Tensor, weights: Tensor, sides: tuple[tuple[Part, Places], ...]) -> Tensor:
         """Logits [n] from the mixed X tokens [n, X, d] and dense gate weights [n, E].
@@ -195,6 +197,10 @@ class _Rows:
     @property
     def gate(self) -> Tensor:
         return self.states.gate[self.rows]
+
+    @property
+    def task(self) -> Tensor:
+        return self.states.task[self.rows]
 
     def shared(self, number: int) -> Part:
         keys, values = self.states.shared[number]

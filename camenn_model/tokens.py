@@ -300,15 +300,16 @@ class PairTokens(nn.Module):
         init_embedding(self.task)
         init_embedding(self.position.weight)
 
-    def forward(self, pairs: PairBatch) -> Tensor:
-        """[B, X, d]. In training ``position_dropout`` of the positions become unknown; in eval mode all are."""
+    def forward(self, pairs: PairBatch, told: Tensor) -> Tensor:
+        """[B, X, d]; ``told`` [B, d] is added to the task token. In training ``position_dropout`` of the positions become unknown; in eval mode all are."""
         if self.training:
             position = forget_ids(pairs.position, self.config.position_dropout, True)
         else:
             position = torch.zeros_like(pairs.position)
-        return drop(self.embed(pairs.values, pairs.buckets, position), self.config.dropout, self.training)
+        return drop(self.embed(pairs.values, pairs.buckets, position, told), self.config.dropout, self.training)
 
-    def embed(self, values: Tensor, buckets: Tensor, position: Tensor) -> Tensor:
-        """values, buckets [..., n], position [...] → [..., X, d], without any dropout."""
-        tokens = [self.task.expand(*position.shape, -1), *self.groups(values, buckets), self.position(position)]
+    def embed(self, values: Tensor, buckets: Tensor, position: Tensor, told: Tensor) -> Tensor:
+        """values, buckets [..., n], position [...], told [..., d] → [..., X, d], without any dropout."""
+        groups = self.groups(values, buckets)
+        tokens = [sum(groups, self.task + told), *groups, self.position(position)]
         return self.norm(torch.stack(tokens, dim=-2))

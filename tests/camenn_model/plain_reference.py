@@ -20,11 +20,11 @@ def reference_logits(model: CameNN, batch: Batch) -> Tensor:
     """Logits [B] of a model in eval mode with prefix attention."""
     items = model.item_tokens(batch.items)
     audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.identity(batch.history.cats))
-    x = model.pair_tokens(batch.pairs)
     logits = []
     for pair in range(len(batch.pairs)):
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
-        item, user, tokens = items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]], x[pair]
+        x, affinity = told(model, batch, pair)
+        item, user, tokens = items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]], x
         for layer in model.shared:
             item, user, tokens = prefix_layer(layer, item, user, tokens)
         score = model.cvr_gate.weights[0].weight @ items.gate[i] + model.cvr_gate.weights[1].weight @ audience.gate[u]
@@ -35,7 +35,7 @@ def reference_logits(model: CameNN, batch: Batch) -> Tensor:
             outputs = prefix_layer(model.mixture.experts[expert], item, user, tokens)
             norm = model.mixture.norms[expert]
             mixed = [total + weight * layer_norm(norm, output) for total, output in zip(mixed, outputs, strict=True)]
-        logits.append(tower_logit(model.cvr_tower, torch.cat(mixed), mixed[2][0]) + affinity_logit(model, batch, i, u))
+        logits.append(tower_logit(model.cvr_tower, torch.cat(mixed), mixed[2][0]) + affinity)
     return torch.stack(logits)
 
 
@@ -43,11 +43,11 @@ def full_logits(model: CameNN, batch: Batch) -> Tensor:
     """Logits [B] of a model in eval mode with full attention: all tokens of a pair attend to all."""
     items = model.item_tokens(batch.items)
     audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.identity(batch.history.cats))
-    x = model.pair_tokens(batch.pairs)
     logits = []
     for pair in range(len(batch.pairs)):
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
-        tokens = torch.cat([x[pair], items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]]])
+        x, affinity = told(model, batch, pair)
+        tokens = torch.cat([x, items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]]])
         for layer in model.shared:
             tokens = layer_output(layer, tokens, tokens)
         score = model.cvr_gate.weights[0].weight @ items.gate[i] + model.cvr_gate.weights[1].weight @ audience.gate[u]
@@ -57,12 +57,13 @@ def full_logits(model: CameNN, batch: Batch) -> Tensor:
         for weight, expert in zip(gate, order, strict=True):
             output = layer_output(model.mixture.experts[expert], tokens, tokens)
             mixed = mixed + weight * layer_norm(model.mixture.norms[expert], output)
-        logits.append(tower_logit(model.cvr_tower, mixed, mixed[0]) + affinity_logit(model, batch, i, u))
+        logits.append(tower_logit(model.cvr_tower, mixed, mixed[0]) + affinity)
     return torch.stack(logits)
 
 
-def affinity_logit(model: CameNN, batch: Batch, i: int, u: int) -> Tensor:
-    """What item i is times what audience row u likes."""
+def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
+    """(tokens of one pair with both sides' vectors in the first, [X, d]; what the item is times what the audience row likes)."""
+    i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
     item = model.item_tokens(batch.items).tokens[i]
     texts, patches = 1 + model.config.text_tokens, model.config.patches
     image = item[texts + 1 : texts + 1 + patches].mean(0) if batch.items.has_image[i] else item[texts]
@@ -83,7 +84,12 @@ def affinity_logit(model: CameNN, batch: Batch, i: int, u: int) -> Tensor:
     vectors = []
     for side, summary in ((model.affinity.item, ours), (model.affinity.audience, torch.cat(theirs))):
         vectors.append(linear(side.out, F.gelu(linear(side.hidden, layer_norm(side.norm, summary)))))
-    return vectors[0] @ vectors[1] / model.config.width**0.5
+    part = model.pair_tokens
+    extra = model.affinity.item_task.weight @ vectors[0] + model.affinity.audience_task.weight @ vectors[1]
+    groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])
+    tokens = layer_norm(part.norm, torch.stack([part.task + extra + sum(groups), *groups, part.position.weight[0]]))
+    deep = model.affinity.deep.weight[0] @ F.gelu(linear(model.affinity.deep_hidden, tokens[0]))
+    return tokens, vectors[0] @ vectors[1] / model.config.width**0.5 + deep
 
 
 def prefix_layer(layer: EncoderLayer, item: Tensor, user: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -159,7 +159,7 @@ def test_forward_in_training_sees_about_half_of_the_positions() -> None:
     pairs = random_batch(config, pairs=2000).pairs
     pairs = dataclasses.replace(pairs, position=torch.full_like(pairs.position, 3), values=pairs.values * 0)
     with torch.no_grad():
-        last = tokens(pairs)[:, -1]
+        last = tokens(pairs, torch.zeros(len(pairs), config.width))[:, -1]
     distinct, counts = last.unique(dim=0, return_counts=True)
     assert len(distinct) == 2
     assert 850 < counts[0] < 1150
