@@ -81,9 +81,22 @@ class Package:
         return digest.hexdigest()[:16]
 
     def model(self, name: str = "model") -> CameNN:
-        """The main model, or `fold0`, `fold1`: in eval mode, on the CPU."""
+        """The main model, or `fold0`, `fold1`: in eval mode, on the CPU.
+
+        Raises:
+            InputError: its tensors are not those of this version's model.
+        """
         model = CameNN(self.config)
         tensors, _ = load_tensors(self.directory / f"{name}.safetensors")
+        own = model.state_dict()
+        other = set(own.keys() ^ tensors.keys()) | {
+            name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
+        }
+        if other:
+            raise InputError(
+                f"{self.directory}: another version of camenn trained this model: {len(other)} of its tensors are not this version's ({min(other)}). "
+                "Run `camenn train` again."
+            )
         model.load_state_dict(tensors)
         return model.eval()
 

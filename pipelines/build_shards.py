@@ -44,6 +44,7 @@ from pipelines.days import (
 from pipelines.dimensions import read_timezones, read_users
 from pipelines.events import CleanEvents, read_times
 from pipelines.examples import Day, ItemPass, SplitTimes, UserPass, finish_examples, split_times
+from pipelines.features import FEATURES_VERSION
 from pipelines.items import CopyContents, contents_jobs, load_items, local_only
 from pipelines.manifest import (
     Count,
@@ -294,7 +295,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
     sources = {"catalog": catalog, "clicks": clicks, "orders": orders, "users": users_source, "stores": stores_source}
     inputs = {name: source.fingerprint for name, source in sources.items() if source is not None}
     inputs["store"] = store.request
-    request = request_fingerprint(inputs, asdict(options))
+    request = request_fingerprint(inputs, {**asdict(options), "features": FEATURES_VERSION})
     with files.single_writer(out):
         latest = read_latest(out)
         if latest is not None and latest.request == request and not (rerun or rebuild):
@@ -383,6 +384,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         }
         manifest.options["days"] = {
             "as_of": as_of,
+            "features": FEATURES_VERSION,
             "final_before": day_of(kept.frozen_before) if kept.records else None,
             "rebuilt": rebuild,
             "sketches": {date: kept.sketches[date] for date in kept.sketches if date in kept.dates} | sketches,

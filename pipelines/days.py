@@ -19,6 +19,7 @@ from camenn_model.shards import date_of
 from pipelines import files
 from pipelines.attribution import DAY_US, day_of
 from pipelines.examples import SplitTimes
+from pipelines.features import FEATURES_VERSION
 from pipelines.manifest import Manifest
 from pipelines.tables import FileRecord, Source
 from schemas.contract import InputError, check_output, conform
@@ -92,6 +93,8 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
             )
     if latest.tables["examples"]["fingerprint"] != EXAMPLES.fingerprint() or "days" not in latest.options:
         raise InputError(f"--out {out}: its examples have the columns of another version of camenn. {remedy}")
+    if latest.options["days"].get("features") != FEATURES_VERSION:
+        raise InputError(f"--out {out}: another version of camenn computed its features in another way. {remedy}")
     before = int(latest.options["days"]["as_of"])
     if as_of < before:
         raise InputError(

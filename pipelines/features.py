@@ -15,6 +15,9 @@ from schemas.training import CLICKED, NO_HISTORY, PURCHASED
 
 Floats = NDArray[np.float32]
 
+FEATURES_VERSION = 2
+"""Raised when the same events give other features or histories: days of one shard set are all of one version."""
+
 PRIOR_CVR = 0.15
 PRIOR_CLICKS = 20.0
 """A new listing or user starts at a CVR of 0.15 with the weight of 20 clicks. Constants, not today's rates, so that yesterday's features stay what they were."""

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camenn_model.checkpoint import load_tensors, read_package
+from camenn_model.checkpoint import load_tensors, read_package, save_tensors
 from camenn_model.config import LossConfig
 from camenn_model.dataset import AlignmentSampler, collate, list_units, map_ahead, split_batch, stream_batches
 from camenn_model.shards import ShardSet
@@ -109,6 +109,11 @@ def test_train_writes_a_package_that_opens(shards: str, tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".safetensors", ".json", ".csv"}
     assert len(package.version) == 16
     assert set(metrics["test"]) == set(metrics["baselines"]["popularity"])
+    tensors, header = load_tensors(tmp_path / "model.safetensors")
+    del tensors["affinity.deep.weight"]
+    save_tensors(tmp_path / "model.safetensors", tensors, header)
+    with pytest.raises(InputError, match="another version of camenn trained.*affinity.deep.weight.*camenn train"):
+        package.model()
 
 
 def in_file_order(corpus: Corpus) -> Any:

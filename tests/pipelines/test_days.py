@@ -11,9 +11,10 @@ import pytest
 
 from camenn_model.shards import ShardSet
 from camenn_model.train import TrainOptions, open_corpus
-from pipelines import build_shards
+from pipelines import build_shards, days
 from pipelines.attribution import DAY_US, HOUR_US
 from pipelines.days import SKETCH, check_same_log, date_of, start_of
+from pipelines.features import FEATURES_VERSION
 from pipelines.manifest import read_latest
 from schemas.contract import InputError
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, PAIR_COUNTS, SPLITS
@@ -205,6 +206,18 @@ def test_shard_sets_of_before_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another version of camenn.*--rebuild"):
         nights.build(9)
     nights.build(9, rebuild=True)
+    assert nights.rows()
+
+
+def test_days_with_features_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nights = Nights(tmp_path)
+    nights.build(8)
+    for module in (days, build_shards):
+        monkeypatch.setattr(module, "FEATURES_VERSION", FEATURES_VERSION + 1)
+    for night in (8, 9):
+        with pytest.raises(InputError, match="computed its features in another way.*--rebuild"):
+            nights.build(night)
+    nights.build(8, rebuild=True)
     assert nights.rows()
 
 
