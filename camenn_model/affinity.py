@@ -1,10 +1,12 @@
-"""How well an audience row and an item go together, beside what the tower says: a product of two vectors.
+"""The CVR task's direct ways to the two sides and to the numbers, beside the transformer's. [ours; docs/decisions.md has the figures]
 
-Shapes: I items, S audience rows, d width.
+Shapes: R rows of a side (items or audience rows), d width.
 
-Tastes are products by nature (what someone likes times what a thing is), which attention and feed-forward layers must approximate by sums. Two small
-networks, one a side, give each item and each audience row one vector; their dot product is added to the CVR logit, as in factorisation machines (Rendle 2010)
-and two-tower models. A pair costs d multiplications, and the scorer has one matrix product for a tile. [ours]
+Two small networks, one a side, give each item and each audience row one vector, which serves twice. Their dot product is added to the CVR logit, as in
+factorisation machines (Rendle 2010) and two-tower models: tastes are products by nature (what someone likes times what a thing is), which attention and
+feed-forward layers must approximate by sums. And both are told to the ``[CVR]`` token before the first layer, so that it looks for a given item in the history from
+there on; what the token then says by itself (both sides and all as-of numbers) is added to the logit too, the deep part of wide-and-deep models (Cheng et al. 2016).
+All of a side is computed once a row; the scorer has one matrix product more for a tile, and a small network for a pair.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class HashedIds:
 
 @dataclass(frozen=True)
 class Numeric:
-    """Quantile boundaries and normaliser of a numeric column; NaN is bucket 0."""
+    """Bucket boundaries and normaliser of a numeric column; NaN is bucket 0. A common value has a bucket of its own, quantiles part the others."""
 
     boundaries: tuple[float, ...]
     log: bool
@@ -104,7 +104,7 @@ class Numeric:
 
     @classmethod
     def fit(cls, values: NDArray[np.float32]) -> "Numeric":
-        """Boundaries at the distinct inner quantiles; log1p where values are non-negative and spread over more than a factor."""
+        """At most 16 common values, and 16 quantiles of the others; log1p where values are non-negative and spread over more than a factor."""
         finite = values[np.isfinite(values)].astype(np.float64)
         if not len(finite):
             return cls((), False, 0.0, 1.0)
@@ -112,7 +112,7 @@ class Numeric:
         # Most counts are 0 most of the time: a value that alone fills buckets gets one of its own, and the others share the rest.
         common = distinct[counts > len(finite) / QUANTILE_BUCKETS]
         rest = finite[~np.isin(finite, common)]
-        quantiles = np.quantile(rest, np.linspace(0, 1, QUANTILE_BUCKETS + 1), method="lower") if len(rest) else rest
+        quantiles = np.quantile(rest, np.linspace(0, 1, QUANTILE_BUCKETS + 1)[1:], method="lower") if len(rest) else rest
         below = distinct[np.maximum(np.searchsorted(distinct, common) - 1, 0)]
         boundaries = tuple(float(b) for b in np.unique(np.concatenate([quantiles, common, below]))[:-1])
         log = bool(finite.min() >= 0 and finite.max() > 5)
