@@ -18,7 +18,7 @@ mkdir -p "$work"
 started=$SECONDS
 step() { echo; echo "== $*"; "$@"; }
 
-epochs=${EPOCHS:-2}
+epochs=${EPOCHS:-1}
 if [ -z "$data" ]; then
     # Eleven thousand clicks are few: one pass over them is some ninety steps.
     epochs=${EPOCHS:-3}

@@ -112,7 +112,9 @@ class Numeric:
         # Most counts are 0 most of the time: a value that alone fills buckets gets one of its own, and the others share the rest.
         common = distinct[counts > len(finite) / QUANTILE_BUCKETS]
         rest = finite[~np.isin(finite, common)]
-        quantiles = np.quantile(rest, np.linspace(0, 1, QUANTILE_BUCKETS + 1)[1:], method="lower") if len(rest) else rest
+        quantiles = (
+            np.quantile(rest, np.linspace(0, 1, QUANTILE_BUCKETS + 1)[1:], method="lower") if len(rest) else rest
+        )
         below = distinct[np.maximum(np.searchsorted(distinct, common) - 1, 0)]
         boundaries = tuple(float(b) for b in np.unique(np.concatenate([quantiles, common, below]))[:-1])
         log = bool(finite.min() >= 0 and finite.max() > 5)

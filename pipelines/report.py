@@ -16,6 +16,7 @@ from markupsafe import Markup
 from pipelines import (
     clock,
     files,
+    report_items,
     report_listings,
     report_nights,
     report_quality,
@@ -157,6 +158,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
     if chosen:
         wanted |= set(chosen[0]["item_id"])
     items = read_items(work, wanted)
+    details = report_items.read_details(work, wanted)
 
     def card(item_id: str, note: str = "", good: bool | None = None) -> report_listings.Card:
         item = items.get(item_id)
@@ -164,7 +166,8 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
             return report_listings.Card(
                 item=Item(item_id=item_id), photo=Photo(reason="not in the catalog"), note=note, good=good
             )
-        return report_listings.Card(item=item, photo=photos.find(item.image_uri), note=note, good=good)
+        photo, detail = photos.find(item.image_uri), details.get(item_id)
+        return report_listings.Card(item=item, photo=photo, note=note, good=good, detail=detail)
 
     drift = drift_from = None
     if digest is not None and work.previous_scores is not None and work.previous_scores.paths("scores"):
@@ -196,6 +199,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
         else None,
         "flag_words": report_words.FLAG_WORDS,
         "stores": report_listings.stores(chosen[0], chosen[1], report_listings.ITEMS_PER_STORE, card) if chosen else [],
+        "store_figures": report_items.store_figures(work, digest, chosen[1]) if chosen and digest else {},
         "other_stores": _list_stores(chosen, items) if chosen else [],
         "store_count": digest.stores["store_id"].nunique() if digest else 0,
         "scored": scores is not None,

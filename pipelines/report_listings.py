@@ -8,6 +8,7 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from pipelines.report_data import Item, Work, read_columns
+from pipelines.report_items import Detail
 from pipelines.report_photos import Photo
 from pipelines.report_scores import ScoreDigest, top_by_store
 from pipelines.report_words import FLAG_WORDS
@@ -31,6 +32,7 @@ class Card:
     good: bool | None = None
     reasons: list[str] = field(default_factory=list)
     activity: str = ""
+    detail: Detail | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--trials", type=int, default=30, help="random-search trials of a baseline (default %(default)s)"
     )
     parser.add_argument("--epochs", type=int, default=1, help="passes over a city's log (default %(default)s)")
-    parser.add_argument("--real_epochs", type=int, default=2, help="passes over the real log (default %(default)s)")
+    parser.add_argument("--real_epochs", type=int, default=1, help="passes over the real log (default %(default)s)")
     parser.add_argument(
         "--jobs", type=int, default=0, help="models trained at a time, on one thread each; 0 = one a core"
     )

@@ -18,6 +18,7 @@ from pipelines.manifest import Manifest, publish
 from pipelines.night_record import StageRecord, new_night
 from pipelines.report import build_parser, main, render, trend_plots
 from pipelines.report_data import Item, read_items, read_work
+from pipelines.report_items import read_details, store_figures
 from pipelines.report_listings import Card, flagged_cards, read_flagged
 from pipelines.report_nights import night_rows, published_nights
 from pipelines.report_photos import Photo, Photos, thumbnail
@@ -409,6 +410,40 @@ def test_numbers_that_do_not_exist_are_dashes() -> None:
     assert number(None) == number(float("nan")) == percent(None) == "–"
     assert percent(0.00004) == "<0.1%"
     assert shown({"a_b": 1_000, "ok": True}) == "a b 1,000, ok yes"
+
+
+def test_details_and_store_figures_equal_plain_means(work: Path) -> None:
+    found = read_work(str(work))
+    manifest = found.manifests["score"]
+    scores, audience, quality_rows, items = (
+        pd.concat([pd.read_parquet(path, partitioning=None) for path in manifest.paths(table)])
+        for table in ("scores", "audience", "listing_quality", "items")
+    )
+    rows = scores.merge(audience, on="audience_id")
+    wanted = {"i000000", "i000024", "i000078", "unheard of"}
+    details = read_details(found, wanted)
+    assert set(details) == wanted - {"unheard of"}
+    for item_id, detail in details.items():
+        own = rows[rows["item_id"] == item_id]
+        assert (detail.rows, detail.best_rank) == (len(own), own["rank"].min())
+        assert detail.mean == pytest.approx(own["cvr"].mean())
+        assert [hour.label for hour in detail.hours] == ["9 h", "18 h"]
+        for hour in (9, 18):
+            shown_hour = detail.hours[(9, 18).index(hour)]
+            assert shown_hour.cvr == pytest.approx(own[own["hour"] == hour]["cvr"].mean())
+        assert max(hour.share for hour in detail.hours) == 1
+        known = quality_rows.set_index("item_id").loc[item_id]
+        facts = dict(detail.facts)
+        assert facts["title belongs to photo"] == f"{known['ita']:.2f}"
+        assert ("to mend" in facts) == (len(known["flags"]) > 0)
+    figures = store_figures(found, digest_scores(manifest, with_stores=True), ["s001", "s003"])
+    marked = set(quality_rows[quality_rows["flags"].map(len) > 0]["item_id"])
+    for store_id, one in figures.items():
+        own = rows[rows["store_id"] == store_id]
+        assert one.listings == own["item_id"].nunique()
+        assert one.mean == pytest.approx(own["cvr"].mean())
+        assert one.against_all == pytest.approx(own["cvr"].mean() / rows["cvr"].mean() - 1, abs=1e-5)
+        assert one.flagged == len(marked & set(items[items["store_id"] == store_id]["item_id"])) > 0
 
 
 def test_many_stores_are_bounded_and_listed(tmp_path: Path) -> None:

@@ -116,6 +116,20 @@ def test_store_selector_shows_one_store(visit: Visit, report: Path) -> None:
     assert visit.errors == []
 
 
+@pytest.mark.parametrize("width", [1200, 390])
+def test_a_listing_opens_to_its_details(visit: Visit, report: Path, width: int) -> None:
+    visit.page.set_viewport_size({"width": width, "height": 900})
+    visit.open(report)
+    more = visit.page.locator(".store:visible details.more").first
+    assert not more.locator("dl").is_visible()
+    more.locator("summary").click()
+    assert more.get_by_text("mean rate by hour").is_visible()
+    assert all(bar["height"] > 5 for bar in (box.bounding_box() for box in more.locator(".hours i").all()) if bar)
+    assert more.locator(".hours i").count() == 2
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert visit.errors == []
+
+
 def test_page_policy_blocks_injected_script(visit: Visit, report: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text(report.read_text().replace("</main>", "<script>document.title = 'owned'</script></main>"))
