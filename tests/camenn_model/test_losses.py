@@ -89,7 +89,7 @@ def test_uncertainty_weights_move_towards_twice_the_loss() -> None:
         output, aligned = model(batch), model.align(alignment)
     aligned = type(aligned)(**(vars(aligned) | {"similarities": aligned.similarities * 10}))
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
-    for _ in range(400):
+    for _ in range(1_000):
         parts = loss(output, batch.pairs.label, aligned, alignment.ita.label, alignment.tia.label)
         optimizer.zero_grad()
         parts.total.backward()
