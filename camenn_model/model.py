@@ -105,13 +105,13 @@ class CameNN(nn.Module):
             Side(items.tokens, items.mask, pairs.item),
             Side(audience.tokens, audience.mask, pairs.audience),
         )
-        (ours, our_task), (theirs, their_task) = (
-            tuple(part.index_select(0, index) for part in self.affinity.vectors(side.summary, number))
-            for number, (side, index) in enumerate(((items, pairs.item), (audience, pairs.audience)))
-        )
-        x = self.pair_tokens(pairs, our_task + their_task)
+        ours, our_task = self.affinity.vectors(items.summary, side=0)
+        theirs, their_task = self.affinity.vectors(audience.summary, side=1)
+        told = our_task.index_select(0, pairs.item) + their_task.index_select(0, pairs.audience)
+        liked = (ours.index_select(0, pairs.item) * theirs.index_select(0, pairs.audience)).sum(-1)
+        x = self.pair_tokens(pairs, told)
         mixed = self._bottom_and_experts(sides, x, gate)
-        logits = self.cvr_tower(mixed) + (ours * theirs).sum(-1) + self.affinity.of_token(x[:, 0])
+        logits = self.cvr_tower(mixed) + liked + self.affinity.of_token(x[:, 0])
         return CvrOutput(logits, gate, mixed.computed)
 
     def align(self, batch: AlignmentBatch) -> AlignOutput:

@@ -6,14 +6,10 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipelines import files
 from pipelines.report_data import Work, read_columns
-from pipelines.report_scores import ScoreDigest
+from pipelines.report_scores import ScoreDigest, read_scores
 from pipelines.report_words import FLAG_WORDS
-
-_BATCH = 262_144
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +49,7 @@ def read_details(work: Work, wanted: set[str]) -> dict[str, Detail]:
         return {}
     ids = pa.array(sorted(wanted), pa.string())
     audience = pa.concat_tables(read_columns(manifest.paths("audience"), ["audience_id", "hour"])).combine_chunks()
-    pieces = []
-    for path in manifest.paths("scores"):
-        with files.open_read(path) as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=["audience_id", "item_id", "cvr", "rank"]):
-                table = pa.Table.from_batches([batch])
-                pieces.append(table.filter(pc.is_in(table["item_id"], value_set=ids)))
+    pieces = [table.filter(pc.is_in(table["item_id"], value_set=ids)) for table in read_scores(manifest)]
     if not pieces:
         return {}
     rows = pa.concat_tables(pieces)
@@ -140,16 +131,14 @@ def _flagged_by_store(work: Work) -> dict[str, int] | None:
     manifest = work.manifests.get("score")
     if manifest is None or not manifest.paths("listing_quality") or not manifest.paths("items"):
         return None
-    items = pa.concat_tables(read_columns(manifest.paths("items"), ["item_id", "store_id"])).combine_chunks()
-    if items["store_id"].null_count == items.num_rows:
+    items = pa.concat_tables(read_columns(manifest.paths("items"), ["item_id", "store_id"]))
+    names, owners = items["item_id"].combine_chunks(), items["store_id"].combine_chunks()
+    if owners.null_count == len(owners):
         return None
     counts: dict[str, int] = {}
     for table in read_columns(manifest.paths("listing_quality"), ["item_id", "flags"]):
         marked = table.filter(pc.greater(pc.list_value_length(table["flags"]), 0))
-        place = pc.index_in(marked["item_id"], value_set=items["item_id"].combine_chunks())
-        stores = items["store_id"].combine_chunks().take(place)
-        for entry in pc.value_counts(stores.combine_chunks() if isinstance(stores, pa.ChunkedArray) else stores):
-            store = entry["values"].as_py()
-            if store is not None:
-                counts[store] = counts.get(store, 0) + entry["counts"].as_py()
+        stores = owners.take(pc.index_in(marked["item_id"].combine_chunks(), value_set=names))
+        for entry in pc.value_counts(stores.drop_null()).to_pylist():
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     return counts

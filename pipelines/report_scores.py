@@ -1,5 +1,6 @@
 """The report's one pass over the score table, in bounded memory: its distribution, each store's best listings, the top ten."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,14 @@ class Drift:
         return self.mean / self.previous_mean - 1 if self.previous_mean else 0.0
 
 
+def read_scores(manifest: Manifest) -> Iterator[pa.Table]:
+    """A run's `scores`, without model_version, a bounded piece at a time."""
+    for path in manifest.paths("scores"):
+        with files.open_read(path) as handle:
+            for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=["audience_id", "item_id", "cvr", "rank"]):
+                yield pa.Table.from_batches([batch])
+
+
 def digest_scores(manifest: Manifest, *, with_stores: bool) -> ScoreDigest:
     """Read a run's `scores` once; `with_stores` also adds up the scores by store and listing.
 
@@ -69,17 +78,14 @@ def digest_scores(manifest: Manifest, *, with_stores: bool) -> ScoreDigest:
     rows, total = 0, 0.0
     sums: list[pa.Table] = []
     tops: list[pa.Table] = []
-    for path in manifest.paths("scores"):
-        with files.open_read(path) as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=["audience_id", "item_id", "cvr", "rank"]):
-                table = pa.Table.from_batches([batch])
-                cvr = table["cvr"].to_numpy().astype(np.float64)
-                rows += len(cvr)
-                total += float(cvr.sum())
-                counts += histogram(cvr)
-                tops.append(table.filter(pc.less_equal(table["rank"], TOP)).select(["audience_id", "item_id"]))
-                if audience is not None:
-                    sums.append(_sum_by_store(table, audience))
+    for table in read_scores(manifest):
+        cvr = table["cvr"].to_numpy().astype(np.float64)
+        rows += len(cvr)
+        total += float(cvr.sum())
+        counts += histogram(cvr)
+        tops.append(table.filter(pc.less_equal(table["rank"], TOP)).select(["audience_id", "item_id"]))
+        if audience is not None:
+            sums.append(_sum_by_store(table, audience))
     empty = pd.DataFrame({"store_id": [], "item_id": [], "total": [], "rows": []})
     stores = (
         pa.concat_tables(sums).group_by(["store_id", "item_id"]).aggregate([("total", "sum"), ("rows", "sum")])
