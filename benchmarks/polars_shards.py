@@ -217,8 +217,8 @@ def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataF
     return sessions.join(history, on="session", how="left", maintain_order="left").drop("session", "event", "first")
 
 
-def build(data: Path, engine: Any) -> pl.DataFrame:
-    """All examples, columns as in `EXAMPLES`."""
+def build(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(all examples, columns as in `EXAMPLES` but histories as numbers of items; the items)."""
     clicks, orders, items = read_events(data, engine)
     clicks = attribute(clicks, orders)
     conversions = clicks.filter(pl.col("converted_at").is_not_null())
@@ -275,32 +275,33 @@ def build(data: Path, engine: Any) -> pl.DataFrame:
             for (zone,), part in examples.group_by("timezone", maintain_order=True)
         ]
     )
-    return (
-        local.with_columns(
-            item_id=items["item_id"].gather(local["item"]),
-            history_item=pl.col("history_item").list.eval(
-                pl.element().replace_strict(items["item"], items["item_id"], return_dtype=pl.String)
-            ),
-        )
+    examples = (
+        local.with_columns(item_id=items["item_id"].gather(local["item"]))
         .select(EXAMPLES.names)
         .sort("session_start", "user_id", "session_id", "item_id")
     )
+    return examples, items
 
 
-def write_days(examples: pl.DataFrame, out: Path) -> None:
-    """One file a day."""
+def write_days(examples: pl.DataFrame, items: pl.DataFrame, out: Path) -> None:
+    """One file a day; histories get their ids a day at a time, as those of all days at once would not fit into memory."""
     for (date,), day in examples.with_columns(_date=pl.col("session_start").dt.date()).group_by("_date"):
         directory = out / f"date={date}"
         directory.mkdir(parents=True)
-        day.drop("_date").write_parquet(directory / "part-0.parquet", compression="zstd", row_group_size=8_192)
+        named = day.drop("_date").with_columns(
+            history_item=pl.col("history_item").list.eval(
+                pl.element().replace_strict(items["item"], items["item_id"], return_dtype=pl.String)
+            )
+        )
+        named.write_parquet(directory / "part-0.parquet", compression="zstd", row_group_size=8_192)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Build and write; print the seconds of it."""
     data, out, engine = sys.argv[1:] if argv is None else argv
     started = time.monotonic()
-    examples = build(Path(data), engine)
-    write_days(examples, Path(out))
+    examples, items = build(Path(data), engine)
+    write_days(examples, items, Path(out))
     print(json.dumps({"seconds": time.monotonic() - started, "rows": examples.height}), flush=True)
     return 0
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camenn_model.config import ModelConfig
-from camenn_model.layers import drop, init_linear
+from camenn_model.layers import MASKED, drop, init_linear
 
 ITEM_INPUTS, AUDIENCE_INPUTS = 3, 3
 """Summaries that each side is read from: fields, ``[TXT]``, mean of patches; fields, mean of purchases, mean of clicks."""
@@ -54,14 +54,37 @@ class Affinity(nn.Module):
         self.deep = nn.Linear(4 * config.width, 1, bias=False)
         self.dropout = config.dropout
         self.scale = config.width**-0.5
+        self.sought = nn.Linear(config.width, 1)
+        self.log_sharpness = nn.Parameter(torch.zeros(()))
         # One factor starts near 0, so that logits start at the base rate; the other as torch has it, as both near 0 would leave both without gradients.
-        for part in (self.item_task, self.audience_task, self.audience.out, self.deep_hidden, self.deep):
+        for part in (self.item_task, self.audience_task, self.audience.out, self.deep_hidden, self.deep, self.sought):
             init_linear(part)
 
     def vectors(self, summary: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """(factor of the product, with its scale; what is added to the ``[CVR]`` token), two [R, d] of side 0 (items) or 1 (audience)."""
         vector = (self.item, self.audience)[side](summary)
         return vector * self.scale**0.5, (self.item_task, self.audience_task)[side](vector)
+
+    def choice(self, ours: Tensor, theirs: Tensor, item: Tensor, audience: Tensor, store: Tensor) -> Tensor:
+        """Log-odds [B] float32 that an audience row clicks the item that it clicked rather than others that were clicked in the same store.
+
+        A click tells more often what someone likes than an order does, and does not wait for one, so the product learns from both. What draws everybody to an item
+        is no taste: it has its own term. Nor is what another store sells, or what the same row clicked too: neither is compared with.
+
+        Args:
+            ours, theirs: factors of the product, items [I, d] and audience rows [S, d].
+            item, audience: int64 [B], the pairs that were clicked.
+            store: int64 [S], the store of each audience row.
+        """
+        with torch.autocast(ours.device.type, enabled=False):
+            logits = theirs @ ours.T * self.log_sharpness.exp() + self.sought(ours).squeeze(-1)
+        clicked = torch.zeros_like(logits, dtype=torch.bool)
+        clicked[audience, item] = True
+        stores, place = torch.unique(store, return_inverse=True)
+        sold = clicked.new_zeros(len(stores), len(ours))
+        sold[place[audience], item] = True
+        others = logits.masked_fill(clicked | ~sold[place], MASKED)
+        return logits[audience, item] - others.logsumexp(dim=1)[audience]
 
     def of_token(self, task: Tensor) -> Tensor:
         """What the ``[CVR]`` tokens [..., d] say below the first layer: logits [...] float32."""

@@ -20,6 +20,8 @@ SUBCATEGORY = "subcategory"
 """Name of the field in group ``item`` that history items carry as well, in the same vocabulary."""
 USER_HASH = "user_hash"
 """Name of the field in group ``audience`` that holds the hashed user id (id dropout applies)."""
+STORE = "store"
+"""Name of the field in group ``audience`` that holds the store; clicks are compared with what the same store sells."""
 
 GROUP_KINDS: dict[str, Kind] = {
     "item": "categorical",
@@ -238,7 +240,7 @@ class LossConfig:
     """Weights of the parts of the loss (``docs/model.md``, Loss and optimiser).
 
     ``alignment``: w of the mean of the ITA and TIA losses, which ``ita`` and ``tia`` multiply; ``contrastive``: w_c. They
-    are used by ``fixed`` weighting only; ``uncertainty`` learns them. ``balance`` and ``z`` are added as they are under either.
+    are used by ``fixed`` weighting only; ``uncertainty`` learns them. ``choice`` (of the clicked item), ``balance`` and ``z`` are added as they are under either.
     """
 
     weighting: Weighting = "fixed"
@@ -246,6 +248,7 @@ class LossConfig:
     ita: float = 1.0
     tia: float = 1.0
     contrastive: float = 0.1
+    choice: float = 0.1
     balance: float = 0.01
     z: float = 0.001
     label_smoothing: float = 0.1
@@ -253,7 +256,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.weighting not in ("fixed", "uncertainty"):
             raise ValueError(f"weighting {self.weighting!r}: 'fixed' or 'uncertainty'")
-        for name in ("alignment", "ita", "tia", "contrastive", "balance", "z"):
+        for name in ("alignment", "ita", "tia", "contrastive", "choice", "balance", "z"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if not 0.0 <= self.label_smoothing < 1.0:

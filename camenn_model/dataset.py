@@ -386,12 +386,13 @@ class AlignmentSampler:
             near &= attempt < 5
         return found
 
-    def draw(self, count: int, rng: np.random.Generator) -> AlignmentBatch | None:
-        """A batch of `count` ITA and `count` TIA pairs and `count` listings for the contrastive loss; None if the catalog has no two."""
+    def draw(self, pairs: int, listings: int, rng: np.random.Generator) -> AlignmentBatch | None:
+        """A batch of `pairs` ITA and `pairs` TIA pairs, and of `listings` for the contrastive loss, the pairs' anchors among them; None if the catalog has no two."""
         if len(self.rows) < 2:
             return None
-        anchors = rng.choice(len(self.rows), size=min(count, len(self.rows)), replace=False)
-        pieces, columns = [anchors], []
+        contrasted = rng.choice(len(self.rows), size=min(max(pairs, listings), len(self.rows)), replace=False)
+        anchors = contrasted[:pairs]
+        pieces, columns = [contrasted], []
         for _ in ("ita", "tia"):
             foreign = self.others(anchors, rng)
             swap = (rng.random(len(anchors)) < 0.5) & (foreign >= 0)
@@ -399,22 +400,22 @@ class AlignmentSampler:
             pieces.append(other)
             columns.append((other, ~swap))
         places, inverse = np.unique(np.concatenate(pieces), return_inverse=True)
-        n = len(anchors)
-        anchor, ita_other, tia_other = inverse[:n], inverse[n : 2 * n], inverse[2 * n :]
+        index, ita_other, tia_other = np.split(inverse, np.cumsum([len(contrasted), len(anchors)]))
+        anchor = index[: len(anchors)]
         table_rows = self.rows[places]
 
-        def pairs(image: Ints, text: Ints, label: NDArray[np.bool_]) -> AlignmentPairs:
+        def paired(image: Ints, text: Ints, label: NDArray[np.bool_]) -> AlignmentPairs:
             return AlignmentPairs(
                 image_of=torch.from_numpy(image),
                 text_of=torch.from_numpy(text),
                 label=torch.from_numpy(label.astype(np.float32)),
             )
 
-        _, group = np.unique(self.table.product[self.rows[anchors]], return_inverse=True)
+        _, group = np.unique(self.table.product[self.rows[contrasted]], return_inverse=True)
         return AlignmentBatch(
             items=self.table.batch(table_rows, content_only=True),
-            ita=pairs(anchor, ita_other, columns[0][1]),
-            tia=pairs(tia_other, anchor, columns[1][1]),
-            index=torch.from_numpy(anchor),
+            ita=paired(anchor, ita_other, columns[0][1]),
+            tia=paired(tia_other, anchor, columns[1][1]),
+            index=torch.from_numpy(index),
             group=torch.from_numpy(group),
         )

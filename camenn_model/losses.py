@@ -24,6 +24,7 @@ class Losses(NamedTuple):
     ita: Tensor
     tia: Tensor
     contrastive: Tensor
+    choice: Tensor  # of the clicked item among those of the batch
     balance: Tensor  # sum over gates
     z: Tensor  # sum over gates
     total: Tensor
@@ -67,7 +68,7 @@ class MultiTaskLoss(nn.Module):
 
     ``fixed``: cvr + w (w_ita ita + w_tia tia) / 2 + w_c contrastive. ``uncertainty`` (Kendall, Gal, Cipolla 2018): sum over the
     four of exp(-s) loss + s / 2, s a learned log variance without bounds: train ``parameters()`` with the model's.
-    Balance and z losses of all gates are added with their own weights.
+    The clicked item's loss among the batch's items, and balance and z losses of all gates, are added with their own weights.
     """
 
     log_variances: nn.Parameter | None  # [4]: cvr, ita, tia, contrastive
@@ -98,6 +99,7 @@ class MultiTaskLoss(nn.Module):
             tasks.append(contrastive_loss(align.similarities, align.group))
         balance = torch.stack([balance_loss(gate) for gate in gates]).sum()
         z = torch.stack([z_loss(gate) for gate in gates]).sum()
+        choice = F.softplus(-cvr.choice).mean()
         stacked = torch.stack(tasks)
         if self.log_variances is None:
             half = config.alignment / 2
@@ -113,7 +115,8 @@ class MultiTaskLoss(nn.Module):
             ita=ita,
             tia=tia,
             contrastive=contrastive,
+            choice=choice.detach(),
             balance=balance.detach(),
             z=z.detach(),
-            total=total + config.balance * balance + config.z * z,
+            total=total + config.choice * choice + config.balance * balance + config.z * z,
         )

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from camenn_model.affinity import Affinity
 from camenn_model.alignment import ContrastiveHead, TaskTokens, init_heads, pair_content
 from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch, ItemBatch
-from camenn_model.config import ModelConfig
+from camenn_model.config import STORE, ModelConfig
+from camenn_model.directions import find_start
 from camenn_model.experts import Gate, GateOutput, Mixed, Mixture
 from camenn_model.layers import EncoderLayer, Side, init_linear, layers_of
-from camenn_model.tokens import AudienceTokens, Content, ItemTokens, PairTokens
+from camenn_model.tokens import AudienceTokens, Content, ItemTokens, PairTokens, masked_mean
 from camenn_model.towers import Tower, init_tower
 
 
@@ -30,6 +31,7 @@ class CvrOutput:
     logits: Tensor  # [B] float32, raw (before calibration)
     gate: GateOutput
     computed: Tensor  # [E, 1 + sides] int64: pairs and side rows each expert was computed for
+    choice: Tensor  # [B] float32, ``Affinity.choice``
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class AlignOutput:
     tia_gate: GateOutput
     similarities: Tensor  # [C, C] float32, images x texts, over the temperature
     group: Tensor  # [C] int64, the product of each; items that lack a modality are left out
-    image: Tensor  # [C, d] float32 unit vectors
-    text: Tensor  # [C, d]
+    image: Tensor  # [C, e] float32 unit vectors
+    text: Tensor  # [C, e]
     computed: Tensor  # [E] int64: pairs each expert was computed for, ITA and TIA together
 
 
@@ -91,8 +93,30 @@ class CameNN(nn.Module):
         pooled = (text * mask[..., None]).sum(1)[titled] / mask.sum(1)[titled, None]
         self.item_tokens.text.fit(text[mask])
         self.item_tokens.patch.fit(patches.flatten(0, 1))
-        self.audience_tokens.text.fit(pooled)
-        self.audience_tokens.image.fit(patches.mean(1))
+        for part in (self.audience_tokens.text, self.contrastive.text_frozen):
+            part.fit(pooled)
+        for part in (self.audience_tokens.image, self.contrastive.image_frozen):
+            part.fit(patches.mean(1))
+
+    @torch.no_grad()
+    def start_projections(self, images: Tensor, titles: Tensor, *, aligned: bool = True) -> None:
+        """Starts the projections on the directions that photos and titles share (unless not ``aligned``), and on each one's own (``directions.py``).
+
+        Call it once, after ``fit_features``, with mean patch features [n, image_width] and mean token states [n, text_width] of the same n training items.
+        """
+        config = self.config
+        start = find_start(
+            images.float().numpy(), titles.float().numpy(), config.width, self.contrastive.size, aligned=aligned
+        )
+        center = images.float().mean(0), titles.float().mean(0)
+        for patch, text in (
+            (self.item_tokens.patch, self.item_tokens.text),
+            (self.audience_tokens.image, self.audience_tokens.text),
+        ):
+            patch.start(torch.from_numpy(start.image), center[0])
+            text.start(torch.from_numpy(start.text), center[1])
+        if aligned:
+            self.contrastive.start(start, *center)
 
     def forward(self, batch: Batch) -> CvrOutput:
         """Logit of an order for each pair. In eval mode every display position counts as unknown."""
@@ -112,7 +136,22 @@ class CameNN(nn.Module):
         x = self.pair_tokens(pairs, told)
         mixed = self._bottom_and_experts(sides, x, gate)
         logits = self.cvr_tower(mixed) + liked + self.affinity.of_token(x[:, 0])
-        return CvrOutput(logits, gate, mixed.computed)
+        choice = self.affinity.choice(ours, theirs, pairs.item, pairs.audience, self._stores(batch))
+        return CvrOutput(logits, gate, mixed.computed, choice)
+
+    def choose(self, batch: Batch) -> Tensor:
+        """``CvrOutput.choice`` alone, [B]: no layer is computed for it."""
+        items = self.item_tokens(batch.items)
+        audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.identity(batch.history.cats))
+        ours, theirs = (self.affinity.vectors(side.summary, side=n)[0] for n, side in enumerate((items, audience)))
+        return self.affinity.choice(ours, theirs, batch.pairs.item, batch.pairs.audience, self._stores(batch))
+
+    def _stores(self, batch: Batch) -> Tensor:
+        """Store of each audience row, int64 [S]; without such a field all are one."""
+        names = [field.name for field in self.config.audience_categorical]
+        if STORE not in names:
+            return torch.zeros_like(batch.audience.cats[:, 0])
+        return batch.audience.cats[:, names.index(STORE)]
 
     def align(self, batch: AlignmentBatch) -> AlignOutput:
         """ITA and TIA logits and the contrastive similarities; fields are hidden, photos and titles are all there is.
@@ -124,11 +163,13 @@ class CameNN(nn.Module):
             if not (items.has_image[pairs.image_of].all() and items.has_text[pairs.text_of].all()):
                 raise ValueError("align: every ITA and TIA pair needs a photo and a title")
         content = self.item_tokens.content(items)
-        ita, ita_gate, ita_computed = self._match(0, self.ita_gate, self.ita_tower, content, batch.ita)
-        tia, tia_gate, tia_computed = self._match(1, self.tia_gate, self.tia_tower, content, batch.tia)
+        image, text = self._states(items, content)
+        states = (image, text)
+        ita, ita_gate, ita_computed = self._match(0, self.ita_gate, self.ita_tower, content, states, batch.ita)
+        tia, tia_gate, tia_computed = self._match(1, self.tia_gate, self.tia_tower, content, states, batch.tia)
         whole = items.has_image[batch.index] & items.has_text[batch.index]
         index = batch.index[whole]
-        image, text = self._states(content, index)
+        image, text = image.index_select(0, index), text.index_select(0, index)
         return AlignOutput(
             ita=ita,
             tia=tia,
@@ -142,13 +183,12 @@ class CameNN(nn.Module):
         )
 
     def content_vectors(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
-        """Photo and title of each item as unit vectors, two [I, d] float32, each from its own modality alone.
+        """Photo and title of each item as unit vectors, two [I, e] float32, each from its own modality alone.
 
         Their dot product is the cosine used for retrieval. Where a modality is absent its vector is that of
         ``no image`` or ``no text``: mind ``has_image`` and ``has_text``.
         """
-        content = self.item_tokens.content(items)
-        return self._states(content, torch.arange(len(items), device=items.cats.device))
+        return self._states(items, self.item_tokens.content(items))
 
     def alignment_scores(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
         """Probability that an item's own photo and title belong together, by ITA and by TIA: two [I] float32.
@@ -156,6 +196,7 @@ class CameNN(nn.Module):
         NaN where either modality is absent.
         """
         content = self.item_tokens.content(items)
+        states = self._states(items, content)
         both = items.has_image & items.has_text
         rows = both.nonzero().squeeze(1)
         pairs = AlignmentPairs(image_of=rows, text_of=rows, label=torch.ones(len(rows), device=rows.device))
@@ -163,29 +204,38 @@ class CameNN(nn.Module):
         for task, (gate, tower) in enumerate(((self.ita_gate, self.ita_tower), (self.tia_gate, self.tia_tower))):
             score = torch.full((len(items),), torch.nan, device=rows.device)
             if len(rows):
-                score[rows] = self._match(task, gate, tower, content, pairs)[0].sigmoid()
+                score[rows] = self._match(task, gate, tower, content, states, pairs)[0].sigmoid()
             scores.append(score)
         return scores[0], scores[1]
 
     def _match(
-        self, task: int, gate: Gate, tower: Tower, content: Content, pairs: AlignmentPairs
+        self,
+        task: int,
+        gate: Gate,
+        tower: Tower,
+        content: Content,
+        states: tuple[Tensor, Tensor],
+        pairs: AlignmentPairs,
     ) -> tuple[Tensor, GateOutput, Tensor]:
-        """Logits [A], gate and computed pairs [E] of one alignment task."""
+        """Logits [A], gate and computed pairs [E] of one alignment task; ``states``: ``_states`` of the content."""
         side = pair_content(content, pairs.image_of, pairs.text_of)
         features = torch.cat([content.text_gate[pairs.text_of], content.image_gate[pairs.image_of]], dim=-1)
         chosen = gate((features,), (side.index,))
         if len(pairs) == 0:
             return chosen.logits.sum(1), chosen, torch.zeros(self.config.experts, dtype=torch.int64)
         mixed = self._bottom_and_experts((side,), self.task_tokens(task, len(pairs)), chosen)
-        return tower(mixed), chosen, mixed.computed[:, 0]
+        cosine = (states[0].index_select(0, pairs.image_of) * states[1].index_select(0, pairs.text_of)).sum(-1)
+        return tower(mixed) + self.contrastive.belongs(task, cosine), chosen, mixed.computed[:, 0]
 
-    def _states(self, content: Content, index: Tensor) -> tuple[Tensor, Tensor]:
-        """``[IMG]`` and ``[TXT]`` out of the shared bottom, each modality alone, as unit vectors [C, d]."""
-        image, text = content.image.index_select(0, index), content.text.index_select(0, index)
-        image_mask, text_mask = content.image_mask[index], content.text_mask[index]
+    def _states(self, items: ItemBatch, content: Content) -> tuple[Tensor, Tensor]:
+        """Photo and title of each item as unit vectors [I, e], each from its own modality alone: ``[IMG]`` and ``[TXT]`` out of the shared bottom, and the frozen features."""
+        image, text = content.image, content.text
         for layer in layers_of(self.shared):
-            image, text = layer.own(image, image_mask)[0], layer.own(text, text_mask)[0]
-        return self.contrastive(image[:, 0], text[:, 0])
+            image, text = layer.own(image, content.image_mask)[0], layer.own(text, content.text_mask)[0]
+        seen = items.has_image[:, None], (items.text_mask & items.has_text[:, None])
+        patches = items.patches.float().mean(1) * seen[0]
+        tokens = masked_mean(items.text.float(), seen[1])
+        return self.contrastive(image[:, 0], text[:, 0], patches, tokens, seen[0], seen[1].any(1, keepdim=True))
 
     def _bottom_and_experts(self, sides: tuple[Side, ...], x: Tensor, gate: GateOutput) -> Mixed:
         """Shared layers, experts and mixture under either kind of attention; x [B, X, d] starts with the task token."""

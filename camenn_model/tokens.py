@@ -66,6 +66,12 @@ class FrozenProjection(nn.Module):
         self.mean.copy_(sample.mean(0))
         self.scale.copy_(1.0 / (spread + 0.1 * spread.mean() + 1e-6))
 
+    def start(self, directions: Tensor, center: Tensor) -> None:
+        """Sets the first m dimensions to (x - ``center`` [inputs]) @ ``directions`` [inputs, m]; call it after ``fit``. The others stay random."""
+        count = directions.shape[1]
+        self.linear.weight[:count] = (directions / self.scale[:, None]).T
+        self.linear.bias[:count] = (self.mean - center) @ directions
+
     def forward(self, x: Tensor) -> Tensor:
         # Folded into the weight: the features are far larger than the map.
         weight = self.linear.weight * self.scale

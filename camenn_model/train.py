@@ -58,6 +58,14 @@ FIT_ROWS = 1_000_000
 """Training examples that vocabularies and quantiles are fitted on, from whole files, the latest ones."""
 FIT_ITEMS = 512
 """Listings whose embeddings the input standardisation is fitted on."""
+START_ITEMS = 8_192
+"""Listings whose mean embeddings the projections' first directions are computed from."""
+CHOICE_CLICKS = 512
+"""Clicks of a step that learns who clicks what: each is told from the other listings of its batch."""
+ALIGNMENT_PAIRS = 64
+"""ITA pairs, and as many TIA pairs, of a step of alignment alone ..."""
+ALIGNMENT_LISTINGS = 256
+"""... and listings whose photos and titles are told apart in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +91,10 @@ class TrainOptions:
     precision: str = "fp32"
     loss: LossConfig = field(default_factory=LossConfig)
     alignment: bool = True
-    alignment_passes: int = 20
+    alignment_passes: int = 8
+    """Times that each listing is seen in the steps of alignment alone, before the clicks; 0 = no such steps"""
+    choice_passes: int = 4
+    """Times that each click is seen in the steps that learn who clicks what, before what is ordered; 0 = no such steps"""
     checkpoint_seconds: float = 60.0
     workers: int = 1
     """Threads that gather batches"""
@@ -176,8 +187,8 @@ def rate_at(done: float, warmup: float) -> float:
     return done / warmup if done < warmup else max(0.0, (1.0 - done) / (1.0 - warmup))
 
 
-def fit_inputs(model: CameNN, table: ItemTable, seed: int) -> None:
-    """Standardise the frozen features on a sample of the training listings."""
+def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, aligned: bool = True) -> None:
+    """Standardise the frozen features on a sample of the training listings, and start their projections (see `start_projections`)."""
     rng = np.random.default_rng([seed, 3])
     usable = np.flatnonzero(~table.held_out & ((table.image_row >= 0) | (table.title_row >= 0)))
     with_photo = usable[table.image_row[usable] >= 0]
@@ -186,6 +197,11 @@ def fit_inputs(model: CameNN, table: ItemTable, seed: int) -> None:
         with_photo, with_title = (np.flatnonzero(rows >= 0) for rows in (table.image_row, table.title_row))
     chosen = [rng.choice(rows, min(len(rows), FIT_ITEMS), replace=False) for rows in (with_photo, with_title)]
     model.fit_features(table.batch(np.unique(np.concatenate(chosen))))
+    both = np.flatnonzero(~table.held_out & table.with_content())
+    both = np.sort(rng.choice(both, min(len(both), START_ITEMS), replace=False))
+    if len(both) >= 2:
+        means = (table.pooled_images[table.image_row[both]], table.pooled_titles[table.title_row[both]])
+        model.start_projections(*map(torch.from_numpy, means), aligned=aligned)
 
 
 @dataclass
@@ -264,7 +280,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.device = torch.device(self.processes.device)
         self.model = CameNN(corpus.config)
-        fit_inputs(self.model, corpus.table, options.seed)
+        fit_inputs(self.model, corpus.table, options.seed, aligned=options.alignment)
         self.model.to(self.device)
         self.loss = MultiTaskLoss(options.loss).to(self.device)
         self.optimizer = build_optimizer((self.model, self.loss), options.optimizer)
@@ -287,8 +303,10 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end or to early stop, from a checkpoint where there is one."""
-        self._restore()
-        options, state = self.options, self.state
+        options = self.options
+        if not self._restore():
+            self._begin()
+        state = self.state
         every = max(1, self.corpus.rows("train") // options.evaluations)
         due = (state.examples // every + 1) * every
         saved = time.monotonic()
@@ -315,6 +333,46 @@ class Trainer:
         self.model.load_state_dict(self.best)
         self.model.eval()
 
+    def _begin(self) -> None:
+        """What comes before the first order is predicted: photos and titles find each other, and clicks tell tastes.
+
+        The first process does it, and the others take its weights.
+        """
+        if self.processes.first:
+            if self.sampler is not None:
+                most = max(1, self.total // self.options.batch_size)
+                train_alignment(
+                    self.model,
+                    self.sampler,
+                    self.options,
+                    most,
+                    0,
+                    lambda done, total: self.progress("align", done, total, ""),
+                )
+            self._learn_choices()
+        self.processes.copy_from_first(self.model.state_dict().values())
+        self.ema = WeightAverage(self.model, self.options.optimizer.ema_decay)
+
+    def _learn_choices(self) -> None:
+        """Steps on who clicks what alone: many more clicks than orders tell of tastes, and they cost no layer."""
+        options, files = self.options, self.corpus.files("train")
+        self.model.train()
+        optimizer = build_optimizer((self.model,), options.optimizer)
+        total, done = options.choice_passes * self.corpus.rows("train"), 0
+        for number in range(options.choice_passes):
+            rng = np.random.default_rng([options.seed, 6, number])
+            stream = stream_batches(self.corpus.reader, list_units(files), CHOICE_CLICKS, rng, by_store=True)
+            for rows, batch in map_ahead(lambda r: (r, collate(r, self.corpus.table)), stream, options.workers):
+                for group in optimizer.param_groups:
+                    group["lr"] = options.optimizer.learning_rate * rate_at(
+                        min(1.0, (done + len(rows) / 2) / total), options.optimizer.warmup
+                    )
+                torch.manual_seed(options.seed * 1_000_003 + done)
+                loss = nn.functional.softplus(-self.model.choose(batch.to(self.device))).mean()
+                told = _descend(self.model, optimizer, loss, options, f"tastes, after {done:,} clicks")
+                done += len(rows)
+                self.progress("tastes", done, total, f"loss {told:.4f}")
+
     def stream(self) -> Iterator[Share]:
         """This process's share of each step from where the epoch stands, gathered ahead; every draw depends on the seed and the step alone."""
         options, state = self.options, self.state
@@ -336,7 +394,7 @@ class Trainer:
             if self.sampler is not None:
                 seed = [options.seed, 2, step, *([number] if number else [])]
                 count = max(2, options.batch_size // options.micro_batches // 16)
-                alignment = self.sampler.draw(count, np.random.default_rng(seed))
+                alignment = self.sampler.draw(count, 4 * count, np.random.default_rng(seed))
             weight = len(rows) / len(whole)
             # The last batch may have fewer rows than there are pieces, and every process takes part in every step.
             given = rows if len(rows) else whole.take(np.zeros(1, dtype=np.int64))
@@ -451,12 +509,13 @@ class Trainer:
         """What the checkpoint belongs to: another shard run or other options begin anew."""
         return json.dumps({"run": self.corpus.shards.manifest["run"], **self.options.request()}, sort_keys=True)
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Whether there was a checkpoint to go on from."""
         if not self.checkpoint_path.exists():
-            return
+            return False
         tensors, metadata = load_tensors(self.checkpoint_path)
         if metadata["request"] != self._request():
-            return
+            return False
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -472,6 +531,66 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         curves = [dict(zip(metadata["columns"], row, strict=True)) for row in tensors["curves"].tolist()]
         self.state = State(**metadata["state"], curves=curves)
+        return True
+
+
+def _descend(model: CameNN, optimizer: torch.optim.Optimizer, loss: Tensor, options: TrainOptions, where: str) -> float:
+    """One step of an optimiser; returns the loss.
+
+    Raises:
+        InputError: the loss or its gradient is not finite.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.optimizer.clip)
+    told, length = torch.stack([loss.detach(), norm]).tolist()
+    if not (math.isfinite(told) and math.isfinite(length)):
+        raise InputError(f"training: the loss or its gradient is not finite ({where}). Lower --learning_rate.")
+    optimizer.step()
+    return float(told)
+
+
+def train_alignment(
+    model: CameNN,
+    sampler: AlignmentSampler,
+    options: TrainOptions,
+    steps_limit: int,
+    stream: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Train photos and titles to find each other, without clicks: ITA, TIA and the contrastive loss, on batches as large as the latter wants them.
+
+    Args:
+        steps_limit: most steps, whatever `alignment_passes` asks for.
+        stream: number of the random stream that batches are drawn from.
+    """
+    listings = min(ALIGNMENT_LISTINGS, len(sampler))
+    steps = min(steps_limit, math.ceil(options.alignment_passes * len(sampler) / listings))
+    if steps == 0:
+        return
+    model.train()
+    optimizer = build_optimizer((model,), options.optimizer)
+    config = options.loss
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = options.optimizer.learning_rate * rate_at((step + 0.5) / steps, options.optimizer.warmup)
+        seed = [options.seed, 4 + stream, step]
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        batch = sampler.draw(min(ALIGNMENT_PAIRS, listings), listings, np.random.default_rng(seed))
+        assert batch is not None
+        batch = batch.to(options.device)
+        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
+            output = model.align(batch)
+        loss = (
+            config.ita * smoothed_bce(output.ita, batch.ita.label, config.label_smoothing)
+            + config.tia * smoothed_bce(output.tia, batch.tia.label, config.label_smoothing)
+        ) / 2
+        if config.contrastive:
+            loss = loss + contrastive_loss(output.similarities, output.group)
+        for gate in (output.ita_gate, output.tia_gate):
+            loss = loss + config.balance * balance_loss(gate) + config.z * z_loss(gate)
+        _descend(model, optimizer, loss, options, f"alignment, step {step}")
+        progress(step + 1, steps)
 
 
 def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: int) -> CameNN | None:
@@ -482,33 +601,11 @@ def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: in
     sampler = AlignmentSampler(corpus.table, fold)
     if len(sampler) < 2:
         return None
-    count = max(2, min(64, len(sampler)))
-    steps = max(1, min(steps_limit, options.alignment_passes * len(sampler) // count))
     torch.manual_seed(options.seed + 1 + fold)
     model = CameNN(corpus.config)
     fit_inputs(model, corpus.table, options.seed)
-    model.to(options.device).train()
-    optimizer = build_optimizer((model,), options.optimizer)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = options.optimizer.learning_rate * rate_at((step + 0.5) / steps, options.optimizer.warmup)
-        batch = sampler.draw(count, np.random.default_rng([options.seed, 4 + fold, step]))
-        assert batch is not None
-        batch = batch.to(options.device)
-        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
-            output = model.align(batch)
-        config = options.loss
-        loss = (
-            smoothed_bce(output.ita, batch.ita.label, config.label_smoothing)
-            + smoothed_bce(output.tia, batch.tia.label, config.label_smoothing)
-        ) / 2
-        loss = loss + config.contrastive * contrastive_loss(output.similarities, output.group)
-        for gate in (output.ita_gate, output.tia_gate):
-            loss = loss + config.balance * balance_loss(gate) + config.z * z_loss(gate)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), options.optimizer.clip)
-        optimizer.step()
+    model.to(options.device)
+    train_alignment(model, sampler, options, steps_limit, 1 + fold)
     return model.eval()
 
 

@@ -105,7 +105,7 @@ def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, list[float]]
     chosen = np.random.default_rng([seed, 23]).permutation(len(rows))[:GATE_SAMPLE]
     gates = {"cvr": model(collate(rows.take(np.sort(chosen)), corpus.table)).gate}
     sampler = AlignmentSampler(corpus.table)
-    batch = sampler.draw(min(512, len(sampler)), np.random.default_rng([seed, 29])) if len(sampler) >= 2 else None
+    batch = sampler.draw(512, 512, np.random.default_rng([seed, 29])) if len(sampler) >= 2 else None
     if batch is not None:
         output = model.align(batch)
         gates |= {"ita": output.ita_gate, "tia": output.tia_gate}

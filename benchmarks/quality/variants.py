@@ -147,9 +147,9 @@ class _ShuffledLabels(AlignmentSampler):
     def __init__(self, sampler: AlignmentSampler) -> None:
         vars(self).update(vars(sampler))
 
-    def draw(self, count: int, rng: np.random.Generator) -> AlignmentBatch | None:
+    def draw(self, pairs: int, listings: int, rng: np.random.Generator) -> AlignmentBatch | None:
         """As the sampler's, with the labels of each task in another order."""
-        batch = super().draw(count, rng)
+        batch = super().draw(pairs, listings, rng)
         if batch is None:
             return None
         order = torch.from_numpy(rng.permutation(len(batch.ita.label)))
@@ -235,7 +235,11 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
     if variant.displayed:
         corpus = displayed_attributes(corpus, world)
     corpus = replace(corpus, config=replace(corpus.config, attention=options.attention, **variant.config))
-    trainer = Trainer(corpus, options, lambda *_: None)
+    # The projections start from what photos tell of titles: the control of shuffled labels has that of shuffled photos.
+    begun = replace(corpus, table=shuffle_images(corpus.table, options.seed)) if variant.shuffled_alignment else corpus
+    trainer = Trainer(begun, options, lambda *_: None)
+    if trainer.sampler is not None:
+        trainer.sampler = AlignmentSampler(corpus.table)
     if variant.hides:
         corpus = replace(corpus, table=hide(corpus.table, **dict.fromkeys(variant.hides, True)))
     if variant.hides_ids:

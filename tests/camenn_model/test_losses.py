@@ -65,14 +65,14 @@ def step(config: LossConfig, with_alignment: bool = True):  # type: ignore[no-un
 def test_fixed_weighting_adds_up() -> None:
     _, _, parts = step(LossConfig(alignment=0.5, contrastive=0.2))
     expected = parts.cvr + 0.5 * (parts.ita + parts.tia) / 2 + 0.2 * parts.contrastive
-    expected = expected + 0.01 * parts.balance + 0.001 * parts.z
+    expected = expected + 0.1 * parts.choice + 0.01 * parts.balance + 0.001 * parts.z
     assert torch.allclose(parts.total, expected)
     assert parts.total.requires_grad
     assert not parts.cvr.requires_grad
 
 
 def test_loss_without_alignment_is_the_cvr_task_alone() -> None:
-    _, _, parts = step(LossConfig(balance=0.0, z=0.0), with_alignment=False)
+    _, _, parts = step(LossConfig(choice=0.0, balance=0.0, z=0.0), with_alignment=False)
     assert float(parts.ita) == float(parts.contrastive) == 0.0
     assert torch.allclose(parts.total, parts.cvr)
 

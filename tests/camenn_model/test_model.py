@@ -173,7 +173,7 @@ def test_gradient_reaches_every_parameter() -> None:
     batch, alignment = random_batch(config, items=40, pairs=200), random_alignment(config, items=30, pairs=60)
     output, aligned = model(batch), model.align(alignment)
     total = output.logits.square().sum() + aligned.ita.square().sum() + aligned.tia.square().sum()
-    (total + aligned.similarities.diagonal().sum()).backward()
+    (total + aligned.similarities.diagonal().sum() + output.choice.square().sum()).backward()
     unreached = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert unreached == []
 

@@ -217,11 +217,13 @@ def without_dropout(corpus: Corpus) -> Corpus:
 def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The balance loss looks at a micro-batch as a whole, the alignment tasks draw anew for each: without them, without dropout and gate noise, pieces sum.
+    # The balance loss and a click's alternatives look at a micro-batch as a whole, the alignment tasks draw anew for each: without them, without dropout and gate
+    # noise, pieces sum.
     monkeypatch.setattr("camenn_model.experts.torch.randn_like", torch.zeros_like)
     gradients = []
     for pieces in (1, 3):
-        chosen = options(shards, tmp_path, micro_batches=pieces, alignment=False, loss=LossConfig(balance=0.0), seed=5)
+        loss = LossConfig(balance=0.0, choice=0.0)
+        chosen = options(shards, tmp_path, micro_batches=pieces, alignment=False, loss=loss, seed=5)
         trainer = Trainer(without_dropout(open_corpus(chosen)), chosen, no_progress)
         trainer.step(next(iter(trainer.stream())))
         gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
@@ -303,7 +305,7 @@ def test_a_killed_training_ends_with_the_same_weights(shards: str, tmp_path: Pat
 
 @pytest.mark.parametrize("where", ["weights", "gradient"])
 def test_training_that_is_not_finite_stops_and_writes_the_batch(shards: str, tmp_path: Path, where: str) -> None:
-    chosen = options(shards, tmp_path)
+    chosen = options(shards, tmp_path, alignment_passes=0, choice_passes=0)
     trainer = Trainer(open_corpus(chosen), chosen, no_progress)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     name, parameter = next((name, p) for name, p in trainer.model.named_parameters() if name == "pair_tokens.task")
