@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 
 from camenn_model.checkpoint import load_tensors, read_package, save_tensors
 from camenn_model.config import LossConfig
-from camenn_model.dataset import AlignmentSampler, collate, list_units, map_ahead, split_batch, stream_batches
+from camenn_model.dataset import (
+    AlignmentSampler,
+    collate,
+    concat_rows,
+    list_units,
+    map_ahead,
+    split_batch,
+    stream_batches,
+)
 from camenn_model.shards import ShardSet
 from camenn_model.train import Corpus, Trainer, TrainOptions, open_corpus, rate_at, train
 from pipelines import build_shards
@@ -354,6 +362,59 @@ def test_alignment_sampler_never_takes_held_out_or_same_product(shards: str, tmp
         assert (table.image_row[a] != table.image_row[b]).all()
     for fold in (0, 1):
         assert (table.fold[AlignmentSampler(table, fold).rows] != fold).all()
+
+
+def test_alignment_draws_as_many_pairs_and_listings_as_asked(shards: str, tmp_path: Path) -> None:
+    table = open_corpus(options(shards, tmp_path)).table
+    sampler = AlignmentSampler(table)
+    batch = sampler.draw(4, 9, np.random.default_rng(0))
+    assert batch is not None
+    assert len(batch.ita.label) == len(batch.tia.label) == 4
+    assert len(batch.index) == len(batch.group) == min(9, len(sampler))
+    # The pairs' anchors are among the listings that are told apart.
+    assert set(batch.ita.image_of.tolist()) | set(batch.tia.text_of.tolist()) <= set(batch.index.tolist())
+    everything = sampler.draw(10**6, 2, np.random.default_rng(0))
+    assert everything is not None and len(everything.index) == len(everything.ita.label) == len(sampler)
+
+
+def test_photos_titles_and_tastes_are_learnt_before_the_first_order(shards: str, tmp_path: Path) -> None:
+    chosen = options(shards, tmp_path, choice_passes=100)
+    trainer = Trainer(open_corpus(chosen), chosen, no_progress)
+    untouched = {
+        name: p.clone() for name, p in trainer.model.named_parameters() if name.startswith(("cvr_tower", "pair_tokens"))
+    }
+    rows = concat_rows([trainer.corpus.reader.read(path) for path, _ in trainer.corpus.files("train")])
+    batch = collate(rows, trainer.corpus.table)
+
+    def choice_loss() -> float:
+        trainer.model.eval()
+        with torch.no_grad():
+            return float(torch.nn.functional.softplus(-trainer.model.choose(batch)).mean())
+
+    phases = []
+    trainer.progress = lambda phase, done, total, note: phases.append((phase, done, total))
+    before = choice_loss()
+    trainer._begin()
+    assert choice_loss() < 0.95 * before
+    assert list(dict.fromkeys(phase for phase, _, _ in phases)) == ["align", "tastes"]
+    assert all(max(d for p, d, _ in phases if p == name) == phases_total(phases, name) for name in ("align", "tastes"))
+    # Labels were not looked at: what only they teach is where it was.
+    assert all(torch.equal(dict(trainer.model.named_parameters())[name], p) for name, p in untouched.items())
+    assert trainer.state.step == 0
+
+
+def phases_total(phases: list[tuple[str, int, int]], name: str) -> int:
+    (total,) = {total for phase, _, total in phases if phase == name}
+    return total
+
+
+def test_a_loss_that_is_not_finite_stops_alignment(shards: str, tmp_path: Path) -> None:
+    chosen = options(shards, tmp_path)
+    trainer = Trainer(open_corpus(chosen), chosen, no_progress)
+    with torch.no_grad():
+        trainer.model.contrastive.log_scale.fill_(torch.nan)
+    with pytest.raises(InputError, match="not finite .alignment, step 0.*--learning_rate"):
+        trainer.run()
 
 
 def test_rate_rises_and_falls() -> None:
