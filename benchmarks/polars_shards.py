@@ -17,6 +17,7 @@ from schemas.training import EXAMPLES
 
 WINDOW = pl.duration(hours=24)
 HISTORY = 20
+SESSIONS_AT_ONCE = 500_000
 DAY_US = 86_400_000_000
 HOUR_US = 3_600_000_000
 
@@ -111,40 +112,8 @@ def smoothed(conversions: str, clicks: str) -> pl.Expr:
     return (pl.col(conversions) + prior) / (pl.col(clicks) + weight)
 
 
-def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataFrame) -> pl.DataFrame:
-    """Sessions with the last entries of their users, latest first."""
-    events = (
-        pl.concat(
-            [
-                clicks.select("user_id", "item", "converted_at", when="clicked_at", kind=pl.lit(1, pl.Int8)),
-                orders.select(
-                    "user_id",
-                    "item",
-                    converted_at=pl.lit(None, pl.Datetime("us")),
-                    when="ordered_at",
-                    kind=pl.lit(2, pl.Int8),
-                ),
-            ]
-        )
-        .sort("user_id", "when", "kind", "item", descending=[False, False, False, True])
-        .with_row_index("event")
-    )
-    reach = events.group_by("user_id").agg(first=pl.col("event").min())
-    ends = events.select("user_id", "when", "event").sort("when")
-    sessions = (
-        sessions.sort("session_start")
-        .with_row_index("session")
-        .join_asof(
-            ends,
-            left_on="session_start",
-            right_on="when",
-            by="user_id",
-            allow_exact_matches=False,
-            check_sortedness=False,
-        )
-        .drop("when")
-        .join(reach, on="user_id", how="left", maintain_order="left")
-    )
+def _histories(sessions: pl.DataFrame, events: pl.DataFrame, bought: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
+    """Last entries of each of some sessions, as lists by session."""
     last = pl.col("event").cast(pl.Int64)
     back = (
         sessions.select(
@@ -164,9 +133,6 @@ def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataF
         .filter(pl.int_range(pl.len()).over("session") < HISTORY)
         .with_columns(click=(pl.col("kind") == 1).cum_sum().over("session"))
     )
-    # Clicks beyond the latest quarter yield their places, oldest first, to purchases before all of these.
-    bought = events.filter(pl.col("kind") == 2).with_row_index("purchase")
-    known = bought.group_by("user_id").agg(first_purchase=pl.col("purchase").min())
     before = sessions.select("session", "session_start", "user_id").join_asof(
         bought.select("user_id", "when", "purchase").sort("when"),
         left_on="session_start",
@@ -203,7 +169,7 @@ def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataF
         .filter((pl.col("kind") == 2) | (pl.col("click") <= pl.col("clicks") - pl.col("yields")))
         .select("session", "session_start", *columns)
     )
-    history = (
+    return (
         pl.concat([kept, pl.concat([older.drop("purchase"), taken], how="horizontal")])
         .with_columns(
             history_item=pl.col("item"),
@@ -214,6 +180,47 @@ def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataF
         .group_by("session", maintain_order=True)
         .agg("history_item", pl.col("kind").alias("history_kind"), "history_hours")
     )
+
+
+def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataFrame) -> pl.DataFrame:
+    """Sessions with the last entries of their users, latest first."""
+    events = (
+        pl.concat(
+            [
+                clicks.select("user_id", "item", "converted_at", when="clicked_at", kind=pl.lit(1, pl.Int8)),
+                orders.select(
+                    "user_id",
+                    "item",
+                    converted_at=pl.lit(None, pl.Datetime("us")),
+                    when="ordered_at",
+                    kind=pl.lit(2, pl.Int8),
+                ),
+            ]
+        )
+        .sort("user_id", "when", "kind", "item", descending=[False, False, False, True])
+        .with_row_index("event")
+    )
+    reach = events.group_by("user_id").agg(first=pl.col("event").min())
+    ends = events.select("user_id", "when", "event").sort("when")
+    sessions = (
+        sessions.sort("session_start")
+        .with_row_index("session")
+        .join_asof(
+            ends,
+            left_on="session_start",
+            right_on="when",
+            by="user_id",
+            allow_exact_matches=False,
+            check_sortedness=False,
+        )
+        .drop("when")
+        .join(reach, on="user_id", how="left", maintain_order="left")
+    )
+    # Clicks beyond the latest quarter yield their places, oldest first, to purchases before all of these.
+    bought = events.filter(pl.col("kind") == 2).with_row_index("purchase")
+    known = bought.group_by("user_id").agg(first_purchase=pl.col("purchase").min())
+    # Some sessions at a time: forty events of each of all at once take more memory than all else.
+    history = pl.concat([_histories(part, events, bought, known) for part in sessions.iter_slices(SESSIONS_AT_ONCE)])
     return sessions.join(history, on="session", how="left", maintain_order="left").drop("session", "event", "first")
 
 

@@ -33,6 +33,7 @@ def test_shards_equal_those_of_polars(
     small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "run_watched", run_here)
+    monkeypatch.setattr(polars_shards, "SESSIONS_AT_ONCE", 100)
     # Rows that differ are an error.
     assert shards.main(small) == 0
     printed = capsys.readouterr()
