@@ -240,7 +240,8 @@ class LossConfig:
     """Weights of the parts of the loss (``docs/model.md``, Loss and optimiser).
 
     ``alignment``: w of the mean of the ITA and TIA losses, which ``ita`` and ``tia`` multiply; ``contrastive``: w_c. They
-    are used by ``fixed`` weighting only; ``uncertainty`` learns them. ``choice`` (of the clicked item), ``balance`` and ``z`` are added as they are under either.
+    are used by ``fixed`` weighting only; ``uncertainty`` learns them. ``choice`` (of the clicked item; 0 = clicks teach no tastes), ``balance`` and ``z``
+    are added as they are under either.
     """
 
     weighting: Weighting = "fixed"

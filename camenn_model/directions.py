@@ -23,7 +23,7 @@ SPREAD = 0.5
 """Standard deviation over listings of what a projection gives in each dimension."""
 TINY = 1e-12
 NEGLIGIBLE = 1e-3
-"""Shared directions of less correlation, and own ones whose spread is below this share of the widest, are left out."""
+"""Shared directions of less correlation, and own ones along which less than this share of a feature's usual spread is left, are left out."""
 
 
 def _inverse_root(covariance: Floats, penalty: float) -> Floats:
@@ -55,7 +55,8 @@ def own_directions(features: Floats, shared: Floats, count: int) -> Floats:
     values, vectors = np.linalg.eigh(residual.T @ residual / len(residual))
     widest = np.argsort(-values)[:count]
     spread = np.sqrt(np.maximum(values[widest], 0))
-    principal = vectors[:, widest[spread > NEGLIGIBLE * spread.max(initial=0) + TINY]]
+    usual = np.sqrt(np.square(features).mean())
+    principal = vectors[:, widest[spread > NEGLIGIBLE * usual + TINY]]
     return principal - shared @ (follows @ principal)
 
 

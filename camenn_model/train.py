@@ -43,7 +43,7 @@ from camenn_model.dataset import (
 )
 from camenn_model.evaluation import Predictions, cvr_metrics, predict, reliability, representation
 from camenn_model.feature_space import FeatureSpace
-from camenn_model.item_table import ItemTable
+from camenn_model.item_table import Ints, ItemTable
 from camenn_model.losses import Losses, MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig, WeightAverage, build_optimizer
@@ -187,8 +187,12 @@ def rate_at(done: float, warmup: float) -> float:
     return done / warmup if done < warmup else max(0.0, (1.0 - done) / (1.0 - warmup))
 
 
-def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, aligned: bool = True) -> None:
-    """Standardise the frozen features on a sample of the training listings, and start their projections (see `start_projections`)."""
+def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, paired: Ints | None = None, aligned: bool = True) -> None:
+    """Standardise the frozen features on a sample of the training listings, and start their projections (see `start_projections`).
+
+    Args:
+        paired: rows of listings with photo and title that the directions may be found on (default: all training listings).
+    """
     rng = np.random.default_rng([seed, 3])
     usable = np.flatnonzero(~table.held_out & ((table.image_row >= 0) | (table.title_row >= 0)))
     with_photo = usable[table.image_row[usable] >= 0]
@@ -197,7 +201,7 @@ def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, aligned: bool = Tr
         with_photo, with_title = (np.flatnonzero(rows >= 0) for rows in (table.image_row, table.title_row))
     chosen = [rng.choice(rows, min(len(rows), FIT_ITEMS), replace=False) for rows in (with_photo, with_title)]
     model.fit_features(table.batch(np.unique(np.concatenate(chosen))))
-    both = np.flatnonzero(~table.held_out & table.with_content())
+    both = np.flatnonzero(~table.held_out & table.with_content()) if paired is None else paired
     both = np.sort(rng.choice(both, min(len(both), START_ITEMS), replace=False))
     if len(both) >= 2:
         means = (table.pooled_images[table.image_row[both]], table.pooled_titles[table.title_row[both]])
@@ -356,6 +360,8 @@ class Trainer:
     def _learn_choices(self) -> None:
         """Steps on who clicks what alone: many more clicks than orders tell of tastes, and they cost no layer."""
         options, files = self.options, self.corpus.files("train")
+        if not options.loss.choice:
+            return
         self.model.train()
         optimizer = build_optimizer((self.model,), options.optimizer)
         total, done = options.choice_passes * self.corpus.rows("train"), 0
@@ -603,7 +609,8 @@ def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: in
         return None
     torch.manual_seed(options.seed + 1 + fold)
     model = CameNN(corpus.config)
-    fit_inputs(model, corpus.table, options.seed)
+    # The directions are of the other fold's listings too: what a pair of this one shares must not be known.
+    fit_inputs(model, corpus.table, options.seed, paired=sampler.rows)
     model.to(options.device)
     train_alignment(model, sampler, options, steps_limit, 1 + fold)
     return model.eval()

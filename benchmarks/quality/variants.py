@@ -199,6 +199,7 @@ VARIANTS: dict[str, Variant] = {
     "no_ita": Variant(about="without image-to-text alignment", options=_loss(ita=0.0)),
     "no_tia": Variant(about="without text-to-image alignment", options=_loss(tia=0.0)),
     "no_contrastive": Variant(about="without the contrastive loss", options=_loss(contrastive=0.0)),
+    "no_choice": Variant(about="clicks teach no tastes", options=_loss(choice=0.0)),
     "no_images": Variant(about="titles only", options={"alignment": False}, hides=("images",)),
     "no_text": Variant(about="photos only", options={"alignment": False}, hides=("titles",)),
     "dense_gate": Variant(about="every expert for every pair", config={"top_k": 4}),

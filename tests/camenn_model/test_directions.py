@@ -89,6 +89,13 @@ def test_constant_features_give_no_direction() -> None:
     assert len(start.correlations) == 0 and start.image.shape == (6, 0)
 
 
+def test_nothing_is_left_where_all_directions_are_shared() -> None:
+    titles = views(4)[1]
+    start = find_start(titles[:, :3] * np.float32(2), titles, 16, 16, aligned=True)
+    assert start.image.shape == (3, 3) and np.allclose(start.correlations, 1.0, atol=0.01)
+    assert all(np.isfinite(found).all() for found in (start.image, start.text, start.shared_image, start.shared_text))
+
+
 def test_own_directions_are_principal_ones_where_nothing_is_shared() -> None:
     features = views(5)[0]
     features = features - features.mean(axis=0)

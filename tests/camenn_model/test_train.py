@@ -1,6 +1,7 @@
 """Training over a small shard set: it resumes to the same bits, is the same however many processes share it, and writes a package that opens."""
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -28,8 +29,9 @@ from camenn_model.dataset import (
     split_batch,
     stream_batches,
 )
+from camenn_model.model import CameNN
 from camenn_model.shards import ShardSet
-from camenn_model.train import Corpus, Trainer, TrainOptions, open_corpus, rate_at, train
+from camenn_model.train import Corpus, Trainer, TrainOptions, open_corpus, rate_at, train, train_fold
 from pipelines import build_shards
 from pipelines.options import run_main
 from schemas.contract import InputError
@@ -362,6 +364,55 @@ def test_alignment_sampler_never_takes_held_out_or_same_product(shards: str, tmp
         assert (table.image_row[a] != table.image_row[b]).all()
     for fold in (0, 1):
         assert (table.fold[AlignmentSampler(table, fold).rows] != fold).all()
+
+
+class Stored:
+    """In the place of mapped embeddings: any numbers, one photo or title a row."""
+
+    def __init__(self, count: int, shape: tuple[int, int], seed: int) -> None:
+        self.values = np.random.default_rng(seed).normal(size=(count, *shape)).astype(np.float16)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        return np.where((rows >= 0)[:, None, None], self.values[rows], np.float16(0))
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_a_fold_s_model_knows_nothing_of_its_pairs(shards: str, tmp_path: Path, fold: int) -> None:
+    """Other titles for the listings that a model judges: neither its start nor its steps see that."""
+    chosen = options(shards, tmp_path, alignment_passes=2)
+    corpus = open_corpus(chosen)
+    count = 200
+    table = copy.copy(corpus.table)
+    for name in ("cats", "values", "buckets", "subcategory", "tokens"):
+        setattr(table, name, np.resize(getattr(table, name), (count, *getattr(table, name).shape[1:])))
+    table.images, table.titles = (
+        Stored(count, (corpus.config.patches, corpus.config.image_width), 1),
+        Stored(count, (corpus.config.text_tokens, corpus.config.text_width), 2),
+    )
+    table.pooled_images, table.pooled_titles = (stored.values.mean(axis=1) for stored in (table.images, table.titles))
+    table.tokens[:] = corpus.config.text_tokens
+    table.image_row, table.title_row, table.product = np.arange(count), np.arange(count), np.arange(count)
+    table.held_out, table.fold = np.zeros(count, dtype=bool), np.arange(count) % 2
+    swapped = copy.copy(table)
+    mine = np.flatnonzero(table.fold == fold)
+    swapped.title_row = table.title_row.copy()
+    swapped.title_row[mine] = np.roll(table.title_row[mine], 1)
+    # Standardisation looks at each photo and title by itself, on the same listings: hold it still.
+    models = []
+    for one in (table, swapped):
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CameNN, "fit_features", lambda self, items: None)
+            models.append(train_fold(replace(corpus, table=one), chosen, fold, 3).state_dict())
+    moved = CameNN(corpus.config).state_dict()
+    assert not torch.equal(models[0]["item_tokens.patch.linear.weight"], moved["item_tokens.patch.linear.weight"])
+    for name, tensor in models[0].items():
+        assert torch.equal(tensor, models[1][name]), name
+    # The other fold's model does see them.
+    both = [train_fold(replace(corpus, table=one), chosen, 1 - fold, 3).state_dict() for one in (table, swapped)]
+    assert not torch.equal(
+        both[0]["contrastive.text_frozen.linear.weight"], both[1]["contrastive.text_frozen.linear.weight"]
+    )
 
 
 def test_alignment_draws_as_many_pairs_and_listings_as_asked(shards: str, tmp_path: Path) -> None:
