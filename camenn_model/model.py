@@ -104,11 +104,9 @@ class CameNN(nn.Module):
 
         Call it once, after ``fit_features``, with mean patch features [n, image_width] and mean token states [n, text_width] of the same n training items.
         """
-        config = self.config
-        start = find_start(
-            images.float().numpy(), titles.float().numpy(), config.width, self.contrastive.size, aligned=aligned
-        )
-        center = images.float().mean(0), titles.float().mean(0)
+        images, titles = images.float(), titles.float()
+        start = find_start(images.numpy(), titles.numpy(), self.config.width, self.contrastive.size, aligned=aligned)
+        center = images.mean(0), titles.mean(0)
         for patch, text in (
             (self.item_tokens.patch, self.item_tokens.text),
             (self.audience_tokens.image, self.audience_tokens.text),

@@ -187,6 +187,14 @@ def rate_at(done: float, warmup: float) -> float:
     return done / warmup if done < warmup else max(0.0, (1.0 - done) / (1.0 - warmup))
 
 
+def _set_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, done: float) -> float:
+    """Set the learning rate for the share `done`; returns it."""
+    rate = config.learning_rate * rate_at(done, config.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, paired: Ints | None = None, aligned: bool = True) -> None:
     """Standardise the frozen features on a sample of the training listings, and start their projections (see `start_projections`).
 
@@ -359,23 +367,21 @@ class Trainer:
 
     def _learn_choices(self) -> None:
         """Steps on who clicks what alone: many more clicks than orders tell of tastes, and they cost no layer."""
-        options, files = self.options, self.corpus.files("train")
+        options = self.options
         if not options.loss.choice:
             return
+        units = list_units(self.corpus.files("train"))
         self.model.train()
         optimizer = build_optimizer((self.model,), options.optimizer)
         total, done = options.choice_passes * self.corpus.rows("train"), 0
         for number in range(options.choice_passes):
             rng = np.random.default_rng([options.seed, 6, number])
-            stream = stream_batches(self.corpus.reader, list_units(files), CHOICE_CLICKS, rng, by_store=True)
+            stream = stream_batches(self.corpus.reader, units, CHOICE_CLICKS, rng, by_store=True)
             for rows, batch in map_ahead(lambda r: (r, collate(r, self.corpus.table)), stream, options.workers):
-                for group in optimizer.param_groups:
-                    group["lr"] = options.optimizer.learning_rate * rate_at(
-                        min(1.0, (done + len(rows) / 2) / total), options.optimizer.warmup
-                    )
                 torch.manual_seed(options.seed * 1_000_003 + done)
                 loss = nn.functional.softplus(-self.model.choose(batch.to(self.device))).mean()
-                told = _descend(self.model, optimizer, loss, options, f"tastes, after {done:,} clicks")
+                share = min(1.0, (done + len(rows) / 2) / total)
+                told = _descend(self.model, optimizer, loss, options.optimizer, share, f"tastes, after {done:,} clicks")
                 done += len(rows)
                 self.progress("tastes", done, total, f"loss {told:.4f}")
 
@@ -414,9 +420,7 @@ class Trainer:
             InputError: a loss or the gradient is not finite; the rows are written aside.
         """
         options, state = self.options, self.state
-        scale = rate_at((state.examples + share.examples / 2) / self.total, options.optimizer.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.optimizer.learning_rate * scale
+        rate = _set_rate(self.optimizer, options.optimizer, (state.examples + share.examples / 2) / self.total)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         figures = torch.stack([self._backward(piece, piece is share.pieces[-1]) for piece in share.pieces]).sum(dim=0)
@@ -438,7 +442,7 @@ class Trainer:
             {
                 "step": state.step,
                 "examples": state.examples,
-                "lr": options.optimizer.learning_rate * scale,
+                "lr": rate,
                 **losses,
                 "gradient_norm": length,
                 "early_stop_log_loss": math.nan,
@@ -540,18 +544,21 @@ class Trainer:
         return True
 
 
-def _descend(model: CameNN, optimizer: torch.optim.Optimizer, loss: Tensor, options: TrainOptions, where: str) -> float:
-    """One step of an optimiser; returns the loss.
+def _descend(
+    model: CameNN, optimizer: torch.optim.Optimizer, loss: Tensor, config: OptimizerConfig, done: float, where: str
+) -> float:
+    """One step of an optimiser when the share `done` of its phase is behind; returns the loss.
 
     Raises:
         InputError: the loss or its gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.optimizer.clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     told, length = torch.stack([loss.detach(), norm]).tolist()
     if not (math.isfinite(told) and math.isfinite(length)):
         raise InputError(f"training: the loss or its gradient is not finite ({where}). Lower --learning_rate.")
+    _set_rate(optimizer, config, done)
     optimizer.step()
     return float(told)
 
@@ -578,8 +585,6 @@ def train_alignment(
     optimizer = build_optimizer((model,), options.optimizer)
     config = options.loss
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = options.optimizer.learning_rate * rate_at((step + 0.5) / steps, options.optimizer.warmup)
         seed = [options.seed, 4 + stream, step]
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         batch = sampler.draw(min(ALIGNMENT_PAIRS, listings), listings, np.random.default_rng(seed))
@@ -595,7 +600,7 @@ def train_alignment(
             loss = loss + contrastive_loss(output.similarities, output.group)
         for gate in (output.ita_gate, output.tia_gate):
             loss = loss + config.balance * balance_loss(gate) + config.z * z_loss(gate)
-        _descend(model, optimizer, loss, options, f"alignment, step {step}")
+        _descend(model, optimizer, loss, options.optimizer, (step + 0.5) / steps, f"alignment, step {step}")
         progress(step + 1, steps)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camenn_model import metrics
+from camenn_model.directions import canonical_directions
 from camenn_model.evaluation import content_vectors, match_scores
 from camenn_model.item_table import Ints, ItemTable
 from camenn_model.model import CameNN
@@ -45,21 +46,11 @@ def unit(vectors: Floats) -> Floats:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
-def _inverse_root(covariance: Floats, penalty: float) -> Floats:
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors / np.sqrt(values + penalty * values.mean())) @ vectors.T
-
-
 def cca(images: Floats, titles: Floats, penalty: float, dimensions: int) -> tuple[Floats, Floats]:
     """Regularised canonical correlation analysis: projections of images and titles onto common axes, weighted by their correlations."""
-    n = len(images)
-    white_images = _inverse_root(images.T @ images / n, penalty)
-    white_titles = _inverse_root(titles.T @ titles / n, penalty)
-    left, correlations, right = np.linalg.svd(
-        white_images @ (images.T @ titles / n) @ white_titles, full_matrices=False
-    )
-    weight = np.sqrt(correlations[:dimensions])
-    return white_images @ left[:, :dimensions] * weight, white_titles @ right[:dimensions].T * weight
+    of_images, of_titles, correlations = canonical_directions(images, titles, penalty, dimensions)
+    weight = np.sqrt(correlations)
+    return of_images * weight, of_titles * weight
 
 
 def ridge(images: Floats, titles: Floats, penalty: float) -> Floats:
