@@ -71,7 +71,7 @@ def run(shards_root: str, model_root: str) -> dict[str, Any]:
 
     package = open_package(model_root)
     shards = ShardSet(shards_root)
-    table = ItemTable(shards.items, package.space, shards.images, shards.titles)
+    table = ItemTable(shards.items, shards.images, shards.titles).encode(package.space)
     reader = ExampleReader(
         package.space, table, shards.users, package.config.history_length, package.config.position_size
     )

@@ -126,11 +126,11 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
     save_tensors(Path(directory) / "model.safetensors", dict(model.state_dict()))
     for name, text in (
         ("config", json.dumps(meta)),
-        ("features", corpus.space.to_json()),
         ("calibration", PlattScaling().to_json()),
         ("metrics", "{}"),
     ):
         (Path(directory) / f"{name}.json").write_text(text)
+    corpus.space.write(Path(directory))
     publish(out, Manifest(stage="train", run=run))
     return {"rows_out": 0}
 

@@ -4,7 +4,8 @@ Shapes: R rows of a side (items or audience rows), d width.
 
 Two small networks, one a side, give each item and each audience row one vector, which serves twice. Their dot product is added to the CVR logit, as in
 factorisation machines (Rendle 2010) and two-tower models: tastes are products by nature (what someone likes times what a thing is), which attention and
-feed-forward layers must approximate by sums. And both are told to the ``[CVR]`` token before the first layer, so that it looks for a given item in the history from
+feed-forward layers must approximate by sums. Beside it stands the product of how the item looks and reads with a linear map of how that looked and read which the audience row
+bought and clicked: of Gaussian tastes the best estimate is such a map of means that are shrunk by their number. And both vectors are told to the ``[CVR]`` token before the first layer, so that it looks for a given item in the history from
 there on; what the token then says by itself (both sides and all as-of numbers) is added to the logit too, the deep part of wide-and-deep models (Cheng et al. 2016).
 All of a side is computed once a row; the scorer has one matrix product more for a tile, and a small network for a pair.
 """
@@ -18,8 +19,12 @@ from torch import Tensor, nn
 from camenn_model.config import ModelConfig
 from camenn_model.layers import MASKED, drop, init_linear
 
-ITEM_INPUTS, AUDIENCE_INPUTS = 3, 3
-"""Summaries that each side is read from: fields, ``[TXT]``, mean of patches; fields, mean of purchases, mean of clicks."""
+ITEM_INPUTS, AUDIENCE_INPUTS = 3, 7
+"""Summaries that each side is read from: fields, mean looks (patches), mean words (tokens); fields, and of purchases and of clicks the means of identity, looks and words."""
+FACTORS = 3
+"""Pieces of a side's factor, each of width d: of all together, of looks, of words."""
+LIKENESS = 0.1
+"""Times the identity: where the maps from looks and words of the past to those that are liked start. Who clicked something likes what is like it."""
 
 
 class SideVector(nn.Module):
@@ -46,6 +51,8 @@ class Affinity(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.liked_looks = nn.Linear(2 * config.width, config.width, bias=False)
+        self.liked_words = nn.Linear(2 * config.width, config.width, bias=False)
         self.item = SideVector(ITEM_INPUTS, config)
         self.audience = SideVector(AUDIENCE_INPUTS, config)
         self.item_task = nn.Linear(config.width, config.width, bias=False)
@@ -54,16 +61,29 @@ class Affinity(nn.Module):
         self.deep = nn.Linear(4 * config.width, 1, bias=False)
         self.dropout = config.dropout
         self.scale = config.width**-0.5
-        self.sought = nn.Linear(config.width, 1)
+        self.sought = nn.Linear(FACTORS * config.width, 1)
         self.log_sharpness = nn.Parameter(torch.zeros(()))
-        # One factor starts near 0, so that logits start at the base rate; the other as torch has it, as both near 0 would leave both without gradients.
+        # One factor starts near 0, so that logits start near the base rate; the other as torch has it, as both near 0 would leave both without gradients.
         for part in (self.item_task, self.audience_task, self.audience.out, self.deep_hidden, self.deep, self.sought):
             init_linear(part)
+        eye = LIKENESS * torch.eye(config.width)
+        for part in (self.liked_looks, self.liked_words):
+            part.weight.data.copy_(torch.cat([eye, eye], dim=1))
 
     def vectors(self, summary: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """(factor of the product, with its scale; what is added to the ``[CVR]`` token), two [R, d] of side 0 (items) or 1 (audience)."""
+        """(factor of the product, with its scale, [R, 3 d]; what is added to the ``[CVR]`` token, [R, d]) of side 0 (items) or 1 (audience)."""
         vector = (self.item, self.audience)[side](summary)
-        return vector * self.scale**0.5, (self.item_task, self.audience_task)[side](vector)
+        width = self.item_task.in_features
+        with torch.autocast(summary.device.type, enabled=False):
+            if side == 0:
+                _, looks, words = summary.float().split(width, dim=-1)
+            else:
+                _, _, bought_looks, bought_words, _, clicked_looks, clicked_words = summary.float().split(width, dim=-1)
+                looks = self.liked_looks(torch.cat([bought_looks, clicked_looks], dim=-1))
+                words = self.liked_words(torch.cat([bought_words, clicked_words], dim=-1))
+        return torch.cat([vector * self.scale**0.5, looks, words], dim=-1), (self.item_task, self.audience_task)[side](
+            vector
+        )
 
     def choice(self, ours: Tensor, theirs: Tensor, item: Tensor, audience: Tensor, store: Tensor) -> Tensor:
         """Log-odds [B] float32 that an audience row clicks the item that it clicked rather than others that were clicked in the same store.
@@ -72,7 +92,7 @@ class Affinity(nn.Module):
         is no taste: it has its own term. Nor is what another store sells, or what the same row clicked too: neither is compared with.
 
         Args:
-            ours, theirs: factors of the product, items [I, d] and audience rows [S, d].
+            ours, theirs: factors of the product, items [I, 3 d] and audience rows [S, 3 d].
             item, audience: int64 [B], the pairs that were clicked.
             store: int64 [S], the store of each audience row.
         """

@@ -2,6 +2,7 @@
 
 MODEL/runs/RUN/model.safetensors      averaged weights of the best evaluation
 MODEL/runs/RUN/fold0.safetensors ...  alignment-only models, each trained without the listings of its fold
+MODEL/runs/RUN/likeness.safetensors  which directions tell what is alike (features.json has the other features)
 MODEL/runs/RUN/config.json features.json calibration.json metrics.json curves.csv
 MODEL/checkpoints/*.safetensors       where a killed training goes on; removed when the package is written
 """
@@ -76,7 +77,7 @@ class Package:
     def version(self) -> str:
         """16 hex digits over weights, config, features and calibration."""
         digest = hashlib.sha256()
-        for name in ("model.safetensors", "config.json", "features.json", "calibration.json"):
+        for name in ("model.safetensors", "config.json", "features.json", "likeness.safetensors", "calibration.json"):
             digest.update((self.directory / name).read_bytes())
         return digest.hexdigest()[:16]
 
@@ -131,7 +132,7 @@ def read_package(directory: Path) -> Package:
     return Package(
         directory=directory,
         config=ModelConfig.from_json(json.dumps(meta["model"])),
-        space=FeatureSpace.from_json((directory / "features.json").read_text()),
+        space=FeatureSpace.read(directory),
         calibration=PlattScaling.from_json((directory / "calibration.json").read_text()),
         metrics=json.loads((directory / "metrics.json").read_text()),
         meta=meta,

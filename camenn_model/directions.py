@@ -79,23 +79,40 @@ def find_start(images: Floats, titles: Floats, width: int, size: int, *, aligned
     Args:
         images, titles: mean features [n, p] and [n, q] of the same listings.
     """
+    sides = [_standardise(features) for features in (images, titles)]
+    *shared, correlations = _shared_directions(sides[0][0], sides[1][0], size if aligned else 0)
+    maps = []
+    for side, directions in zip(sides, shared, strict=True):
+        first = directions[:, : width // 2]
+        own = own_directions(side[0], first, min(width - first.shape[1], len(images) // LISTINGS_PER_DIRECTION))
+        maps.append(_raw_map(*side, np.concatenate([first, own], axis=1)))
+    both = [_raw_map(*side, directions) for side, directions in zip(sides, shared, strict=True)]
+    return Start(maps[0], maps[1], both[0], both[1], correlations)
+
+
+def find_shared(images: Floats, titles: Floats, count: int) -> tuple[Floats, Floats, Floats]:
+    """`Start.shared_image` [p, k], `Start.shared_text` [q, k] and their correlations [k], k ≤ `count`, without the rest."""
+    sides = [_standardise(features) for features in (images, titles)]
+    of_images, of_titles, correlations = _shared_directions(sides[0][0], sides[1][0], count)
+    return _raw_map(*sides[0], of_images), _raw_map(*sides[1], of_titles), correlations
+
+
+def _standardise(features: Floats) -> tuple[Floats, Floats]:
+    """(standardised [n, p], scale [p])."""
+    spread = features.std(axis=0)
+    scale = 1.0 / (spread + 0.1 * spread.mean() + 1e-6)
+    return (features - features.mean(axis=0)) * scale, scale
+
+
+def _shared_directions(images: Floats, titles: Floats, count: int) -> tuple[Floats, Floats, Floats]:
+    """`canonical_directions` of standardised features: as many as the listings allow, less negligible ones."""
     limit = len(images) // LISTINGS_PER_DIRECTION
-    standard, scales = [], []
-    for features in (images, titles):
-        spread = features.std(axis=0)
-        scale = 1.0 / (spread + 0.1 * spread.mean() + 1e-6)
-        standard.append((features - features.mean(axis=0)) * scale)
-        scales.append(scale)
-    of_images, of_titles, correlations = canonical_directions(
-        standard[0], standard[1], PENALTY, min(size, limit) if aligned else 0
-    )
+    of_images, of_titles, correlations = canonical_directions(images, titles, PENALTY, min(count, limit))
     kept = int((correlations > NEGLIGIBLE).sum())
-    maps: list[Floats] = []
-    both: list[Floats] = []
-    for features, scale, directions in zip(standard, scales, (of_images, of_titles), strict=True):
-        first = directions[:, : min(kept, width // 2)]
-        own = own_directions(features, first, min(width - first.shape[1], limit))
-        for found, columns in ((maps, np.concatenate([first, own], axis=1)), (both, directions[:, :kept])):
-            spread = (features @ columns).std(axis=0)
-            found.append((scale[:, None] * columns * (SPREAD / spread)).astype(np.float32))
-    return Start(maps[0], maps[1], both[0], both[1], correlations[:kept])
+    return of_images[:, :kept], of_titles[:, :kept], correlations[:kept]
+
+
+def _raw_map(features: Floats, scale: Floats, columns: Floats) -> Floats:
+    """From directions of standardised features to those of raw ones, with a spread of `SPREAD` along each."""
+    spread = (features @ columns).std(axis=0)
+    return (scale[:, None] * columns * (SPREAD / spread)).astype(np.float32)

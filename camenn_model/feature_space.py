@@ -1,10 +1,11 @@
 """From raw columns to what the model reads: vocabularies, hashed ids, quantile buckets and normalised values.
 
-Fitted once on the training part; written as `features.json`; the same object serves training, scoring and every service.
+Fitted once on the training part; written as `features.json` and `likeness.safetensors`; the same object serves training, scoring and every service.
 """
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,14 @@ from numpy.typing import NDArray
 
 from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec
 from camenn_model.hashing import stable_hash
+from camenn_model.likeness import Likeness
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
 
+PRICE_ALIKE = "price_alike"
+"""What a listing costs against those that look and read most like it: no column of the items, as a model tells what is alike (`likeness.py`)"""
+FILE = "features.json"
 NUMERIC_GROUPS = {
-    "item_numeric": tuple(column.name for column in ITEM_NUMBERS),
+    "item_numeric": (*(column.name for column in ITEM_NUMBERS), PRICE_ALIKE),
     "item_quality": tuple(column.name for column in ITEM_QUALITY),
     "audience_counts": tuple(column.name for column in AUDIENCE_COUNTS),
     "item_counts": tuple(column.name for column in ITEM_COUNTS),
@@ -139,6 +144,7 @@ class FeatureSpace:
     ids: dict[str, HashedIds]
     numbers: dict[str, Numeric]
     user_fields: tuple[str, ...]
+    likeness: Likeness
 
     @property
     def fields(self) -> tuple[FieldSpec, ...]:
@@ -161,8 +167,10 @@ class FeatureSpace:
         return (*item, *audience, *numbers)
 
     @classmethod
-    def fit(cls, items: pa.Table, users: pa.Table, examples: pa.Table) -> "FeatureSpace":
-        """Fit on the items, the users and the training part's examples (a sample of whole files is enough)."""
+    def fit(
+        cls, items: pa.Table, users: pa.Table, examples: pa.Table, likeness: Likeness, price_alike: NDArray[np.float32]
+    ) -> "FeatureSpace":
+        """Fit on the items (with `price_alike` [N]), the users and the training part's examples (a sample of whole files is enough)."""
         user_fields = tuple(f"user_{name}" for name in users.column_names if name != "user_id")
         vocabularies = {name: Vocabulary.fit(items[name]) for name in ("category", SUBCATEGORY, "brand")}
         vocabularies["store"] = Vocabulary.fit(examples["store_id"])
@@ -171,22 +179,25 @@ class FeatureSpace:
         for name in user_fields:
             vocabularies[name] = Vocabulary.fit(users[name.removeprefix("user_")])
         numbers = {
-            name: Numeric.fit(to_float(items[name]))
+            name: Numeric.fit(price_alike if name == PRICE_ALIKE else to_float(items[name]))
             for group in ("item_numeric", "item_quality")
             for name in NUMERIC_GROUPS[group]
         }
         for group in ("audience_counts", "item_counts", "pair_counts"):
             numbers |= {name: Numeric.fit(to_float(examples[name])) for name in NUMERIC_GROUPS[group]}
         ids = {ITEM_HASH: HashedIds.fit(examples["item_id"]), USER_HASH: HashedIds.fit(examples["user_id"])}
-        return cls(vocabularies=vocabularies, ids=ids, numbers=numbers, user_fields=user_fields)
+        return cls(vocabularies=vocabularies, ids=ids, numbers=numbers, user_fields=user_fields, likeness=likeness)
 
-    def encode_items(self, items: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
-        """(cats [N, n], values [N, m], buckets [N, m]) of an `items` table."""
+    def encode_items(
+        self, items: pa.Table, price_alike: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
+        """(cats [N, n], values [N, m], buckets [N, m]) of an `items` table with `price_alike` [N]."""
         cats = [self.vocabularies[name].encode(items[name]) for name in ("category", SUBCATEGORY, "brand")]
         cats.append(self.ids[ITEM_HASH].encode(items["item_id"]))
         values, buckets = self.encode_numbers(
             ("item_numeric", "item_quality"),
-            {name: to_float(items[name]) for name in items.column_names if name in self.numbers},
+            {name: to_float(items[name]) for name in items.column_names if name in self.numbers}
+            | {PRICE_ALIKE: price_alike},
         )
         return np.stack(cats, axis=1), values, buckets
 
@@ -222,9 +233,9 @@ class FeatureSpace:
         encoded = [self.numbers[name].encode(columns[name]) for group in groups for name in NUMERIC_GROUPS[group]]
         return np.stack([value for value, _ in encoded], axis=-1), np.stack([bucket for _, bucket in encoded], axis=-1)
 
-    def to_json(self) -> str:
-        """The whole space as JSON text."""
-        return json.dumps(
+    def write(self, directory: Path) -> None:
+        """The whole space as `features.json` and `likeness.safetensors`."""
+        text = json.dumps(
             {
                 "vocabularies": {name: vocabulary.values for name, vocabulary in self.vocabularies.items()},
                 "ids": {name: {"frequent": ids.frequent, "table": ids.table} for name, ids in self.ids.items()},
@@ -232,11 +243,18 @@ class FeatureSpace:
                 "user_fields": self.user_fields,
             }
         )
+        (directory / FILE).write_text(text)
+        self.likeness.write(directory)
 
     @classmethod
-    def from_json(cls, text: str) -> "FeatureSpace":
-        """The space that `to_json` wrote."""
-        raw = json.loads(text)
+    def read(cls, directory: Path) -> "FeatureSpace":
+        """The space that `write` wrote.
+
+        Raises:
+            InputError: an earlier version of camenn wrote it.
+        """
+        likeness = Likeness.read(directory)
+        raw = json.loads((directory / FILE).read_text())
         return cls(
             vocabularies={name: Vocabulary(tuple(values)) for name, values in raw["vocabularies"].items()},
             ids={name: HashedIds(tuple(value["frequent"]), value["table"]) for name, value in raw["ids"].items()},
@@ -245,6 +263,7 @@ class FeatureSpace:
                 for name, n in raw["numbers"].items()
             },
             user_fields=tuple(raw["user_fields"]),
+            likeness=likeness,
         )
 
 

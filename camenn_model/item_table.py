@@ -12,6 +12,7 @@ from camenn_model.batch import HistoryItems, ItemBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY
 from camenn_model.feature_space import FeatureSpace, to_float
 from camenn_model.hashing import stable_hash
+from camenn_model.likeness import Likeness, alike_prices
 from camenn_model.shards import Contents
 
 HELD_OUT_SHARE = 0.1
@@ -21,23 +22,26 @@ Ints = NDArray[np.int64]
 
 
 class ItemTable:
-    """The `items` table encoded by a feature space, with its contents.
+    """The `items` table with its contents; `encode` adds what a feature space makes of its columns.
 
     Args:
         items: table under the contract `ITEMS`.
         images, titles: mapped embeddings; their keys are the items' image_key and title_key.
     """
 
-    def __init__(self, items: pa.Table, space: FeatureSpace, images: Contents, titles: Contents) -> None:
+    cats: Ints
+    values: NDArray[np.float32]
+    buckets: Ints
+    history_cats: Ints
+    subcategory: Ints
+
+    def __init__(self, items: pa.Table, images: Contents, titles: Contents) -> None:
+        self.items = items
         self.ids: pa.Array = items["item_id"].combine_chunks()
         self.images, self.titles = images, titles
-        self.cats, self.values, self.buckets = space.encode_items(items)
-        names = [field.name for field in space.fields if field.group == "item"]
-        self.history_cats = self.cats[:, [names.index(ITEM_HASH), names.index(SUBCATEGORY)]]
         self.image_row = images.rows_of(items["image_key"])
         self.title_row = titles.rows_of(items["title_key"])
         self.tokens = np.nan_to_num(to_float(items["title_tokens"])).astype(np.int64)
-        self.subcategory = self.cats[:, names.index(SUBCATEGORY)]
         used = np.ones(len(titles), dtype=np.int64)
         used[self.title_row[self.title_row >= 0]] = self.tokens[self.title_row >= 0]
         self.pooled_images = images.pooled()
@@ -48,6 +52,30 @@ class ItemTable:
         self.product = np.where(null, stable_hash(items["item_id"]), product)
         self.held_out = (self.product >> np.uint64(7)) % np.uint64(1000) < np.uint64(1000 * HELD_OUT_SHARE)
         self.fold = ((self.product >> np.uint64(23)) % np.uint64(2)).astype(np.int64)
+
+    def encode(self, space: FeatureSpace) -> "ItemTable":
+        """Encode the columns; returns itself."""
+        self.cats, self.values, self.buckets = space.encode_items(self.items, self.alike_prices(space.likeness))
+        names = [field.name for field in space.fields if field.group == "item"]
+        self.history_cats = self.cats[:, [names.index(ITEM_HASH), names.index(SUBCATEGORY)]]
+        self.subcategory = self.cats[:, names.index(SUBCATEGORY)]
+        return self
+
+    def fit_likeness(self) -> Likeness:
+        """On the training listings that have both photo and title."""
+        rows = np.flatnonzero(self.with_content() & ~self.held_out)
+        return Likeness.fit(self.pooled_images[self.image_row[rows]], self.pooled_titles[self.title_row[rows]])
+
+    def alike_prices(self, likeness: Likeness) -> NDArray[np.float32]:
+        """What each listing costs against those that look and read most like it, float32 [N]; NaN = unknown."""
+        vectors = likeness.vectors(
+            _rows_or_zero(self.pooled_images, self.image_row),
+            _rows_or_zero(self.pooled_titles, self.title_row),
+            self.image_row >= 0,
+            self.title_row >= 0,
+        )
+        group = self.items[SUBCATEGORY].combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy()
+        return alike_prices(vectors, to_float(self.items["price"]), group.astype(np.int64), stable_hash(self.ids))
 
     def __len__(self) -> int:
         return len(self.ids)

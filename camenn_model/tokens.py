@@ -10,6 +10,7 @@ vector in place of the mean; its other tokens are masked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from camenn_model.batch import AudienceBatch, HistoryItems, ItemBatch, PairBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec, ModelConfig
 from camenn_model.layers import drop, init_embedding, init_linear, wide_scale
 from schemas.training import CLICKED, PURCHASED
+
+DOUBT, GAIN = 3.0, 4.0
+"""Where the shrinkage of a history's means starts, and what they are multiplied by: a mean of some entries is smaller than one of them."""
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -127,6 +131,8 @@ class Content:
     image_mask: Tensor  # [I, 1 + P] bool
     text_gate: Tensor  # [I, d]: [TXT]
     image_gate: Tensor  # [I, d]: mean of patches
+    text_mean: Tensor  # [I, d]: mean of the projected tokens, as it is
+    image_mean: Tensor  # [I, d]: of the projected patches
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class SideTokens:
     tokens: Tensor  # [R, N, d]
     mask: Tensor  # [R, N] bool
     gate: Tensor  # [R, gate width]
-    summary: Tensor  # [R, 3 d]: what ``Affinity`` reads
+    summary: Tensor  # what ``Affinity`` reads: [I, 3 d] or [S, 7 d]
 
 
 class ItemTokens(nn.Module):
@@ -179,11 +185,11 @@ class ItemTokens(nn.Module):
         patch_mask = has_image[:, None].expand(-1, items.patches.shape[1])
 
         text = self.text(items.text)
-        summary = torch.where(has_text[:, None], masked_mean(text, text_mask), self.no_text)
+        summary = text_mean = torch.where(has_text[:, None], masked_mean(text, text_mask), self.no_text)
         text = text + self.text_type + self.text_position[: text.shape[1]]
         text = torch.cat([(summary + self.text_summary)[:, None], text], dim=1)
         patches = self.patch(items.patches)
-        summary = torch.where(has_image[:, None], masked_mean(patches, patch_mask), self.no_image)
+        summary = image_mean = torch.where(has_image[:, None], masked_mean(patches, patch_mask), self.no_image)
         place = (self.row[:, None] + self.column[None, :]).flatten(0, 1)  # row-major
         patches = patches + self.patch_type + place
         image = torch.cat([(summary + self.image_summary)[:, None], patches], dim=1)
@@ -198,6 +204,8 @@ class ItemTokens(nn.Module):
             image_mask=torch.cat([always, patch_mask], dim=1),
             text_gate=text[:, 0],
             image_gate=mean_patch,
+            text_mean=text_mean,
+            image_mean=image_mean,
         )
 
     def forward(self, items: ItemBatch) -> SideTokens:
@@ -219,7 +227,7 @@ class ItemTokens(nn.Module):
             tokens=torch.cat([content.text, content.image, field_tokens], dim=1),
             mask=torch.cat([content.text_mask, content.image_mask, real], dim=1),
             gate=gate,
-            summary=gate,
+            summary=torch.cat([mean_field, content.image_mean, content.text_mean], dim=-1),
         )
 
     def identity(self, cats: Tensor) -> Tensor:
@@ -247,12 +255,15 @@ class AudienceTokens(nn.Module):
         self.history_type = nn.Parameter(torch.empty(width))
         self.kind = nn.Embedding(3, width)
         self.gap = nn.Parameter(torch.empty(width))
+        self.log_doubt = nn.Parameter(torch.full((2,), math.log(DOUBT)))
+        self.log_gain = nn.Parameter(torch.full((2,), math.log(GAIN)))
         self.slot = nn.Parameter(torch.empty(config.history_length, width))
         self.field_norm = nn.LayerNorm(width)
         self.history_norm = nn.LayerNorm(width)
         self.user_column = [field.name for field in config.audience_categorical].index(USER_HASH)
-        for weight in self.parameters(recurse=False):
-            init_embedding(weight)
+        for name, weight in self.named_parameters(recurse=False):
+            if not name.startswith("log_"):
+                init_embedding(weight)
         init_tables([*self.tables, self.kind])
 
     def forward(self, audience: AudienceBatch, history: HistoryItems, identity: Tensor) -> SideTokens:
@@ -267,14 +278,12 @@ class AudienceTokens(nn.Module):
             fields.append(self.counts(audience.values, audience.buckets))
         field_tokens = self.field_norm(torch.stack(fields, dim=1))
 
-        bought = (
-            identity
-            + torch.where(history.has_image[:, None], self.image(history.image), self.no_image)
-            + torch.where(history.has_text[:, None], self.text(history.text), self.no_text)
-        )
-        bought = torch.cat([bought.new_zeros(1, bought.shape[1]), bought])  # row 0: padding
+        looks = torch.where(history.has_image[:, None], self.image(history.image), self.no_image)
+        words = torch.where(history.has_text[:, None], self.text(history.text), self.no_text)
+        known = torch.cat([identity, looks, words], dim=1)
+        known = torch.cat([known.new_zeros(1, known.shape[1]), known])  # row 0: padding
         past = (
-            F.embedding(audience.history + 1, bought)
+            F.embedding(audience.history + 1, known.unflatten(1, (3, -1)).sum(1))
             + self.kind(audience.history_kind)
             + audience.history_gap.to(self.gap.dtype)[..., None] * self.gap
             + self.slot[: audience.history.shape[1]]
@@ -283,7 +292,11 @@ class AudienceTokens(nn.Module):
         past = self.history_norm(past)
         past_mask = audience.history >= 0
         mean_field = field_tokens.mean(1)
-        kinds = [masked_mean(past, past_mask & (audience.history_kind == kind)) for kind in (PURCHASED, CLICKED)]
+        doubts, gains = self.log_doubt.exp(), self.log_gain.exp()
+        kinds = [
+            gain * _mean_of_kind(known, audience, kind, doubt)
+            for kind, doubt, gain in zip((PURCHASED, CLICKED), doubts, gains, strict=True)
+        ]
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=past.device)
         return SideTokens(
             tokens=drop(torch.cat([field_tokens, past], dim=1), self.config.dropout, self.training),
@@ -291,6 +304,16 @@ class AudienceTokens(nn.Module):
             gate=torch.cat([mean_field, masked_mean(past, past_mask)], dim=-1),
             summary=torch.cat([mean_field, *kinds], dim=-1),
         )
+
+
+def _mean_of_kind(known: Tensor, audience: AudienceBatch, kind: int, doubt: Tensor) -> Tensor:
+    """Mean of ``known`` [1 + G, n] over the entries of one kind in each row's history, [S, n], drawn to 0 as by ``doubt`` more entries that tell nothing.
+
+    The posterior mean of a Gaussian taste of which each entry is a noisy sight.
+    """
+    weight = ((audience.history >= 0) & (audience.history_kind == kind)).to(known.dtype)
+    total = F.embedding_bag(audience.history + 1, known, per_sample_weights=weight, mode="sum")
+    return total / (weight.sum(1, keepdim=True) + doubt)
 
 
 class PairTokens(nn.Module):

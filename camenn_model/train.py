@@ -154,8 +154,10 @@ def open_corpus(options: TrainOptions) -> Corpus:
         raise InputError(
             f"--shards {options.shards}: no listing has a {missing} that could be encoded: CameNN needs both. See the store's `defects`."
         )
-    space = FeatureSpace.fit(shards.items, shards.users, examples)
-    table = ItemTable(shards.items, space, shards.images, shards.titles)
+    table = ItemTable(shards.items, shards.images, shards.titles)
+    likeness = table.fit_likeness()
+    space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, table.alike_prices(likeness))
+    table.encode(space)
     patches, image_width = shards.images.shape
     tokens, text_width = shards.titles.shape
     config = ModelConfig.profile(
@@ -732,7 +734,7 @@ def _train(
         "shards": corpus.shards.manifest["request"],
     }
     (directory / "config.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
-    (directory / "features.json").write_text(corpus.space.to_json())
+    corpus.space.write(directory)
     (directory / "calibration.json").write_text(calibration.to_json())
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
     (directory / "retrieval.json").write_text(json.dumps(retrieval, indent=1))

@@ -82,10 +82,9 @@ class _ModelDoFn(beam.DoFn):
         self.items = self._read("items")
         self.table = ItemTable(
             self.items,
-            self.package.space,
             Contents(list(self.given.images), "image_key"),
             Contents(list(self.given.titles), "title_key"),
-        )
+        ).encode(self.package.space)
         self.progress = ProgressFile(self.given.progress)
 
     def _read(self, name: str) -> pa.Table:
@@ -204,7 +203,7 @@ def measure_pace(package: "Package", items: pa.Table, audience: AudienceRows, me
     config = package.config
     images = Contents([], "image_key", (config.patch_grid**2, config.image_width))
     titles = Contents([], "title_key", (config.text_tokens, config.text_width))
-    table = ItemTable(items, package.space, images, titles)
+    table = ItemTable(items, images, titles).encode(package.space)
     scorer, rows = Scorer(package.model()), met[:TIMED]
     batch, history = audience.batch(slice(0, TIMED))
     shape = (len(batch.cats), len(rows), len(NUMERIC_GROUPS["item_counts"]) + len(NUMERIC_GROUPS["pair_counts"]))

@@ -15,7 +15,7 @@ ABLATIONS = (
     "gate_without_content",
 )  # fmt: skip
 CONTROLS = ("permuted_labels", "shuffled_patches", "shuffled_alignment")
-SMALL_CITY: dict[str, Any] = {"clicks": 60_000, "listings": 3_000, "stores": 30, "users": 4_000, "photos": 2_000}
+SMALL_CITY: dict[str, Any] = {"clicks": 60_000, "listings": 3_000, "stores": 30, "users": 1_200, "photos": 2_000}
 """The ablations' city"""
 QUICK_CITY: dict[str, Any] = {}
 QUICK_EPOCHS = 3

@@ -15,29 +15,29 @@ from benchmarks.quality.worlds import World
 from camenn_model.batch import AlignmentBatch
 from camenn_model.config import ITEM_HASH, LossConfig
 from camenn_model.dataset import AlignmentSampler, ExampleReader, Rows
-from camenn_model.feature_space import MISSING, FeatureSpace
+from camenn_model.feature_space import MISSING, NUMERIC_GROUPS, FeatureSpace
 from camenn_model.item_table import Ints, ItemTable
 from camenn_model.train import Corpus, Trainer, TrainOptions
-from schemas.training import ITEM_NUMBERS, ITEM_QUALITY
+from schemas.training import ITEM_QUALITY
 from simulator.config import TEXT_FACTORS, VISUAL_FACTORS
 
 IMAGE_QUALITY, TEXT_QUALITY = ("blur", "luminance", "megapixels"), ("title_tokens", "unknown_share")
 assert {*IMAGE_QUALITY, *TEXT_QUALITY} == {column.name for column in ITEM_QUALITY}
 
 
-def hide(table: ItemTable, *, images: bool = False, titles: bool = False) -> ItemTable:
+def hide(table: ItemTable, space: FeatureSpace, *, images: bool = False, titles: bool = False) -> ItemTable:
     """The items without photos or titles, and without what was measured of them."""
     hidden = copy.copy(table)
-    hidden.values, hidden.buckets = table.values.copy(), table.buckets.copy()
-    names = [column.name for column in (*ITEM_NUMBERS, *ITEM_QUALITY)]
-    for hides, quality in ((images, IMAGE_QUALITY), (titles, TEXT_QUALITY)):
-        if hides:
-            columns = [names.index(name) for name in quality]
-            hidden.values[:, columns], hidden.buckets[:, columns] = 0, 0
     if images:
         hidden.image_row = np.full_like(table.image_row, -1)
     if titles:
         hidden.title_row = np.full_like(table.title_row, -1)
+    hidden.encode(space)
+    names = [*NUMERIC_GROUPS["item_numeric"], *NUMERIC_GROUPS["item_quality"]]
+    for hides, quality in ((images, IMAGE_QUALITY), (titles, TEXT_QUALITY)):
+        if hides:
+            columns = [names.index(name) for name in quality]
+            hidden.values[:, columns], hidden.buckets[:, columns] = 0, 0
     return hidden
 
 
@@ -50,13 +50,13 @@ def hide_ids(table: ItemTable, space: FeatureSpace) -> ItemTable:
     return hidden
 
 
-def shuffle_images(table: ItemTable, seed: int) -> ItemTable:
+def shuffle_images(table: ItemTable, space: FeatureSpace, seed: int) -> ItemTable:
     """The items with each other's photos."""
     shuffled = copy.copy(table)
     has = np.flatnonzero(table.image_row >= 0)
     shuffled.image_row = table.image_row.copy()
     shuffled.image_row[has] = table.image_row[np.random.default_rng([seed, 11]).permutation(has)]
-    return shuffled
+    return shuffled.encode(space)
 
 
 class _Arrays:
@@ -103,10 +103,13 @@ def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
     table.image_row = table.title_row = np.arange(len(table))
     table.tokens = np.ones(len(table), dtype=np.int64)
     table.pooled_images, table.pooled_titles = images.astype(np.float16), titles.astype(np.float16)
+    likeness = table.fit_likeness()
+    space = replace(corpus.space, likeness=likeness)
+    table.encode(space)
     config = replace(
         corpus.config, image_width=images.shape[1], text_width=titles.shape[1], patch_grid=1, text_tokens=1
     )
-    return replace(corpus, table=table, config=config)
+    return replace(corpus, space=space, table=table, config=config)
 
 
 class _ChangedReader(ExampleReader):
@@ -237,12 +240,16 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
         corpus = displayed_attributes(corpus, world)
     corpus = replace(corpus, config=replace(corpus.config, attention=options.attention, **variant.config))
     # The projections start from what photos tell of titles: the control of shuffled labels has that of shuffled photos.
-    begun = replace(corpus, table=shuffle_images(corpus.table, options.seed)) if variant.shuffled_alignment else corpus
+    begun = (
+        replace(corpus, table=shuffle_images(corpus.table, corpus.space, options.seed))
+        if variant.shuffled_alignment
+        else corpus
+    )
     trainer = Trainer(begun, options, lambda *_: None)
     if trainer.sampler is not None:
         trainer.sampler = AlignmentSampler(corpus.table)
     if variant.hides:
-        corpus = replace(corpus, table=hide(corpus.table, **dict.fromkeys(variant.hides, True)))
+        corpus = replace(corpus, table=hide(corpus.table, corpus.space, **dict.fromkeys(variant.hides, True)))
     if variant.hides_ids:
         corpus = replace(corpus, table=hide_ids(corpus.table, corpus.space))
     if variant.reader is not None:
@@ -254,5 +261,9 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
         _mask_gate(trainer)
     if variant.shuffled_alignment and trainer.sampler is not None:
         trainer.sampler = _ShuffledLabels(trainer.sampler)
-    test = replace(corpus, table=shuffle_images(corpus.table, options.seed)) if variant.shuffled_images else corpus
+    test = (
+        replace(corpus, table=shuffle_images(corpus.table, corpus.space, options.seed))
+        if variant.shuffled_images
+        else corpus
+    )
     return trainer, test

@@ -87,18 +87,18 @@ def test_hidden_photos_change_nothing(world: World, corpus: Corpus, tmp_path: Pa
     trainer, test = steps(world, corpus, name, tmp_path)
     before = predict(trainer.model, test.reader, test.table, test.files("test")).logits
     # The same hidden again, of items that have each other's photos.
-    other = shuffle_images(corpus.table, 0)
+    other = shuffle_images(corpus.table, corpus.space, 0)
     if hidden:
-        other = hide(other, images=True, titles="titles" in VARIANTS[name].hides)
+        other = hide(other, corpus.space, images=True, titles="titles" in VARIANTS[name].hides)
     after = predict(trainer.model, test.reader, other, test.files("test")).logits
     assert np.array_equal(before, after) == hidden
 
 
 def test_what_is_hidden_is_hidden(world: World, corpus: Corpus, tmp_path: Path) -> None:
-    table = hide(corpus.table, images=True, titles=True)
+    table = hide(corpus.table, corpus.space, images=True, titles=True)
     batch = table.batch(np.arange(len(table)))
     assert not batch.has_image.any() and not batch.has_text.any() and not batch.text_mask.any()
-    # Price stays, quality goes: columns are price, price_relative, then the five of quality.
+    # Price stays, quality goes: columns are price, price_relative, price_alike (nothing is alike any more), then the five of quality.
     assert (batch.buckets[:, 2:] == 0).all() and (batch.buckets[:, :2] > 0).any()
     assert (corpus.table.buckets[:, 2:] > 0).any(), "the corpus itself is as before"
     trainer, test = steps(world, corpus, "no_ids", tmp_path)

@@ -64,32 +64,37 @@ def full_logits(model: CameNN, batch: Batch) -> Tensor:
 def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     """(tokens of one pair with both sides' vectors in the first, [X, d]; what the item is times what the audience row likes)."""
     i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
-    item = model.item_tokens(batch.items).tokens[i]
-    texts, patches = 1 + model.config.text_tokens, model.config.patches
-    image = item[texts + 1 : texts + 1 + patches].mean(0) if batch.items.has_image[i] else item[texts]
-    ours = torch.cat([item[texts + 1 + patches :].mean(0), item[0], image])
-    identity = model.item_tokens.identity(batch.history.cats)
-    user = model.audience_tokens(batch.audience, batch.history, identity).tokens[u]
-    fields = len(user) - batch.audience.history.shape[1]
-    theirs = [user[:fields].mean(0)]
-    for kind in (2, 1):  # bought, clicked
-        past = [
-            token
-            for token, entry, what in zip(
-                user[fields:], batch.audience.history[u], batch.audience.history_kind[u], strict=True
-            )
-            if entry >= 0 and what == kind
-        ]
-        theirs.append(torch.stack(past).mean(0) if past else torch.zeros_like(user[0]))
+    items, history, sides = batch.items, batch.history, (model.item_tokens, model.audience_tokens)
+    item = model.item_tokens(items).tokens[i]
+    fields = item[2 + model.config.text_tokens + model.config.patches :].mean(0)
+    looks = sides[0].patch(items.patches[i]).mean(0) if items.has_image[i] else sides[0].no_image
+    titled = items.has_text[i] and items.text_mask[i].any()
+    words = sides[0].text(items.text[i][items.text_mask[i]]).mean(0) if titled else sides[0].no_text
+    ours = [fields, looks, words]
+    identity = model.item_tokens.identity(history.cats)
+    user = model.audience_tokens(batch.audience, history, identity).tokens[u]
+    theirs = [user[: len(user) - batch.audience.history.shape[1]].mean(0)]
+    for place, kind in enumerate((2, 1)):  # bought, clicked
+        count, total = 0, [torch.zeros_like(fields) for _ in range(3)]
+        for entry, what in zip(batch.audience.history[u], batch.audience.history_kind[u], strict=True):
+            if entry >= 0 and what == kind:
+                count += 1
+                seen = sides[1].image(history.image[entry]) if history.has_image[entry] else sides[1].no_image
+                read = sides[1].text(history.text[entry]) if history.has_text[entry] else sides[1].no_text
+                total = [old + new for old, new in zip(total, (identity[entry], seen, read), strict=True)]
+        doubt, gain = sides[1].log_doubt[place].exp(), sides[1].log_gain[place].exp()
+        theirs += [gain * each / (count + doubt) for each in total]
     vectors = []
-    for side, summary in ((model.affinity.item, ours), (model.affinity.audience, torch.cat(theirs))):
-        vectors.append(linear(side.out, F.gelu(linear(side.hidden, layer_norm(side.norm, summary)))))
+    for side, summary in ((model.affinity.item, ours), (model.affinity.audience, theirs)):
+        vectors.append(linear(side.out, F.gelu(linear(side.hidden, layer_norm(side.norm, torch.cat(summary))))))
+    alike = (model.affinity.liked_looks.weight @ torch.cat([theirs[2], theirs[5]])) @ looks
+    alike = alike + (model.affinity.liked_words.weight @ torch.cat([theirs[3], theirs[6]])) @ words
     part = model.pair_tokens
     extra = model.affinity.item_task.weight @ vectors[0] + model.affinity.audience_task.weight @ vectors[1]
     groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])
     tokens = layer_norm(part.norm, torch.stack([part.task + extra + sum(groups), *groups, part.position.weight[0]]))
     deep = model.affinity.deep.weight[0] @ F.gelu(linear(model.affinity.deep_hidden, tokens[0]))
-    return tokens, vectors[0] @ vectors[1] / model.config.width**0.5 + deep
+    return tokens, vectors[0] @ vectors[1] / model.config.width**0.5 + alike + deep
 
 
 def prefix_layer(layer: EncoderLayer, item: Tensor, user: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

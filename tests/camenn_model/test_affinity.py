@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from camenn_model.affinity import FACTORS
 from camenn_model.config import STORE
 from camenn_model.model import CameNN
 from tests.camenn_model.random_batches import awake, random_batch, tiny_config
@@ -25,7 +26,7 @@ def factors(rows: int, width: int, seed: int) -> torch.Tensor:
 
 def test_choice_is_the_log_odds_among_what_the_store_sells() -> None:
     model = woken()
-    width = model.config.width
+    width = FACTORS * model.config.width
     ours, theirs = factors(9, width, 1), factors(5, width, 2)
     store = torch.tensor([3, 3, 1, 1, 2])
     audience = torch.tensor([0, 0, 1, 2, 2, 3, 3, 1])
@@ -44,7 +45,7 @@ def test_choice_is_the_log_odds_among_what_the_store_sells() -> None:
 
 def test_a_click_without_alternatives_costs_nothing() -> None:
     model = woken()
-    ours, theirs = factors(2, model.config.width, 1), factors(2, model.config.width, 2)
+    ours, theirs = factors(2, FACTORS * model.config.width, 1), factors(2, FACTORS * model.config.width, 2)
     # Two stores, one listing each: nothing says what else either of the two could have clicked.
     places = torch.tensor([0, 1])
     with torch.no_grad():
@@ -54,7 +55,7 @@ def test_a_click_without_alternatives_costs_nothing() -> None:
 
 def test_what_other_stores_sell_changes_no_choice() -> None:
     model = woken()
-    ours, theirs = factors(4, model.config.width, 1), factors(4, model.config.width, 2)
+    ours, theirs = factors(4, FACTORS * model.config.width, 1), factors(4, FACTORS * model.config.width, 2)
     # Rows 0 and 1 click listings 0 and 1 in the first store, rows 2 and 3 listings 2 and 3 in the second.
     places, store = torch.arange(4), torch.tensor([1, 1, 2, 2])
     moved = ours.clone()

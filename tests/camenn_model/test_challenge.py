@@ -43,7 +43,7 @@ def by_hand(package: Package, shards: ShardSet) -> tuple[np.ndarray, np.ndarray]
 
     days = latest_closed_days(shards)
     assert days is not None
-    table = ItemTable(shards.items, package.space, shards.images, shards.titles)
+    table = ItemTable(shards.items, shards.images, shards.titles).encode(package.space)
     config = package.config
     reader = ExampleReader(package.space, table, shards.users, config.history_length, config.position_size)
     model = package.model()

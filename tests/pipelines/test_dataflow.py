@@ -85,7 +85,7 @@ def write_model(root: Path, shards: str) -> None:
     options = ShardSet(shards).manifest["options"]
     meta = {"model": json.loads(corpus.config.to_json())} | {k: options[k] for k in ("encoders", "attribution_hours")}
     (run / "config.json").write_text(json.dumps(meta))
-    (run / "features.json").write_text(corpus.space.to_json())
+    corpus.space.write(run)
     (run / "calibration.json").write_text(PlattScaling(slope=1.0, intercept=0.0).to_json())
     (run / "metrics.json").write_text("{}")
     (run / "model.safetensors").write_bytes(b"")
