@@ -37,7 +37,8 @@ class SideStates:
     shared: list[tuple[Tensor, Tensor]]  # per shared layer: keys [R, h, c, N], values [R, h, N, c]
     tokens: Tensor  # [R, N, d] out of the shared bottom
     filled: Tensor  # [E, R] bool: expert computed for this row
-    vector: Tensor  # [R, d] float32: factor of ``Affinity``
+    vector: Tensor  # [R, 3 d] float32: factor of ``Affinity``
+    wide: Tensor  # [R] float32: the side's part of the linear logit
     task: Tensor  # [R, d]: the side's part of what ``[CVR]`` is told
     experts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # like shared; rows not filled are 0
     tower: tuple[Tensor, Tensor] | None = None  # keys [R, h, E, c, N], values [R, h, N, E, c]; not filled: 0
@@ -77,7 +78,7 @@ class Scorer:
                 f"score_tile: values {tuple(values.shape)}, buckets {tuple(buckets.shape)} for "
                 f"{count_s} audience rows x {count_i} items"
             )
-        logits = audience.vector @ items.vector.T
+        logits = audience.vector @ items.vector.T + audience.wide[:, None] + items.wide[None, :]
         step_s = min(count_s, max(1, int(TILE_PAIRS**0.5)))
         step_i = max(1, TILE_PAIRS // max(1, step_s))
         for start_i in range(0, count_i, step_i):
@@ -122,7 +123,7 @@ class Scorer:
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
         filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
         vector, task = self.model.affinity.vectors(side_tokens.summary, side)
-        return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector, task)
+        return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector, side_tokens.wide, task)
 
     def _tile(self, items: _Rows, audience: _Rows, values: Tensor, buckets: Tensor) -> Tensor:
         """Logits [S, I] of one cache-sized tile; values, buckets [S, I, n]. Inside, pairs run item by item."""
@@ -132,7 +133,7 @@ class Scorer:
         unknown = torch.zeros(len(buckets), dtype=torch.int64, device=values.device)
         told = (items.task[:, None] + audience.task[None, :]).flatten(0, 1)
         x = model.pair_tokens.embed(values, buckets, unknown, told)  # [I S, X, d]
-        below = model.affinity.of_token(x[:, 0])
+        below = model.affinity.of_token(x[:, 0]) + model.pair_tokens.wide(None, values, buckets)
         every = torch.ones(count_i, count_s, dtype=torch.bool, device=values.device)
         all_i, all_s = find_places(every, model.config.heads)
         for number, layer in enumerate(layers_of(model.shared)):
