@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camenn_model.config import ModelConfig
-from camenn_model.layers import MASKED, drop, init_linear
+from camenn_model.layers import FAST, MASKED, drop, init_linear
 
 ITEM_INPUTS, AUDIENCE_INPUTS = 3, 7
 """Summaries that each side is read from: fields, mean looks (patches), mean words (tokens); fields, and of purchases and of clicks the means of identity, looks and words."""
 FACTORS = 3
 """Pieces of a side's factor, each of width d: of all together, of looks, of words."""
+WORTH = (1.0, 0.1, 0.1)
+"""What the pieces are worth to an order before training. Where everybody buys the same again, likeness is large for all, and must not drown the base rate."""
 LIKENESS = 0.1
 """Times the identity: where the maps from looks and words of the past to those that are liked start. Who clicked something likes what is like it."""
 
@@ -62,6 +64,7 @@ class Affinity(nn.Module):
         self.dropout = config.dropout
         self.scale = config.width**-0.5
         self.sought = nn.Linear(FACTORS * config.width, 1)
+        self.worth = nn.Parameter(torch.tensor(WORTH).repeat_interleave(config.width) / FAST)
         self.log_sharpness = nn.Parameter(torch.zeros(()))
         # One factor starts near 0, so that logits start near the base rate; the other as torch has it, as both near 0 would leave both without gradients.
         for part in (self.item_task, self.audience_task, self.audience.out, self.deep_hidden, self.deep, self.sought):
@@ -84,6 +87,10 @@ class Affinity(nn.Module):
         return torch.cat([vector * self.scale**0.5, looks, words], dim=-1), (self.item_task, self.audience_task)[side](
             vector
         )
+
+    def of_orders(self, ours: Tensor) -> Tensor:
+        """Items' factors [I, 3 d] as orders weigh them: what draws a click need not be what sells."""
+        return ours * (FAST * self.worth)
 
     def choice(self, ours: Tensor, theirs: Tensor, item: Tensor, audience: Tensor, store: Tensor) -> Tensor:
         """Log-odds [B] float32 that an audience row clicks the item that it clicked rather than others that were clicked in the same store.

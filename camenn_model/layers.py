@@ -22,6 +22,8 @@ from camenn_model.config import ModelConfig
 
 INIT_STD = 0.02
 """Standard deviation of the truncated normal that weights start from."""
+FAST = 5.0
+"""Times parameters that are to move faster than the others: Adam moves each by the learning rate, whatever its gradient."""
 MASKED = -1e9
 """Added to the score of a masked key: its weight underflows to exactly 0 in float32 and bfloat16."""
 

@@ -130,7 +130,9 @@ class CameNN(nn.Module):
         ours, our_task = self.affinity.vectors(items.summary, side=0)
         theirs, their_task = self.affinity.vectors(audience.summary, side=1)
         told = our_task.index_select(0, pairs.item) + their_task.index_select(0, pairs.audience)
-        liked = (ours.index_select(0, pairs.item) * theirs.index_select(0, pairs.audience)).sum(-1)
+        liked = (
+            self.affinity.of_orders(ours).index_select(0, pairs.item) * theirs.index_select(0, pairs.audience)
+        ).sum(-1)
         x = self.pair_tokens(pairs, told)
         mixed = self._bottom_and_experts(sides, x, gate)
         wide = items.wide.index_select(0, pairs.item) + audience.wide.index_select(0, pairs.audience)

@@ -123,6 +123,8 @@ class Scorer:
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
         filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
         vector, task = self.model.affinity.vectors(side_tokens.summary, side)
+        if side == 0:
+            vector = self.model.affinity.of_orders(vector)
         return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector, side_tokens.wide, task)
 
     def _tile(self, items: _Rows, audience: _Rows, values: Tensor, buckets: Tensor) -> Tensor:

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from camenn_model.batch import AudienceBatch, HistoryItems, ItemBatch, PairBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec, ModelConfig
-from camenn_model.layers import drop, init_embedding, init_linear, wide_scale
+from camenn_model.layers import FAST, drop, init_embedding, init_linear, wide_scale
 from schemas.training import CLICKED, PURCHASED
 
-WIDE_RATE = 5.0
-"""Times what ``Wide`` learns: Adam moves a parameter by the learning rate whatever its gradient, and these are to move faster than the others."""
 DOUBT, GAIN = 3.0, 4.0
 """Where the shrinkage of a history's means starts, and what they are multiplied by: a mean of some entries is smaller than one of them."""
 
@@ -152,7 +150,7 @@ class Wide(nn.Module):
             if self.content is not None:
                 assert content is not None
                 total = total + self.content(content.float()).squeeze(-1)
-        return WIDE_RATE * total
+        return FAST * total
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class CityConfig:
     classes: int = 210
     products_per_class: int = 6
     stores: int = 80
-    users: int = 4_000
-    """Some 50 clicks each, a third of what the people of a real log of a grocery have (docs/decisions.md): of a dozen clicks nobody can tell a taste."""
+    users: int = 1_500
+    """Some 130 clicks each, as in a real grocery's log (docs/decisions.md): from a dozen nobody can tell a taste."""
     days: int = 56
     photos: int = 4_000
     photo_pixels: int = 300

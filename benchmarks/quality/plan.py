@@ -15,8 +15,10 @@ ABLATIONS = (
     "gate_without_content",
 )  # fmt: skip
 CONTROLS = ("permuted_labels", "shuffled_patches", "shuffled_alignment")
-SMALL_CITY: dict[str, Any] = {"clicks": 60_000, "listings": 3_000, "stores": 30, "users": 1_200, "photos": 2_000}
+SMALL_CITY: dict[str, Any] = {"clicks": 60_000, "listings": 3_000, "stores": 30, "users": 450, "photos": 2_000}
 """The ablations' city"""
+HISTORY = 50
+"""Entries of a history, for all models: people have more than a hundred clicks each"""
 QUICK_CITY: dict[str, Any] = {}
 QUICK_EPOCHS = 3
 """Of the demo's city: with fewer steps nothing is learned yet"""
@@ -36,6 +38,7 @@ def world(arguments: argparse.Namespace, name: str, city: dict[str, Any] | None,
         image_root=str(arguments.image_root) if real and arguments.image_root else None,
         image_weights=arguments.image_weights,
         text_encoder=arguments.text_encoder,
+        flags={"shards": ["--history", str(HISTORY)]},
     )
 
 

@@ -88,8 +88,11 @@ def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     vectors = []
     for side, summary in ((model.affinity.item, ours), (model.affinity.audience, theirs)):
         vectors.append(linear(side.out, F.gelu(linear(side.hidden, layer_norm(side.norm, torch.cat(summary))))))
-    alike = (model.affinity.liked_looks.weight @ torch.cat([theirs[2], theirs[5]])) @ looks
-    alike = alike + (model.affinity.liked_words.weight @ torch.cat([theirs[3], theirs[6]])) @ words
+    likes = [model.affinity.liked_looks.weight @ torch.cat([theirs[2], theirs[5]])]
+    likes.append(model.affinity.liked_words.weight @ torch.cat([theirs[3], theirs[6]]))
+    worth = 5.0 * model.affinity.worth
+    product = torch.cat([vectors[0], looks, words]) * torch.cat([vectors[1], *likes]) * worth
+    product[: len(looks)] /= model.config.width**0.5
     part = model.pair_tokens
     extra = model.affinity.item_task.weight @ vectors[0] + model.affinity.audience_task.weight @ vectors[1]
     groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])
@@ -99,7 +102,7 @@ def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     row = batch.audience
     wide = wide + wide_number(sides[1].wide, row.cats[u], row.values[u], row.buckets[u], None)
     wide = wide + wide_number(part.wide, torch.zeros(0), batch.pairs.values[pair], batch.pairs.buckets[pair], None)
-    return tokens, vectors[0] @ vectors[1] / model.config.width**0.5 + alike + deep + wide
+    return tokens, product.sum() + deep + wide
 
 
 def wide_number(wide: Wide, cats: Tensor, values: Tensor, buckets: Tensor, content: Tensor | None) -> Tensor:
