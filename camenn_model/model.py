@@ -135,9 +135,7 @@ class CameNN(nn.Module):
         ).sum(-1)
         x = self.pair_tokens(pairs, told)
         mixed = self._bottom_and_experts(sides, x, gate)
-        wide = items.wide.index_select(0, pairs.item) + audience.wide.index_select(0, pairs.audience)
-        wide = wide + self.pair_tokens.wide(None, pairs.values, pairs.buckets)
-        logits = self.cvr_tower(mixed) + liked + wide + self.affinity.of_token(x[:, 0])
+        logits = self.cvr_tower(mixed) + liked + self.affinity.of_token(x[:, 0])
         choice = self.affinity.choice(ours, theirs, pairs.item, pairs.audience, self._stores(batch))
         return CvrOutput(logits, gate, mixed.computed, choice)
 

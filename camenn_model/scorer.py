@@ -38,7 +38,6 @@ class SideStates:
     tokens: Tensor  # [R, N, d] out of the shared bottom
     filled: Tensor  # [E, R] bool: expert computed for this row
     vector: Tensor  # [R, 3 d] float32: factor of ``Affinity``
-    wide: Tensor  # [R] float32: the side's part of the linear logit
     task: Tensor  # [R, d]: the side's part of what ``[CVR]`` is told
     experts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # like shared; rows not filled are 0
     tower: tuple[Tensor, Tensor] | None = None  # keys [R, h, E, c, N], values [R, h, N, E, c]; not filled: 0
@@ -78,7 +77,7 @@ class Scorer:
                 f"score_tile: values {tuple(values.shape)}, buckets {tuple(buckets.shape)} for "
                 f"{count_s} audience rows x {count_i} items"
             )
-        logits = audience.vector @ items.vector.T + audience.wide[:, None] + items.wide[None, :]
+        logits = audience.vector @ items.vector.T
         step_s = min(count_s, max(1, int(TILE_PAIRS**0.5)))
         step_i = max(1, TILE_PAIRS // max(1, step_s))
         for start_i in range(0, count_i, step_i):
@@ -125,7 +124,7 @@ class Scorer:
         vector, task = self.model.affinity.vectors(side_tokens.summary, side)
         if side == 0:
             vector = self.model.affinity.of_orders(vector)
-        return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector, side_tokens.wide, task)
+        return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector, task)
 
     def _tile(self, items: _Rows, audience: _Rows, values: Tensor, buckets: Tensor) -> Tensor:
         """Logits [S, I] of one cache-sized tile; values, buckets [S, I, n]. Inside, pairs run item by item."""
@@ -135,7 +134,7 @@ class Scorer:
         unknown = torch.zeros(len(buckets), dtype=torch.int64, device=values.device)
         told = (items.task[:, None] + audience.task[None, :]).flatten(0, 1)
         x = model.pair_tokens.embed(values, buckets, unknown, told)  # [I S, X, d]
-        below = model.affinity.of_token(x[:, 0]) + model.pair_tokens.wide(None, values, buckets)
+        below = model.affinity.of_token(x[:, 0])
         every = torch.ones(count_i, count_s, dtype=torch.bool, device=values.device)
         all_i, all_s = find_places(every, model.config.heads)
         for number, layer in enumerate(layers_of(model.shared)):

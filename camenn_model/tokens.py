@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from camenn_model.batch import AudienceBatch, HistoryItems, ItemBatch, PairBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec, ModelConfig
-from camenn_model.layers import FAST, drop, init_embedding, init_linear, wide_scale
+from camenn_model.layers import drop, init_embedding, init_linear, wide_scale
 from schemas.training import CLICKED, PURCHASED
 
 DOUBT, GAIN = 3.0, 4.0
@@ -121,38 +121,6 @@ class NumericTokens(nn.Module):
         return [part(value, bucket) for part, value, bucket in columns] if self.sizes else []
 
 
-class Wide(nn.Module):
-    """The linear part of the CVR logit: a number for each value of each field, as in wide-and-deep models (Cheng et al. 2016); 0 before training.
-
-    What a price or a count does to everybody alike is a sum of numbers, which some hundred steps teach; through tokens, LayerNorms and attention they do not. Hashed
-    ids have no number: they would be learned by heart.
-    """
-
-    def __init__(self, categorical: tuple[FieldSpec, ...], numeric: tuple[FieldSpec, ...], content: int = 0) -> None:
-        """``content``: width of a vector that is read as well, 0 = none."""
-        super().__init__()
-        self.columns = [column for column, field in enumerate(categorical) if field.name not in (ITEM_HASH, USER_HASH)]
-        self.tables = nn.ModuleList(nn.Embedding(categorical[column].size, 1) for column in self.columns)
-        self.numbers = NumericToken(numeric, 1) if numeric else None
-        self.content = nn.Linear(content, 1, bias=False) if content else None
-        for weight in self.parameters():
-            nn.init.zeros_(weight)
-
-    def forward(self, cats: Tensor | None, values: Tensor, buckets: Tensor, content: Tensor | None = None) -> Tensor:
-        """[R] float32; ``cats`` [R, n], ``values`` and ``buckets`` [R, m], ``content`` [R, ``content``]."""
-        total = torch.zeros(values.shape[:-1], device=values.device)
-        with torch.autocast(values.device.type, enabled=False):
-            for column, table in zip(self.columns, self.tables, strict=True):
-                assert cats is not None
-                total = total + table(cats[:, column]).squeeze(-1)
-            if self.numbers is not None:
-                total = total + self.numbers(values, buckets).squeeze(-1)
-            if self.content is not None:
-                assert content is not None
-                total = total + self.content(content.float()).squeeze(-1)
-        return FAST * total
-
-
 @dataclass(frozen=True)
 class Content:
     """A listing's photo and title as tokens; ``*_gate`` are gate inputs, before dropout."""
@@ -175,7 +143,6 @@ class SideTokens:
     mask: Tensor  # [R, N] bool
     gate: Tensor  # [R, gate width]
     summary: Tensor  # what ``Affinity`` reads: [I, 3 d] or [S, 7 d]
-    wide: Tensor  # [R] float32: the side's part of the linear logit
 
 
 class ItemTokens(nn.Module):
@@ -199,7 +166,6 @@ class ItemTokens(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(field.size, width) for field in config.item_categorical)
         self.field_type = nn.Parameter(torch.empty(len(config.item_categorical), width))
         self.groups = NumericTokens(config, ("item_numeric", "item_quality"))
-        self.wide = Wide(config.item_categorical, config.item_numeric, 2 * width)
         self.text_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.field_norm = nn.LayerNorm(width)
@@ -257,13 +223,11 @@ class ItemTokens(nn.Module):
         field_tokens = drop(field_tokens, self.config.dropout, self.training)
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=field_tokens.device)
         gate = torch.cat([mean_field, content.text_gate, content.image_gate], dim=-1)
-        shown = torch.cat([content.image_mean, content.text_mean], dim=-1)
         return SideTokens(
             tokens=torch.cat([content.text, content.image, field_tokens], dim=1),
             mask=torch.cat([content.text_mask, content.image_mask, real], dim=1),
             gate=gate,
-            summary=torch.cat([mean_field, shown], dim=-1),
-            wide=self.wide(items.cats, items.values, items.buckets, shown),
+            summary=torch.cat([mean_field, content.image_mean, content.text_mean], dim=-1),
         )
 
     def identity(self, cats: Tensor) -> Tensor:
@@ -284,7 +248,6 @@ class AudienceTokens(nn.Module):
         self.field_type = nn.Parameter(torch.empty(len(config.audience_categorical), width))
         counts = config.audience_numeric
         self.counts = NumericToken(counts, width) if counts else None
-        self.wide = Wide(config.audience_categorical, counts)
         self.image = FrozenProjection(config.image_width, width)
         self.text = FrozenProjection(config.text_width, width)
         self.no_image = nn.Parameter(torch.empty(width))
@@ -340,7 +303,6 @@ class AudienceTokens(nn.Module):
             mask=torch.cat([real, past_mask], dim=1),
             gate=torch.cat([mean_field, masked_mean(past, past_mask)], dim=-1),
             summary=torch.cat([mean_field, *kinds], dim=-1),
-            wide=self.wide(audience.cats, audience.values, audience.buckets),
         )
 
 
@@ -363,7 +325,6 @@ class PairTokens(nn.Module):
         self.task = nn.Parameter(torch.empty(config.width))
         self.position = nn.Embedding(config.position_size, config.width)
         self.groups = NumericTokens(config, ("item_counts", "pair_counts"))
-        self.wide = Wide((), config.pair_numeric)
         self.norm = nn.LayerNorm(config.width)
         init_embedding(self.task)
         init_embedding(self.position.weight)

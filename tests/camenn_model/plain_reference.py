@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from camenn_model.batch import Batch
 from camenn_model.layers import EncoderLayer
 from camenn_model.model import CameNN
-from camenn_model.tokens import Wide
 from camenn_model.towers import Tower
 
 
@@ -98,30 +97,7 @@ def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])
     tokens = layer_norm(part.norm, torch.stack([part.task + extra + sum(groups), *groups, part.position.weight[0]]))
     deep = model.affinity.deep.weight[0] @ F.gelu(linear(model.affinity.deep_hidden, tokens[0]))
-    wide = wide_number(sides[0].wide, items.cats[i], items.values[i], items.buckets[i], torch.cat([looks, words]))
-    row = batch.audience
-    wide = wide + wide_number(sides[1].wide, row.cats[u], row.values[u], row.buckets[u], None)
-    wide = wide + wide_number(part.wide, torch.zeros(0), batch.pairs.values[pair], batch.pairs.buckets[pair], None)
-    return tokens, product.sum() + deep + wide
-
-
-def wide_number(wide: Wide, cats: Tensor, values: Tensor, buckets: Tensor, content: Tensor | None) -> Tensor:
-    """The linear logit of one row, field by field."""
-    total = torch.zeros(())
-    for column, table in zip(wide.columns, wide.tables, strict=True):
-        total = total + table.weight[cats[column], 0]
-    numbers, first = wide.numbers, 0
-    if numbers is not None:
-        for column, size in enumerate(numbers.offsets.diff(append=torch.tensor([len(numbers.table.weight)])).tolist()):
-            bucket = int(buckets[column])
-            total = total + numbers.table.weight[first + bucket, 0]
-            if bucket > 0:
-                total = total + values[column] * numbers.slope[column, 0]
-            first += size
-        total = total + numbers.kind[0]
-    if wide.content is not None:
-        total = total + wide.content.weight[0] @ content
-    return 5.0 * total
+    return tokens, product.sum() + deep
 
 
 def prefix_layer(layer: EncoderLayer, item: Tensor, user: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
