@@ -12,7 +12,7 @@ from camenn_model.batch import HistoryItems, ItemBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY
 from camenn_model.feature_space import FeatureSpace, to_float
 from camenn_model.hashing import stable_hash
-from camenn_model.likeness import Likeness, alike_prices
+from camenn_model.likeness import MOST_FITTED, Likeness, alike_prices
 from camenn_model.shards import Contents
 
 HELD_OUT_SHARE = 0.1
@@ -62,18 +62,14 @@ class ItemTable:
         return self
 
     def fit_likeness(self) -> Likeness:
-        """On the training listings that have both photo and title."""
+        """On the training listings that have both photo and title, where they are many on those of the smallest hashes."""
         rows = np.flatnonzero(self.with_content() & ~self.held_out)
+        rows = rows[np.argsort(stable_hash(self.ids)[rows])[:MOST_FITTED]]
         return Likeness.fit(self.pooled_images[self.image_row[rows]], self.pooled_titles[self.title_row[rows]])
 
     def alike_prices(self, likeness: Likeness) -> NDArray[np.float32]:
         """What each listing costs against those that look and read most like it, float32 [N]; NaN = unknown."""
-        vectors = likeness.vectors(
-            _rows_or_zero(self.pooled_images, self.image_row),
-            _rows_or_zero(self.pooled_titles, self.title_row),
-            self.image_row >= 0,
-            self.title_row >= 0,
-        )
+        vectors = likeness.vectors(self.pooled_images, self.pooled_titles, self.image_row, self.title_row)
         group = self.items[SUBCATEGORY].combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy()
         return alike_prices(vectors, to_float(self.items["price"]), group.astype(np.int64), stable_hash(self.ids))
 

@@ -23,6 +23,8 @@ Ints = NDArray[np.int64]
 FILE = "likeness.safetensors"
 """In a package"""
 DIRECTIONS = 64
+MOST_FITTED = 8_192
+"""Listings that the directions are found on"""
 POWER = 2
 """Of a direction's correlation: how much it counts in what is alike. Those that photos and titles hardly share are noise."""
 NEIGHBOURS = 10
@@ -54,18 +56,27 @@ class Likeness:
             maps = [np.zeros((features.shape[1], 0), np.float32) for features in (images, titles)]
         return cls(*maps, *means)
 
-    def vectors(
-        self, images: Floats, titles: Floats, has_image: NDArray[np.bool_], has_title: NDArray[np.bool_]
-    ) -> Floats:
-        """[N, 2k] float64: the dot product of two is the cosine of their photos plus that of their titles, where both have one."""
+    def vectors(self, images: Floats, titles: Floats, image_row: Ints, title_row: Ints) -> NDArray[np.float32]:
+        """[N, 2k]: the dot product of two listings' is the cosine of their photos plus that of their titles, where both have one.
+
+        Args:
+            images, titles: mean features of the distinct contents, of any number.
+            image_row, title_row: each listing's, [N]; -1 = none.
+        """
         sides = []
-        for features, has, mean, directions in (
-            (images, has_image, self.image_mean, self.image),
-            (titles, has_title, self.text_mean, self.text),
+        for features, row, mean, directions in (
+            (images, image_row, self.image_mean, self.image),
+            (titles, title_row, self.text_mean, self.text),
         ):
-            along = np.zeros((len(features), directions.shape[1]))
-            along[has] = (features[has].astype(np.float64) - mean) @ directions.astype(np.float64)
-            sides.append(along / np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-12))
+            # float64, a block at a time: how many threads add up must not tell, and a catalog's features are large.
+            units = np.zeros((len(features) + 1, directions.shape[1]), dtype=np.float32)
+            for start in range(0, len(features), BLOCK):
+                block = features[start : start + BLOCK].astype(np.float64)
+                along = (block - mean) @ directions.astype(np.float64)
+                units[start : start + len(block)] = along / np.maximum(
+                    np.linalg.norm(along, axis=1, keepdims=True), 1e-12
+                )
+            sides.append(units[row])
         return np.concatenate(sides, axis=1)
 
     def write(self, directory: Path) -> None:
@@ -110,7 +121,7 @@ def alike_prices(vectors: Floats, price: Floats, group: Ints, rank: NDArray[np.u
         references = members[:MOST_REFERENCES]
         for start in range(0, len(members), BLOCK):
             block = members[start : start + BLOCK]
-            alike = np.round(vectors[block] @ vectors[references].T, DIGITS)
+            alike = np.round(vectors[block].astype(np.float64) @ vectors[references].T.astype(np.float64), DIGITS)
             alike -= np.arange(len(references)) * (0.1**DIGITS / (2 * MOST_REFERENCES))
             own = np.arange(start, min(start + len(block), len(references)))
             alike[own - start, own] = -np.inf

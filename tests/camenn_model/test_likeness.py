@@ -79,8 +79,7 @@ def test_a_price_is_compared_within_its_kind() -> None:
     relative = 0.2 * np.random.default_rng(3).standard_normal(800)
     price = np.exp(2.0 * kind + relative)
     found = Likeness.fit(images, titles)
-    has = np.ones(800, dtype=bool)
-    vectors = found.vectors(images, titles, has, has)
+    vectors = found.vectors(images, titles, np.arange(800), np.arange(800))
     told = alike_prices(vectors, price, np.zeros(800, dtype=np.int64), np.arange(800, dtype=np.uint64))
     assert np.corrcoef(told, relative)[0, 1] > 0.9
     assert np.corrcoef(np.log(price) - np.median(np.log(price)), relative)[0, 1] < 0.5
@@ -90,8 +89,14 @@ def test_vectors_are_cosines_of_what_there_is() -> None:
     images, titles, _ = shelf(400)
     found = Likeness.fit(images, titles)
     has_image, has_title = np.arange(400) % 3 > 0, np.arange(400) % 5 > 0
-    vectors = found.vectors(images, titles, has_image, has_title)
+    rows = np.arange(400)
+    vectors = found.vectors(images, titles, np.where(has_image, rows, -1), np.where(has_title, rows, -1))
     assert np.allclose((vectors**2).sum(axis=1), has_image.astype(int) + has_title)
+    # Whose photo and title they are does not matter, nor how many others there are.
+    swapped = found.vectors(images[:50], titles, np.arange(50)[::-1], np.arange(50))
+    assert np.array_equal(
+        swapped[:, : vectors.shape[1] // 2][::-1][has_image[:50]], vectors[:50, : vectors.shape[1] // 2][has_image[:50]]
+    )
     half = vectors.shape[1] // 2
     assert half > 0 and not vectors[~has_image, :half].any() and not vectors[~has_title, half:].any()
 
@@ -100,8 +105,7 @@ def test_vectors_are_cosines_of_what_there_is() -> None:
 def test_too_few_listings_tell_nothing(count: int) -> None:
     images, titles, _ = shelf(8)
     found = Likeness.fit(images[:count], titles[:count])
-    has = np.ones(8, dtype=bool)
-    vectors = found.vectors(images, titles, has, has)
+    vectors = found.vectors(images, titles, np.arange(8), np.arange(8))
     assert vectors.shape == (8, 0)
     told = alike_prices(vectors, np.ones(8), np.zeros(8, dtype=np.int64), np.arange(8, dtype=np.uint64))
     assert np.isnan(told).all()
