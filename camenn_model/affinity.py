@@ -4,9 +4,10 @@ Shapes: R rows of a side (items or audience rows), d width.
 
 Two small networks, one a side, give each item and each audience row one vector, which serves twice. Their dot product is added to the CVR logit, as in
 factorisation machines (Rendle 2010) and two-tower models: tastes are products by nature (what someone likes times what a thing is), which attention and
-feed-forward layers must approximate by sums. Beside it stands the product of how the item looks and reads with a linear map of how that looked and read which the audience row
-bought and clicked: of Gaussian tastes the best estimate is such a map of means that are shrunk by their number. And both vectors are told to the ``[CVR]`` token before the first layer, so that it looks for a given item in the history from
-there on; what the token then says by itself (both sides and all as-of numbers) is added to the logit too, the deep part of wide-and-deep models (Cheng et al. 2016).
+feed-forward layers must approximate by sums. Beside it stands the product of how the item looks and reads with a linear map of how that looked and read which the
+audience row bought and clicked: of Gaussian tastes the best estimate is such a map of means that are shrunk by their number. And both vectors are told to the ``[CVR]``
+token before the first layer, so that it looks for a given item in the history from there on; what the token then says by itself (both sides and all as-of numbers) is
+added to the logit too, the deep part of wide-and-deep models (Cheng et al. 2016).
 All of a side is computed once a row; the scorer has one matrix product more for a tile, and a small network for a pair.
 """
 
@@ -84,9 +85,8 @@ class Affinity(nn.Module):
                 _, _, bought_looks, bought_words, _, clicked_looks, clicked_words = summary.float().split(width, dim=-1)
                 looks = self.liked_looks(torch.cat([bought_looks, clicked_looks], dim=-1))
                 words = self.liked_words(torch.cat([bought_words, clicked_words], dim=-1))
-        return torch.cat([vector * self.scale**0.5, looks, words], dim=-1), (self.item_task, self.audience_task)[side](
-            vector
-        )
+        task = (self.item_task, self.audience_task)[side](vector)
+        return torch.cat([vector * self.scale**0.5, looks, words], dim=-1), task
 
     def of_orders(self, ours: Tensor) -> Tensor:
         """Items' factors [I, 3 d] as orders weigh them: what draws a click need not be what sells."""

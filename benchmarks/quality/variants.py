@@ -103,8 +103,7 @@ def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
     table.image_row = table.title_row = np.arange(len(table))
     table.tokens = np.ones(len(table), dtype=np.int64)
     table.pooled_images, table.pooled_titles = images.astype(np.float16), titles.astype(np.float16)
-    likeness = table.fit_likeness()
-    space = replace(corpus.space, likeness=likeness)
+    space = replace(corpus.space, likeness=table.fit_likeness())
     table.encode(space)
     config = replace(
         corpus.config, image_width=images.shape[1], text_width=titles.shape[1], patch_grid=1, text_tokens=1
