@@ -53,9 +53,10 @@ class ItemTable:
         self.held_out = (self.product >> np.uint64(7)) % np.uint64(1000) < np.uint64(1000 * HELD_OUT_SHARE)
         self.fold = ((self.product >> np.uint64(23)) % np.uint64(2)).astype(np.int64)
 
-    def encode(self, space: FeatureSpace) -> "ItemTable":
-        """Encode the columns; returns itself."""
-        self.cats, self.values, self.buckets = space.encode_items(self.items, self.alike_prices(space.likeness))
+    def encode(self, space: FeatureSpace, prices: NDArray[np.float32] | None = None) -> "ItemTable":
+        """Encode the columns; returns itself. `prices`: `alike_prices` of the space's likeness, where they are known already."""
+        prices = self.alike_prices(space.likeness) if prices is None else prices
+        self.cats, self.values, self.buckets = space.encode_items(self.items, prices)
         names = [field.name for field in space.fields if field.group == "item"]
         self.history_cats = self.cats[:, [names.index(ITEM_HASH), names.index(SUBCATEGORY)]]
         self.subcategory = self.cats[:, names.index(SUBCATEGORY)]

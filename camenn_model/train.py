@@ -156,8 +156,9 @@ def open_corpus(options: TrainOptions) -> Corpus:
         )
     table = ItemTable(shards.items, shards.images, shards.titles)
     likeness = table.fit_likeness()
-    space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, table.alike_prices(likeness))
-    table.encode(space)
+    prices = table.alike_prices(likeness)
+    space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, prices)
+    table.encode(space, prices)
     patches, image_width = shards.images.shape
     tokens, text_width = shards.titles.shape
     config = ModelConfig.profile(
