@@ -24,8 +24,8 @@ ITEM_INPUTS, AUDIENCE_INPUTS = 3, 7
 """Summaries that each side is read from: fields, mean looks (patches), mean words (tokens); fields, and of purchases and of clicks the means of identity, looks and words."""
 FACTORS = 3
 """Pieces of a side's factor, each of width d: of all together, of looks, of words."""
-WORTH = (1.0, 0.1, 0.1)
-"""What the pieces are worth to an order before training. Where everybody buys the same again, likeness is large for all, and must not drown the base rate."""
+LEAST_WORTH = 1.0
+"""To an order, of the product of the two vectors, where orders begin to teach: near 0 it would hand their gradients neither vector."""
 LIKENESS = 0.1
 """Times the identity: where the maps from looks and words of the past to those that are liked start. Who clicked something likes what is like it."""
 
@@ -65,7 +65,7 @@ class Affinity(nn.Module):
         self.dropout = config.dropout
         self.scale = config.width**-0.5
         self.sought = nn.Linear(FACTORS * config.width, 1)
-        self.worth = nn.Parameter(torch.tensor(WORTH).repeat_interleave(config.width) / FAST)
+        self.worth = nn.Parameter(torch.full((FACTORS * config.width,), 1 / FAST))
         self.log_sharpness = nn.Parameter(torch.zeros(()))
         # One factor starts near 0, so that logits start near the base rate; the other as torch has it, as both near 0 would leave both without gradients.
         for part in (self.item_task, self.audience_task, self.audience.out, self.deep_hidden, self.deep, self.sought):
@@ -91,6 +91,17 @@ class Affinity(nn.Module):
     def of_orders(self, ours: Tensor) -> Tensor:
         """Items' factors [I, 3 d] as orders weigh them: what draws a click need not be what sells."""
         return ours * (FAST * self.worth)
+
+    @staticmethod
+    def pieces(ours: Tensor, theirs: Tensor, item: Tensor, audience: Tensor) -> Tensor:
+        """Products of the factors of pairs, piece by piece, [B, 3] float32, before ``of_orders``. Args as in ``choice``."""
+        return (ours[item] * theirs[audience]).unflatten(-1, (FACTORS, -1)).sum(-1)
+
+    @torch.no_grad()
+    def start_worth(self, worth: Tensor) -> None:
+        """Sets what each piece [3] is worth to an order, the first one at least ``LEAST_WORTH``."""
+        worth = torch.cat([worth[:1].clamp(min=LEAST_WORTH), worth[1:]])
+        self.worth.copy_((worth / FAST).repeat_interleave(len(self.worth) // FACTORS))
 
     def choice(self, ours: Tensor, theirs: Tensor, item: Tensor, audience: Tensor, store: Tensor) -> Tensor:
         """Log-odds [B] float32 that an audience row clicks the item that it clicked rather than others that were clicked in the same store.

@@ -16,6 +16,8 @@ Weighting = Literal["fixed", "uncertainty"]
 
 ITEM_HASH = "item_hash"
 """Name of the field in group ``item`` that holds the hashed item id (id dropout applies; shared with the history)."""
+CATEGORY = "category"
+"""Name of the field in group ``item`` that ``Wide`` crosses with every field of the audience."""
 SUBCATEGORY = "subcategory"
 """Name of the field in group ``item`` that history items carry as well, in the same vocabulary."""
 USER_HASH = "user_hash"

@@ -60,6 +60,15 @@ def own_directions(features: Floats, shared: Floats, count: int) -> Floats:
     return principal - shared @ (follows @ principal)
 
 
+def principal_directions(features: Floats, count: int) -> Floats:
+    """Directions [p, k], k ≤ `count`, in which features [n, p] vary most; along each they have standard deviation 1."""
+    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    found = own_directions(
+        centred, np.zeros((features.shape[1], 0)), min(count, len(features) // LISTINGS_PER_DIRECTION)
+    )
+    return (found / (centred @ found).std(axis=0)).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Start:
     """Maps of raw features less their means. Along each of their columns the listings that they were found on have mean 0 and standard deviation `SPREAD`."""

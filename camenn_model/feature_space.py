@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec
+from camenn_model.config import CATEGORY, ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec
 from camenn_model.hashing import stable_hash
 from camenn_model.likeness import Likeness
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
@@ -151,7 +151,7 @@ class FeatureSpace:
         """The model's fields."""
         item = [
             FieldSpec(name=name, group="item", kind="categorical", size=self.vocabularies[name].size)
-            for name in ("category", SUBCATEGORY, "brand")
+            for name in (CATEGORY, SUBCATEGORY, "brand")
         ]
         item.append(FieldSpec(name=ITEM_HASH, group="item", kind="categorical", size=self.ids[ITEM_HASH].size))
         audience = [FieldSpec(name=USER_HASH, group="audience", kind="categorical", size=self.ids[USER_HASH].size)]
@@ -172,7 +172,7 @@ class FeatureSpace:
     ) -> "FeatureSpace":
         """Fit on the items (with `price_alike` [N]), the users and the training part's examples (a sample of whole files is enough)."""
         user_fields = tuple(f"user_{name}" for name in users.column_names if name != "user_id")
-        vocabularies = {name: Vocabulary.fit(items[name]) for name in ("category", SUBCATEGORY, "brand")}
+        vocabularies = {name: Vocabulary.fit(items[name]) for name in (CATEGORY, SUBCATEGORY, "brand")}
         vocabularies["store"] = Vocabulary.fit(examples["store_id"])
         vocabularies["hour"] = Vocabulary(tuple(str(hour) for hour in range(24)))
         vocabularies["weekday"] = Vocabulary(tuple(str(day) for day in range(7)))
@@ -192,7 +192,7 @@ class FeatureSpace:
         self, items: pa.Table, price_alike: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
         """(cats [N, n], values [N, m], buckets [N, m]) of an `items` table with `price_alike` [N]."""
-        cats = [self.vocabularies[name].encode(items[name]) for name in ("category", SUBCATEGORY, "brand")]
+        cats = [self.vocabularies[name].encode(items[name]) for name in (CATEGORY, SUBCATEGORY, "brand")]
         cats.append(self.ids[ITEM_HASH].encode(items["item_id"]))
         values, buckets = self.encode_numbers(
             ("item_numeric", "item_quality"),

@@ -22,6 +22,7 @@ from camenn_model.experts import Gate, GateOutput, Mixed, Mixture
 from camenn_model.layers import EncoderLayer, Side, init_linear, layers_of
 from camenn_model.tokens import AudienceTokens, Content, ItemTokens, PairTokens, masked_mean
 from camenn_model.towers import Tower, init_tower
+from camenn_model.wide import Wide
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class CameNN(nn.Module):
         self.ita_gate = Gate((2 * width,), config)
         self.tia_gate = Gate((2 * width,), config)
         self.affinity = Affinity(config)
+        self.wide = Wide(config)
         self.cvr_tower = Tower(config, config.base_rate)
         self.ita_tower = Tower(config, 0.5)
         self.tia_tower = Tower(config, 0.5)
@@ -130,21 +132,32 @@ class CameNN(nn.Module):
         ours, our_task = self.affinity.vectors(items.summary, side=0)
         theirs, their_task = self.affinity.vectors(audience.summary, side=1)
         told = our_task.index_select(0, pairs.item) + their_task.index_select(0, pairs.audience)
-        liked = (
-            self.affinity.of_orders(ours).index_select(0, pairs.item) * theirs.index_select(0, pairs.audience)
-        ).sum(-1)
+        factors = (
+            torch.cat([self.affinity.of_orders(ours), self.wide.item_factors(batch.items)], dim=1),
+            torch.cat([theirs, self.wide.audience_factors(batch.audience)], dim=1),
+        )
+        direct = (factors[0].index_select(0, pairs.item) * factors[1].index_select(0, pairs.audience)).sum(-1)
+        direct = direct + self.wide.of_pairs(pairs.values, pairs.buckets)
         x = self.pair_tokens(pairs, told)
         mixed = self._bottom_and_experts(sides, x, gate)
-        logits = self.cvr_tower(mixed) + liked + self.affinity.of_token(x[:, 0])
+        logits = self.cvr_tower(mixed) + direct + self.affinity.of_token(x[:, 0])
         choice = self.affinity.choice(ours, theirs, pairs.item, pairs.audience, self._stores(batch))
         return CvrOutput(logits, gate, mixed.computed, choice)
 
     def choose(self, batch: Batch) -> Tensor:
         """``CvrOutput.choice`` alone, [B]: no layer is computed for it."""
+        ours, theirs = self._tastes(batch)
+        return self.affinity.choice(ours, theirs, batch.pairs.item, batch.pairs.audience, self._stores(batch))
+
+    def liked(self, batch: Batch) -> Tensor:
+        """Pieces of the product of tastes, [B, 3] float32: no layer is computed for them."""
+        return self.affinity.pieces(*self._tastes(batch), batch.pairs.item, batch.pairs.audience)
+
+    def _tastes(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Factors of the product, items' [I, 3 d] and audience rows' [S, 3 d]."""
         items = self.item_tokens(batch.items)
         audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.identity(batch.history.cats))
-        ours, theirs = (self.affinity.vectors(side.summary, side=n)[0] for n, side in enumerate((items, audience)))
-        return self.affinity.choice(ours, theirs, batch.pairs.item, batch.pairs.audience, self._stores(batch))
+        return self.affinity.vectors(items.summary, side=0)[0], self.affinity.vectors(audience.summary, side=1)[0]
 
     def _stores(self, batch: Batch) -> Tensor:
         """Store of each audience row, int64 [S]; without such a field all are one."""

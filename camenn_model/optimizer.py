@@ -34,13 +34,14 @@ def decayed_names(module: nn.Module) -> frozenset[str]:
 
 
 def build_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of all modules (the model, and the loss where it learns weights), in two groups."""
+    """AdamW over all parameters that learn of all modules (the model, and the loss where it learns weights), in two groups."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for module in modules:
         names = decayed_names(module)
         for name, parameter in module.named_parameters():
-            (decayed if name in names else free).append(parameter)
+            if parameter.requires_grad:
+                (decayed if name in names else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 

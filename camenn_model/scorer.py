@@ -37,7 +37,7 @@ class SideStates:
     shared: list[tuple[Tensor, Tensor]]  # per shared layer: keys [R, h, c, N], values [R, h, N, c]
     tokens: Tensor  # [R, N, d] out of the shared bottom
     filled: Tensor  # [E, R] bool: expert computed for this row
-    vector: Tensor  # [R, 3 d] float32: factor of ``Affinity``
+    vector: Tensor  # [R, 3 d + C + 2] float32: factors of ``Affinity`` and of ``Wide``
     task: Tensor  # [R, d]: the side's part of what ``[CVR]`` is told
     experts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # like shared; rows not filled are 0
     tower: tuple[Tensor, Tensor] | None = None  # keys [R, h, E, c, N], values [R, h, N, E, c]; not filled: 0
@@ -56,14 +56,15 @@ class Scorer:
     def item_states(self, items: ItemBatch) -> SideStates:
         """States of I items, on the model's device. Raises ValueError in training mode or with ``full`` attention."""
         self._check()
-        return self._states(self.model.item_tokens(items), side=0)
+        return self._states(self.model.item_tokens(items), self.model.wide.item_factors(items), side=0)
 
     @torch.inference_mode()
     def audience_states(self, audience: AudienceBatch, history: HistoryItems) -> SideStates:
         """States of S audience rows. Raises ValueError in training mode or with ``full`` attention."""
         self._check()
         identity = self.model.item_tokens.identity(history.cats)
-        return self._states(self.model.audience_tokens(audience, history, identity), side=1)
+        tokens = self.model.audience_tokens(audience, history, identity)
+        return self._states(tokens, self.model.wide.audience_factors(audience), side=1)
 
     @torch.inference_mode()
     def score_tile(self, items: SideStates, audience: SideStates, values: Tensor, buckets: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class Scorer:
         if self.model.config.attention != "prefix":
             raise ValueError("Scorer: states need attention='prefix'; use score_pairs with 'full'")
 
-    def _states(self, side_tokens: SideTokens, side: int) -> SideStates:
+    def _states(self, side_tokens: SideTokens, wide: Tensor, side: int) -> SideStates:
         """Runs the shared bottom on one side."""
         tokens, shared = side_tokens.tokens, []
         for layer in layers_of(self.model.shared):
@@ -124,6 +125,7 @@ class Scorer:
         vector, task = self.model.affinity.vectors(side_tokens.summary, side)
         if side == 0:
             vector = self.model.affinity.of_orders(vector)
+        vector = torch.cat([vector, wide], dim=1)
         return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector, task)
 
     def _tile(self, items: _Rows, audience: _Rows, values: Tensor, buckets: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ class Scorer:
         unknown = torch.zeros(len(buckets), dtype=torch.int64, device=values.device)
         told = (items.task[:, None] + audience.task[None, :]).flatten(0, 1)
         x = model.pair_tokens.embed(values, buckets, unknown, told)  # [I S, X, d]
-        below = model.affinity.of_token(x[:, 0])
+        below = model.affinity.of_token(x[:, 0]) + model.wide.of_pairs(values, buckets)
         every = torch.ones(count_i, count_s, dtype=torch.bool, device=values.device)
         all_i, all_s = find_places(every, model.config.heads)
         for number, layer in enumerate(layers_of(model.shared)):

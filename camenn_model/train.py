@@ -36,6 +36,7 @@ from camenn_model.dataset import (
     ExampleReader,
     Rows,
     collate,
+    cut_batches,
     list_units,
     map_ahead,
     split_batch,
@@ -49,6 +50,7 @@ from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig, WeightAverage, build_optimizer
 from camenn_model.processes import Processes
 from camenn_model.shards import ShardSet
+from camenn_model.wide import WideRows, fit_wide
 from schemas.contract import InputError
 
 Progress = Callable[[str, int, int, str], None]
@@ -60,6 +62,8 @@ FIT_ITEMS = 512
 """Listings whose embeddings the input standardisation is fitted on."""
 START_ITEMS = 8_192
 """Listings whose mean embeddings the projections' first directions are computed from."""
+WIDE_ROWS = 500_000
+"""Training examples that the linear part is fitted on, from whole files, the latest ones."""
 CHOICE_CLICKS = 512
 """Clicks of a step that learns who clicks what: each is told from the other listings of its batch."""
 ALIGNMENT_PAIRS = 64
@@ -365,6 +369,7 @@ class Trainer:
                     lambda done, total: self.progress("align", done, total, ""),
                 )
             self._learn_choices()
+            self._fit_wide()
         self.processes.copy_from_first(self.model.state_dict().values())
         self.ema = WeightAverage(self.model, self.options.optimizer.ema_decay)
 
@@ -387,6 +392,43 @@ class Trainer:
                 told = _descend(self.model, optimizer, loss, options.optimizer, share, f"tastes, after {done:,} clicks")
                 done += len(rows)
                 self.progress("tastes", done, total, f"loss {told:.4f}")
+
+    def _fit_wide(self) -> None:
+        """The linear part, on the latest training examples, and what tastes are worth to an order."""
+        wide, rate = self.model.wide, self.corpus.config.base_rate
+        fitted = fit_wide(
+            wide,
+            math.log(rate / (1 - rate)),
+            wide.see(self.corpus.table),
+            self._wide_rows("train"),
+            self._wide_rows("early_stop"),
+            lambda done, total, note: self.progress("wide", done, total, note),
+        )
+        self.model.affinity.start_worth(torch.tensor(fitted.worth))
+
+    def _wide_rows(self, split: str) -> WideRows:
+        """The latest examples of a split."""
+        self.model.eval()
+        pieces: list[tuple[Tensor, ...]] = []
+        count = 0
+        for path, _ in reversed(self.corpus.files(split)):
+            for rows in cut_batches(self.corpus.reader.read(path), CHOICE_CLICKS, None):
+                with torch.no_grad():
+                    liked = self.model.liked(collate(rows, self.corpus.table).to(self.device))
+                given = (
+                    rows.item,
+                    rows.audience_cats,
+                    rows.audience_values,
+                    rows.audience_buckets,
+                    rows.values,
+                    rows.buckets,
+                    rows.label,
+                )
+                pieces.append((*(torch.from_numpy(column).to(self.device) for column in given), liked))
+                count += len(rows)
+            if count >= WIDE_ROWS:
+                break
+        return WideRows(*(torch.cat(columns) for columns in zip(*pieces, strict=True)))
 
     def stream(self) -> Iterator[Share]:
         """This process's share of each step from where the epoch stands, gathered ahead; every draw depends on the seed and the step alone."""

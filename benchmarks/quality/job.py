@@ -31,6 +31,8 @@ POPULARITY = "popularity"
 FROZEN = "frozen"
 """No model of clicks: maps between the frozen encoders' features, for representation"""
 GATE_SAMPLE = 2_048
+VERSION = 1
+"""Raised by a change that changes figures: of the model, of training, of the baselines, of the city or of how figures are computed. Results of an earlier one are not done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ class Job:
 
     def asked(self) -> dict[str, Any]:
         """What the result depends on."""
-        return {name: value for name, value in asdict(self).items() if name != "threads"} | {"world": self.world.name}
+        given = {name: value for name, value in asdict(self).items() if name != "threads"}
+        return given | {"world": self.world.name, "version": VERSION}
 
     def done(self) -> bool:
         """Whether the result of this very job is there."""

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from pipelines.manifest import read_latest
 from simulator.config import preset_config
 from simulator.generate import generate_city
 
@@ -54,20 +53,18 @@ class World:
         return self.data / "truth" if self.city is not None else None
 
     def prepare(self) -> None:
-        """Simulate, embed and shard, unless that was done."""
+        """Simulate, embed and shard; each does nothing where neither its inputs nor its flags changed."""
         if self.city is not None:
             generate_city(self.data, preset_config(self.preset, self.city))
         store = self.directory / "store"
-        if read_latest(str(store)) is None:
-            images = ["--image_root", self.image_root] if self.image_root else []
-            _camenn(
-                "embed", "--data", str(self.data), "--store", str(store), "--image_weights", self.image_weights, "--text_encoder", self.text_encoder,
-                "--grid", str(GRID), "--max_tokens", str(TEXT_TOKENS), *images, *self.flags.get("embed", []),
-            )  # fmt: skip
-        if read_latest(self.shards) is None:
-            _camenn(
-                "shards", "--data", str(self.data), "--store", str(store), "--out", self.shards, *self.flags.get("shards", [])
-            )  # fmt: skip
+        images = ["--image_root", self.image_root] if self.image_root else []
+        _camenn(
+            "embed", "--data", str(self.data), "--store", str(store), "--image_weights", self.image_weights, "--text_encoder", self.text_encoder,
+            "--grid", str(GRID), "--max_tokens", str(TEXT_TOKENS), *images, *self.flags.get("embed", []),
+        )  # fmt: skip
+        _camenn(
+            "shards", "--data", str(self.data), "--store", str(store), "--out", self.shards, *self.flags.get("shards", [])
+        )  # fmt: skip
 
 
 def _camenn(*command: str) -> None:

@@ -97,7 +97,46 @@ def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])
     tokens = layer_norm(part.norm, torch.stack([part.task + extra + sum(groups), *groups, part.position.weight[0]]))
     deep = model.affinity.deep.weight[0] @ F.gelu(linear(model.affinity.deep_hidden, tokens[0]))
-    return tokens, product.sum() + deep
+    return tokens, product.sum() + deep + wide_logit(model, batch, pair)
+
+
+def wide_logit(model: CameNN, batch: Batch, pair: int) -> Tensor:
+    """The linear part of one pair's logit: a sum of numbers, one after the other."""
+    wide, items, audience, pairs = model.wide, batch.items, batch.audience, batch.pairs
+    i, u = int(pairs.item[pair]), int(pairs.audience[pair])
+    total = wide.bias[0]
+    fields = model.config.item_categorical, model.config.audience_categorical
+    names = [[field.name for field in side] for side in fields]
+    category = int(items.cats[i, names[0].index("category")])
+    first = 0
+    for column, field in enumerate(fields[0]):
+        if field.name != "item_hash":
+            total = total + wide.items.number[first + int(items.cats[i, column])]
+            first += field.size
+    first = 0
+    for column, field in enumerate(fields[1]):
+        if field.name != "user_hash":
+            place = first + int(audience.cats[u, column])
+            total = total + wide.audience.number[place] + wide.cross[place, category]
+            first += field.size
+    for part, named, values, buckets in (
+        (wide.item_numbers, model.config.item_numeric, items.values[i], items.buckets[i]),
+        (wide.audience_numbers, model.config.audience_numeric, audience.values[u], audience.buckets[u]),
+        (wide.pair_numbers, model.config.pair_numeric, pairs.values[pair], pairs.buckets[pair]),
+    ):
+        first = 0
+        for slope, field, value, bucket in zip(part.slope, named, values, buckets, strict=True):
+            total = total + part.number[first + int(bucket)] + (slope * value if bucket > 0 else 0)
+            first += field.size
+    photo = items.patches[i].float().mean(0) if items.has_image[i] else None
+    words = items.text[i][items.text_mask[i]] if items.has_text[i] else []
+    for content, mean in ((wide.image, photo), (wide.text, words.float().mean(0) if len(words) else None)):
+        if mean is None and (content is wide.image or not items.has_text[i]):
+            total = total + content.absent[0]
+        else:
+            mean = torch.zeros_like(content.center) if mean is None else mean
+            total = total + ((mean - content.center) @ content.directions) @ content.slope
+    return total
 
 
 def prefix_layer(layer: EncoderLayer, item: Tensor, user: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

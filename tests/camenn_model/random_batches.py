@@ -143,6 +143,9 @@ def awake(model: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=g) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith((".center", ".directions")):
+                buffer.add_(torch.randn(buffer.shape, generator=g) * 0.2)
 
 
 def _indices(sizes: list[int], count: int, generator: torch.Generator) -> torch.Tensor:

@@ -447,9 +447,11 @@ def test_photos_titles_and_tastes_are_learnt_before_the_first_order(shards: str,
     before = choice_loss()
     trainer._begin()
     assert choice_loss() < 0.95 * before
-    assert list(dict.fromkeys(phase for phase, _, _ in phases)) == ["align", "tastes"]
-    assert all(max(d for p, d, _ in phases if p == name) == phases_total(phases, name) for name in ("align", "tastes"))
-    # Labels were not looked at: what only they teach is where it was.
+    assert list(dict.fromkeys(phase for phase, _, _ in phases)) == ["align", "tastes", "wide"]
+    assert all(
+        max(d for p, d, _ in phases if p == name) == phases_total(phases, name) for name in ("align", "tastes", "wide")
+    )
+    # The network was taught no order yet: what only orders teach is where it was. The linear part was, and stays what it is.
     assert all(torch.equal(dict(trainer.model.named_parameters())[name], p) for name, p in untouched.items())
     assert trainer.state.step == 0
 
