@@ -41,8 +41,8 @@ def say(text: str) -> None:
 def write_night(city: Path, data: Path, *, second: bool) -> dict[str, int]:
     """Write the tables of a night into `data`, whose photos are those of the city: the log without its last day; or all of it, and some listings changed."""
     data.mkdir(exist_ok=True)
-    if not (data / "photos").exists():
-        shutil.copytree(city / "photos", data / "photos", copy_function=os.link)
+    if not (data / "images").exists():
+        shutil.copytree(city / "images", data / "images", copy_function=os.link)
     rows = {}
     days = pc.floor_temporal(pq.read_table(city / "clicks.parquet", columns=["clicked_at"])["clicked_at"], unit="day")
     last = pc.max(days)
@@ -59,9 +59,9 @@ def write_night(city: Path, data: Path, *, second: bool) -> dict[str, int]:
     for row in changed:
         row["title"] = f"{row['title'] or ''} new"
         if row["image_uri"]:
-            path = data / "photos" / f"changed-{row['item_id']}.jpg"
+            path = data / "images" / f"changed-{row['item_id']}.jpg"
             path.write_bytes((city / row["image_uri"]).read_bytes() + b"changed")
-            row["image_uri"] = f"photos/{path.name}"
+            row["image_uri"] = f"images/{path.name}"
     table = conform(pa.Table.from_pylist(listings, schema=CATALOG.schema), CATALOG, "catalog")
     pq.write_table(table, data / "catalog.parquet", row_group_size=8_192)
     return rows | {"listings": len(listings), "changed": len(changed)}
