@@ -46,8 +46,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
                 text_shape=(8, 16),
             )
         )
-    # Everything is there: this embeds nothing.
-    found.prepare()
     return found
 
 
