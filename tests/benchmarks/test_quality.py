@@ -270,6 +270,8 @@ def test_a_small_run_of_all_of_it(
         return "done"
 
     monkeypatch.setattr(command, "run_job", run_here)
+    # The fixture made it, with stubs.
+    monkeypatch.setattr(World, "prepare", lambda _: None)
     arguments = ["--quick", "--work", world.work, "--text_encoder", "none", "--jobs", "1"]
     threads = torch.get_num_threads()
     code = command.main(arguments)
