@@ -112,7 +112,11 @@ class _Bars:
         if phase != self.phase or self.bar is None:
             self.stack.close()
             self.bar = self.stack.enter_context(
-                Bar(phase, total, {"alignment models": "models", "align": "steps", "wide": "penalties"}.get(phase, "examples"))
+                Bar(
+                    phase,
+                    total,
+                    {"alignment models": "models", "align": "steps", "wide": "penalties"}.get(phase, "examples"),
+                )
             )
             self.phase = phase
         self.bar.update(done, note)
