@@ -3,11 +3,15 @@
 import argparse
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+CAMENN = (sys.executable, "-c", "from pipelines.cli import console; console()")
+"""`camenn` in a process of its own, of this very tree"""
 
 
 def names_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmarks.command import machine, work_directory
+from benchmarks.command import CAMENN, machine, work_directory
 from benchmarks.plant_stage import write_untrained_model
 from benchmarks.processes import run_watched
 from pipelines.manifest import read_latest
@@ -86,7 +86,7 @@ def run_night(data: Path, work: Path, arguments: argparse.Namespace) -> dict[str
     ):
         if stage == "score" and read_latest(str(work / "model")) is None:
             write_untrained_model(str(work / "shards"), str(work / "model"), 0)
-        command = [sys.executable, "-c", "from pipelines.cli import console; console()", stage, "--data", str(data)]
+        command = [*CAMENN, stage, "--data", str(data)]
         started = time.monotonic()
         text, _ = run_watched([*command, *flags, "--json"], standing=False, timeout=arguments.timeout)
         seconds = time.monotonic() - started

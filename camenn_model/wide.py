@@ -184,8 +184,9 @@ class Wide(nn.Module):
             contents = np.unique(training if len(training) else row[present])
             content.start(pooled[contents[:: max(1, len(contents) // MOST_FITTED)]])
             sides.append((content.of_rows(pooled, row), torch.from_numpy(present).to(self.bias.device)))
-        fields = (torch.from_numpy(column).to(self.bias.device) for column in (table.cats, table.values, table.buckets))
-        cats, values, buckets = fields
+        cats, values, buckets = (
+            torch.from_numpy(column).to(self.bias.device) for column in (table.cats, table.values, table.buckets)
+        )
         return Catalog(cats, values, buckets, *sides)
 
     def of_examples(self, catalog: Catalog, rows: WideRows) -> Tensor:

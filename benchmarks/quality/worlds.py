@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from benchmarks.command import CAMENN
 from simulator.config import preset_config
 from simulator.generate import generate_city
 
@@ -69,7 +69,7 @@ class World:
 
 def _camenn(*command: str) -> None:
     """One stage in a process of its own."""
-    subprocess.run([sys.executable, "-c", "from pipelines.cli import console; console()", *command], check=True)
+    subprocess.run([*CAMENN, *command], check=True)
 
 
 @dataclass(frozen=True)
