@@ -325,7 +325,7 @@ class PackedChunk:
 
 
 class CutChunks(beam.DoFn):
-    """A bucket's wanted and stored contents → chunks of at most 256 pending ones: the unit of work and of loss."""
+    """A bucket's wanted and stored contents → chunks of at most 256 pending ones: the unit of work. A kill loses two, one being encoded, one being written."""
 
     def __init__(self, kind: str, run: str, progress: str | None) -> None:
         self.kind = kind

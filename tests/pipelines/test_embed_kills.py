@@ -127,7 +127,11 @@ def test_kill_9_at_twenty_random_moments(data: Path, tmp_path: Path) -> None:
         for name, table in expected.items():
             assert found[name].equals(table), name
         done = encodes(log)
-        assert done["images"] <= PHOTOS + CHUNK * killed and done["titles"] <= TITLES + CHUNK * killed, (done, killed)
+        # A kill loses the chunk that is being encoded and the one that is being written meanwhile.
+        assert done["images"] <= PHOTOS + 2 * CHUNK * killed and done["titles"] <= TITLES + 2 * CHUNK * killed, (
+            done,
+            killed,
+        )
     # Otherwise the moments were all before or after the encoding, and nothing was shown.
     assert midway >= KILLS // 4, midway
 
