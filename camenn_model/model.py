@@ -122,8 +122,7 @@ class CameNN(nn.Module):
         """Logit of an order for each pair. In eval mode every display position counts as unknown."""
         pairs = batch.pairs
         items = self.item_tokens(batch.items)
-        identity = self.item_tokens.identity(batch.history.cats)
-        audience = self.audience_tokens(batch.audience, batch.history, identity)
+        audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.liked(batch.history))
         gate = self.cvr_gate((items.gate, audience.gate), (pairs.item, pairs.audience))
         sides = (
             Side(items.tokens, items.mask, pairs.item),
@@ -156,7 +155,7 @@ class CameNN(nn.Module):
     def _tastes(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Factors of the product, items' [I, 3 d] and audience rows' [S, 3 d]."""
         items = self.item_tokens(batch.items)
-        audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.identity(batch.history.cats))
+        audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.liked(batch.history))
         return self.affinity.vectors(items.summary, side=0)[0], self.affinity.vectors(audience.summary, side=1)[0]
 
     def _stores(self, batch: Batch) -> Tensor:

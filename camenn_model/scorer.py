@@ -62,8 +62,7 @@ class Scorer:
     def audience_states(self, audience: AudienceBatch, history: HistoryItems) -> SideStates:
         """States of S audience rows. Raises ValueError in training mode or with ``full`` attention."""
         self._check()
-        identity = self.model.item_tokens.identity(history.cats)
-        tokens = self.model.audience_tokens(audience, history, identity)
+        tokens = self.model.audience_tokens(audience, history, self.model.item_tokens.liked(history))
         return self._states(tokens, self.model.wide.audience_factors(audience), side=1)
 
     @torch.inference_mode()

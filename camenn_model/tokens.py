@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from camenn_model.batch import AudienceBatch, HistoryItems, ItemBatch, PairBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec, ModelConfig
 from camenn_model.layers import drop, init_embedding, init_linear, wide_scale
+from camenn_model.taste_space import TasteSpace
 from schemas.training import CLICKED, PURCHASED
 
 DOUBT, GAIN = 3.0, 4.0
@@ -82,6 +83,41 @@ class FrozenProjection(nn.Module):
         return F.linear(x.to(weight.dtype), weight, self.linear.bias - weight @ self.mean)
 
 
+class TasteMap(nn.Module):
+    """Where a listing's photo and title lie in the space of tastes (``taste_space.py``), whether it is offered or in a history.
+
+    The maps are found from clicks before training and stay; what stands for an absent photo or title is learned.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.image = nn.Linear(config.image_width, config.width)
+        self.text = nn.Linear(config.text_width, config.width)
+        for part in (self.image, self.text):
+            init_linear(part, wide_scale(part.in_features, config.width))
+            part.requires_grad_(False)
+        self.no_image = nn.Parameter(torch.zeros(config.width))
+        self.no_text = nn.Parameter(torch.zeros(config.width))
+
+    @torch.no_grad()
+    def start(self, image: TasteSpace | None, text: TasteSpace | None) -> None:
+        """Takes over the directions; dimensions beyond them, and a modality that nobody has, are 0."""
+        for part, found in ((self.image, image), (self.text, text)):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
+            if found is not None:
+                count = found.directions.shape[1]
+                part.weight[:count] = torch.from_numpy(found.directions.T).to(part.weight)
+                part.bias[:count] = torch.from_numpy(-found.center @ found.directions).to(part.bias)
+
+    def forward(self, image: Tensor, has_image: Tensor, text: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor]:
+        """(looks, words), [R, d] float32 each, of mean features [R, image_width] and [R, text_width]."""
+        with torch.autocast(image.device.type, enabled=False):
+            looks = torch.where(has_image[:, None], self.image(image.float()), self.no_image)
+            words = torch.where(has_text[:, None], self.text(text.float()), self.no_text)
+        return looks, words
+
+
 class NumericToken(nn.Module):
     """One token from a group of numeric fields: the sum over fields of bucket embedding + value x learned vector."""
 
@@ -131,8 +167,8 @@ class Content:
     image_mask: Tensor  # [I, 1 + P] bool
     text_gate: Tensor  # [I, d]: [TXT]
     image_gate: Tensor  # [I, d]: mean of patches
-    text_mean: Tensor  # [I, d]: mean of the projected tokens, as it is
-    image_mean: Tensor  # [I, d]: of the projected patches
+    looks: Tensor  # [I, d] float32, ``TasteMap``
+    words: Tensor  # [I, d]
 
 
 @dataclass(frozen=True)
@@ -166,6 +202,7 @@ class ItemTokens(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(field.size, width) for field in config.item_categorical)
         self.field_type = nn.Parameter(torch.empty(len(config.item_categorical), width))
         self.groups = NumericTokens(config, ("item_numeric", "item_quality"))
+        self.tastes = TasteMap(config)
         self.text_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.field_norm = nn.LayerNorm(width)
@@ -185,15 +222,18 @@ class ItemTokens(nn.Module):
         patch_mask = has_image[:, None].expand(-1, items.patches.shape[1])
 
         text = self.text(items.text)
-        summary = text_mean = torch.where(has_text[:, None], masked_mean(text, text_mask), self.no_text)
+        summary = torch.where(has_text[:, None], masked_mean(text, text_mask), self.no_text)
         text = text + self.text_type + self.text_position[: text.shape[1]]
         text = torch.cat([(summary + self.text_summary)[:, None], text], dim=1)
         patches = self.patch(items.patches)
-        summary = image_mean = torch.where(has_image[:, None], masked_mean(patches, patch_mask), self.no_image)
+        summary = torch.where(has_image[:, None], masked_mean(patches, patch_mask), self.no_image)
         place = (self.row[:, None] + self.column[None, :]).flatten(0, 1)  # row-major
         patches = patches + self.patch_type + place
         image = torch.cat([(summary + self.image_summary)[:, None], patches], dim=1)
 
+        looks, words = self.tastes(
+            items.patches.mean(1, dtype=torch.float32), has_image, masked_mean(items.text.float(), text_mask), has_text
+        )
         text, image = self.text_norm(text), self.image_norm(image)
         mean_patch = torch.where(has_image[:, None], masked_mean(image[:, 1:], patch_mask), image[:, 0])
         always = torch.ones_like(has_text)[:, None]
@@ -204,8 +244,8 @@ class ItemTokens(nn.Module):
             image_mask=torch.cat([always, patch_mask], dim=1),
             text_gate=text[:, 0],
             image_gate=mean_patch,
-            text_mean=text_mean,
-            image_mean=image_mean,
+            looks=looks,
+            words=words,
         )
 
     def forward(self, items: ItemBatch) -> SideTokens:
@@ -227,7 +267,7 @@ class ItemTokens(nn.Module):
             tokens=torch.cat([content.text, content.image, field_tokens], dim=1),
             mask=torch.cat([content.text_mask, content.image_mask, real], dim=1),
             gate=gate,
-            summary=torch.cat([mean_field, content.image_mean, content.text_mean], dim=-1),
+            summary=torch.cat([mean_field, content.looks, content.words], dim=-1),
         )
 
     def identity(self, cats: Tensor) -> Tensor:
@@ -235,6 +275,11 @@ class ItemTokens(nn.Module):
         hashes = forget_ids(cats[:, 0], self.config.id_dropout, self.training)
         item_table, subcategory_table = (self.tables[column] for column in self.identity_columns)
         return item_table(hashes) + subcategory_table(cats[:, 1])
+
+    def liked(self, history: HistoryItems) -> Tensor:
+        """What tastes know history items by, [G, 3 d]: identity, looks, words."""
+        places = self.tastes(history.image, history.has_image, history.text, history.has_text)
+        return torch.cat([self.identity(history.cats), *places], dim=-1)
 
 
 class AudienceTokens(nn.Module):
@@ -266,8 +311,8 @@ class AudienceTokens(nn.Module):
                 init_embedding(weight)
         init_tables([*self.tables, self.kind])
 
-    def forward(self, audience: AudienceBatch, history: HistoryItems, identity: Tensor) -> SideTokens:
-        """Audience tokens; ``identity`` [G, d]: ``ItemTokens.identity``. Gate: mean of fields ‖ of history, [S, 2 d]."""
+    def forward(self, audience: AudienceBatch, history: HistoryItems, liked: Tensor) -> SideTokens:
+        """Audience tokens; ``liked`` [G, 3 d]: ``ItemTokens.liked``. Gate: mean of fields ‖ of history, [S, 2 d]."""
         fields = []
         for column, table in enumerate(self.tables):
             ids = audience.cats[:, column]
@@ -280,10 +325,8 @@ class AudienceTokens(nn.Module):
 
         looks = torch.where(history.has_image[:, None], self.image(history.image), self.no_image)
         words = torch.where(history.has_text[:, None], self.text(history.text), self.no_text)
-        known = torch.cat([identity, looks, words], dim=1)
-        known = torch.cat([known.new_zeros(1, known.shape[1]), known])  # row 0: padding
         past = (
-            F.embedding(audience.history + 1, known.unflatten(1, (3, -1)).sum(1))
+            _padded(liked[:, : looks.shape[1]] + looks + words, audience.history)
             + self.kind(audience.history_kind)
             + audience.history_gap.to(self.gap.dtype)[..., None] * self.gap
             + self.slot[: audience.history.shape[1]]
@@ -294,7 +337,7 @@ class AudienceTokens(nn.Module):
         mean_field = field_tokens.mean(1)
         doubts, gains = self.log_doubt.exp(), self.log_gain.exp()
         kinds = [
-            gain * _mean_of_kind(known, audience, kind, doubt)
+            gain * _mean_of_kind(liked, audience, kind, doubt)
             for kind, doubt, gain in zip((PURCHASED, CLICKED), doubts, gains, strict=True)
         ]
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=past.device)
@@ -306,13 +349,19 @@ class AudienceTokens(nn.Module):
         )
 
 
+def _padded(known: Tensor, history: Tensor) -> Tensor:
+    """Rows of ``known`` [G, n] at ``history`` [S, H], 0 where it is -1."""
+    return F.embedding(history + 1, F.pad(known, (0, 0, 1, 0)))
+
+
 def _mean_of_kind(known: Tensor, audience: AudienceBatch, kind: int, doubt: Tensor) -> Tensor:
-    """Mean of ``known`` [1 + G, n] over the entries of one kind in each row's history, [S, n], drawn to 0 as by ``doubt`` more entries that tell nothing.
+    """Mean of ``known`` [G, n] over the entries of one kind in each row's history, [S, n], drawn to 0 as by ``doubt`` more entries that tell nothing.
 
     The posterior mean of a Gaussian taste of which each entry is a noisy sight.
     """
     weight = ((audience.history >= 0) & (audience.history_kind == kind)).to(known.dtype)
-    total = F.embedding_bag(audience.history + 1, known, per_sample_weights=weight, mode="sum")
+    every = F.pad(known, (0, 0, 1, 0))  # row 0: padding
+    total = F.embedding_bag(audience.history + 1, every, per_sample_weights=weight, mode="sum")
     return total / (weight.sum(1, keepdim=True) + doubt)
 
 

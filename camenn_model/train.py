@@ -50,6 +50,7 @@ from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig, WeightAverage, build_optimizer
 from camenn_model.processes import Processes
 from camenn_model.shards import ShardSet
+from camenn_model.taste_space import find_tastes
 from camenn_model.wide import WideRows, fit_wide
 from schemas.contract import InputError
 
@@ -62,8 +63,8 @@ FIT_ITEMS = 512
 """Listings whose embeddings the input standardisation is fitted on."""
 START_ITEMS = 8_192
 """Listings whose mean embeddings the projections' first directions are computed from."""
-WIDE_ROWS = 500_000
-"""Training examples that the linear part is fitted on, from whole files, the latest ones."""
+FITTED_ROWS = 500_000
+"""Training examples that the space of tastes and the linear part are found from, from whole files, the latest ones."""
 CHOICE_CLICKS = 512
 """Clicks of a step that learns who clicks what: each is told from the other listings of its batch."""
 ALIGNMENT_PAIRS = 64
@@ -368,10 +369,29 @@ class Trainer:
                     0,
                     lambda done, total: self.progress("align", done, total, ""),
                 )
+            self._find_tastes()
             self._learn_choices()
             self._fit_wide()
         self.processes.copy_from_first(self.model.state_dict().values())
         self.ema = WeightAverage(self.model, self.options.optimizer.ema_decay)
+
+    def _find_tastes(self) -> None:
+        """The space of tastes, from the latest training clicks."""
+        table, pieces, count = self.corpus.table, [], 0
+        for path, _ in reversed(self.corpus.files("train")):
+            rows = self.corpus.reader.read(path)
+            pieces.append((rows.item, rows.user, rows.store))
+            count += len(rows)
+            if count >= FITTED_ROWS:
+                break
+        item, user, store = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
+        spaces = []
+        for pooled, row in ((table.pooled_images, table.image_row), (table.pooled_titles, table.title_row)):
+            some = row[item] >= 0
+            person, place = (np.unique(codes[some], return_inverse=True)[1] for codes in (user, store))
+            given = (pooled, row[item[some]], person, place, self.corpus.config.width)
+            spaces.append(find_tastes(*given) if some.any() else None)
+        self.model.item_tokens.tastes.start(*spaces)
 
     def _learn_choices(self) -> None:
         """Steps on who clicks what alone: many more clicks than orders tell of tastes, and they cost no layer."""
@@ -426,7 +446,7 @@ class Trainer:
                 )
                 pieces.append((*(torch.from_numpy(column).to(self.device) for column in given), liked))
                 count += len(rows)
-            if count >= WIDE_ROWS:
+            if count >= FITTED_ROWS:
                 break
         return WideRows(*(torch.cat(columns) for columns in zip(*pieces, strict=True)))
 

@@ -19,7 +19,7 @@ from camenn_model.towers import Tower
 def reference_logits(model: CameNN, batch: Batch) -> Tensor:
     """Logits [B] of a model in eval mode with prefix attention."""
     items = model.item_tokens(batch.items)
-    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.identity(batch.history.cats))
+    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.liked(batch.history))
     logits = []
     for pair in range(len(batch.pairs)):
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
@@ -42,7 +42,7 @@ def reference_logits(model: CameNN, batch: Batch) -> Tensor:
 def full_logits(model: CameNN, batch: Batch) -> Tensor:
     """Logits [B] of a model in eval mode with full attention: all tokens of a pair attend to all."""
     items = model.item_tokens(batch.items)
-    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.identity(batch.history.cats))
+    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.liked(batch.history))
     logits = []
     for pair in range(len(batch.pairs)):
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
@@ -67,20 +67,22 @@ def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     items, history, sides = batch.items, batch.history, (model.item_tokens, model.audience_tokens)
     item = model.item_tokens(items).tokens[i]
     fields = item[2 + model.config.text_tokens + model.config.patches :].mean(0)
-    looks = sides[0].patch(items.patches[i]).mean(0) if items.has_image[i] else sides[0].no_image
+    tastes = model.item_tokens.tastes
+    looks = linear(tastes.image, items.patches[i].float().mean(0)) if items.has_image[i] else tastes.no_image
     titled = items.has_text[i] and items.text_mask[i].any()
-    words = sides[0].text(items.text[i][items.text_mask[i]]).mean(0) if titled else sides[0].no_text
+    words = linear(tastes.text, items.text[i][items.text_mask[i]].float().mean(0)) if titled else tastes.no_text
     ours = [fields, looks, words]
     identity = model.item_tokens.identity(history.cats)
-    user = model.audience_tokens(batch.audience, history, identity).tokens[u]
+    user = model.audience_tokens(batch.audience, history, model.item_tokens.liked(history)).tokens[u]
     theirs = [user[: len(user) - batch.audience.history.shape[1]].mean(0)]
     for place, kind in enumerate((2, 1)):  # bought, clicked
         count, total = 0, [torch.zeros_like(fields) for _ in range(3)]
         for entry, what in zip(batch.audience.history[u], batch.audience.history_kind[u], strict=True):
             if entry >= 0 and what == kind:
                 count += 1
-                seen = sides[1].image(history.image[entry]) if history.has_image[entry] else sides[1].no_image
-                read = sides[1].text(history.text[entry]) if history.has_text[entry] else sides[1].no_text
+                photo, title = history.image[entry].float(), history.text[entry].float()
+                seen = linear(tastes.image, photo) if history.has_image[entry] else tastes.no_image
+                read = linear(tastes.text, title) if history.has_text[entry] else tastes.no_text
                 total = [old + new for old, new in zip(total, (identity[entry], seen, read), strict=True)]
         doubt, gain = sides[1].log_doubt[place].exp(), sides[1].log_gain[place].exp()
         theirs += [gain * each / (count + doubt) for each in total]
