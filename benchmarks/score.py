@@ -6,6 +6,7 @@
 `speed`, for each profile, on one thread, in turns, medians of the ratios: `vs_plain_forward`: pairs/s of tiles of listings × audience rows (states of both sides and all) over those of the same model
 scored pair by pair in large batches, on a sample of the pairs. `vs_floor`: floating-point operations that the cached algorithm does, over those a second of a large matrix product of the same precision
 and threads, as a share of the time taken. `max_abs_diff`: the largest difference of the two paths' logits; pairs whose K-th and next gate logits differ by less than 1e-5 are left out and counted.
+`bf16`: of `--precision bf16` over the same tiles: pairs/s over float32's, share of rows whose ten best are the same in the same order, share of pairs computed in both precisions.
 Weights are those that training begins with, gates are drawn at random so that all experts are chosen; listings' embeddings are random numbers of the profile's own shape.
 `memory`: peak resident memory of `camenn score` over two catalogs, one ten times the other, with as many pairs. The last line of stdout is one JSON object.
 """
@@ -34,6 +35,7 @@ from camenn_model.config import PROFILES, ModelConfig
 from camenn_model.dataset import collate
 from camenn_model.model import CameNN
 from camenn_model.scorer import Scorer
+from camenn_model.shortlist import Shortlist
 from camenn_model.train import Corpus, TrainOptions, open_corpus
 from pipelines.manifest import read_latest
 
@@ -41,6 +43,7 @@ PARTS = ("speed", "memory")
 TILE_ITEMS = 512
 PLAIN_BATCH = 512
 MEMORY_PAIRS = 2_000_000
+TOP_K = 10
 STUB_SHAPES = (4, 16), (8, 16)
 
 
@@ -151,21 +154,35 @@ def measure_profile(corpus: Corpus, profile: str, arguments: argparse.Namespace)
         values, buckets = numbers[0][0][rows, places], numbers[0][1][rows, places]
         plain_batches.append(listed_pairs(sides, batches[0], places, rows, values, buckets))
 
+    shortlists: list[Shortlist] = []
+    logits: dict[str, torch.Tensor] = {}
+
+    def tiles(name: str, way: Any) -> None:
+        audience = way.audience_states(sides.audience, sides.history)
+        pieces = [
+            way.score_tile(way.item_states(batch), audience, values, buckets)
+            for batch, (values, buckets) in zip(batches, numbers, strict=True)
+        ]
+        logits[name] = torch.cat(pieces, dim=1)
+
     def cached() -> None:
-        audience = scorer.audience_states(sides.audience, sides.history)
-        for batch, (values, buckets) in zip(batches, numbers, strict=True):
-            scorer.score_tile(scorer.item_states(batch), audience, values, buckets)
+        tiles("cached", scorer)
+
+    def bf16() -> None:
+        shortlists.append(Shortlist(sides.model, TOP_K))
+        tiles("bf16", shortlists[-1])
 
     def plain() -> None:
         for batch in plain_batches:
             scorer.score_pairs(batch)
 
-    pairs = {"cached": count * arguments.rows, "plain": len(plain_batches) * size}
+    pairs = {"cached": count * arguments.rows, "bf16": count * arguments.rows, "plain": len(plain_batches) * size}
     with FlopCounterMode(display=False) as counter:
         cached()
     flops = counter.get_total_flops()
+    bf16()
     plain()
-    ways: dict[str, Callable[[], None]] = {"cached": cached, "plain": plain}
+    ways: dict[str, Callable[[], None]] = {"cached": cached, "bf16": bf16, "plain": plain}
     pace: dict[str, list[float]] = {name: [] for name in ways}
     ceilings: list[float] = []
     for number in range(arguments.repeats):
@@ -177,8 +194,18 @@ def measure_profile(corpus: Corpus, profile: str, arguments: argparse.Namespace)
         told = ", ".join(f"{name} {values[-1]:,.0f} pairs/s" for name, values in pace.items())
         say(f"{profile} {number + 1}/{arguments.repeats}: {told}, matrix product {ceilings[-1] / 1e9:,.0f} GFLOP/s")
     floor = [flops / ceiling * value / pairs["cached"] for ceiling, value in zip(ceilings, pace["cached"], strict=True)]
+    best = {name: found.topk(TOP_K, dim=1).indices for name, found in logits.items()}
+
+    def ratio(over: str, under: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(pace[over], pace[under], strict=True)), 2)
+
     found = {
-        "vs_plain_forward": round(statistics.median(a / b for a, b in zip(*pace.values(), strict=True)), 2),
+        "vs_plain_forward": ratio("cached", "plain"),
+        "bf16": {
+            "vs_float32": ratio("bf16", "cached"),
+            "same_top_10": float((best["cached"] == best["bf16"]).all(1).float().mean()),
+            "computed_twice": round(shortlists[-1].twice / shortlists[-1].pairs, 4),
+        },
         "vs_floor": round(statistics.median(floor), 3),
         "pairs_per_second": {name: round(statistics.median(values)) for name, values in pace.items()},
         "mflop_per_pair": round(flops / pairs["cached"] / 1e6, 3),

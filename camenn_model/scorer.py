@@ -8,6 +8,9 @@ batched matrix products, one per side (all pairs of an item against its keys, al
 keys), merged under one softmax: nothing of a side is gathered per pair. The tile equals the model's plain forward pass
 in eval mode up to float32 rounding; pairs whose K-th and next gate logits nearly tie may choose differently
 (``margin``).
+
+In bfloat16 (``draft``) the transformer layers are computed in it; embeddings, gates, and all that is added to the
+tower's logit stay float32, so that a pair goes to the same experts.
 """
 
 from __future__ import annotations
@@ -49,8 +52,10 @@ class SideStates:
 class Scorer:
     """Scores tiles of items x audience rows with a model in eval mode."""
 
-    def __init__(self, model: CameNN) -> None:
+    def __init__(self, model: CameNN, draft: bool = False) -> None:
+        """``draft``: layers in bfloat16, logits with errors of some thousandths."""
         self.model = model
+        self.draft = draft
 
     @torch.inference_mode()
     def item_states(self, items: ItemBatch) -> SideStates:
@@ -66,10 +71,18 @@ class Scorer:
         return self._states(tokens, self.model.wide.audience_factors(audience), side=1)
 
     @torch.inference_mode()
-    def score_tile(self, items: SideStates, audience: SideStates, values: Tensor, buckets: Tensor) -> Tensor:
-        """Raw logits [S, I] float32 of every pair; ``values`` float32 and ``buckets`` int64 are [S, I, n_pair_num].
+    def score_tile(
+        self,
+        items: SideStates,
+        audience: SideStates,
+        values: Tensor,
+        buckets: Tensor,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """Raw logits [S, I] float32; ``values`` float32 and ``buckets`` int64 are [S, I, n_pair_num].
 
-        The display position is unknown. The states are completed on the way (experts that a pair is first to choose).
+        Only pairs where ``wanted`` [S, I] is True are computed, the others are -inf; None = all. The display position
+        is unknown. The states are completed on the way (experts that a pair is first to choose).
         """
         count_s, count_i = len(audience), len(items)
         if values.shape[:2] != (count_s, count_i) or buckets.shape != values.shape:
@@ -77,16 +90,22 @@ class Scorer:
                 f"score_tile: values {tuple(values.shape)}, buckets {tuple(buckets.shape)} for "
                 f"{count_s} audience rows x {count_i} items"
             )
-        logits = audience.vector @ items.vector.T
+        if wanted is None:
+            wanted = torch.ones(count_s, count_i, dtype=torch.bool, device=values.device)
+        logits = (audience.vector @ items.vector.T).masked_fill_(~wanted, -torch.inf)
         step_s = min(count_s, max(1, int(TILE_PAIRS**0.5)))
         step_i = max(1, TILE_PAIRS // max(1, step_s))
         for start_i in range(0, count_i, step_i):
             rows_i = slice(start_i, min(start_i + step_i, count_i))
             for start_s in range(0, count_s, step_s):
                 rows_s = slice(start_s, min(start_s + step_s, count_s))
-                logits[rows_s, rows_i] += self._tile(
-                    _Rows(items, rows_i), _Rows(audience, rows_s), values[rows_s, rows_i], buckets[rows_s, rows_i]
-                )
+                some = wanted[rows_s, rows_i].T
+                if some.any():
+                    given = (column[rows_s, rows_i].transpose(0, 1)[some] for column in (values, buckets))
+                    with self._layers():
+                        logits[rows_s, rows_i].T[some] += self._tile(
+                            _Rows(items, rows_i), _Rows(audience, rows_s), some, *given
+                        )
         return logits
 
     @torch.inference_mode()
@@ -116,9 +135,10 @@ class Scorer:
     def _states(self, side_tokens: SideTokens, wide: Tensor, side: int) -> SideStates:
         """Runs the shared bottom on one side."""
         tokens, shared = side_tokens.tokens, []
-        for layer in layers_of(self.model.shared):
-            tokens, kv = layer.own(tokens, side_tokens.mask)
-            shared.append(keys_values(kv))
+        with self._layers():
+            for layer in layers_of(self.model.shared):
+                tokens, kv = layer.own(tokens, side_tokens.mask)
+                shared.append(keys_values(kv))
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
         filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
         vector, task = self.model.affinity.vectors(side_tokens.summary, side)
@@ -127,40 +147,44 @@ class Scorer:
         vector = torch.cat([vector, wide], dim=1)
         return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector, task)
 
-    def _tile(self, items: _Rows, audience: _Rows, values: Tensor, buckets: Tensor) -> Tensor:
-        """Logits [S, I] of one cache-sized tile; values, buckets [S, I, n]. Inside, pairs run item by item."""
+    def _layers(self) -> torch.autocast:
+        """What transformer layers are computed in."""
+        return torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=self.draft)
+
+    def _tile(self, items: _Rows, audience: _Rows, some: Tensor, values: Tensor, buckets: Tensor) -> Tensor:
+        """Logits [n] of the pairs of one cache-sized tile where ``some`` [I, S] is True, item by item; values, buckets [n, ·]."""
         model = self.model
-        count_s, count_i = values.shape[:2]
-        values, buckets = values.transpose(0, 1).flatten(0, 1), buckets.transpose(0, 1).flatten(0, 1)
-        unknown = torch.zeros(len(buckets), dtype=torch.int64, device=values.device)
-        told = (items.task[:, None] + audience.task[None, :]).flatten(0, 1)
-        x = model.pair_tokens.embed(values, buckets, unknown, told)  # [I S, X, d]
-        below = model.affinity.of_token(x[:, 0]) + model.wide.of_pairs(values, buckets)
-        every = torch.ones(count_i, count_s, dtype=torch.bool, device=values.device)
-        all_i, all_s = find_places(every, model.config.heads)
+        by_item, by_audience = some.nonzero(as_tuple=True)
+        with torch.autocast(values.device.type, enabled=False):
+            unknown = torch.zeros(len(buckets), dtype=torch.int64, device=values.device)
+            told = items.task.index_select(0, by_item) + audience.task.index_select(0, by_audience)
+            x = model.pair_tokens.embed(values, buckets, unknown, told)  # [n, X, d]
+            below = model.affinity.of_token(x[:, 0]) + model.wide.of_pairs(values, buckets)
+        all_i, all_s = find_places(some, model.config.heads)
         for number, layer in enumerate(layers_of(model.shared)):
             x = run_layer(layer, x, ((items.shared(number), all_i), (audience.shared(number), all_s)))
 
-        logits = items.gate[:, None] + audience.gate[None, :]  # [I, S, E]
+        logits = items.gate.index_select(0, by_item) + audience.gate.index_select(0, by_audience)  # [n, E]
         chosen, kept = choose(logits, model.config.top_k)
         weights = torch.zeros_like(logits).scatter_(-1, chosen, kept)
         picked = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
         mixed = torch.zeros_like(x)
         for expert, (layer, norm) in enumerate(zip(layers_of(model.mixture.experts), model.mixture.norms, strict=True)):
-            some = picked[..., expert]
-            pairs = some.flatten().nonzero().squeeze(1)
+            pairs = picked[:, expert].nonzero().squeeze(1)
             if len(pairs) == 0:
                 continue
-            rows_i, rows_s = some.any(1).nonzero().squeeze(1), some.any(0).nonzero().squeeze(1)
+            of_expert = torch.zeros_like(some)
+            of_expert[by_item.index_select(0, pairs), by_audience.index_select(0, pairs)] = True
+            rows_i, rows_s = of_expert.any(1).nonzero().squeeze(1), of_expert.any(0).nonzero().squeeze(1)
             for side, rows in ((items, rows_i), (audience, rows_s)):
                 _fill(model, side.states, expert, rows + side.start)
-            place_i, place_s = find_places(some[rows_i][:, rows_s], model.config.heads)
+            place_i, place_s = find_places(of_expert[rows_i][:, rows_s], model.config.heads)
             sides = ((items.expert(expert, rows_i), place_i), (audience.expert(expert, rows_s), place_s))
             tokens = norm(run_layer(layer, x.index_select(0, pairs), sides))
-            share = weights[..., expert].flatten().index_select(0, pairs)
+            share = weights[:, expert].index_select(0, pairs)
             mixed.index_add_(0, pairs, tokens * share[:, None, None])
         sides = ((items.tower(), all_i), (audience.tower(), all_s))
-        return (self._tower(mixed, weights.flatten(0, 1), sides) + below).view(count_i, count_s).T
+        return self._tower(mixed, weights, sides) + below
 
     def _tower(self, mixed: Tensor, weights: Tensor, sides: tuple[tuple[Part, Places], ...]) -> Tensor:
         """Logits [n] from the mixed X tokens [n, X, d] and dense gate weights [n, E].

@@ -148,6 +148,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
                 images=paths["images"],
                 titles=paths["titles"],
                 top_k=options.top_k,
+                precision=options.precision,
                 progress=progress,
             )
             scores = (
@@ -271,7 +272,15 @@ def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:
     elif is_local_run(beam_flags) and pairs.count:
         workers = local_workers(use_all_cores(beam_flags) if pairs.count > PAIRS_FOR_ALL_CORES else beam_flags)
         pace, source = (
-            measure_pace(inputs.package, pairs.items, encode_audience(inputs, pairs), pairs.chunks[0].items) / workers,
+            measure_pace(
+                inputs.package,
+                pairs.items,
+                encode_audience(inputs, pairs),
+                pairs.chunks[0].items,
+                options.precision,
+                options.top_k,
+            )
+            / workers,
             "a tile scored just now; start-up is not in it",
         )
     return {
@@ -335,6 +344,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--top_k", type=int, default=100, help="listings kept for each audience row, 0 = all (default %(default)s)"
     )
     parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16"),
+        help="bf16: listings that cannot be among the top_k are computed in bfloat16 only, which pays for profile `base` where the processor multiplies in it; what is published is computed in fp32 (default %(default)s)",
+    )
+    parser.add_argument(
         "--audience",
         default="auto",
         choices=("auto", "stores", "users"),
@@ -364,9 +379,13 @@ def main(argv: list[str] | None = None) -> int:
     a, beam_flags = parse_with_beam(build_parser(), argv)
     if a.top_k < 0:
         raise InputError(f"--top_k {a.top_k}: must be 0 (all) or more.")
+    if a.precision == "bf16" and a.top_k == 0:
+        raise InputError(
+            "--precision bf16 saves nothing where all listings are published: give --top_k 1 or more, or leave it out."
+        )
     options = ScoreOptions(
         data=files.absolute(a.data), store=files.absolute(a.store), model=files.absolute(a.model), out=files.absolute(a.out), score_date=a.score_date, top_k=a.top_k, audience=a.audience,
-        timezone=a.timezone, max_reject_rate=a.max_reject_rate, shards=files.absolute(a.shards) if a.shards else None,
+        precision=a.precision, timezone=a.timezone, max_reject_rate=a.max_reject_rate, shards=files.absolute(a.shards) if a.shards else None,
     )  # fmt: skip
     summary = plan(options, beam_flags) if a.plan else run(options, beam_flags, rerun=a.rerun)
     closing_table(STAGE, summary, as_json=a.json)

@@ -46,6 +46,8 @@ class ScoreOptions:
     audience: str
     timezone: str
     max_reject_rate: float
+    precision: str = "fp32"
+    """"fp32", or "bf16" where only what can be among a row's best is computed in fp32"""
     shards: str | None = None
     """Shard set on whose latest closed days the model must be calibrated; None = not asked"""
 
@@ -95,8 +97,8 @@ class Pairs:
 
     @property
     def count(self) -> int:
-        """Pairs that are computed, those of a tile that no candidate asks for included."""
-        return sum((chunk.audience[1] - chunk.audience[0]) * len(chunk.items) for chunk in self.chunks)
+        """Pairs that are computed."""
+        return expected_rows(self.chunks, 0, self.candidates)
 
 
 def open_inputs(options: ScoreOptions) -> ScoreInputs:

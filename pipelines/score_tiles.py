@@ -21,6 +21,8 @@ from schemas.scores import LISTING_QUALITY, SCORES
 
 if TYPE_CHECKING:
     from camenn_model.checkpoint import Package
+    from camenn_model.scorer import Scorer
+    from camenn_model.shortlist import Shortlist
 
 TIMED = 256
 """Listings and audience rows of the tile that `--plan` times."""
@@ -51,7 +53,16 @@ class WorkerInput:
     images: tuple[str, ...]
     titles: tuple[str, ...]
     top_k: int
+    precision: str
     progress: str | None
+
+
+def make_scorer(package: "Package", precision: str, top_k: int) -> "Scorer | Shortlist":
+    """What scores tiles in ``--precision``."""
+    from camenn_model.scorer import Scorer
+    from camenn_model.shortlist import Shortlist
+
+    return Shortlist(package.model(), top_k) if precision == "bf16" else Scorer(package.model())
 
 
 def _read_part(directory: str, name: str) -> pa.Table:
@@ -96,9 +107,7 @@ class ScoreTile(_ModelDoFn):
 
     def setup(self) -> None:
         super().setup()
-        from camenn_model.scorer import Scorer
-
-        self.scorer = Scorer(self.package.model())
+        self.scorer: Any = make_scorer(self.package, self.given.precision, self.given.top_k)
         self.attributes = item_attributes(self.items)
         self.snapshot = Snapshot.read(files.join(self.given.directory, "snapshot"))
         self.audience = AudienceRows.read(self._read("audience_features"))
@@ -124,15 +133,20 @@ class ScoreTile(_ModelDoFn):
             self.attributes.brand[rows],
         )
         values, buckets = encode_tile(self.package.space.numbers, columns, (last - first, len(rows)))
-        states = self.scorer.item_states(self.table.batch(rows))
-        logits = self.scorer.score_tile(states, audience, torch.from_numpy(values), torch.from_numpy(buckets)).numpy()
-        cvr = self.package.calibration(logits).astype(np.float32)
         allowed = None
         if self.candidates is not None:
             wanted = np.arange(first, last)[:, None] * np.int64(len(self.table)) + rows[None, :]
             place = np.minimum(np.searchsorted(self.candidates, wanted), len(self.candidates) - 1)
             allowed = self.candidates[place] == wanted
-        self.progress.add(cvr.size)
+        logits = self.scorer.score_tile(
+            self.scorer.item_states(self.table.batch(rows)),
+            audience,
+            torch.from_numpy(values),
+            torch.from_numpy(buckets),
+            None if allowed is None else torch.from_numpy(allowed),
+        ).numpy()
+        cvr = self.package.calibration(logits).astype(np.float32)
+        self.progress.add(cvr.size if allowed is None else int(allowed.sum()))
         yield tile.chunk, files.ipc_bytes(best_of(cvr, np.arange(first, last), rows, self.given.top_k, allowed))
 
     def _audience(self, tile: Tile) -> Any:
@@ -189,7 +203,9 @@ class AudienceRows:
         )
 
 
-def measure_pace(package: "Package", items: pa.Table, audience: AudienceRows, met: Ints) -> float:
+def measure_pace(
+    package: "Package", items: pa.Table, audience: AudienceRows, met: Ints, precision: str, top_k: int
+) -> float:
     """Seconds for one pair on one thread of this machine.
 
     A tile is scored of real audience rows and of real listings (`met`: their rows) without embeddings and counts, which change nothing in its time.
@@ -197,14 +213,14 @@ def measure_pace(package: "Package", items: pa.Table, audience: AudienceRows, me
     import torch
 
     from camenn_model.item_table import ItemTable
-    from camenn_model.scorer import Scorer
     from camenn_model.shards import Contents
 
     config = package.config
     images = Contents([], "image_key", (config.patch_grid**2, config.image_width))
     titles = Contents([], "title_key", (config.text_tokens, config.text_width))
     table = ItemTable(items, images, titles).encode(package.space)
-    scorer, rows = Scorer(package.model()), met[:TIMED]
+    scorer: Any = make_scorer(package, precision, top_k)
+    rows = met[:TIMED]
     batch, history = audience.batch(slice(0, TIMED))
     shape = (len(batch.cats), len(rows), len(NUMERIC_GROUPS["item_counts"]) + len(NUMERIC_GROUPS["pair_counts"]))
     values, buckets = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)

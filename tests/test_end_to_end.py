@@ -269,6 +269,16 @@ def test_score_as_of_an_earlier_date_reads_nothing_later(city: City, capfd: pyte
     pd.testing.assert_frame_equal(table(city.work / "backfill_cut", "scores"), whole)
 
 
+def test_drafted_in_bf16_the_best_are_the_same_and_their_cvr_too(city: City, capfd: pytest.CaptureFixture[str]) -> None:
+    city.score(capfd, "--precision", "bf16", out="drafted")
+    pd.testing.assert_frame_equal(
+        table(city.work / "drafted", "scores"), table(city.work / "scores", "scores"), rtol=1e-5
+    )
+    assert city.run(capfd, "score", *city.score_flags("never"), "--precision", "bf16", "--plan")["score_seconds"] > 0
+    assert cli.main(["score", *city.score_flags("never"), "--precision", "bf16", "--top_k", "0"]) == 2
+    assert "give --top_k 1 or more" in capfd.readouterr().err
+
+
 def test_a_night_that_lost_half_of_its_listings_is_held_back(city: City, capfd: pytest.CaptureFixture[str]) -> None:
     """Readers keep last night's scores, the exit code is 3, and what to do is said; then it is done."""
     scores = city.work / "scores"
