@@ -22,9 +22,9 @@ from torch import Tensor
 
 from camenn_model.batch import AudienceBatch, Batch, HistoryItems, ItemBatch
 from camenn_model.experts import choose
-from camenn_model.layers import layers_of, mask_bias
+from camenn_model.layers import layers_of
 from camenn_model.model import CameNN
-from camenn_model.tile_attention import Part, Places, Read, find_places, keys_values, merge, read_part, run_layer, weigh
+from camenn_model.tile_attention import Part, Places, divide, find_places, keys_values, read_part, run_layer
 from camenn_model.tokens import SideTokens
 
 TILE_PAIRS = 2048
@@ -36,14 +36,14 @@ class SideStates:
     """What a side leaves for its pairs. Experts are filled in when a pair first chooses them."""
 
     gate: Tensor  # [R, E] float32, the side's part of the CVR gate's logits
-    bias: Tensor  # [R, N] float32, 0 or MASKED
-    shared: list[tuple[Tensor, Tensor]]  # per shared layer: keys [R, h, c, N], values [R, h, N, c]
+    mask: Tensor  # [R, N] bool
+    shared: list[Part]  # per shared layer
     tokens: Tensor  # [R, N, d] out of the shared bottom
     filled: Tensor  # [E, R] bool: expert computed for this row
     vector: Tensor  # [R, 3 d + C + 2] float32: factors of ``Affinity`` and of ``Wide``
     task: Tensor  # [R, d]: the side's part of what ``[CVR]`` is told
-    experts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # like shared; rows not filled are 0
-    tower: tuple[Tensor, Tensor] | None = None  # keys [R, h, E, c, N], values [R, h, N, E, c]; not filled: 0
+    experts: dict[int, Part] = field(default_factory=dict)  # rows not filled are 0
+    tower: Part | None = None  # of all experts: keys [R, h, E c, N], values [R, h, N, E c + 1]; not filled: 0
 
     def __len__(self) -> int:
         return self.gate.shape[0]
@@ -138,14 +138,14 @@ class Scorer:
         with self._layers():
             for layer in layers_of(self.model.shared):
                 tokens, kv = layer.own(tokens, side_tokens.mask)
-                shared.append(keys_values(kv))
+                shared.append(keys_values(kv, side_tokens.mask))
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
         filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
         vector, task = self.model.affinity.vectors(side_tokens.summary, side)
         if side == 0:
             vector = self.model.affinity.of_orders(vector)
         vector = torch.cat([vector, wide], dim=1)
-        return SideStates(gate, mask_bias(side_tokens.mask), shared, tokens, filled, vector, task)
+        return SideStates(gate, side_tokens.mask, shared, tokens, filled, vector, task)
 
     def _layers(self) -> torch.autocast:
         """What transformer layers are computed in."""
@@ -194,20 +194,25 @@ class Scorer:
         tower = self.model.cvr_tower
         task = mixed[:, 0]
         query = tower.ask(task)  # [n, h, c]
-        share = weights[:, None, :, None]  # [n, 1, E, 1]
-        gated = (query[:, :, None] * share).flatten(2)[:, :, None]  # [n, h, 1, E c]
         # The X part, as in the tower's own forward: W_K and W_V moved to the query's side.
         width = task.shape[-1]
         by_head = (tower.heads, width // tower.heads, width)
-        folded = torch.einsum("nhc,hcd->nhd", query, tower.key.weight.view(by_head))
-        own, top, mass = weigh(folded @ mixed.transpose(1, 2))  # [n, h, X]
-        value = torch.einsum("nhd,hcd->nhc", own @ mixed, tower.value.weight.view(by_head))
-        reads = [Read(top[..., None], mass[..., None], value[:, :, None])]
-        for part, places in sides:
-            read = read_part(gated, part, places)
-            value = (read.value.view(*query.shape[:2], weights.shape[-1], -1) * share).sum(2)
-            reads.append(Read(read.top, read.mass, value[:, :, None]))
-        return tower.answer(task, merge(reads).flatten(1))
+        key, value = tower.key.weight.view(by_head), tower.value.weight.view(by_head)
+
+        def read(dtype: torch.dtype | None) -> Tensor:
+            asked, x = query.to(dtype), mixed.to(dtype)
+            share = weights.to(dtype)[:, None, :, None]  # [n, 1, E, 1]
+            own = (torch.einsum("nhc,hcd->nhd", asked, key.to(dtype)) @ x.transpose(1, 2)).exp_()  # [n, h, X]
+            total = torch.einsum("nhd,hcd->nhc", own @ x, value.to(dtype))
+            mass = own.sum(-1)
+            gated = (asked[:, :, None] * share).flatten(2)[:, :, None]  # [n, h, 1, E c]
+            for part, places in sides:
+                answer = read_part(gated, Part(part.keys.to(dtype), part.values.to(dtype)), places)[:, :, 0]
+                total = total + (answer[..., :-1].unflatten(-1, (weights.shape[-1], -1)) * share).sum(2)
+                mass = mass + answer[..., -1]
+            return torch.cat([total, mass[..., None]], dim=-1)
+
+        return tower.answer(task, divide(read).to(task.dtype).flatten(1))
 
 
 @dataclass(frozen=True)
@@ -230,23 +235,22 @@ class _Rows:
         return self.states.task[self.rows]
 
     def shared(self, number: int) -> Part:
-        keys, values = self.states.shared[number]
-        return Part(self.states.bias[self.rows], keys[self.rows], values[self.rows])
+        return self._of(self.states.shared[number])
 
     def expert(self, expert: int, rows: Tensor) -> Part:
         """``rows``: [r] int64, counted from the start of the run."""
-        keys, values = self.states.experts[expert]
-        bias = self.states.bias[self.rows]
-        keys, values = keys[self.rows], values[self.rows]
-        if len(rows) == len(bias):
-            return Part(bias, keys, values)
-        return Part(bias.index_select(0, rows), keys.index_select(0, rows), values.index_select(0, rows))
+        part = self._of(self.states.experts[expert])
+        if len(rows) == len(part.keys):
+            return part
+        return Part(part.keys.index_select(0, rows), part.values.index_select(0, rows))
 
     def tower(self) -> Part:
-        """Keys [R, h, E c, N] and values [R, h, N, E c] of all experts; those not filled are 0."""
+        """Of all experts."""
         assert self.states.tower is not None  # the tower is asked after the experts
-        keys, values = self.states.tower
-        return Part(self.states.bias[self.rows], keys[self.rows].flatten(2, 3), values[self.rows].flatten(3, 4))
+        return self._of(self.states.tower)
+
+    def _of(self, part: Part) -> Part:
+        return Part(part.keys[self.rows], part.values[self.rows])
 
 
 def _fill(model: CameNN, states: SideStates, expert: int, rows: Tensor) -> None:
@@ -255,24 +259,29 @@ def _fill(model: CameNN, states: SideStates, expert: int, rows: Tensor) -> None:
     if len(rows) == 0:
         return
     layer, norm, tower = layers_of(model.mixture.experts)[expert], model.mixture.norms[expert], model.cvr_tower
-    bias = states.bias.index_select(0, rows)
-    tokens, kv = layer.own(states.tokens.index_select(0, rows), bias == 0)
-    keys, values = keys_values(kv)
-    count, (_, heads, width, length) = len(states), keys.shape
-    if expert not in states.experts:
-        states.experts[expert] = (
-            keys.new_zeros(count, heads, width, length),
-            values.new_zeros(count, heads, length, width),
-        )
-    if states.tower is None:
-        experts = model.config.experts
-        states.tower = (
-            keys.new_zeros(count, heads, experts, width, length),
-            keys.new_zeros(count, heads, length, experts, width),
-        )
-    states.experts[expert][0][rows], states.experts[expert][1][rows] = keys, values
+    mask = states.mask.index_select(0, rows)
+    tokens, kv = layer.own(states.tokens.index_select(0, rows), mask)
     normal = norm(tokens)
-    by_head = (len(rows), length, heads, width)
-    states.tower[0][rows, :, expert] = tower.key(normal).view(by_head).permute(0, 2, 3, 1)
-    states.tower[1][rows, :, :, expert] = tower.value(normal).view(by_head).transpose(1, 2)
+    of_expert = keys_values(kv, mask)
+    pairs = torch.stack([tower.key(normal), tower.value(normal)], dim=2)
+    of_tower = keys_values(pairs.unflatten(-1, (model.config.heads, -1)), mask)
+    count, width = len(states), of_tower.keys.shape[2]
+    if expert not in states.experts:
+        states.experts[expert] = _zeros(of_expert, count, 1)
+    if states.tower is None:
+        states.tower = _zeros(of_tower, count, model.config.experts)
+        states.tower.values[..., -1] = states.mask[:, None]
+    states.experts[expert].keys[rows], states.experts[expert].values[rows] = of_expert.keys, of_expert.values
+    place = slice(expert * width, (expert + 1) * width)
+    states.tower.keys[rows, :, place] = of_tower.keys
+    states.tower.values[rows, :, :, place] = of_tower.values[..., :-1]
     states.filled[expert, rows] = True
+
+
+def _zeros(like: Part, rows: int, times: int) -> Part:
+    """Zeros for so many rows, of ``times`` the width."""
+    _, heads, width, length = like.keys.shape
+    return Part(
+        like.keys.new_zeros(rows, heads, width * times, length),
+        like.values.new_zeros(rows, heads, length, width * times + 1),
+    )

@@ -3,38 +3,60 @@ from __future__ import annotations
 import pytest
 import torch
 
-from camenn_model.layers import MASKED
-from camenn_model.tile_attention import Part, find_places, merge, read_own, read_part
+from camenn_model.tile_attention import Part, divide, find_places, keys_values, read_own, read_part
 
 HEADS, WIDTH = 2, 3
 
 
-def random_part(rows: int, tokens: int) -> Part:
-    """Keys and values of which the last token is masked."""
-    bias = torch.zeros(rows, tokens)
-    bias[:, -1] = MASKED
-    return Part(bias, torch.randn(rows, HEADS, WIDTH, tokens), torch.randn(rows, HEADS, tokens, WIDTH))
+def random_kv(rows: int, tokens: int) -> tuple[torch.Tensor, Part]:
+    """Keys and values [R, N, 2, h, c], and the part that they make; the last token is masked."""
+    kv, mask = torch.randn(rows, tokens, 2, HEADS, WIDTH), torch.ones(rows, tokens, dtype=torch.bool)
+    mask[:, -1] = False
+    return kv, keys_values(kv, mask)
 
 
-@pytest.mark.parametrize("largest", [1.0, 300.0])
-def test_merged_reads_equal_one_softmax_over_all_keys(largest: float) -> None:
-    """Also where one side's scores are far above the other's."""
+def read_all(largest: float) -> tuple[torch.Tensor, torch.Tensor, list[torch.dtype | None]]:
+    """(attention of pairs to their own tokens and both sides', the same by one softmax over all keys, dtypes that were computed in)."""
     torch.manual_seed(0)
     some = torch.rand(5, 4) < 0.5
     some[2], some[:, 1] = True, True
-    items, audience = random_part(5, 6), random_part(4, 3)
+    (item_kv, items), (audience_kv, audience) = random_kv(5, 6), random_kv(4, 3)
     by_item, by_audience = some.nonzero(as_tuple=True)
     count = len(by_item)
     query, kv = torch.randn(count, HEADS, 2, WIDTH) * largest, torch.randn(count, 2, 2, HEADS, WIDTH)
     place_i, place_s = find_places(some, HEADS)
-    reads = [read_own(query, kv), read_part(query, items, place_i), read_part(query, audience, place_s)]
+    used = []
+
+    def read(dtype: torch.dtype | None) -> torch.Tensor:
+        used.append(dtype)
+        asked, parts = query.to(dtype), [Part(p.keys.to(dtype), p.values.to(dtype)) for p in (items, audience)]
+        total = read_own(asked, kv.to(dtype))
+        return total + read_part(asked, parts[0], place_i) + read_part(asked, parts[1], place_s)
+
+    found = divide(read)
+    expected = []
     for pair in range(count):
-        i, s = by_item[pair], by_audience[pair]
-        own_keys, own_values = kv[pair, :, 0].permute(1, 2, 0), kv[pair, :, 1].transpose(0, 1)
-        keys = torch.cat([own_keys, items.keys[i, :, :, :-1], audience.keys[s, :, :, :-1]], dim=2)
-        values = torch.cat([own_values, items.values[i, :, :-1], audience.values[s, :, :-1]], dim=1)
-        expected = torch.softmax(query[pair] @ keys, dim=-1) @ values
-        assert torch.allclose(merge(reads)[pair], expected, atol=1e-4)
+        real = torch.cat([kv[pair], item_kv[by_item[pair], :-1], audience_kv[by_audience[pair], :-1]]).double()
+        keys, values = real[:, 0].permute(1, 2, 0), real[:, 1].transpose(0, 1)
+        expected.append(torch.softmax(query[pair].double() @ keys, dim=-1) @ values)
+    return found, torch.stack(expected), used
+
+
+def test_sums_of_parts_equal_one_softmax_over_all_keys() -> None:
+    found, expected, used = read_all(1.0)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert used == [None]
+
+
+def test_scores_too_large_for_float32_are_computed_in_float64() -> None:
+    found, expected, used = read_all(30.0)
+    assert torch.allclose(found, expected, atol=1e-9)
+    assert used == [None, torch.float64]
+
+
+def test_scores_too_large_for_float64_are_an_error() -> None:
+    with pytest.raises(FloatingPointError, match="train again"):
+        read_all(3000.0)
 
 
 def test_find_places_gives_every_pair_its_own() -> None:
