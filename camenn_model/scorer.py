@@ -138,7 +138,7 @@ class Scorer:
         with self._layers():
             for layer in layers_of(self.model.shared):
                 tokens, kv = layer.own(tokens, side_tokens.mask)
-                shared.append(keys_values(kv, side_tokens.mask))
+                shared.append(keys_values(kv, kv.shape[-1] ** -0.5, side_tokens.mask))
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
         filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
         vector, task = self.model.affinity.vectors(side_tokens.summary, side)
@@ -200,14 +200,16 @@ class Scorer:
         key, value = tower.key.weight.view(by_head), tower.value.weight.view(by_head)
 
         def read(dtype: torch.dtype | None) -> Tensor:
-            asked, x = query.to(dtype), mixed.to(dtype)
-            share = weights.to(dtype)[:, None, :, None]  # [n, 1, E, 1]
-            own = (torch.einsum("nhc,hcd->nhd", asked, key.to(dtype)) @ x.transpose(1, 2)).exp_()  # [n, h, X]
-            total = torch.einsum("nhd,hcd->nhc", own @ x, value.to(dtype))
+            asked, x, share, w_key, w_value = (
+                given if dtype is None else given.to(dtype) for given in (query, mixed, weights, key, value)
+            )
+            share = share[:, None, :, None]  # [n, 1, E, 1]
+            own = (torch.einsum("nhc,hcd->nhd", asked, w_key) @ x.transpose(1, 2)).exp_()  # [n, h, X]
+            total = torch.einsum("nhd,hcd->nhc", own @ x, w_value)
             mass = own.sum(-1)
-            gated = (asked[:, :, None] * share).flatten(2)[:, :, None]  # [n, h, 1, E c]
+            gated = (asked[:, :, None] * share).flatten(2)[:, None]  # [n, 1, h, E c]
             for part, places in sides:
-                answer = read_part(gated, Part(part.keys.to(dtype), part.values.to(dtype)), places)[:, :, 0]
+                answer = read_part(gated, part.to(dtype), places).reshape(*asked.shape[:2], -1)  # [n, h, E c + 1]
                 total = total + (answer[..., :-1].unflatten(-1, (weights.shape[-1], -1)) * share).sum(2)
                 mass = mass + answer[..., -1]
             return torch.cat([total, mass[..., None]], dim=-1)
@@ -262,9 +264,9 @@ def _fill(model: CameNN, states: SideStates, expert: int, rows: Tensor) -> None:
     mask = states.mask.index_select(0, rows)
     tokens, kv = layer.own(states.tokens.index_select(0, rows), mask)
     normal = norm(tokens)
-    of_expert = keys_values(kv, mask)
+    of_expert = keys_values(kv, kv.shape[-1] ** -0.5, mask)
     pairs = torch.stack([tower.key(normal), tower.value(normal)], dim=2)
-    of_tower = keys_values(pairs.unflatten(-1, (model.config.heads, -1)), mask)
+    of_tower = keys_values(pairs.unflatten(-1, (model.config.heads, -1)), 1.0, mask)  # the tower's query is scaled
     count, width = len(states), of_tower.keys.shape[2]
     if expert not in states.experts:
         states.experts[expert] = _zeros(of_expert, count, 1)

@@ -1,7 +1,7 @@
 """Attention of the pairs of a tile to keys that their item and their audience row hold, without gathering the keys.
 
-Shapes: n pairs of a tile, R rows of a side, N tokens of a side, M places of a row, Q queries of a pair, X tokens of a
-pair, h heads, c = d / h, d width.
+Shapes: n pairs of a tile, I items, S audience rows, R rows of a side (I or S), N tokens of a side, M places of a row, Q
+queries of a pair, X tokens of a pair, h heads, c = d / h, d width.
 
 For each side the pairs' queries are laid out row by row (all pairs of one item beside each other, padded to the largest
 number M), so that attention is one batched matrix product per side. Weights are exp(score) as it is, without taking off
@@ -30,61 +30,89 @@ WIDE_LIMIT = 1e300
 
 @dataclass(frozen=True)
 class Part:
-    """Keys and values of R rows of a side, 0 where masked."""
+    """Keys, times the scale of scores, and values of R rows of a side, 0 where masked."""
 
     keys: Tensor  # [R, h, c, N]
     values: Tensor  # [R, h, N, c + 1], the last column 1
+
+    def to(self, dtype: torch.dtype | None) -> Part:
+        """In a dtype; None = as it is."""
+        return self if dtype is None else Part(self.keys.to(dtype), self.values.to(dtype))
 
 
 @dataclass(frozen=True)
 class Places:
     """Where each pair stands in the layout of one side."""
 
-    index: Tensor  # [n h] int64, into [R, h, M] flattened
+    shape: tuple[int, int]  # (I, S)
+    side: int  # 0: laid out by item, 1: by audience row
     size: int  # M
+    index: Tensor | None  # [n h] int64, into [R, h, M] flattened; None: every item meets every audience row
+
+    def lay_out(self, query: Tensor) -> Tensor:
+        """[n, Q, h, c] → [R, h, M Q, c]."""
+        count, queries, heads, width = query.shape
+        rows = self.shape[self.side]
+        if self.index is None:
+            order = (0, 3, 1, 2, 4) if self.side == 0 else (1, 3, 0, 2, 4)
+            laid_out = query.unflatten(0, self.shape).permute(order).contiguous()
+        else:
+            laid_out = query.new_zeros(rows * heads * self.size, queries * width)  # places that no pair takes
+            laid_out.index_copy_(0, self.index, query.transpose(1, 2).reshape(count * heads, queries * width))
+        return laid_out.view(rows, heads, self.size * queries, width)
+
+    def take(self, answer: Tensor, queries: int) -> Tensor:
+        """[R, h, M Q, c] → a view or copy [n, Q, h, c] (dense: [I, S, Q, h, c])."""
+        rows, heads, _, width = answer.shape
+        if self.index is None:
+            order = (0, 2, 3, 1, 4) if self.side == 0 else (2, 0, 3, 1, 4)
+            return answer.view(rows, heads, self.size, queries, width).permute(order)
+        taken = answer.view(rows * heads * self.size, queries * width).index_select(0, self.index)
+        return taken.view(-1, heads, queries, width).transpose(1, 2)
 
 
 def find_places(some: Tensor, heads: int) -> tuple[Places, Places]:
     """Places of the pairs where ``some`` [I, S] is True, in row-major order, by item and by audience row."""
+    shape = (some.shape[0], some.shape[1])
+    if bool(some.all()):
+        return Places(shape, 0, shape[1], None), Places(shape, 1, shape[0], None)
     by_item, by_audience = some.nonzero(as_tuple=True)
     places = []
-    for row, axis in ((by_item, 1), (by_audience, 0)):
+    for side, row in enumerate((by_item, by_audience)):
+        axis = 1 - side
         rank = some.cumsum(axis)[by_item, by_audience] - 1
         size = int(some.sum(axis).max())
         index = (row[:, None] * heads + torch.arange(heads, device=row.device)) * size + rank[:, None]
-        places.append(Places(index.flatten(), size))
+        places.append(Places(shape, side, size, index.flatten()))
     return places[0], places[1]
 
 
 def read_part(query: Tensor, part: Part, places: Places) -> Tensor:
-    """Weighted sums of the values of the row that each pair's place lies in, [n, h, Q, c + 1], of scaled queries [n, h, Q, c]."""
-    count, heads, queries, width = query.shape
-    rows = len(part.keys) * heads * places.size
-    query = query.reshape(count * heads, queries * width)
-    # Places that no pair takes must hold numbers.
-    laid_out = (query.new_empty if len(query) == rows else query.new_zeros)(rows, queries * width)
-    laid_out.index_copy_(0, places.index, query)
-    weights = (laid_out.view(len(part.keys), heads, -1, width) @ part.keys).exp_()
-    answer = (weights @ part.values).view(rows, -1).index_select(0, places.index)
-    return answer.view(count, heads, queries, -1)
+    """Weighted sums of the values of the row that each pair's place lies in, [n, Q, h, c + 1] (dense: [I, S, Q, h, c + 1]), of queries [n, Q, h, c]."""
+    weights = (places.lay_out(query) @ part.keys).exp_()
+    return places.take(weights @ part.values, query.shape[1])
 
 
 def read_own(query: Tensor, kv: Tensor) -> Tensor:
-    """Weighted sums of the values of the pair's own tokens, [n, h, X, c + 1], of scaled queries [n, h, X, c] and kv [n, X, 2, h, c].
+    """Weighted sums of the values of the pair's own tokens, [n, X, h, c + 1], of queries [n, X, h, c] and kv [n, X, 2, h, c].
 
     ``BLOCK`` pairs go through one matrix product, with each other's tokens masked: products of 4 x 4 are all overhead.
     """
-    count, heads, length, width = query.shape
-    blocks = -(-count // BLOCK)
-    spare = blocks * BLOCK - count
+    count, length, heads, width = query.shape
+    spare = -count % BLOCK
     if spare:
         query, kv = F.pad(query, (0, 0) * 3 + (0, spare)), F.pad(kv, (0, 0) * 4 + (0, spare))
-    part = keys_values(kv.reshape(blocks, BLOCK * length, 2, heads, width))
-    rows = query.view(blocks, BLOCK, heads, length, width).transpose(1, 2).reshape(blocks, heads, -1, width)
+    part = keys_values(_in_blocks(kv), width**-0.5)
+    rows = _in_blocks(query).transpose(1, 2).contiguous()
     pair = torch.arange(BLOCK, device=query.device).repeat_interleave(length)
     weights = (rows @ part.keys).exp_().mul_(pair[:, None] == pair[None, :])
-    answer = (weights @ part.values).view(blocks, heads, BLOCK, length, -1).transpose(1, 2)
-    return answer.reshape(blocks * BLOCK, heads, length, -1)[:count]
+    answer = (weights @ part.values).transpose(1, 2).reshape(count + spare, length, heads, width + 1)
+    return answer[:count]
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """[n, X, ...] → [n / BLOCK, BLOCK X, ...]."""
+    return x.unflatten(0, (-1, BLOCK)).flatten(1, 2)
 
 
 def divide(read: Callable[[torch.dtype | None], Tensor]) -> Tensor:
@@ -105,23 +133,25 @@ def divide(read: Callable[[torch.dtype | None], Tensor]) -> Tensor:
 def run_layer(layer: EncoderLayer, x: Tensor, sides: tuple[tuple[Part, Places], ...]) -> Tensor:
     """One layer in eval mode on the X tokens [n, X, d] of the pairs at the given places of each side."""
     query, kv = layer.project(x)
-    query = (query * query.shape[-1] ** -0.5).transpose(1, 2)  # [n, h, X, c]
 
     def read(dtype: torch.dtype | None) -> Tensor:
-        asked = query.to(dtype).contiguous()
-        total = read_own(asked, kv.to(dtype))
+        asked = query if dtype is None else query.to(dtype)
+        total = read_own(asked, kv if dtype is None else kv.to(dtype))
         for part, places in sides:
-            total += read_part(asked, Part(part.keys.to(dtype), part.values.to(dtype)), places)
+            answer = read_part(asked, part.to(dtype), places)
+            total.view(answer.shape).add_(answer)
         return total
 
-    return layer.finish(x, divide(read).to(x.dtype).transpose(1, 2).flatten(2))
+    return layer.finish(x, divide(read).to(x.dtype).flatten(2))
 
 
-def keys_values(kv: Tensor, mask: Tensor | None = None) -> Part:
-    """Keys and values of kv [R, N, 2, h, c], 0 where ``mask`` [R, N] is False; None = all real."""
+def keys_values(kv: Tensor, scale: float, mask: Tensor | None = None) -> Part:
+    """Keys, times ``scale``, and values of kv [R, N, 2, h, c], 0 where ``mask`` [R, N] is False; None = all real."""
     if mask is not None:
         kv = kv * mask[:, :, None, None, None]
-    values = F.pad(kv[:, :, 1].transpose(1, 2), (0, 1), value=1.0)
-    if mask is not None:
-        values[..., -1] = mask[:, None]
-    return Part(kv[:, :, 0].permute(0, 2, 3, 1).contiguous(), values)
+    rows, length, _, heads, width = kv.shape
+    keys, values = kv.new_empty(rows, heads, width, length), kv.new_empty(rows, heads, length, width + 1)
+    torch.mul(kv[:, :, 0].permute(0, 2, 3, 1), scale, out=keys)
+    values[..., :-1] = kv[:, :, 1].transpose(1, 2)
+    values[..., -1] = 1.0 if mask is None else mask[:, None]
+    return Part(keys, values)

@@ -9,41 +9,48 @@ HEADS, WIDTH = 2, 3
 
 
 def random_kv(rows: int, tokens: int) -> tuple[torch.Tensor, Part]:
-    """Keys and values [R, N, 2, h, c], and the part that they make; the last token is masked."""
+    """Keys and values [R, N, 2, h, c], and the part that they make, unscaled; the last token is masked."""
     kv, mask = torch.randn(rows, tokens, 2, HEADS, WIDTH), torch.ones(rows, tokens, dtype=torch.bool)
     mask[:, -1] = False
-    return kv, keys_values(kv, mask)
+    return kv, keys_values(kv, 1.0, mask)
 
 
-def read_all(largest: float) -> tuple[torch.Tensor, torch.Tensor, list[torch.dtype | None]]:
+def read_all(largest: float, dense: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.dtype | None]]:
     """(attention of pairs to their own tokens and both sides', the same by one softmax over all keys, dtypes that were computed in)."""
     torch.manual_seed(0)
     some = torch.rand(5, 4) < 0.5
     some[2], some[:, 1] = True, True
+    some |= dense
     (item_kv, items), (audience_kv, audience) = random_kv(5, 6), random_kv(4, 3)
     by_item, by_audience = some.nonzero(as_tuple=True)
     count = len(by_item)
-    query, kv = torch.randn(count, HEADS, 2, WIDTH) * largest, torch.randn(count, 2, 2, HEADS, WIDTH)
+    query, kv = torch.randn(count, 2, HEADS, WIDTH) * largest, torch.randn(count, 2, 2, HEADS, WIDTH)
     place_i, place_s = find_places(some, HEADS)
     used = []
 
     def read(dtype: torch.dtype | None) -> torch.Tensor:
         used.append(dtype)
-        asked, parts = query.to(dtype), [Part(p.keys.to(dtype), p.values.to(dtype)) for p in (items, audience)]
-        total = read_own(asked, kv.to(dtype))
-        return total + read_part(asked, parts[0], place_i) + read_part(asked, parts[1], place_s)
+        asked = query if dtype is None else query.to(dtype)
+        total = read_own(asked, kv if dtype is None else kv.to(dtype))
+        for part, places in ((items, place_i), (audience, place_s)):
+            answer = read_part(asked, part.to(dtype), places)
+            total.view(answer.shape).add_(answer)
+        return total
 
     found = divide(read)
     expected = []
     for pair in range(count):
-        real = torch.cat([kv[pair], item_kv[by_item[pair], :-1], audience_kv[by_audience[pair], :-1]]).double()
+        own = kv[pair].clone()
+        own[:, 0] *= WIDTH**-0.5  # the sides' keys are scaled where they are made
+        real = torch.cat([own, item_kv[by_item[pair], :-1], audience_kv[by_audience[pair], :-1]]).double()
         keys, values = real[:, 0].permute(1, 2, 0), real[:, 1].transpose(0, 1)
-        expected.append(torch.softmax(query[pair].double() @ keys, dim=-1) @ values)
+        expected.append((torch.softmax(query[pair].double().transpose(0, 1) @ keys, dim=-1) @ values).transpose(0, 1))
     return found, torch.stack(expected), used
 
 
-def test_sums_of_parts_equal_one_softmax_over_all_keys() -> None:
-    found, expected, used = read_all(1.0)
+@pytest.mark.parametrize("dense", [False, True])
+def test_sums_of_parts_equal_one_softmax_over_all_keys(dense: bool) -> None:
+    found, expected, used = read_all(1.0, dense)
     assert torch.allclose(found.double(), expected, atol=1e-5)
     assert used == [None]
 
