@@ -259,6 +259,12 @@ def build(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
         (orders, "ordered_at", ["user_id", "brand"], "user_brand_orders", None),
     ):
         examples = before(examples, events, when, by, count, days)
+    first = clicks.group_by("item").agg(_first=pl.col("clicked_at").min())
+    examples = examples.join(first, on="item", how="left", maintain_order="left").with_columns(
+        item_days_since_first_click=pl.when(pl.col("_first") < pl.col("session_start")).then(
+            ((pl.col("session_start") - pl.col("_first")).dt.total_microseconds() / DAY_US).cast(pl.Float32)
+        )
+    )
     stores = pl.read_parquet(data / "stores.parquet")
     empty = pl.lit([], pl.List(pl.Float32))
     examples = (

@@ -87,10 +87,17 @@ class TimeIndex:
     def count_and_last(self, key: Ints, time: Ints) -> tuple[Ints, Ints]:
         """`count` and `last`, for the price of one."""
         start, end = self.bounds(key, time)
-        found = np.full(len(key), NEVER)
-        some = end > start
-        found[some] = self.time[end[some] - 1]
-        return end - start, found
+        return end - start, self._times(end - 1, end > start)
+
+    def count_and_first(self, key: Ints, time: Ints) -> tuple[Ints, Ints]:
+        """`count`, and the time of the first event of `key`; NEVER where there is none strictly before `time`."""
+        start, end = self.bounds(key, time)
+        return end - start, self._times(start, end > start)
+
+    def _times(self, position: Ints, some: NDArray[np.bool_]) -> Ints:
+        found = np.full(len(position), NEVER)
+        found[some] = self.time[position[some]]
+        return found
 
 
 def attribute_orders(

@@ -15,7 +15,7 @@ from schemas.training import CLICKED, NO_HISTORY, PURCHASED
 
 Floats = NDArray[np.float32]
 
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 """Raised when the same events give other features or histories: days of one shard set are all of one version."""
 
 PRIOR_CVR = 0.15
@@ -59,7 +59,12 @@ def _counts(index: TimeIndex, key: Ints, time: Ints) -> Floats:
 def _counts_and_days(index: TimeIndex, key: Ints, time: Ints) -> tuple[Floats, Floats]:
     """Events before each time, and days since the last of them (NaN = none)."""
     count, last = index.count_and_last(key, time)
-    return count.astype(np.float32), np.where(last == NEVER, np.nan, (time - last) / DAY_US).astype(np.float32)
+    return count.astype(np.float32), _days(last, time)
+
+
+def _days(since: Ints, time: Ints) -> Floats:
+    """Days from `since` to `time`; NaN where it is NEVER."""
+    return np.where(since == NEVER, np.nan, (time - since) / DAY_US).astype(np.float32)
 
 
 def smoothed_cvr(conversions: Floats, clicks: Floats) -> Floats:
@@ -99,7 +104,8 @@ def item_features(
     n_stores: int,
 ) -> dict[str, Floats]:
     """Columns of `ITEM_COUNTS` for each query's (item, store, time), float32 [n]. A conversion is the first order credited to a click."""
-    n_clicks = _counts(TimeIndex(click_item, clicked_at), queries.item, queries.time)
+    clicks, first = TimeIndex(click_item, clicked_at).count_and_first(queries.item, queries.time)
+    n_clicks = clicks.astype(np.float32)
     n_conversions = _counts(TimeIndex(conversion_item, converted_at), queries.item, queries.time)
     n_orders, days = _counts_and_days(TimeIndex(order_item, ordered_at), queries.item, queries.time)
     here = np.where(queries.store >= 0, _pair(queries.item, queries.store, n_stores), -1)
@@ -107,6 +113,7 @@ def item_features(
         "item_clicks": n_clicks,
         "item_orders": n_orders,
         "item_cvr": smoothed_cvr(n_conversions, n_clicks),
+        "item_days_since_first_click": _days(first, queries.time),
         "item_days_since_order": days,
         "store_item_clicks": _counts(
             TimeIndex(_pair(click_item, click_store, n_stores), clicked_at), here, queries.time

@@ -179,6 +179,9 @@ def describe(
         "item_clicks": len(its_clicks),
         "item_orders": len(its_orders),
         "item_cvr": smoothed(sum(c["known"] for c in its_clicks), len(its_clicks)),
+        "item_days_since_first_click": days_since(
+            [min(c["clicked_at"] for c in its_clicks)] if its_clicks else [], start
+        ),
         "item_days_since_order": days_since([o["ordered_at"] for o in its_orders], start),
         "store_item_clicks": sum(c["store_id"] == store for c in its_clicks),
         "store_item_orders": sum(o["store_id"] == store for o in its_orders),
