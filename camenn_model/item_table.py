@@ -3,6 +3,8 @@
 Shapes: N items of the table, I items of a batch, T text tokens, P patches, G history items.
 """
 
+from typing import cast
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -13,7 +15,7 @@ from camenn_model.config import ITEM_HASH, SUBCATEGORY
 from camenn_model.feature_space import FeatureSpace, to_float
 from camenn_model.hashing import stable_hash
 from camenn_model.likeness import MOST_FITTED, Likeness, alike_prices
-from camenn_model.shards import Contents
+from camenn_model.shards import Contents, Means
 
 HELD_OUT_SHARE = 0.1
 """Share of products whose listings never enter an alignment loss: representation is measured on them."""
@@ -27,6 +29,7 @@ class ItemTable:
     Args:
         items: table under the contract `ITEMS`.
         images, titles: mapped embeddings; their keys are the items' image_key and title_key.
+        keep: keep the mean features of all photos and titles in memory. Scoring asks for few of them.
     """
 
     cats: Ints
@@ -35,7 +38,7 @@ class ItemTable:
     history_cats: Ints
     subcategory: Ints
 
-    def __init__(self, items: pa.Table, images: Contents, titles: Contents) -> None:
+    def __init__(self, items: pa.Table, images: Contents, titles: Contents, keep: bool = True) -> None:
         self.items = items
         self.ids: pa.Array = items["item_id"].combine_chunks()
         self.images, self.titles = images, titles
@@ -44,8 +47,11 @@ class ItemTable:
         self.tokens = np.nan_to_num(to_float(items["title_tokens"])).astype(np.int64)
         used = np.ones(len(titles), dtype=np.int64)
         used[self.title_row[self.title_row >= 0]] = self.tokens[self.title_row >= 0]
-        self.pooled_images = images.pooled()
-        self.pooled_titles = titles.pooled(used)
+        means = Means(images), Means(titles, used)
+        # What is not kept is asked for by rows, as an array is.
+        self.pooled_images, self.pooled_titles = (
+            each.kept() if keep else cast("NDArray[np.float16]", each) for each in means
+        )
         # Listings of one product, or with the same photo or title, must not be taken for each other's mismatch.
         product = stable_hash(items["product_key"])
         null = items["product_key"].is_null().to_numpy()
@@ -76,6 +82,11 @@ class ItemTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def release(self) -> None:
+        """Give back the memory of the embeddings that were read so far."""
+        self.images.release()
+        self.titles.release()
 
     def batch(self, rows: Ints, *, content_only: bool = False) -> ItemBatch:
         """ItemBatch of table rows, int64 [I]. With `content_only`, fields are left empty (the alignment tasks never look at them)."""

@@ -1,6 +1,7 @@
 """A shard set, opened: its items, users and example files, and the embeddings mapped into memory. Nothing here imports torch or Beam."""
 
 import json
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from schemas.contract import InputError
 from schemas.embeddings import embedding_shape
 
+MEANS_AT_A_TIME = 4_096
+"""Contents that are read at a time where the means of all are kept"""
+
 
 class Contents:
     """Embeddings of one kind, mapped: `gather` reads only the rows asked for.
@@ -26,14 +30,14 @@ class Contents:
 
     def __init__(self, paths: list[str], key: str, shape: tuple[int, int] = (0, 0)) -> None:
         self.views: list[NDArray[np.float16]] = []
-        self.maps: list[pa.MemoryMappedFile] = []
+        self.maps: list[mmap.mmap] = []
         keys: list[pa.Array] = []
         starts = [0]
         self.shape = shape
         for path in sorted(paths):
-            mapped = pa.memory_map(path)
-            self.maps.append(mapped)
-            reader = pa.ipc.open_file(mapped)
+            with open(path, "rb") as handle:
+                self.maps.append(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+            reader = pa.ipc.open_file(pa.py_buffer(self.maps[-1]))
             self.shape = embedding_shape(reader.schema)
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)
@@ -69,14 +73,45 @@ class Contents:
             out[mine] = self.views[number][rows[mine] - self.starts[number]]
         return out
 
-    def pooled(self, used: NDArray[np.int64] | None = None) -> NDArray[np.float16]:
-        """Mean over tokens (or patches) of every content, float16 [n, width]; with `used` [n], over the first `used` tokens only."""
-        out = np.zeros((len(self), self.shape[1]), dtype=np.float16)
-        for number, view in enumerate(self.views):
-            first, last = self.starts[number], self.starts[number + 1]
-            total = view.astype(np.float32).sum(axis=1)
-            count = np.full(last - first, self.shape[0]) if used is None else np.maximum(used[first:last], 1)
-            out[first:last] = total / count[:, None]
+    def release(self) -> None:
+        """Give back the memory of what was read so far; the mapping stays, and reading goes on as before."""
+        for mapped in self.maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class Means:
+    """Mean over tokens (or patches) of each content, float16 [n, width], computed when rows are asked for: `means[rows]`.
+
+    Args:
+        contents: of n embeddings.
+        used: tokens of each that count, int64 [n]; None = all.
+    """
+
+    def __init__(self, contents: Contents, used: NDArray[np.int64] | None = None) -> None:
+        self.contents, self.used = contents, used
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, width)."""
+        return len(self), self.contents.shape[1]
+
+    def __getitem__(self, rows: NDArray[np.int64] | slice) -> NDArray[np.float16]:
+        """Of some rows, [·, width]."""
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        total = self.contents.gather(rows).astype(np.float32).sum(axis=1)
+        count = np.full(len(rows), self.contents.shape[0]) if self.used is None else np.maximum(self.used[rows], 1)
+        means: NDArray[np.float16] = (total / count[:, None]).astype(np.float16)
+        self.contents.release()
+        return means
+
+    def kept(self) -> NDArray[np.float16]:
+        """All of them, in memory."""
+        out = np.zeros(self.shape, dtype=np.float16)
+        for start in range(0, len(self), MEANS_AT_A_TIME):
+            out[start : start + MEANS_AT_A_TIME] = self[start : start + MEANS_AT_A_TIME]
         return out
 
 

@@ -16,6 +16,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipelines import files
 from pipelines.console import NO_ROWS, closing_table, watch
@@ -134,6 +135,8 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
             kind: tuple(r.path for r in (*contents, *kept) if r.table == f"contents_{kind}")
             for kind in ("images", "titles")
         }
+        # Once, not in every worker: it needs the whole catalog.
+        write_table(directory, "alike_prices", pa.table({"price_alike": find_prices(package, items, paths)}))
         n_pairs = pairs.count
         local = is_local_run(beam_flags)
         if n_pairs > PAIRS_FOR_ALL_CORES:
@@ -250,6 +253,15 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
     return manifest.summary
 
 
+def find_prices(package: "Package", items: pa.Table, paths: dict[str, tuple[str, ...]]) -> NDArray[np.float32]:
+    """What each listing costs against those that look and read most like it, float32 [N]; NaN = unknown."""
+    from camenn_model.item_table import ItemTable
+    from camenn_model.shards import Contents
+
+    images, titles = Contents(list(paths["images"]), "image_key"), Contents(list(paths["titles"]), "title_key")
+    return ItemTable(items, images, titles, keep=False).alike_prices(package.space.likeness)
+
+
 def judge_model(options: ScoreOptions, package: "Package") -> "Calibration | None":
     """The model's calibration on the latest closed days of the shard set, where one is given."""
     if options.shards is None:
@@ -292,7 +304,7 @@ def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:
         "rows_out": expected_rows(pairs.chunks, options.top_k, pairs.candidates),
         "rejected": pairs.rejects.num_rows,
         "nothing_to_do": latest is not None and latest.request == inputs.request,
-        "score_seconds": None if pace is None else round(pace * pairs.count, 1),
+        "score_seconds": None if pace is None else round(pace * pairs.count, 3),
         "estimated_from": source,
         "seconds": round(time.monotonic() - started, 1),
         "out": options.out,

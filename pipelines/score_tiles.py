@@ -95,7 +95,8 @@ class _ModelDoFn(beam.DoFn):
             self.items,
             Contents(list(self.given.images), "image_key"),
             Contents(list(self.given.titles), "title_key"),
-        ).encode(self.package.space)
+            keep=False,
+        ).encode(self.package.space, self._read("alike_prices")["price_alike"].to_numpy())
         self.progress = ProgressFile(self.given.progress)
 
     def _read(self, name: str) -> pa.Table:
@@ -145,6 +146,7 @@ class ScoreTile(_ModelDoFn):
             torch.from_numpy(buckets),
             None if allowed is None else torch.from_numpy(allowed),
         ).numpy()
+        self.table.release()
         cvr = self.package.calibration(logits).astype(np.float32)
         self.progress.add(cvr.size if allowed is None else int(allowed.sum()))
         yield tile.chunk, files.ipc_bytes(best_of(cvr, np.arange(first, last), rows, self.given.top_k, allowed))
@@ -323,6 +325,7 @@ class AlignListings(_ModelDoFn):
 
         rows = np.arange(*span)
         found = align_listings(self.folds, self.table, rows)
+        self.table.release()
         yield (
             None,
             files.ipc_bytes(pa.table({"item": rows, "ita": found.ita, "tia": found.tia, "cosine": found.cosine})),

@@ -330,9 +330,10 @@ def test_training_that_is_not_finite_stops_and_writes_the_batch(shards: str, tmp
     written = json.loads(path.read_text())
     assert len(written["item_id"]) == len(written["label"]) == len(written["session_start"]) > 0
     assert set(written["item_id"]) <= set(trainer.corpus.table.ids.to_pylist())
-    # No step was taken; the linear part, and what it says of tastes, come before the first.
+    # No step was taken; the linear part, what it says of tastes, and their space come before the first.
     after = trainer.model.state_dict()
-    fitted = {name, "affinity.worth", *(key for key in before if key.startswith("wide."))}
+    found = ("wide.", "item_tokens.tastes.")
+    fitted = {name, "affinity.worth", *(key for key in before if key.startswith(found))}
     assert all(torch.equal(after[key], value) for key, value in before.items() if key not in fitted)
 
 
