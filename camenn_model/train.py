@@ -377,13 +377,8 @@ class Trainer:
 
     def _find_tastes(self) -> None:
         """The space of tastes, from the latest training clicks."""
-        table, pieces, count = self.corpus.table, [], 0
-        for path, _ in reversed(self.corpus.files("train")):
-            rows = self.corpus.reader.read(path)
-            pieces.append((rows.item, rows.user, rows.store))
-            count += len(rows)
-            if count >= FITTED_ROWS:
-                break
+        table = self.corpus.table
+        pieces = [(rows.item, rows.user, rows.store) for rows in self._latest("train")]
         item, user, store = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
         spaces = []
         for pooled, row in ((table.pooled_images, table.image_row), (table.pooled_titles, table.title_row)):
@@ -392,6 +387,16 @@ class Trainer:
             given = (pooled, row[item[some]], person, place, self.corpus.config.width)
             spaces.append(find_tastes(*given) if some.any() else None)
         self.model.item_tokens.tastes.start(*spaces)
+
+    def _latest(self, split: str) -> Iterator[Rows]:
+        """Whole files of a split, the latest first, up to `FITTED_ROWS` examples."""
+        count = 0
+        for path, _ in reversed(self.corpus.files(split)):
+            rows = self.corpus.reader.read(path)
+            yield rows
+            count += len(rows)
+            if count >= FITTED_ROWS:
+                return
 
     def _learn_choices(self) -> None:
         """Steps on who clicks what alone: many more clicks than orders tell of tastes, and they cost no layer."""
@@ -430,9 +435,8 @@ class Trainer:
         """The latest examples of a split."""
         self.model.eval()
         pieces: list[tuple[Tensor, ...]] = []
-        count = 0
-        for path, _ in reversed(self.corpus.files(split)):
-            for rows in cut_batches(self.corpus.reader.read(path), CHOICE_CLICKS, None):
+        for latest in self._latest(split):
+            for rows in cut_batches(latest, CHOICE_CLICKS, None):
                 with torch.no_grad():
                     liked = self.model.liked(collate(rows, self.corpus.table).to(self.device))
                 given = (
@@ -445,9 +449,6 @@ class Trainer:
                     rows.label,
                 )
                 pieces.append((*(torch.from_numpy(column).to(self.device) for column in given), liked))
-                count += len(rows)
-            if count >= FITTED_ROWS:
-                break
         return WideRows(*(torch.cat(columns) for columns in zip(*pieces, strict=True)))
 
     def stream(self) -> Iterator[Share]:

@@ -2,6 +2,7 @@
 
 import datetime
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class Pairs:
     rejects: pa.Table
     counts: list[Count]
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Pairs that are computed."""
         return expected_rows(self.chunks, 0, self.candidates)
