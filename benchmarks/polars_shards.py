@@ -26,7 +26,7 @@ def read_events(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame, pl
     """(clicks, orders, items): cleaned, with ids as codes where they are only compared."""
     items = (
         pl.scan_parquet(data / "catalog.parquet")
-        .select("item_id", "subcategory", "brand")
+        .select("item_id", "subcategory", "brand", "listed_at")
         .sort("item_id")
         .with_row_index("item")
         .with_columns(
@@ -233,18 +233,26 @@ def build(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
         clicks.filter(pl.col("clicked_at") + WINDOW <= pl.col("as_of"))
         .group_by("user_id", "session_id", "item", maintain_order=True)
         .agg(
-            pl.col("store_id", "session_start", "clicked_at", "position", "subcategory", "brand").first(),
+            pl.col("store_id", "session_start", "clicked_at", "position", "subcategory", "brand", "listed_at").first(),
             label=pl.col("converted_at").is_not_null().any().cast(pl.Int8),
         )
         .sort("session_start")
     )
     sessions = examples.select("user_id", "session_start").unique(maintain_order=True)
     for events, when, by, count, days in (
-        (clicks, "clicked_at", ["user_id"], "user_clicks", None),
-        (orders, "ordered_at", ["user_id"], "user_orders", "user_days_since_order"),
+        (clicks, "clicked_at", ["user_id"], "_user_clicks", None),
+        (orders, "ordered_at", ["user_id"], "_user_orders", "user_days_since_order"),
         (conversions, "converted_at", ["user_id"], "_user_conversions", None),
     ):
         sessions = before(sessions, events, when, by, count, days)
+    seen = pl.concat([clicks.select("user_id", at="clicked_at"), orders.select("user_id", at="ordered_at")])
+    known = pl.min_horizontal("_seen", "session_start")
+    days = 1 + (pl.col("session_start") - known).dt.total_microseconds() / DAY_US
+    sessions = sessions.join(
+        seen.group_by("user_id").agg(_seen=pl.col("at").min()), on="user_id", how="left", maintain_order="left"
+    ).with_columns(
+        (pl.col(f"_user_{what}") / days).cast(pl.Float32).alias(f"user_{what}_per_day") for what in ("clicks", "orders")
+    )
     sessions = add_histories(sessions, clicks, orders)
     for events, when, by, count, days in (
         (clicks, "clicked_at", ["item"], "item_clicks", None),
@@ -261,9 +269,10 @@ def build(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
         examples = before(examples, events, when, by, count, days)
     first = clicks.group_by("item").agg(_first=pl.col("clicked_at").min())
     examples = examples.join(first, on="item", how="left", maintain_order="left").with_columns(
-        item_days_since_first_click=pl.when(pl.col("_first") < pl.col("session_start")).then(
-            ((pl.col("session_start") - pl.col("_first")).dt.total_microseconds() / DAY_US).cast(pl.Float32)
-        )
+        pl.when(pl.col(name) < pl.col("session_start"))
+        .then(((pl.col("session_start") - pl.col(name)).dt.total_microseconds() / DAY_US).cast(pl.Float32))
+        .alias(column)
+        for name, column in (("listed_at", "item_days_since_listed"), ("_first", "item_days_since_first_click"))
     )
     stores = pl.read_parquet(data / "stores.parquet")
     empty = pl.lit([], pl.List(pl.Float32))
@@ -271,7 +280,7 @@ def build(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
         examples.join(sessions, on=["user_id", "session_start"], how="left", maintain_order="left")
         .join(stores, on="store_id", how="left", maintain_order="left")
         .with_columns(
-            smoothed("_user_conversions", "user_clicks").alias("user_cvr"),
+            smoothed("_user_conversions", "_user_clicks").alias("user_cvr"),
             smoothed("_item_conversions", "item_clicks").alias("item_cvr"),
             pl.col("history_item").fill_null(empty.cast(pl.List(pl.Int32))),
             pl.col("history_kind").fill_null(empty.cast(pl.List(pl.Int8))),

@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from camenn_model.config import CATEGORY, ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec
 from camenn_model.hashing import stable_hash
 from camenn_model.likeness import Likeness
+from schemas.contract import InputError
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
 
 PRICE_ALIKE = "price_alike"
 """What a listing costs against those that look and read most like it: no column of the items, as a model tells what is alike (`likeness.py`)"""
 FILE = "features.json"
+VERSION = 2
+"""Raised when the same columns would be encoded otherwise: a model reads what it was trained on."""
 NUMERIC_GROUPS = {
     "item_numeric": (*(column.name for column in ITEM_NUMBERS), PRICE_ALIKE),
     "item_quality": tuple(column.name for column in ITEM_QUALITY),
@@ -33,7 +36,7 @@ MISSING, RARE = 0, 1
 QUANTILE_BUCKETS = 16
 MAX_VOCABULARY = 4_096
 MIN_ID_CLICKS = 5
-"""Clicks in training under which an id shares the bucket of rare ones: less cannot be told from noise, and new ids then look like ids seen in training."""
+"""Clicks in training under which an id shares the bucket of rare ones: less cannot be told from noise."""
 ID_TABLE = 65_536
 
 
@@ -65,7 +68,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class HashedIds:
-    """Frequent ids, by their hashes, in a bounded table; 0 = dropped out, 1 = rare or new."""
+    """Frequent ids, by their hashes, in a bounded table; 0 = dropped out, 1 = rare."""
 
     frequent: tuple[int, ...]
     table: int
@@ -87,10 +90,7 @@ class HashedIds:
         hashes = stable_hash(column)
         frequent = np.isin(hashes, np.asarray(self.frequent, dtype=np.uint64))
         codes = np.where(frequent, 2 + (hashes % np.uint64(self.table)).astype(np.int64), RARE)
-        null = pc.is_null(column)
-        return np.where(
-            null.to_numpy(zero_copy_only=False) if isinstance(null, pa.Array) else null.to_numpy(), MISSING, codes
-        )
+        return np.where(np.asarray(pc.is_null(column)), MISSING, codes)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ class FeatureSpace:
     ids: dict[str, HashedIds]
     numbers: dict[str, Numeric]
     user_fields: tuple[str, ...]
+    trained_until: int
+    """The latest session's start in the training part, microseconds UTC"""
     likeness: Likeness
 
     @property
@@ -186,14 +188,26 @@ class FeatureSpace:
         for group in ("audience_counts", "item_counts", "pair_counts"):
             numbers |= {name: Numeric.fit(to_float(examples[name])) for name in NUMERIC_GROUPS[group]}
         ids = {ITEM_HASH: HashedIds.fit(examples["item_id"]), USER_HASH: HashedIds.fit(examples["user_id"])}
-        return cls(vocabularies=vocabularies, ids=ids, numbers=numbers, user_fields=user_fields, likeness=likeness)
+        return cls(
+            vocabularies=vocabularies,
+            ids=ids,
+            numbers=numbers,
+            user_fields=user_fields,
+            trained_until=int(pc.max(examples["session_start"]).cast(pa.int64()).as_py()),
+            likeness=likeness,
+        )
 
     def encode_items(
         self, items: pa.Table, price_alike: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
-        """(cats [N, n], values [N, m], buckets [N, m]) of an `items` table with `price_alike` [N]."""
+        """(cats [N, n], values [N, m], buckets [N, m]) of an `items` table with `price_alike` [N].
+
+        Ids that are rare in training were mostly offered all along and hardly wanted. One that is offered since has no part in that: it looks like an id
+        that was dropped out.
+        """
         cats = [self.vocabularies[name].encode(items[name]) for name in (CATEGORY, SUBCATEGORY, "brand")]
-        cats.append(self.ids[ITEM_HASH].encode(items["item_id"]))
+        new = pc.fill_null(pc.greater(items["listed_at"].cast(pa.int64()), self.trained_until), False)
+        cats.append(np.where(np.asarray(new), MISSING, self.ids[ITEM_HASH].encode(items["item_id"])))
         values, buckets = self.encode_numbers(
             ("item_numeric", "item_quality"),
             {name: to_float(items[name]) for name in items.column_names if name in self.numbers}
@@ -237,10 +251,12 @@ class FeatureSpace:
         """The whole space as `features.json` and `likeness.safetensors`."""
         text = json.dumps(
             {
+                "version": VERSION,
                 "vocabularies": {name: vocabulary.values for name, vocabulary in self.vocabularies.items()},
                 "ids": {name: {"frequent": ids.frequent, "table": ids.table} for name, ids in self.ids.items()},
                 "numbers": {name: vars(number) for name, number in self.numbers.items()},
                 "user_fields": self.user_fields,
+                "trained_until": self.trained_until,
             }
         )
         (directory / FILE).write_text(text)
@@ -251,10 +267,14 @@ class FeatureSpace:
         """The space that `write` wrote.
 
         Raises:
-            InputError: an earlier version of camenn wrote it.
+            InputError: another version of camenn wrote it.
         """
         likeness = Likeness.read(directory)
         raw = json.loads((directory / FILE).read_text())
+        if raw.get("version") != VERSION:
+            raise InputError(
+                f"{directory / FILE}: another version of camenn trained this model, and encoded its features in another way. Run `camenn train` again."
+            )
         return cls(
             vocabularies={name: Vocabulary(tuple(values)) for name, values in raw["vocabularies"].items()},
             ids={name: HashedIds(tuple(value["frequent"]), value["table"]) for name, value in raw["ids"].items()},
@@ -263,6 +283,7 @@ class FeatureSpace:
                 for name, n in raw["numbers"].items()
             },
             user_fields=tuple(raw["user_fields"]),
+            trained_until=raw["trained_until"],
             likeness=likeness,
         )
 

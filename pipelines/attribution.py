@@ -80,24 +80,13 @@ class TimeIndex:
         start, end = self.bounds(key, time)
         return end - start
 
-    def last(self, key: Ints, time: Ints) -> Ints:
-        """Time of the last event of `key` strictly before `time`; NEVER where there is none."""
-        return self.count_and_last(key, time)[1]
-
-    def count_and_last(self, key: Ints, time: Ints) -> tuple[Ints, Ints]:
-        """`count` and `last`, for the price of one."""
+    def count_first_last(self, key: Ints, time: Ints) -> tuple[Ints, Ints, Ints]:
+        """`count`, and the times of the first and the last of these events; NEVER where there is none."""
         start, end = self.bounds(key, time)
-        return end - start, self._times(end - 1, end > start)
-
-    def count_and_first(self, key: Ints, time: Ints) -> tuple[Ints, Ints]:
-        """`count`, and the time of the first event of `key`; NEVER where there is none strictly before `time`."""
-        start, end = self.bounds(key, time)
-        return end - start, self._times(start, end > start)
-
-    def _times(self, position: Ints, some: NDArray[np.bool_]) -> Ints:
-        found = np.full(len(position), NEVER)
-        found[some] = self.time[position[some]]
-        return found
+        some = end > start
+        first, last = np.full(len(start), NEVER), np.full(len(start), NEVER)
+        first[some], last[some] = self.time[start[some]], self.time[end[some] - 1]
+        return end - start, first, last
 
 
 def attribute_orders(

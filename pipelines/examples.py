@@ -12,6 +12,7 @@ import apache_beam as beam
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.attribution import DAY_US, NEVER, attribute_orders, day_of
@@ -39,7 +40,13 @@ ROW = "row"
 """int64: number of an example, unique within the run; bucket of its user times 2^32, plus its place."""
 
 _QUERIES = pa.schema(
-    [(ROW, pa.int64()), ("item", pa.int32()), ("store_id", pa.string()), ("session_start", pa.int64())]
+    [
+        (ROW, pa.int64()),
+        ("item", pa.int32()),
+        ("store_id", pa.string()),
+        ("session_start", pa.int64()),
+        ("listed_at", pa.int64()),
+    ]
 )
 _ITEM_EVENTS = pa.schema([("item", pa.int32()), ("store_id", pa.string()), ("kind", pa.int8()), ("time", pa.int64())])
 
@@ -97,15 +104,20 @@ class _ItemsDoFn(beam.DoFn):
 
     def setup(self) -> None:
         with open_read(self.items_path) as handle:
-            items = pq.read_table(handle, columns=["item_id", "subcategory", "brand"])
+            items = pq.read_table(handle, columns=["item_id", *ATTRIBUTES])
         self.item_ids = items["item_id"].combine_chunks()
         self.attributes = item_attributes(items)
 
 
+ATTRIBUTES = ("subcategory", "brand", "listed_at")
+"""Columns of the items that features are made of."""
+
+
 def item_attributes(items: pa.Table) -> ItemAttributes:
-    """Codes of subcategory and brand, in the items' order."""
+    """Of `ATTRIBUTES`, in the items' order."""
     codes = [pd.factorize(items[name].to_pandas())[0].astype(np.int64) for name in ("subcategory", "brand")]
-    return ItemAttributes(subcategory=codes[0], brand=codes[1])
+    listed_at = pc.fill_null(items["listed_at"].cast(pa.int64()), NEVER).to_numpy()
+    return ItemAttributes(subcategory=codes[0], brand=codes[1], listed_at=listed_at)
 
 
 @dataclass
@@ -141,7 +153,7 @@ def build_user_examples(
     Args:
         clicks_table, orders_table: all events of these users.
         item_ids: ids of the catalog in code order.
-        attributes: subcategory and brand of each item code.
+        attributes: of each item code.
         as_of: nothing after it is read, int64 microseconds; clicks whose window ends after it are `open_window`.
         window: attribution window, microseconds.
         history: entries of a history.
@@ -217,6 +229,7 @@ def build_user_examples(
             "item": examples["item_id"],
             "store_id": examples["store_id"],
             "session_start": examples["session_start"].cast(pa.int64()),
+            "listed_at": attributes.listed_at[examples["item_id"].to_numpy()],
         },
         schema=_QUERIES,
     )
@@ -343,7 +356,8 @@ def build_item_features(queries: pa.Table, item_events: pa.Table) -> pa.Table:
     )
     features = item_features(
         click_item=item[clicks], click_store=stores[:n][clicks], clicked_at=time[clicks], conversion_item=item[conversions], converted_at=time[conversions],
-        order_item=item[orders], order_store=stores[:n][orders], ordered_at=time[orders], queries=asked, n_stores=len(names),
+        order_item=item[orders], order_store=stores[:n][orders], ordered_at=time[orders], queries=asked,
+        listed_at=queries["listed_at"].to_numpy(), n_stores=len(names),
     )  # fmt: skip
     return pa.table({ROW: queries[ROW], **{name: _nullable(values) for name, values in features.items()}})
 

@@ -15,7 +15,7 @@ from schemas.training import CLICKED, NO_HISTORY, PURCHASED
 
 Floats = NDArray[np.float32]
 
-FEATURES_VERSION = 3
+FEATURES_VERSION = 4
 """Raised when the same events give other features or histories: days of one shard set are all of one version."""
 
 PRIOR_CVR = 0.15
@@ -58,7 +58,7 @@ def _counts(index: TimeIndex, key: Ints, time: Ints) -> Floats:
 
 def _counts_and_days(index: TimeIndex, key: Ints, time: Ints) -> tuple[Floats, Floats]:
     """Events before each time, and days since the last of them (NaN = none)."""
-    count, last = index.count_and_last(key, time)
+    count, _, last = index.count_first_last(key, time)
     return count.astype(np.float32), _days(last, time)
 
 
@@ -75,18 +75,23 @@ def smoothed_cvr(conversions: Floats, clicks: Floats) -> Floats:
 
 
 def user_features(events: Events, user: Ints, time: Ints) -> dict[str, Floats]:
-    """Columns of `AUDIENCE_COUNTS` for each (user, time), float32 [n]."""
+    """Columns of `AUDIENCE_COUNTS` for each (user, time), float32 [n].
+
+    Clicks and orders are told as rates. Counts grow with the log for everybody, so a model would read its age from them, and take a new listing among
+    users of long standing for an old one that nobody wants.
+    """
     clicks = TimeIndex(events.click_user, events.clicked_at)
     orders = TimeIndex(events.order_user, events.ordered_at)
     happened = events.converted_at != NEVER
     conversions = TimeIndex(events.click_user[happened], events.converted_at[happened])
-    n_clicks = _counts(clicks, user, time)
-    n_orders, days = _counts_and_days(orders, user, time)
+    n_clicks, first_click, _ = clicks.count_first_last(user, time)
+    n_orders, first_order, last_order = orders.count_first_last(user, time)
+    days = 1 + (time - np.minimum(np.minimum(first_click, first_order), time)) / DAY_US
     return {
-        "user_clicks": n_clicks,
-        "user_orders": n_orders,
-        "user_cvr": smoothed_cvr(_counts(conversions, user, time), n_clicks),
-        "user_days_since_order": days,
+        "user_clicks_per_day": (n_clicks / days).astype(np.float32),
+        "user_orders_per_day": (n_orders / days).astype(np.float32),
+        "user_cvr": smoothed_cvr(_counts(conversions, user, time), n_clicks.astype(np.float32)),
+        "user_days_since_order": _days(last_order, time),
     }
 
 
@@ -101,18 +106,26 @@ def item_features(
     order_store: Ints,
     ordered_at: Ints,
     queries: Queries,
+    listed_at: Ints,
     n_stores: int,
 ) -> dict[str, Floats]:
-    """Columns of `ITEM_COUNTS` for each query's (item, store, time), float32 [n]. A conversion is the first order credited to a click."""
-    clicks, first = TimeIndex(click_item, clicked_at).count_and_first(queries.item, queries.time)
+    """Columns of `ITEM_COUNTS` for each query's (item, store, time), float32 [n].
+
+    Args:
+        listed_at: since when each query's listing is offered, int64 [n] microseconds; NEVER = unknown. At or after the query's time it is not known yet.
+        conversion_item, converted_at: first orders credited to a click.
+    """
+    clicks, first, _ = TimeIndex(click_item, clicked_at).count_first_last(queries.item, queries.time)
     n_clicks = clicks.astype(np.float32)
     n_conversions = _counts(TimeIndex(conversion_item, converted_at), queries.item, queries.time)
     n_orders, days = _counts_and_days(TimeIndex(order_item, ordered_at), queries.item, queries.time)
+    listed = np.where(listed_at < queries.time, listed_at, NEVER)
     here = np.where(queries.store >= 0, _pair(queries.item, queries.store, n_stores), -1)
     return {
         "item_clicks": n_clicks,
         "item_orders": n_orders,
         "item_cvr": smoothed_cvr(n_conversions, n_clicks),
+        "item_days_since_listed": _days(listed, queries.time),
         "item_days_since_first_click": _days(first, queries.time),
         "item_days_since_order": days,
         "store_item_clicks": _counts(
@@ -126,10 +139,12 @@ def item_features(
 
 @dataclass(frozen=True, kw_only=True)
 class ItemAttributes:
-    """Subcategory and brand of each item code, int64 [items], as codes; -1 = unknown, which matches nothing."""
+    """What the catalog says of each item code, int64 [items]: codes of subcategory and brand, -1 = unknown, which matches nothing; and `listed_at`,
+    microseconds, NEVER = unknown."""
 
     subcategory: Ints
     brand: Ints
+    listed_at: Ints
 
     @property
     def size(self) -> int:

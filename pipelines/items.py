@@ -48,6 +48,20 @@ def _gather(stored: pa.Table, key: str, wanted: pa.ChunkedArray, columns: list[s
     return {name: stored[name].take(row.combine_chunks()) for name in columns}
 
 
+AS_THEY_ARE = (
+    "item_id",
+    "category",
+    "subcategory",
+    "brand",
+    "product_key",
+    "store_id",
+    "image_uri",
+    "listed_at",
+    "price",
+)
+"""Columns of the catalog that the items have too."""
+
+
 def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, pa.Table, dict[str, int]]:
     """The `items` table of a catalog under a pinned store run: (items ordered by item_id, rejects, counts).
 
@@ -80,10 +94,7 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
         pc.multiply(pc.cast(image["width"], pa.float32()), pc.cast(image["height"], pa.float32())), 1e6
     )
     columns = {
-        **{
-            name: catalog[name]
-            for name in ("item_id", "category", "subcategory", "brand", "product_key", "store_id", "image_uri", "price")
-        },
+        **{name: catalog[name] for name in AS_THEY_ARE},
         "title": pa.array([normalise_title(text) or None for text in catalog["title"].to_pylist()], pa.string()),
         # A photo that could not be decoded has a key in the store's items but no embedding: the listing has no photo.
         "image_key": image["image_key"],

@@ -201,7 +201,7 @@ class Snapshot:
             return item_features(
                 click_item=e.click_item, click_store=e.click_store, clicked_at=e.clicked_at, conversion_item=e.click_item[happened],
                 converted_at=e.converted_at[happened], order_item=e.order_item, order_store=e.order_store, ordered_at=e.ordered_at,
-                queries=asked, n_stores=n_stores,
+                queries=asked, listed_at=log.attributes.listed_at[asked.item], n_stores=n_stores,
             )  # fmt: skip
 
         everything = np.arange(n_items)

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from schemas.contract import Column, Contract, text_column
+from schemas.contract import TIMESTAMP, Column, Contract, text_column
 
 CATALOG = Contract(
     name="catalog",
@@ -22,5 +22,11 @@ CATALOG = Contract(
         ),
         text_column("product_key", "the same product in several stores shares this key", optional=True),
         text_column("store_id", "the store that lists the item; null = all stores", optional=True),
+        Column(
+            name="listed_at",
+            type=TIMESTAMP,
+            doc="since when the listing is offered, timestamp[us], UTC; null = unknown",
+            optional=True,
+        ),
     ),
 )

@@ -18,8 +18,11 @@ def _number(name: str, doc: str) -> Column:
 
 
 AUDIENCE_COUNTS = (
-    _number("user_clicks", "clicks of the user before the session"),
-    _number("user_orders", "order lines of the user before the session"),
+    _number(
+        "user_clicks_per_day",
+        "clicks of the user before the session, over days since the user's first click or order and one more",
+    ),
+    _number("user_orders_per_day", "order lines of the user before the session, over the same days"),
     _number("user_cvr", "smoothed share of the user's earlier clicks that are known to have been ordered"),
     _number("user_days_since_order", "days since the user's last order; null = never"),
 )
@@ -27,6 +30,7 @@ ITEM_COUNTS = (
     _number("item_clicks", "clicks on the listing before the session"),
     _number("item_orders", "order lines of the listing before the session"),
     _number("item_cvr", "smoothed share of earlier clicks on the listing that are known to have been ordered"),
+    _number("item_days_since_listed", "days since the listing is offered; null = the catalog does not say"),
     _number("item_days_since_first_click", "days since the first click on the listing; null = none yet"),
     _number("item_days_since_order", "days since the listing was last ordered; null = never"),
     _number("store_item_clicks", "clicks on the listing in this store before the session"),
@@ -103,6 +107,12 @@ ITEMS = Contract(
         text_column("product_key", "the same product in several stores", nullable=True),
         text_column("store_id", "the store that lists the item; null = all stores", nullable=True),
         text_column("image_uri", "address of the photo", nullable=True),
+        Column(
+            name="listed_at",
+            type=TIMESTAMP,
+            doc="since when the listing is offered, timestamp[us], UTC; null = unknown",
+            nullable=True,
+        ),
         text_column("title_key", "row of contents/titles; null = no title", nullable=True),
         text_column("image_key", "row of contents/images; null = no photo", nullable=True),
         *ITEM_NUMBERS,

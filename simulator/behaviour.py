@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.catalog import Catalog
-from simulator.config import CityConfig
+from simulator.config import DAY_SECONDS, CityConfig
 from simulator.people import Users
 
 _MATRIX_CELLS = 2_000_000
@@ -21,7 +21,6 @@ _HOUR_SHARES = np.array(
 )
 _WEEKDAY_SHARES = np.array([0.95, 0.9, 0.9, 0.95, 1.05, 1.2, 1.15])
 _HOUR = 3_600.0
-_DAY = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ def _store_clicks(
     """(exposures, clicks) of sessions in one store; `start` in seconds since the first midnight."""
     listings = catalog.listings
     class_id = listings.class_id[on_offer]
-    hour = (start % _DAY) / _HOUR
+    hour = (start % DAY_SECONDS) / _HOUR
     a_NL = users.class_taste[user] @ catalog.vectors[class_id].T / np.sqrt(config.class_dims)
     o_NL = _context(catalog, users, config, peak_hours, user, km, hour, store, on_offer)
 
@@ -235,17 +234,17 @@ def order_lines(clicks: Clicks, users: Users, config: CityConfig, rng: np.random
             next_basket + np.arange(returned.sum()),
             user[returned],
             listing[returned],
-            ordered[returned] + _DAY * rng.uniform(0.5, 3.0, size=returned.sum()),
+            ordered[returned] + DAY_SECONDS * rng.uniform(0.5, 3.0, size=returned.sum()),
             -quantity[returned],
         )
     )
     next_basket += int(returned.sum())
 
-    end = config.days * _DAY
+    end = config.days * DAY_SECONDS
     while len(user):
         again = users.regular[user] & (rng.random(len(user)) < config.rebuy_probability)
         user, listing = user[again], listing[again]
-        ordered = ordered[again] + _DAY * (1.0 + rng.exponential(config.rebuy_days - 1.0, size=len(user)))
+        ordered = ordered[again] + DAY_SECONDS * (1.0 + rng.exponential(config.rebuy_days - 1.0, size=len(user)))
         inside = ordered < end
         user, listing, ordered = user[inside], listing[inside], ordered[inside]
         number = next_basket + np.arange(len(user))
@@ -274,7 +273,7 @@ def simulate_day(catalog: Catalog, users: Users, config: CityConfig, day: int, s
     slot = rng.choice(len(visits), size=sessions, p=visits / visits.sum())
     store, km = users.stores[user, slot], users.store_km[user, slot]
     hour = rng.choice(24, size=sessions, p=_HOUR_SHARES / _HOUR_SHARES.sum())
-    start = np.sort(hour * _HOUR + rng.uniform(0, _HOUR, size=sessions)) + day * _DAY
+    start = np.sort(hour * _HOUR + rng.uniform(0, _HOUR, size=sessions)) + day * DAY_SECONDS
     available = catalog.listings.first_day <= day
 
     exposures, parts = 0, []

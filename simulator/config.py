@@ -16,10 +16,12 @@ VISUAL_FACTORS = ("freshness", "pieces", "fill", "label")
 TEXT_FACTORS = ("organic", "imported", "seedless", "heavy_pack", "brand_name", "promotion")
 """What only the title tells."""
 
+DAY_SECONDS = 86_400.0
+
 MAX_PHOTOS = 4000
 """Largest photo bank: every distinct picture is encoded once, however many listings use it."""
 
-GENERATOR_VERSION = 3
+GENERATOR_VERSION = 4
 """Raised when the same configuration would give other files."""
 
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 from schemas.contract import TIMESTAMP
 from simulator.behaviour import Clicks, Orders
 from simulator.catalog import Catalog
-from simulator.config import TEXT_FACTORS, VISUAL_FACTORS, CityConfig
+from simulator.config import DAY_SECONDS, TEXT_FACTORS, VISUAL_FACTORS, CityConfig
 from simulator.people import Users
 
 
@@ -57,6 +57,7 @@ def catalog_table(catalog: Catalog, config: CityConfig) -> pa.Table:
             "image_uri": pa.array([catalog.bank.uri(photo) for photo in listings.photo], pa.string()),
             "product_key": _ids("p", key[listings.product], 6),
             "store_id": store_ids(listings.store),
+            "listed_at": utc_times(listings.first_day * DAY_SECONDS, config),
         }
     )
 

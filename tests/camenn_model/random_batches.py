@@ -17,7 +17,7 @@ FIELDS = (
     FieldSpec(name="user_hash", group="audience", kind="categorical", size=30),
     FieldSpec(name="store", group="audience", kind="categorical", size=4),
     FieldSpec(name="hour", group="audience", kind="categorical", size=25),
-    FieldSpec(name="user_clicks", group="audience_counts", kind="numeric", size=6),
+    FieldSpec(name="user_clicks_per_day", group="audience_counts", kind="numeric", size=6),
     FieldSpec(name="item_clicks", group="item_counts", kind="numeric", size=6),
     FieldSpec(name="item_cvr", group="item_counts", kind="numeric", size=6),
     FieldSpec(name="times_bought", group="pair_counts", kind="numeric", size=6),

@@ -1,10 +1,14 @@
-"""Buckets of numeric columns."""
+"""Buckets of numeric columns, and codes of ids."""
 
 import numpy as np
+import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camenn_model.feature_space import MISSING, QUANTILE_BUCKETS, Numeric
+from camenn_model.feature_space import MIN_ID_CLICKS, MISSING, QUANTILE_BUCKETS, RARE, FeatureSpace, Numeric
+from camenn_model.likeness import Likeness
+from schemas.contract import TIMESTAMP
+from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
 
 
 @settings(deadline=None)
@@ -41,3 +45,36 @@ def test_missing_values_have_their_own_bucket() -> None:
     values, buckets = number.encode(np.array([np.nan, 1.5], dtype=np.float32))
     assert buckets[0] == MISSING and values[0] == 0 and buckets[1] > MISSING
     assert Numeric.fit(np.array([np.nan], dtype=np.float32)).size == 2
+
+
+def test_a_listing_offered_since_training_is_not_taken_for_one_that_nobody_wants() -> None:
+    seen = ["often"] * MIN_ID_CLICKS + ["rare"] * (MIN_ID_CLICKS - 1)
+    day = 86_400_000_000
+    text = {name: pa.array(["x"] * 5, pa.string()) for name in ("category", "subcategory", "brand")}
+    numbers = {c.name: pa.array([1.0] * 5, pa.float32()) for c in (*ITEM_NUMBERS, *ITEM_QUALITY)}
+    items = pa.table(
+        {
+            "item_id": pa.array(["often", "rare", "unknown", "new", "at the end"], pa.string()),
+            **text,
+            "listed_at": pa.array([None, 0, None, 10 * day + 1, 10 * day], TIMESTAMP),
+            **numbers,
+        }
+    )
+    counts = {
+        c.name: pa.array(np.ones(len(seen)), pa.float32()) for c in (*AUDIENCE_COUNTS, *ITEM_COUNTS, *PAIR_COUNTS)
+    }
+    examples = pa.table(
+        {
+            "item_id": pa.array(seen, pa.string()),
+            "user_id": pa.array(["u"] * len(seen), pa.string()),
+            "store_id": pa.array(["s"] * len(seen), pa.string()),
+            "session_start": pa.array(np.linspace(0, 10, len(seen)).astype(int) * day, TIMESTAMP),
+            **counts,
+        }
+    )
+    users = pa.table({"user_id": pa.array([], pa.string())})
+    some = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    space = FeatureSpace.fit(items, users, examples, Likeness.fit(some, some), np.ones(5, dtype=np.float32))
+    cats, _, _ = space.encode_items(items, np.ones(5, dtype=np.float32))
+    often, *others = cats[:, 3].tolist()
+    assert often > RARE and others == [RARE, RARE, MISSING, RARE]

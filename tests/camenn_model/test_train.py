@@ -124,6 +124,10 @@ def test_train_writes_a_package_that_opens(shards: str, tmp_path: Path) -> None:
     save_tensors(tmp_path / "model.safetensors", tensors, header)
     with pytest.raises(InputError, match="another version of camenn trained.*affinity.deep.weight.*camenn train"):
         package.model()
+    features = tmp_path / "features.json"
+    features.write_text(json.dumps({**json.loads(features.read_text()), "version": 1}))
+    with pytest.raises(InputError, match=r"features\.json: another version of camenn.*camenn train"):
+        read_package(tmp_path)
 
 
 def in_file_order(corpus: Corpus) -> Any:

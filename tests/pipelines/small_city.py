@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from camenn_model.encoder_spec import normalise_title
 from pipelines.attribution import HOUR_US
-from pipelines.examples import build_item_features, build_user_examples, finish_examples, item_attributes
+from pipelines.examples import ATTRIBUTES, build_item_features, build_user_examples, finish_examples, item_attributes
 from pipelines.manifest import Manifest, add_files, publish
 from pipelines.store import IMAGES, TITLES, commit_part, generation
 from pipelines.tables import FileRecord, write_table
@@ -22,6 +22,7 @@ from schemas.catalog import CATALOG
 from schemas.contract import Contract
 from schemas.embeddings import EMBEDDED_ITEMS, image_embeddings, title_embeddings
 from schemas.events import CLICKS, ORDERS
+from schemas.training import ITEMS as ITEMS_TABLE
 from tests.pipelines.shard_reference import Row, Settings
 
 START = 1_700_000_000_000_000
@@ -32,11 +33,11 @@ USERS = ("u0", "u1", "ünï 2")
 STORES = ("s0", "s1", "s2")
 ITEMS = ("i0", "i1", "i10", "i2", "i9")
 CATALOG_ROWS: list[Row] = [
-    {"item_id": "i0", "subcategory": "apples", "brand": "b0"},
-    {"item_id": "i1", "subcategory": "apples", "brand": "b1"},
-    {"item_id": "i10", "subcategory": "milk", "brand": None},
-    {"item_id": "i2", "subcategory": None, "brand": "b1"},
-    {"item_id": "i9", "subcategory": None, "brand": None},
+    {"item_id": "i0", "subcategory": "apples", "brand": "b0", "listed_at": START - 40 * STEP},
+    {"item_id": "i1", "subcategory": "apples", "brand": "b1", "listed_at": None},
+    {"item_id": "i10", "subcategory": "milk", "brand": None, "listed_at": START + 8 * STEP},
+    {"item_id": "i2", "subcategory": None, "brand": "b1", "listed_at": START + 20 * STEP + 1},
+    {"item_id": "i9", "subcategory": None, "brand": None, "listed_at": None},
 ]
 
 _moments = st.builds(
@@ -147,13 +148,18 @@ def event_table(rows: list[Row], contract: Contract) -> pa.Table:
     return pa.table(arrays)
 
 
+def items_table(rows: Iterable[Row]) -> pa.Table:
+    """What features are made of, of catalog rows."""
+    return pa.Table.from_pylist(
+        list(rows), schema=pa.schema([ITEMS_TABLE.schema.field(name) for name in ("item_id", *ATTRIBUTES)])
+    )
+
+
 def build_examples(
     clicks: list[Row], orders: list[Row], catalog: list[Row], settings: Settings
 ) -> tuple[dict[Any, Row], dict[str, Counter[str]]]:
     """The code under test without Beam: (examples by (user, session, item), books by table), in the reference's shape."""
-    items = pa.table(
-        {name: pa.array([row[name] for row in catalog], pa.string()) for name in ("item_id", "subcategory", "brand")}
-    )
+    items = items_table(catalog)
     item_ids = items["item_id"].combine_chunks()
     result = build_user_examples(
         event_table(clicks, CLICKS),
@@ -210,6 +216,7 @@ def catalog_table(rows: Iterable[Row] = CATALOG_ROWS) -> pa.Table:
             "brand": row["brand"],
             "price": 1.25 * number,
             "image_uri": None if row["item_id"] == "i9" else f"{row['item_id']}.jpg",
+            "listed_at": row["listed_at"],
         }
         for number, row in enumerate(rows)
     ]

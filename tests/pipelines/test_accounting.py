@@ -192,7 +192,7 @@ def test_shards_again_changes_nothing_and_rerun_gives_the_same(city: City) -> No
 
 def test_new_listings_are_added_to_the_contents(tmp_path: Path) -> None:
     clicks, orders = random_city(4, 60, 40)
-    rows = [*CATALOG_ROWS, {"item_id": "j1", "subcategory": "milk", "brand": "b0"}]
+    rows = [*CATALOG_ROWS, {"item_id": "j1", "subcategory": "milk", "brand": "b0", "listed_at": None}]
     store = write_store(tmp_path / "store", catalog_table(rows))
     for catalog, copied, kept in ((catalog_table(), 8, 0), (catalog_table(rows), 2, 8)):
         data = write_data(tmp_path / "data", clicks, orders, catalog=catalog)

@@ -210,7 +210,9 @@ BAD: dict[str, tuple[Callable[[Data], Any], list[str], list[str]]] = {
     ),
     "never embedded": (
         lambda data: data.tables.update(
-            catalog=catalog_table([*CATALOG_ROWS, {"item_id": "new", "subcategory": None, "brand": None}])
+            catalog=catalog_table(
+                [*CATALOG_ROWS, {"item_id": "new", "subcategory": None, "brand": None, "listed_at": None}]
+            )
         ),
         [],
         ["catalog.parquet: 1 of 6 listings are not in the embedding store (item_id 'new'", "Run `camenn embed`"],
@@ -441,7 +443,7 @@ def test_odd_events_are_counted_where_they_belong() -> None:
     assert +books["clicks"] == {"duplicates": 1, "unknown_item": 1, "rejected": 1, "out": 2}
     assert +books["orders"] == {"duplicates": 1, "returns": 2, "unknown_item": 1, "out": 1}
     row = examples["u0", "a", "i0"]
-    assert (row["label"], row["user_orders"], row["item_orders"], row["history_kind"]) == (0, 1.0, 1.0, [2])
+    assert (row["label"], row["user_orders_per_day"], row["item_orders"], row["history_kind"]) == (0, 0.5, 1.0, [2])
     assert set(examples) == {("u0", "a", "i0"), ("u0", "a", "i1")}
 
 

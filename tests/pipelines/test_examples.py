@@ -152,9 +152,8 @@ def test_features_read_what_lies_just_before_the_session_start() -> None:
     now = START + 10 * DAY
     clicks = [a_click(0, now)]
     before, _ = build_examples(clicks, [], CATALOG_ROWS, LATER)
-    after, _ = build_examples(
-        [*clicks, a_click(1, now - 1, session_id="b")], [an_order(0, now - 1)], CATALOG_ROWS, LATER
-    )
+    catalog = [{**row, "listed_at": now - 1} for row in CATALOG_ROWS]
+    after, _ = build_examples([*clicks, a_click(1, now - 1, session_id="b")], [an_order(0, now - 1)], catalog, LATER)
     key = ("u0", "a", "i0")
     changed = {name for name in FEATURES if before[key][name] != after[key][name]}
     assert changed == set(FEATURES) - {"session_start", "hour", "weekday"}
@@ -271,7 +270,7 @@ def test_split_times_keep_the_parts_in_order_and_a_window_apart(hours: list[int]
     ),
     st.sampled_from((1, 2**59)),
 )
-def test_time_index_counts_and_finds_the_last(
+def test_time_index_counts_and_finds_the_first_and_the_last(
     events: list[tuple[int, int]], queries: list[tuple[int, int]], unit: int
 ) -> None:
     """Keys of pairs grow as users × listings: 2**55 stands for a large city; times that are far apart do not fit beside a key."""
@@ -282,7 +281,10 @@ def test_time_index_counts_and_finds_the_last(
     before = [[t for k, t in events if k == q and t < moment] for q, moment in queries]
     assert index.count(asked, at).tolist() == [len(times) for times in before]
     never = np.iinfo(np.int64).max
-    assert index.last(asked, at).tolist() == [max(times, default=never) for times in before]
+    count, first, last = index.count_first_last(asked, at)
+    assert count.tolist() == [len(times) for times in before]
+    assert first.tolist() == [min(times, default=never) for times in before]
+    assert last.tolist() == [max(times, default=never) for times in before]
     start, end = index.bounds(asked, at, inclusive=True)
     assert (end - start).tolist() == [sum(k == q and t <= moment for k, t in events) for q, moment in queries]
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from pipelines.examples import item_attributes
@@ -16,11 +15,9 @@ from schemas.events import CLICKS, ORDERS
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, PAIR_COUNTS
 from tests.pipelines import shard_reference
 from tests.pipelines.shard_reference import DAY, HOUR, Row, Settings
-from tests.pipelines.small_city import CATALOG_ROWS, ITEMS, START, build_examples, random_city, write_data
+from tests.pipelines.small_city import CATALOG_ROWS, ITEMS, START, build_examples, items_table, random_city, write_data
 
-CITY_ITEMS = pa.table(
-    {name: pa.array([row[name] for row in CATALOG_ROWS], pa.string()) for name in ("item_id", "subcategory", "brand")}
-)
+CITY_ITEMS = items_table(CATALOG_ROWS)
 HISTORY = 5
 
 
@@ -87,7 +84,7 @@ def test_snapshot_gives_a_past_click_its_training_features(tmp_path: Path, seed:
 
 def test_snapshot_of_empty_logs_and_of_strangers(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", [], [])
-    row = as_scored(data, tmp_path / "snapshot", START, [("nobody", "i0", "nowhere")])[0]
+    row = as_scored(data, tmp_path / "snapshot", START, [("nobody", "i1", "nowhere")])[0]
     assert row["user_cvr"] == row["item_cvr"] == np.float32(0.15).item()
     assert {value for name, value in row.items() if "days_since" in name} == {None}
     assert {value for name, value in row.items() if name.endswith(("clicks", "orders"))} == {0.0}
@@ -109,7 +106,7 @@ def test_item_features_know_nothing_of_an_unknown_store() -> None:
         }
         kind, time = ("click", "clicked_at") if clicked else ("order", "ordered_at")
         events |= {f"{kind}_item": np.array([0]), f"{kind}_store": np.array([2]), time: np.array([5])}
-        features = item_features(**events, queries=queries, n_stores=3)
+        features = item_features(**events, queries=queries, listed_at=np.array([50]), n_stores=3)
         assert features["store_item_clicks"].tolist() == features["store_item_orders"].tolist() == [0.0]
 
 
