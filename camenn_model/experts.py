@@ -23,6 +23,7 @@ class GateOutput:
     """What a gate decided for B pairs."""
 
     logits: Tensor  # [B, E] float32, with noise in training
+    quiet: Tensor  # [B, E] float32, without it: what scoring goes by
     chosen: Tensor  # [B, K] int64, best first
     weights: Tensor  # [B, K] float32, sum 1
 
@@ -65,7 +66,7 @@ class Gate(nn.Module):
             self.part(side, feature).index_select(0, index)
             for side, (feature, index) in enumerate(zip(features, indexes, strict=True))
         ]
-        logits = sum(parts[1:], start=parts[0])
+        logits = quiet = sum(parts[1:], start=parts[0])
         if self.training:
             with torch.autocast(logits.device.type, enabled=False):
                 spread = [
@@ -73,7 +74,7 @@ class Gate(nn.Module):
                     for layer, feature, index in zip(self.noise, features, indexes, strict=True)
                 ]
                 logits = logits + torch.randn_like(logits) * F.softplus(sum(spread[1:], start=spread[0]))
-        return GateOutput(logits, *choose(logits, self.keep))
+        return GateOutput(logits, quiet, *choose(logits, self.keep))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camenn_model.config import LossConfig
-from camenn_model.experts import GateOutput
+from camenn_model.experts import GateOutput, choose
 from camenn_model.layers import MASKED
 from camenn_model.model import AlignOutput, CvrOutput
 
@@ -31,10 +31,14 @@ class Losses(NamedTuple):
 
 
 def balance_loss(gate: GateOutput) -> Tensor:
-    """E · Σ f_i · P_i: f_i the share of assignments, P_i the mean probability of expert i; 1 when all are used alike."""
-    experts = gate.logits.shape[-1]
-    share = F.one_hot(gate.chosen, experts).sum((0, 1)).float() / gate.chosen.numel()
-    return experts * (share * gate.logits.softmax(dim=-1).mean(0)).sum()
+    """E · Σ f_i · P_i (Fedus et al. 2021): f_i the share of assignments, P_i the mean probability of expert i; 1 when all are used alike.
+
+    Of the choice without noise: with it, gates that lean a little to some experts look balanced, and send nothing to the others when there is none.
+    """
+    experts = gate.quiet.shape[-1]
+    chosen, _ = choose(gate.quiet, gate.chosen.shape[1])
+    share = F.one_hot(chosen, experts).sum((0, 1)).float() / chosen.numel()
+    return experts * (share * gate.quiet.softmax(dim=-1).mean(0)).sum()
 
 
 def z_loss(gate: GateOutput) -> Tensor:

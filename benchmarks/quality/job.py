@@ -19,7 +19,7 @@ from benchmarks.quality.judge import judge
 from benchmarks.quality.variants import VARIANTS, make_trainer
 from benchmarks.quality.worlds import World, read_keys, read_truth
 from camenn_model.calibration import fit_platt
-from camenn_model.dataset import AlignmentSampler, collate
+from camenn_model.dataset import AlignmentSampler, collate, concat_rows
 from camenn_model.evaluation import Predictions, predict
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig
@@ -104,7 +104,7 @@ def held_out(world: World, corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[n
 def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, list[float]]:
     """Mean weight of each expert in the gate of each task, on some test examples and some alignment pairs."""
     experts = model.config.experts
-    rows = corpus.reader.read(corpus.files("test")[0][0])
+    rows = concat_rows([corpus.reader.read(path) for path, _ in corpus.files("test")])
     chosen = np.random.default_rng([seed, 23]).permutation(len(rows))[:GATE_SAMPLE]
     gates = {"cvr": model(collate(rows.take(np.sort(chosen)), corpus.table)).gate}
     sampler = AlignmentSampler(corpus.table)

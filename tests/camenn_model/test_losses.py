@@ -12,8 +12,11 @@ from camenn_model.model import CameNN
 from tests.camenn_model.random_batches import random_alignment, random_batch, tiny_config
 
 
-def gate_output(logits: list[list[float]], chosen: list[list[int]]) -> GateOutput:
-    return GateOutput(torch.tensor(logits), torch.tensor(chosen), torch.ones(len(chosen), len(chosen[0])))
+def gate_output(
+    quiet: list[list[float]], chosen: list[list[int]], noisy: list[list[float]] | None = None
+) -> GateOutput:
+    logits = torch.tensor(noisy or quiet)
+    return GateOutput(logits, torch.tensor(quiet), torch.tensor(chosen), torch.ones(len(chosen), len(chosen[0])))
 
 
 def test_balance_loss_is_one_when_even_and_grows_when_not() -> None:
@@ -22,6 +25,10 @@ def test_balance_loss_is_one_when_even_and_grows_when_not() -> None:
     skewed = gate_output([[5.0, 0.0], [5.0, 0.0]], [[0], [0]])
     p = 1 / (1 + math.exp(-5))
     assert float(balance_loss(skewed)) == pytest.approx(2 * p)
+    # Noise spreads the pairs of training; scoring has none.
+    assert float(balance_loss(gate_output([[5.0, 0.0], [5.0, 0.0]], [[0], [1]], [[5.0, 0.0], [5.0, 9.0]]))) == (
+        pytest.approx(2 * p)
+    )
 
 
 def test_z_loss_is_the_mean_square_of_logsumexp() -> None:
