@@ -246,12 +246,13 @@ def build(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
     ):
         sessions = before(sessions, events, when, by, count, days)
     seen = pl.concat([clicks.select("user_id", at="clicked_at"), orders.select("user_id", at="ordered_at")])
-    known = pl.min_horizontal("_seen", "session_start")
-    days = 1 + (pl.col("session_start") - known).dt.total_microseconds() / DAY_US
+    since = pl.min_horizontal("_seen", "session_start")
+    known_days = 1 + (pl.col("session_start") - since).dt.total_microseconds() / DAY_US
     sessions = sessions.join(
         seen.group_by("user_id").agg(_seen=pl.col("at").min()), on="user_id", how="left", maintain_order="left"
     ).with_columns(
-        (pl.col(f"_user_{what}") / days).cast(pl.Float32).alias(f"user_{what}_per_day") for what in ("clicks", "orders")
+        (pl.col(f"_user_{what}") / known_days).cast(pl.Float32).alias(f"user_{what}_per_day")
+        for what in ("clicks", "orders")
     )
     sessions = add_histories(sessions, clicks, orders)
     for events, when, by, count, days in (

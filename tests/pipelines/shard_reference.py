@@ -171,8 +171,6 @@ def describe(
         return 0 if wanted is None else sum(catalog[e["item_id"]][column] == wanted for e in events)
 
     listed = catalog[item]["listed_at"]
-    of_listing = days_since([listed] if listed is not None and listed < start else [], start)
-    since_click = days_since([min(c["clicked_at"] for c in its_clicks)] if its_clicks else [], start)
     first_seen = min([c["clicked_at"] for c in my_clicks] + [o["ordered_at"] for o in my_orders], default=start)
     days_known = 1 + (start - first_seen) / DAY
     # A conversion counts when it becomes known, whenever its click was.
@@ -184,8 +182,10 @@ def describe(
         "item_clicks": len(its_clicks),
         "item_orders": len(its_orders),
         "item_cvr": smoothed(sum(c["known"] for c in its_clicks), len(its_clicks)),
-        "item_days_since_listed": of_listing,
-        "item_days_since_first_click": since_click,
+        "item_days_since_listed": days_since([listed] if listed is not None and listed < start else [], start),
+        "item_days_since_first_click": days_since(
+            [min(c["clicked_at"] for c in its_clicks)] if its_clicks else [], start
+        ),
         "item_days_since_order": days_since([o["ordered_at"] for o in its_orders], start),
         "store_item_clicks": sum(c["store_id"] == store for c in its_clicks),
         "store_item_orders": sum(o["store_id"] == store for o in its_orders),
