@@ -3,6 +3,7 @@
 Shapes: N items of the table, I items of a batch, T text tokens, P patches, G history items.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -29,7 +30,7 @@ class ItemTable:
     Args:
         items: table under the contract `ITEMS`.
         images, titles: mapped embeddings; their keys are the items' image_key and title_key.
-        keep: keep the mean features of all photos and titles in memory. Scoring asks for few of them.
+        keep: keep the mean features of all photos and titles in memory, and the columns after they are encoded. Scoring asks for few of them.
     """
 
     cats: Ints
@@ -39,7 +40,7 @@ class ItemTable:
     subcategory: Ints
 
     def __init__(self, items: pa.Table, images: Contents, titles: Contents, keep: bool = True) -> None:
-        self.items = items
+        self.items, self.keep = items, keep
         self.ids: pa.Array = items["item_id"].combine_chunks()
         self.images, self.titles = images, titles
         self.image_row = images.rows_of(items["image_key"])
@@ -59,6 +60,16 @@ class ItemTable:
         self.held_out = (self.product >> np.uint64(7)) % np.uint64(1000) < np.uint64(1000 * HELD_OUT_SHARE)
         self.fold = ((self.product >> np.uint64(23)) % np.uint64(2)).astype(np.int64)
 
+    @classmethod
+    def of_files(cls, items: pa.Table, images: Sequence[str], titles: Sequence[str]) -> "ItemTable":
+        """For scoring, which reads each content once or twice: of contents files, of which nothing stays in memory."""
+        return cls(
+            items,
+            Contents(list(images), "image_key", keep=False),
+            Contents(list(titles), "title_key", keep=False),
+            keep=False,
+        )
+
     def encode(self, space: FeatureSpace, prices: NDArray[np.float32] | None = None) -> "ItemTable":
         """Encode the columns; returns itself. `prices`: `alike_prices` of the space's likeness, where they are known already."""
         prices = self.alike_prices(space.likeness) if prices is None else prices
@@ -66,6 +77,8 @@ class ItemTable:
         names = [field.name for field in space.fields if field.group == "item"]
         self.history_cats = self.cats[:, [names.index(ITEM_HASH), names.index(SUBCATEGORY)]]
         self.subcategory = self.cats[:, names.index(SUBCATEGORY)]
+        if not self.keep:
+            del self.items
         return self
 
     def fit_likeness(self) -> Likeness:
@@ -82,11 +95,6 @@ class ItemTable:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def release(self) -> None:
-        """Give back the memory of the embeddings that were read so far."""
-        self.images.release()
-        self.titles.release()
 
     def batch(self, rows: Ints, *, content_only: bool = False) -> ItemBatch:
         """ItemBatch of table rows, int64 [I]. With `content_only`, fields are left empty (the alignment tasks never look at them)."""

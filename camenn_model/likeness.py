@@ -30,7 +30,8 @@ POWER = 2
 NEIGHBOURS = 10
 MOST_REFERENCES = 2_048
 """Listings of a subcategory that its listings are compared with: those of the smallest hashes, so that a new listing changes few prices' neighbours."""
-BLOCK = 1_024
+BLOCK = 256
+"""Listings that are looked at at a time: what a block needs is beside what a catalog needs anyway"""
 DIGITS = 9
 """Similarities are float64, rounded so far: how many threads added them up must not tell who is near."""
 
@@ -63,21 +64,21 @@ class Likeness:
             images, titles: mean features of the distinct contents, of any number.
             image_row, title_row: each listing's, [N]; -1 = none.
         """
-        sides = []
-        for features, row, mean, directions in (
-            (images, image_row, self.image_mean, self.image),
-            (titles, title_row, self.text_mean, self.text),
+        size = self.image.shape[1]
+        found = np.zeros((len(image_row), 2 * size), dtype=np.float32)
+        for side, (features, row, mean, directions) in enumerate(
+            ((images, image_row, self.image_mean, self.image), (titles, title_row, self.text_mean, self.text))
         ):
             # float64, a block at a time: how many threads add up must not tell, and a catalog's features are large.
-            units = np.zeros((len(features) + 1, directions.shape[1]), dtype=np.float32)
+            units = np.zeros((len(features) + 1, size), dtype=np.float32)
             for start in range(0, len(features), BLOCK):
                 block = features[start : start + BLOCK].astype(np.float64)
                 along = (block - mean) @ directions.astype(np.float64)
                 units[start : start + len(block)] = along / np.maximum(
                     np.linalg.norm(along, axis=1, keepdims=True), 1e-12
                 )
-            sides.append(units[row])
-        return np.concatenate(sides, axis=1)
+            found[:, side * size : (side + 1) * size] = units[row]
+        return found
 
     def write(self, directory: Path) -> None:
         """One safetensors file in a package."""

@@ -26,11 +26,14 @@ class Contents:
         paths: Arrow IPC files of (key, embedding).
         key: name of the key column.
         shape: (tokens, width) where there are no files that tell it.
+        keep: whether what was read stays in memory, for the next time; otherwise it is given back as soon as it is copied.
     """
 
-    def __init__(self, paths: list[str], key: str, shape: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, paths: list[str], key: str, shape: tuple[int, int] = (0, 0), *, keep: bool = True) -> None:
+        self.keep = keep
         self.views: list[NDArray[np.float16]] = []
         self.maps: list[mmap.mmap] = []
+        self.map_of: list[mmap.mmap] = []
         keys: list[pa.Array] = []
         starts = [0]
         self.shape = shape
@@ -46,6 +49,7 @@ class Contents:
                 size = self.shape[0] * self.shape[1]
                 first = column.offset * size
                 self.views.append(data[first : first + len(column) * size].reshape(len(column), *self.shape))
+                self.map_of.append(self.maps[-1])
                 keys.append(batch.column(batch.schema.get_field_index(key)))
                 starts.append(starts[-1] + len(column))
         self.starts = np.asarray(starts, dtype=np.int64)
@@ -71,6 +75,8 @@ class Contents:
         for number in np.unique(place[rows >= 0]):
             mine = np.flatnonzero((place == number) & (rows >= 0))
             out[mine] = self.views[number][rows[mine] - self.starts[number]]
+            if not self.keep:
+                self.map_of[number].madvise(mmap.MADV_DONTNEED)
         return out
 
     def release(self) -> None:

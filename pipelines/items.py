@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import apache_beam as beam
@@ -22,6 +22,8 @@ from schemas.embeddings import embedding_shape
 from schemas.training import ITEMS
 
 ROWS_PER_CONTENT_FILE = 4_096
+COPIED_AT_A_TIME = 1_024
+"""Embeddings in memory: 50 MB of `small` photos"""
 
 
 def read_stored(manifest: Manifest, table: str, columns: list[str]) -> pa.Table:
@@ -159,6 +161,16 @@ def plan_contents(
     return jobs
 
 
+def _read_batches(paths: Sequence[str], columns: list[str]) -> Iterator[pa.Table]:
+    """Some columns of Parquet files, `COPIED_AT_A_TIME` rows at a time."""
+    for path in paths:
+        with files.open_read(path) as source:
+            for batch in pq.ParquetFile(source, pre_buffer=False).iter_batches(
+                COPIED_AT_A_TIME, columns=columns, use_threads=False
+            ):
+                yield pa.Table.from_batches([batch])
+
+
 def copy_contents(job: ContentJob, directory: str) -> FileRecord:
     """Copy a job's rows into one Arrow IPC file, uncompressed, so that a reader can map it and gather rows without decoding.
 
@@ -172,9 +184,7 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
     with files.atomic_write(path) as handle:
         writer = None
         done: set[str] = set()
-        for part in job.parts:
-            with files.open_read(part) as source:
-                table = pq.read_table(source, columns=[key, "embedding"])
+        for table in _read_batches(job.parts, [key, "embedding"]):
             table = table.filter(pc.is_in(table[key], wanted))
             fresh = [value not in done for value in table[key].to_pylist()]
             table = table.filter(pa.array(fresh, pa.bool_()))

@@ -36,6 +36,7 @@ from pipelines.manifest import (
     read_rejects,
     write_manifest,
 )
+from pipelines.memory import give_back
 from pipelines.options import (
     add_common_flags,
     is_local_run,
@@ -135,8 +136,10 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
             kind: tuple(r.path for r in (*contents, *kept) if r.table == f"contents_{kind}")
             for kind in ("images", "titles")
         }
+        give_back()
         # Once, not in every worker: it needs the whole catalog.
         write_table(directory, "alike_prices", pa.table({"price_alike": find_prices(package, items, paths)}))
+        give_back()
         n_pairs = pairs.count
         local = is_local_run(beam_flags)
         if n_pairs > PAIRS_FOR_ALL_CORES:
@@ -256,10 +259,8 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
 def find_prices(package: "Package", items: pa.Table, paths: dict[str, tuple[str, ...]]) -> NDArray[np.float32]:
     """What each listing costs against those that look and read most like it, float32 [N]; NaN = unknown."""
     from camenn_model.item_table import ItemTable
-    from camenn_model.shards import Contents
 
-    images, titles = Contents(list(paths["images"]), "image_key"), Contents(list(paths["titles"]), "title_key")
-    return ItemTable(items, images, titles, keep=False).alike_prices(package.space.likeness)
+    return ItemTable.of_files(items, paths["images"], paths["titles"]).alike_prices(package.space.likeness)
 
 
 def judge_model(options: ScoreOptions, package: "Package") -> "Calibration | None":

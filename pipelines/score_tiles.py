@@ -2,32 +2,36 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from apache_beam.utils.shared import Shared
 from numpy.typing import NDArray
 
 from camenn_model.feature_space import NUMERIC_GROUPS
 from pipelines import files
 from pipelines.console import ProgressFile
-from pipelines.examples import item_attributes
+from pipelines.examples import ItemAttributes, item_attributes
 from pipelines.features import Ints
+from pipelines.memory import give_back
 from pipelines.snapshot import Snapshot
 from schemas.scores import LISTING_QUALITY, SCORES
+from schemas.training import ITEMS
 
 if TYPE_CHECKING:
     from camenn_model.checkpoint import Package
+    from camenn_model.item_table import ItemTable
     from camenn_model.scorer import Scorer
     from camenn_model.shortlist import Shortlist
 
 TIMED = 256
 """Listings and audience rows of the tile that `--plan` times."""
-MOST_CACHED_ROWS = 4_096
-"""Audience rows whose states a worker keeps (0.15 MB each in `small`)."""
+UNREAD = ("title", "image_uri")
+"""Columns of the items that no worker looks at"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class WorkerInput:
     top_k: int
     precision: str
     progress: str | None
+    shared: Shared = field(default_factory=Shared)
+    """Holds what a process has read for all DoFns that this goes to"""
 
 
 def make_scorer(package: "Package", precision: str, top_k: int) -> "Scorer | Shortlist":
@@ -65,42 +71,50 @@ def make_scorer(package: "Package", precision: str, top_k: int) -> "Scorer | Sho
     return Shortlist(package.model(), top_k) if precision == "bf16" else Scorer(package.model())
 
 
-def _read_part(directory: str, name: str) -> pa.Table:
-    """A table that the submitter wrote with `write_table`."""
+def _read_part(directory: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A table that the submitter wrote with `write_table`, or some of its columns."""
     with files.open_read(files.join(directory, name, "part-0.parquet")) as handle:
-        return pq.read_table(handle)
+        return pq.read_table(handle, columns=columns)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What all DoFns of a process read."""
+
+    package: "Package"
+    table: "ItemTable"
+    attributes: ItemAttributes
+
+
+def _load(given: WorkerInput) -> _Loaded:
+    from pathlib import Path
+
+    from camenn_model.checkpoint import read_package
+    from camenn_model.item_table import ItemTable
+
+    package = read_package(Path(given.model))
+    items = _read_part(given.directory, "items", [name for name in ITEMS.names if name not in UNREAD])
+    prices = _read_part(given.directory, "alike_prices")["price_alike"].to_numpy()
+    table = ItemTable.of_files(items, given.images, given.titles).encode(package.space, prices)
+    return _Loaded(package, table, item_attributes(items))
 
 
 class _ModelDoFn(beam.DoFn):
-    """Loads the package, the item table and the audience once per worker."""
+    """Loads the package and the item table once per process, whatever the number of DoFns."""
 
     def __init__(self, given: WorkerInput) -> None:
         self.given = given
 
     def setup(self) -> None:
-        from pathlib import Path
-
         import torch
-
-        from camenn_model.checkpoint import read_package
-        from camenn_model.item_table import ItemTable
-        from camenn_model.shards import Contents
 
         # With more, sums are added in another order, and where two experts' gate logits are all but equal another one is chosen: measured on an
         # undertrained model, 5 of 720 pairs moved by up to 4e-6. Processes use the cores as well as threads do.
         torch.set_num_threads(1)
-        self.package = read_package(Path(self.given.model))
-        self.items = self._read("items")
-        self.table = ItemTable(
-            self.items,
-            Contents(list(self.given.images), "image_key"),
-            Contents(list(self.given.titles), "title_key"),
-            keep=False,
-        ).encode(self.package.space, self._read("alike_prices")["price_alike"].to_numpy())
+        self.loaded = self.given.shared.acquire(lambda: _load(self.given), self.given.directory)
+        self.package, self.table = self.loaded.package, self.loaded.table
         self.progress = ProgressFile(self.given.progress)
-
-    def _read(self, name: str) -> pa.Table:
-        return _read_part(self.given.directory, name)
+        give_back()
 
 
 class ScoreTile(_ModelDoFn):
@@ -109,16 +123,16 @@ class ScoreTile(_ModelDoFn):
     def setup(self) -> None:
         super().setup()
         self.scorer: Any = make_scorer(self.package, self.given.precision, self.given.top_k)
-        self.attributes = item_attributes(self.items)
+        self.attributes = self.loaded.attributes
         self.snapshot = Snapshot.read(files.join(self.given.directory, "snapshot"))
-        self.audience = AudienceRows.read(self._read("audience_features"))
-        candidates = self._read("candidate_rows")
+        self.audience = AudienceRows.read(_read_part(self.given.directory, "audience_features"))
+        candidates = _read_part(self.given.directory, "candidate_rows")
         self.candidates = (
             candidates["audience"].to_numpy() * np.int64(len(self.table)) + candidates["item"].to_numpy()
             if candidates.num_rows
             else None
         )
-        self.states: dict[int, Any] = {}
+        self.latest: tuple[int, Any] | None = None
 
     def process(self, tile: Tile) -> Iterator[tuple[int, bytes]]:
         import torch
@@ -146,19 +160,16 @@ class ScoreTile(_ModelDoFn):
             torch.from_numpy(buckets),
             None if allowed is None else torch.from_numpy(allowed),
         ).numpy()
-        self.table.release()
         cvr = self.package.calibration(logits).astype(np.float32)
         self.progress.add(cvr.size if allowed is None else int(allowed.sum()))
         yield tile.chunk, files.ipc_bytes(best_of(cvr, np.arange(first, last), rows, self.given.top_k, allowed))
 
     def _audience(self, tile: Tile) -> Any:
-        if tile.chunk not in self.states:
-            held = sum(len(states) for states in self.states.values())
-            if held > MOST_CACHED_ROWS:
-                self.states.clear()
+        # Only the chunk of the tile before is kept: a chunk's states are large (0.15 MB a row in `small`), and against a whole tile they cost a hundredth of its time.
+        if self.latest is None or self.latest[0] != tile.chunk:
             batch, history = self.audience.batch(slice(*tile.audience))
-            self.states[tile.chunk] = self.scorer.audience_states(batch, self.table.history(history))
-        return self.states[tile.chunk]
+            self.latest = tile.chunk, self.scorer.audience_states(batch, self.table.history(history))
+        return self.latest[1]
 
 
 @dataclass(frozen=True)
@@ -325,7 +336,6 @@ class AlignListings(_ModelDoFn):
 
         rows = np.arange(*span)
         found = align_listings(self.folds, self.table, rows)
-        self.table.release()
         yield (
             None,
             files.ipc_bytes(pa.table({"item": rows, "ita": found.ita, "tia": found.tia, "cosine": found.cosine})),
@@ -343,7 +353,8 @@ class JudgeListings(beam.DoFn):
         from camenn_model.quality import Activity, Alignment, judge
 
         table = pa.concat_tables([files.ipc_table(piece) for piece in element[1]]).sort_by("item")
-        items, activity = (_read_part(self.directory, name) for name in ("items", "activity"))
+        items = _read_part(self.directory, "items", [name for name in ITEMS.names if name not in UNREAD])
+        activity = _read_part(self.directory, "activity")
         judged = judge(
             items,
             Alignment(*(table[name].to_numpy() for name in ("ita", "tia", "cosine"))),
