@@ -12,8 +12,6 @@ import argparse
 import csv
 import datetime
 import json
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,10 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.command import CAMENN, machine, work_directory
-from benchmarks.quality.representation import frozen_similarities
-from camenn_model import metrics
+from benchmarks.command import machine, work_directory
+from benchmarks.quality.claims import mean_and_error
+from benchmarks.quality.representation import both_ways, frozen_similarities
+from benchmarks.quality.worlds import World
 from camenn_model.evaluation import content_vectors
 from camenn_model.item_table import Ints
 from camenn_model.train import Corpus, TrainOptions, open_corpus, train_fold
@@ -36,6 +35,8 @@ from schemas.contract import conform
 from schemas.events import CLICKS, ORDERS
 
 KS = (1, 5)
+GRID = 8
+"""Patches of a side, as `camenn embed` has it by default"""
 EVERY = 10
 """Of the training photos of a class, one is held out by --check"""
 CLICKS_MADE, SESSION_CLICKS, DAYS = 2_000, 10, 20
@@ -113,11 +114,8 @@ def hold_out(corpus: Corpus, of_val: dict[str, bool], *, check: bool) -> None:
 def recalls(similarities: NDArray[np.float32], classes: Ints) -> dict[str, dict[str, float]]:
     """R@k both ways from similarities [photos, titles] of the same listings: each description stands once, whatever the number of its photos."""
     named, once = np.unique(classes, return_index=True)
-    given = similarities[:, once]
-    return {
-        "photo_to_description": {f"r_at_{k}": v for k, v in metrics.recall_at_k(given, classes, named, KS).items()},
-        "description_to_photo": {f"r_at_{k}": v for k, v in metrics.recall_at_k(given.T, named, classes, KS).items()},
-    }
+    found = both_ways(similarities[:, once], classes, named, KS)
+    return dict(zip(("photo_to_description", "description_to_photo"), found, strict=True))
 
 
 def measure(corpus: Corpus, options: TrainOptions) -> dict[str, dict[str, dict[str, float]]]:
@@ -151,18 +149,19 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     catalog, of_val = read_catalog(arguments.photos)
     with work_directory(arguments.work, "photos") as work:
-        data, store, shards = (str(work / name) for name in ("data", "store", "shards"))
-        write_data(catalog, Path(data))
-        for stage in (
-            (
-                "embed", "--data", data, "--store", store, "--image_root", str(arguments.photos), "--image_weights", arguments.image_weights,
-                "--text_encoder", arguments.text_encoder, "--max_tokens", str(arguments.max_tokens),
-            ),
-            ("shards", "--data", data, "--store", store, "--out", shards),
-        ):  # fmt: skip
-            subprocess.run([*CAMENN, *stage], check=True, stdout=sys.stderr)
+        world = World(
+            name="photos",
+            work=str(work),
+            data_directory=str(work / "data"),
+            image_root=str(arguments.photos),
+            image_weights=arguments.image_weights,
+            text_encoder=arguments.text_encoder,
+            flags={"embed": ["--grid", str(GRID), "--max_tokens", str(arguments.max_tokens)]},
+        )
+        write_data(catalog, world.data)
+        world.prepare()
         options = [
-            TrainOptions(shards=shards, out="", seed=seed, alignment_passes=arguments.passes)
+            TrainOptions(shards=world.shards, out="", seed=seed, alignment_passes=arguments.passes)
             for seed in range(arguments.seeds)
         ]
         corpus = open_corpus(options[0])
@@ -175,9 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, ways in found[0].items():
         for way, recall in ways.items():
             for k in recall:
-                values = [each[name][way][k] for each in found]
-                spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-                told.setdefault(name, {}).setdefault(way, {})[k] = {"mean": statistics.mean(values), "error": spread}
+                mean, error = mean_and_error([each[name][way][k] for each in found])
+                told.setdefault(name, {}).setdefault(way, {})[k] = {"mean": mean, "error": error if len(found) > 1 else None}  # fmt: skip
     print(json.dumps({"recall": told, "held_out": int(corpus.table.held_out.sum()), "seeds": arguments.seeds, **machine()}))  # fmt: skip
     return 0
 

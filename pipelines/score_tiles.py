@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 TIMED = 256
 """Listings and audience rows of the tile that `--plan` times."""
-UNREAD = ("title", "image_uri")
-"""Columns of the items that no worker looks at"""
+ITEMS_READ = [name for name in ITEMS.names if name not in ("title", "image_uri")]
+"""Columns of the items that workers look at"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _load(given: WorkerInput) -> _Loaded:
     from camenn_model.item_table import ItemTable
 
     package = read_package(Path(given.model))
-    items = _read_part(given.directory, "items", [name for name in ITEMS.names if name not in UNREAD])
+    items = _read_part(given.directory, "items", ITEMS_READ)
     prices = _read_part(given.directory, "alike_prices")["price_alike"].to_numpy()
     table = ItemTable.of_files(items, given.images, given.titles).encode(package.space, prices)
     return _Loaded(package, table, item_attributes(items))
@@ -295,11 +295,10 @@ class RankChunk(beam.DoFn):
         self.model_version = model_version
 
     def setup(self) -> None:
-        ids = {}
-        for name, column in (("audience", "audience_id"), ("items", "item_id")):
-            with files.open_read(files.join(self.directory, name, "part-0.parquet")) as handle:
-                ids[name] = pq.read_table(handle, columns=[column])[column].combine_chunks()
-        self.audience_ids, self.item_ids = ids["audience"], ids["items"]
+        self.audience_ids, self.item_ids = (
+            _read_part(self.directory, name, [column])[column].combine_chunks()
+            for name, column in (("audience", "audience_id"), ("items", "item_id"))
+        )
 
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[pa.Table]:
         _, pieces = element
@@ -353,8 +352,7 @@ class JudgeListings(beam.DoFn):
         from camenn_model.quality import Activity, Alignment, judge
 
         table = pa.concat_tables([files.ipc_table(piece) for piece in element[1]]).sort_by("item")
-        items = _read_part(self.directory, "items", [name for name in ITEMS.names if name not in UNREAD])
-        activity = _read_part(self.directory, "activity")
+        items, activity = _read_part(self.directory, "items", ITEMS_READ), _read_part(self.directory, "activity")
         judged = judge(
             items,
             Alignment(*(table[name].to_numpy() for name in ("ita", "tia", "cosine"))),

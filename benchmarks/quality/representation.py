@@ -120,16 +120,21 @@ def swapped_pairs(held: Held, seed: int) -> tuple[Ints, Ints]:
     return right[differs], other[differs]
 
 
+def both_ways(
+    similarities: Floats, of_photos: Ints, of_titles: Ints, ks: tuple[int, ...]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """R@k, (photo to title, title to photo), from similarities [n, m] of photos and titles of given classes."""
+    to_text, to_image = (
+        {f"r_at_{k}": share for k, share in metrics.recall_at_k(found, queries, answers, ks).items()}
+        for found, queries, answers in ((similarities, of_photos, of_titles), (similarities.T, of_titles, of_photos))
+    )
+    return to_text, to_image
+
+
 def figures(similarities: Floats, belongs: Floats, swaps: Floats, held: Held) -> dict[str, Any]:
     """R@k both ways from similarities [n, n]; mismatch AUC from how well own photos and titles belong together [n], and swapped ones [m]."""
-    found: dict[str, Any] = {
-        "image_to_text": {
-            f"r_at_{k}": v for k, v in metrics.recall_at_k(similarities, held.classes, held.classes, KS).items()
-        },
-        "text_to_image": {
-            f"r_at_{k}": v for k, v in metrics.recall_at_k(similarities.T, held.classes, held.classes, KS).items()
-        },
-    }
+    to_text, to_image = both_ways(similarities, held.classes, held.classes, KS)
+    found: dict[str, Any] = {"image_to_text": to_text, "text_to_image": to_image}
     right = belongs if held.corrupted is None else belongs[~held.corrupted]
     labels = np.concatenate([np.zeros(len(right)), np.ones(len(swaps))])
     found["swap_auc"] = metrics.mismatch_auc(labels, np.concatenate([right, swaps]))
