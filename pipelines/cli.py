@@ -1,9 +1,11 @@
 """`camenn`: a thin dispatcher. Each command is a module with `main(argv)`, imported only when it is called."""
 
+import atexit
 import importlib
 import logging
 import os
 import sys
+from typing import NoReturn
 
 COMMANDS = {
     "simulate": ("simulator.cli", "make a data directory: a simulated city with known truth"),
@@ -71,9 +73,32 @@ def main(argv: list[str] | None = None) -> int:
     return run_main(importlib.import_module(COMMANDS[argv[0]][0]).main, argv[1:])
 
 
-def console() -> None:
-    """Entry point of the console script."""
-    sys.exit(main())
+def console() -> NoReturn:
+    """Entry point of the console script: the process ends with the command's exit code, whatever its threads are doing.
+
+    A pipeline that failed leaves threads of Beam's behind, some of them inside Arrow. A thread that asks for Python's lock while the interpreter is taken
+    apart is ended in the middle of C++ code, and that aborts the process with exit code 134 (apache/arrow#45017). So it is not taken apart: what was
+    registered to be done at the end is done, this last.
+    """
+    code = 1  # of an exception that nothing catches
+
+    def leave() -> None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)
+    try:
+        code = main()
+    except SystemExit as ended:
+        # argparse's are numbers; a text would be printed by the interpreter, with exit code 1
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+    except KeyboardInterrupt:
+        code = 130  # 128 + SIGINT, as shells tell it
+        raise
+    sys.exit(code)
 
 
 if __name__ == "__main__":
