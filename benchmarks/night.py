@@ -1,8 +1,8 @@
-"""What a night costs after the first: a hundredth of the catalog changed and a day of logs more, stage by stage, each in a process of its own as `camenn nightly` starts it.
+"""What a night costs after the first: a hundredth of the catalog changed, photos as titles, and a day of logs more, stage by stage, each in a process of its own as `camenn nightly` starts it.
 
     python -m benchmarks.night --image_weights inception_v4_grocery.safetensors --text_encoder MINILM --work DIR
 
-The city is drawn, the encoders are real. Training is left out of both nights: the model has the weights that training would begin with, which score as fast as trained ones. Every second night
+The city is drawn, the encoders are real. Listings of a city share photos, so the changed ones are those that show every hundredth photo. Training is left out of both nights: the model has the weights that training would begin with, which score as fast as trained ones. Every second night
 begins from what the first one left (hard links). Seconds are a stage's wall time with the start of its process. Scoring rescores every pair each night. The last line of stdout is one JSON object.
 """
 
@@ -55,16 +55,18 @@ def write_night(city: Path, data: Path, *, second: bool) -> dict[str, int]:
     for name in ("users", "stores"):
         shutil.copy(city / f"{name}.parquet", data / f"{name}.parquet")
     listings = pq.read_table(city / "catalog.parquet").to_pylist()
-    changed = listings[:: round(1 / CHANGED)] if second else []
+    photos = {row["image_uri"] for row in listings if row["image_uri"]}
+    retaken = set(sorted(photos)[:: round(1 / CHANGED)]) if second else set()
+    changed = [row for row in listings if row["image_uri"] in retaken]
     for row in changed:
         row["title"] = f"{row['title'] or ''} new"
-        if row["image_uri"]:
-            path = data / "images" / f"changed-{row['item_id']}.jpg"
-            path.write_bytes((city / row["image_uri"]).read_bytes() + b"changed")
-            row["image_uri"] = f"images/{path.name}"
+        photo = city / row["image_uri"]
+        path = data / "images" / f"changed-{photo.name}"
+        path.write_bytes(photo.read_bytes() + b"changed")
+        row["image_uri"] = f"images/{path.name}"
     table = conform(pa.Table.from_pylist(listings, schema=CATALOG.schema), CATALOG, "catalog")
     pq.write_table(table, data / "catalog.parquet", row_group_size=8_192)
-    return rows | {"listings": len(listings), "changed": len(changed)}
+    return rows | {"listings": len(listings), "photos": len(photos), "changed": len(changed), "retaken": len(retaken)}
 
 
 def run_night(data: Path, work: Path, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -104,6 +106,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         CityConfig(
             listings=arguments.items,
             clicks=arguments.clicks,
+            photos=arguments.photos,
             stores=max(2, arguments.items // 100),
             users=max(20, arguments.clicks // 130),
             days=arguments.days,
@@ -150,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text_encoder", required=True, help="as of `camenn embed`")
     parser.add_argument("--items", type=int, default=20_000, help="listings of the city (default %(default)s)")
     parser.add_argument("--clicks", type=int, default=300_000, help="clicks of the city (default %(default)s)")
+    parser.add_argument("--photos", type=int, default=4_000, help="different photos of the city (default %(default)s)")
     parser.add_argument("--days", type=int, default=56, help="days of the log (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="second nights (default %(default)s)")
     parser.add_argument("--work", type=Path, help="directory that keeps the city (default: a temporary one)")

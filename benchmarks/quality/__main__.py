@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality --work DIR --image_weights FILE --text_encoder DIR [--real DIR --image_root DIR]
 
-Models are trained in processes of one thread each, `--jobs` at a time; what is done is kept in WORK/results and not done again, so the command may be
+Models are trained in processes of one thread each, `--jobs` at a time; what is done is kept in `--results` and not done again, so the command may be
 ended at any time and repeated. Tables go to WORK/quality.md and, with --docs, into docs/results.md. `--quick`: one seed, a small city (and the real log where
 it is given), one JSON line with `beats_lightgbm`; exit code 1 if a claim does not hold. Needs the extra `baselines`.
 """
@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--work", type=Path, help="directory kept for the next time (default: a temporary one)")
+    parser.add_argument("--results", type=Path, help="directory of the results, a file a model (default: WORK/results)")
     parser.add_argument(
         "--image_weights", default="random:0", help="InceptionV4, as for camenn embed (default %(default)s)"
     )
@@ -81,11 +82,13 @@ def main(argv: list[str] | None = None) -> int:
         with ThreadPoolExecutor(arguments.jobs or os.cpu_count() or 1) as pool:
             running: dict[Future[str], Job] = {}
             prepared: set[str] = set()
-            for job in jobs:
+            for before, job in zip((jobs[0], *jobs), jobs, strict=False):
+                if job.seed != before.seed:
+                    # Baselines are tuned on seed 0 first.
+                    wait(running)
                 if job.world.name not in prepared and not job.done() and time.monotonic() < deadline:
                     # Encoding takes all cores: it waits for the models that are being trained.
-                    for future in running:
-                        future.result()
+                    wait(running)
                     job.world.prepare()
                     prepared.add(job.world.name)
                 running[pool.submit(run_job, job, deadline)] = job

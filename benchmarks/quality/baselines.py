@@ -229,19 +229,26 @@ WITH_CONTENT = ("lightgbm_content", "mmoe")
 
 
 def tune(
-    name: str, inputs: Inputs, trials: int, seed: int, threads: int, say: Callable[[str], None]
+    name: str,
+    inputs: Inputs,
+    trials: int,
+    seed: int,
+    threads: int,
+    say: Callable[[str], None],
+    settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Floats], dict[str, Any]]:
-    """(raw scores of calibration and test by the best of `trials`, what was tried)."""
+    """(raw scores of calibration and test by the best of `trials`, or by given settings; what was tried)."""
     rng = np.random.default_rng([seed, 19])
     content = content_features(inputs.table) if name in WITH_CONTENT else None
     best_loss, best, told = np.inf, None, []
-    for number in range(trials):
-        given = DRAW[name](rng, number == 0)
+    drawn = [settings] if settings is not None else [DRAW[name](rng, number == 0) for number in range(trials)]
+    for number, given in enumerate(drawn):
         started = time.monotonic()
         loss, raw = TRY[name](inputs, content, given, seed, threads)
         told.append({**given, "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
         if loss < best_loss:
-            best_loss, best = loss, raw
-        say(f"{name} trial {number + 1}/{trials}: {loss:.5f}, best {best_loss:.5f}, {told[-1]['seconds']} s")
+            best_loss, best, settings = loss, raw, given
+        say(f"{name} trial {number + 1}/{len(drawn)}: {loss:.5f}, best {best_loss:.5f}, {told[-1]['seconds']} s")
     assert best is not None
-    return {split: best(split) for split in ("calibration", "test")}, {"trials": told, "early_stop_log_loss": best_loss}
+    raw_scores = {split: best(split) for split in ("calibration", "test")}
+    return raw_scores, {"settings": settings, "trials": told, "early_stop_log_loss": best_loss}

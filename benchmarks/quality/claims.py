@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.judge import auc_difference, content_efficiency, holm
+from benchmarks.quality.judge import content_efficiency, holm
 from benchmarks.quality.variants import VARIANTS
 
 Result = dict[str, Any]
@@ -206,7 +206,7 @@ def _ablations(found: Results) -> list[str]:
     return _table(["model", "", "expected AUC minus full's", "p (Holm)"], rows)
 
 
-def city_claims(found: Results, work: Path) -> dict[str, tuple[bool, str]]:
+def city_claims(found: Results) -> dict[str, tuple[bool, str]]:
     """Claims about the city and the real log: (whether they hold, by what figure); those without results are left out."""
     claims: dict[str, tuple[bool, str]] = {}
     full = found.get(("city", "full"), [])
@@ -249,7 +249,7 @@ def city_claims(found: Results, work: Path) -> dict[str, tuple[bool, str]]:
         mean, error = mean_and_error(differences)
         holds = mean > (0 if math.isnan(error) else -2 * error)
         claims["alignment costs no CVR AUC in corrupted strata"] = (holds, shown(differences))
-    claims |= _representation_claims(found) | _real_claims(found, work)
+    claims |= _representation_claims(found) | _real_claims(found)
     return claims
 
 
@@ -274,17 +274,19 @@ def _representation_claims(found: Results) -> dict[str, tuple[bool, str]]:
     return claims
 
 
-def _real_claims(found: Results, work: Path) -> dict[str, tuple[bool, str]]:
+def _real_claims(found: Results) -> dict[str, tuple[bool, str]]:
     claims: dict[str, tuple[bool, str]] = {}
     differences = paired(found, "real", "full", "lightgbm", "test", "auc")
     if differences:
-        pairs = []
-        for result in found["real", "full"]:
-            own, other = (_scores(work, "real", model, result["seed"]) for model in ("full", "lightgbm"))
-            if own is not None and other is not None:
-                pairs.append(auc_difference(own["labels"], own["logits"], other["logits"], own["users"]))
+        drawn = {
+            model: {r["seed"]: np.array(r["test"]["auc_of_draws"]) for r in found["real", model]}
+            for model in ("full", "lightgbm")
+        }
+        of_users = statistics.mean(
+            float(np.std(drawn["full"][seed] - drawn["lightgbm"][seed], ddof=1))
+            for seed in drawn["full"].keys() & drawn["lightgbm"].keys()
+        )
         mean, error = mean_and_error(differences)
-        of_users = statistics.mean(error for _, error in pairs)
         bar = 2 * math.hypot(0 if math.isnan(error) else error, of_users)
         claims["AUC above tuned LightGBM on the real log"] = (mean > bar, f"{mean:+.4f}, must exceed {bar:.4f}")
         sessions = paired(found, "real", "full", "lightgbm", "test", "session_auc")
@@ -292,15 +294,10 @@ def _real_claims(found: Results, work: Path) -> dict[str, tuple[bool, str]]:
     return claims
 
 
-def _scores(work: Path, kind: str, model: str, seed: int) -> Any:
-    path = work / "results" / f"{kind}-{model}-{seed}.npz"
-    return np.load(path) if path.exists() else None
-
-
 def write_tables(results: list[Result], work: Path, *, docs: bool) -> None:
     """WORK/quality.md and WORK/claims.json; with `docs` the same between two marks of docs/results.md."""
     found = by_model(results)
-    claims = city_claims(found, work)
+    claims = city_claims(found)
     lines = ["### Claims", ""]
     lines += _table(
         ["claim", "holds", "figure"],

@@ -1,7 +1,8 @@
-"""One model on one log, in a process of its own: `python -m benchmarks.quality.job JOB` with a JSON job. Writes RESULT.json, and RESULT.npz with the scores."""
+"""One model on one log, in a process of its own: `python -m benchmarks.quality.job JOB` with a JSON job. Writes RESULT.json."""
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -37,9 +38,13 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One model. `model`: a variant, a baseline, `popularity` or `frozen`."""
+    """One model. `model`: a variant, a baseline, `popularity` or `frozen`. `results`: directory of RESULT.json, or '' for the world's own.
+
+    A baseline is tuned on seed 0; other seeds have the settings that were found there.
+    """
 
     world: World
+    results: str = ""
     model: str
     seed: int
     epochs: int = 1
@@ -54,12 +59,30 @@ class Job:
 
     def result(self) -> Path:
         """Written last."""
-        return Path(self.world.work) / "results" / f"{self.name}.json"
+        return self._result_of(self.name)
+
+    def _result_of(self, name: str) -> Path:
+        return (Path(self.results) if self.results else Path(self.world.work) / "results") / f"{name}.json"
+
+    def settings(self) -> dict[str, Any] | None:
+        """What tuning found for a baseline of another seed; None where this very job tunes.
+
+        Raises:
+            InputError: seed 0 has not been tuned.
+        """
+        if self.seed == 0:
+            return None
+        path = self._result_of(f"{re.sub(r'[0-9]+$', '0', self.world.name)}-{self.model}-0")
+        if not path.exists():
+            raise InputError(f"{self.name}: {path} is not there. Let seed 0 be tuned first.")
+        settings: dict[str, Any] = json.loads(path.read_text())["settings"]
+        return settings
 
     def asked(self) -> dict[str, Any]:
         """What the result depends on."""
-        given = {name: value for name, value in asdict(self).items() if name != "threads"}
-        return given | {"world": self.world.name, "version": VERSION}
+        given = {name: value for name, value in asdict(self).items() if name not in ("threads", "results")}
+        encoders = {name: Path(getattr(self.world, name)).name for name in ("image_weights", "text_encoder")}
+        return given | encoders | {"world": self.world.name, "version": VERSION}
 
     def done(self) -> bool:
         """Whether the result of this very job is there."""
@@ -185,7 +208,15 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
             )
         more: dict[str, Any] = {}
     else:
-        raw, more = tune(job.model, inputs, job.trials, job.seed, job.threads, lambda text: say(f"{job.name}: {text}"))
+        raw, more = tune(
+            job.model,
+            inputs,
+            job.trials,
+            job.seed,
+            job.threads,
+            lambda text: say(f"{job.name}: {text}"),
+            job.settings(),
+        )
     found = {}
     for split, logits in raw.items():
         rows = inputs.rows[split]
@@ -212,9 +243,6 @@ def run(job: Job) -> dict[str, Any]:
         calibration = fit_platt(found["calibration"].labels, found["calibration"].logits)
         test = found["test"]
         result |= judge(test, calibration, corpus.config.base_rate, truth, _prior_clicks(files)) | more
-        np.savez_compressed(
-            path.with_suffix(".npz"), logits=test.logits, labels=test.labels, users=test.users, sessions=test.sessions
-        )
     result["seconds"] = round(time.monotonic() - started, 1)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1, allow_nan=False))

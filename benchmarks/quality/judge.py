@@ -83,29 +83,30 @@ def judge(
 ) -> dict[str, Any]:
     """All figures of one model on one test part."""
     figures = {"test": cvr_metrics(found, calibration, base_rate)}
-    if truth is not None:
+    if truth is None:
+        figures["test"]["auc_of_draws"] = auc_of_draws(found.labels, found.logits, found.users)
+    else:
         figures["expected"] = under_truth(found, calibration, truth, prior_clicks)
     return figures
 
 
-def auc_difference(
-    labels: Floats, one: Floats, other: Floats, users: NDArray[np.int64], draws: int = 200, seed: int = 0
-) -> tuple[float, float]:
-    """(AUC of `one` minus AUC of `other`, its standard error by a bootstrap over users), scores [n].
+def auc_of_draws(
+    labels: Floats, scores: Floats, users: NDArray[np.int64], draws: int = 200, seed: int = 0
+) -> list[float]:
+    """AUC of scores [n] on each draw of users: with replacement, all of their examples (cluster bootstrap, Field and Welsh 2007).
 
-    Users are drawn with replacement and keep all of their examples (cluster bootstrap, Field and Welsh 2007).
+    The draws are the same for all models: the standard deviation of two models' differences is the standard error of their difference.
     """
     rng = np.random.default_rng(seed)
     _, user = np.unique(users, return_inverse=True)
     order = np.argsort(user, kind="stable")
     starts = np.searchsorted(user[order], np.arange(user.max() + 2))
-    difference = metrics.auc(labels, one) - metrics.auc(labels, other)
     drawn = []
     for _ in range(draws):
         chosen = rng.integers(0, len(starts) - 1, len(starts) - 1)
         rows = np.concatenate([order[starts[u] : starts[u + 1]] for u in chosen])
-        drawn.append(metrics.auc(labels[rows], one[rows]) - metrics.auc(labels[rows], other[rows]))
-    return difference, float(np.std(drawn, ddof=1))
+        drawn.append(metrics.auc(labels[rows], scores[rows]))
+    return drawn
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.quality.job import BASELINES, FROZEN, POPULARITY, Job
@@ -45,30 +46,32 @@ def world(arguments: argparse.Namespace, name: str, city: dict[str, Any] | None,
 def list_jobs(arguments: argparse.Namespace) -> list[Job]:
     """All jobs that were asked for, in order."""
     if arguments.quick:
-        quick = world(arguments, "quick", QUICK_CITY, "demo")
         jobs = [
-            Job(world=quick, model=model, seed=0, epochs=QUICK_EPOCHS, trials=QUICK_TRIALS) for model in QUICK_MODELS
+            Job(world=world(arguments, "quick", QUICK_CITY, "demo"), model=model, seed=0, epochs=QUICK_EPOCHS)
+            for model in QUICK_MODELS
         ]
         if arguments.real:
-            real = world(arguments, "real", None)
             jobs += [
-                Job(world=real, model=model, seed=0, epochs=arguments.real_epochs, trials=QUICK_TRIALS)
+                Job(world=world(arguments, "real", None), model=model, seed=0, epochs=arguments.real_epochs)
                 for model in ("full", "lightgbm")
             ]
-        return jobs
-    return sorted(_jobs(arguments), key=lambda job: job.seed)
+        trials = QUICK_TRIALS
+    else:
+        jobs, trials = sorted(_jobs(arguments), key=lambda job: job.seed), arguments.trials
+    return [replace(job, trials=trials, results=str(arguments.results or "")) for job in jobs]
 
 
 def _jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    epochs = arguments.epochs
     for seed in range(arguments.seeds):
         if "city" in arguments.parts:
             city = world(arguments, f"city{seed}", {"seed": seed})
             for model in CITY_MODELS:
-                yield Job(world=city, model=model, seed=seed, epochs=arguments.epochs, trials=arguments.trials)
+                yield Job(world=city, model=model, seed=seed, epochs=epochs)
         if "real" in arguments.parts and arguments.real:
             real = world(arguments, "real", None)
             for model in REAL_MODELS:
-                yield Job(world=real, model=model, seed=seed, epochs=arguments.real_epochs, trials=arguments.trials)
+                yield Job(world=real, model=model, seed=seed, epochs=arguments.real_epochs)
     for seed in range(min(arguments.seeds, arguments.ablation_seeds)):
         small = world(arguments, f"small{seed}", {**SMALL_CITY, "seed": seed})
         if "controls" in arguments.parts:
@@ -80,8 +83,8 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[Job]:
                 (clean, ("full", "no_alignment")),
             ):
                 for model in models:
-                    yield Job(world=where, model=model, seed=seed, epochs=arguments.epochs, trials=arguments.trials)
+                    yield Job(world=where, model=model, seed=seed, epochs=epochs)
         if "ablations" in arguments.parts:
             for model in ABLATIONS:
                 if model != "full" or "controls" not in arguments.parts:
-                    yield Job(world=small, model=model, seed=seed, epochs=arguments.epochs, trials=arguments.trials)
+                    yield Job(world=small, model=model, seed=seed, epochs=epochs)

@@ -21,7 +21,7 @@ from benchmarks.quality.worlds import World, read_keys, read_truth
 from camenn_model import metrics
 from camenn_model.evaluation import predict
 from camenn_model.train import Corpus, TrainOptions, open_corpus
-from simulator.truth import expected_auc
+from schemas.contract import InputError
 
 CITY = {"clicks": 3_000}
 
@@ -160,18 +160,18 @@ def test_expected_ece_by_hand() -> None:
     assert judge.expected_ece(p, p) == 0
 
 
-def test_auc_difference_against_a_plain_bootstrap() -> None:
+def test_draws_of_users_against_a_plain_bootstrap() -> None:
     rng = np.random.default_rng(0)
     users = rng.integers(0, 60, 1_500)
     labels = (rng.random(1_500) < 0.3).astype(float)
     one, other = labels + rng.normal(size=1_500), labels * 0.5 + rng.normal(size=1_500)
-    difference, error = judge.auc_difference(labels, one, other, users, draws=300)
-    assert difference == metrics.auc(labels, one) - metrics.auc(labels, other)
+    ours = [np.array(judge.auc_of_draws(labels, scores, users, draws=300)) for scores in (one, other)]
     drawn = []
     for _ in range(300):
         rows = np.concatenate([np.flatnonzero(users == u) for u in rng.integers(0, 60, 60)])
         drawn.append(metrics.auc(labels[rows], one[rows]) - metrics.auc(labels[rows], other[rows]))
-    assert error == pytest.approx(np.std(drawn, ddof=1), rel=0.25)
+    assert np.std(ours[0] - ours[1], ddof=1) == pytest.approx(np.std(drawn, ddof=1), rel=0.25)
+    assert np.mean(ours[0] - ours[1]) == pytest.approx(np.mean(drawn), abs=3 * np.std(drawn) / np.sqrt(300))
 
 
 def test_p_values_against_scipy() -> None:
@@ -219,7 +219,7 @@ def test_figures_of_representation_by_hand() -> None:
 
 
 @pytest.mark.parametrize("model", ["popularity", "frozen", "lightgbm", "lightgbm_content", "mmoe"])
-def test_baselines(world: World, model: str) -> None:
+def test_baselines(world: World, model: str, tmp_path: Path) -> None:
     job = Job(world=world, model=model, seed=0, trials=2)
     assert not job.done()
     result = run(job)
@@ -229,13 +229,13 @@ def test_baselines(world: World, model: str) -> None:
         assert 0 <= result["representation"]["ridge"]["image_to_text"]["r_at_1"] <= 1
         return
     assert 0.4 < result["expected"]["auc"] < result["expected"]["auc_of_truth"]
-    stored = np.load(job.result().with_suffix(".npz"))
-    files = open_corpus(TrainOptions(shards=world.shards, out="")).files("test")
-    p = read_truth(world, read_keys(files)).p_order
-    assert expected_auc(p, stored["logits"]) == pytest.approx(result["expected"]["auc"])
     if model != "popularity":
         losses = [trial["early_stop_log_loss"] for trial in result["trials"]]
         assert len(losses) == 2 and result["early_stop_log_loss"] == min(losses)
+        again = replace(job, seed=1)
+        assert run(again)["settings"] == json.loads(json.dumps(result["settings"])), "what was found on seed 0"
+        with pytest.raises(InputError, match="Let seed 0 be tuned first"):
+            run(replace(again, results=str(tmp_path)))
 
 
 def plan_dict(job: Job) -> dict[str, Any]:
