@@ -7,9 +7,11 @@ part; the test part is opened once, by the best.
 
 import contextlib
 import io
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,21 +236,30 @@ def tune(
     trials: int,
     seed: int,
     threads: int,
+    kept: Path,
     say: Callable[[str], None],
     settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Floats], dict[str, Any]]:
-    """(raw scores of calibration and test by the best of `trials`, or by given settings; what was tried)."""
+    """(raw scores of calibration and test by the best of `trials`, or by given settings; what was tried).
+
+    Trials are written to `kept` one by one, and are not done again where it tells of them.
+    """
     rng = np.random.default_rng([seed, 19])
     content = content_features(inputs.table) if name in WITH_CONTENT else None
-    best_loss, best, told = np.inf, None, []
     drawn = [settings] if settings is not None else [DRAW[name](rng, number == 0) for number in range(trials)]
-    for number, given in enumerate(drawn):
+    told: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
+    best_loss, best = min((trial["early_stop_log_loss"] for trial in told), default=np.inf), None
+    for number in range(len(told), len(drawn)):
         started = time.monotonic()
-        loss, raw = TRY[name](inputs, content, given, seed, threads)
-        told.append({**given, "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
+        loss, raw = TRY[name](inputs, content, drawn[number], seed, threads)
+        told.append({**drawn[number], "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
+        kept.write_text(json.dumps(told))
         if loss < best_loss:
-            best_loss, best, settings = loss, raw, given
+            best_loss, best = loss, raw
         say(f"{name} trial {number + 1}/{len(drawn)}: {loss:.5f}, best {best_loss:.5f}, {told[-1]['seconds']} s")
-    assert best is not None
+    found = drawn[int(np.argmin([trial["early_stop_log_loss"] for trial in told]))]
+    if best is None:
+        # The best trial was another process's.
+        _, best = TRY[name](inputs, content, found, seed, threads)
     raw_scores = {split: best(split) for split in ("calibration", "test")}
-    return raw_scores, {"settings": settings, "trials": told, "early_stop_log_loss": best_loss}
+    return raw_scores, {"settings": found, "trials": told, "early_stop_log_loss": best_loss}

@@ -64,6 +64,16 @@ class Job:
     def _result_of(self, name: str) -> Path:
         return (Path(self.results) if self.results else Path(self.world.work) / "results") / f"{name}.json"
 
+    def scratch(self) -> Path:
+        """A directory for what a killed job had done; that of another version's, or of other trials, is emptied."""
+        path = Path(self.world.work) / "jobs" / self.name
+        asked = path / "asked.json"
+        if not asked.exists() or json.loads(asked.read_text()) != self.asked():
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+            asked.write_text(json.dumps(self.asked()))
+        return path
+
     def settings(self) -> dict[str, Any] | None:
         """What tuning found for a baseline of another seed; None where this very job tunes.
 
@@ -147,8 +157,7 @@ def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, list[float]]
 def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
     """(predictions of calibration and test, what else there is to tell)."""
     variant = VARIANTS[job.model]
-    scratch = Path(job.world.work) / "jobs" / job.name
-    scratch.mkdir(parents=True, exist_ok=True)
+    scratch = job.scratch()
     options = TrainOptions(
         shards=job.world.shards,
         out=str(scratch),
@@ -208,15 +217,18 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
             )
         more: dict[str, Any] = {}
     else:
+        scratch = job.scratch()
         raw, more = tune(
             job.model,
             inputs,
             job.trials,
             job.seed,
             job.threads,
+            scratch / "trials.json",
             lambda text: say(f"{job.name}: {text}"),
             job.settings(),
         )
+        shutil.rmtree(scratch)
     found = {}
     for split, logits in raw.items():
         rows = inputs.rows[split]

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 from benchmarks.plant_stage import Job as StageJob
 from benchmarks.plant_stage import run_stage
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import claims, judge, plan, representation
+from benchmarks.quality import baselines, claims, judge, plan, representation
 from benchmarks.quality.job import Job, held_out, run
 from benchmarks.quality.variants import VARIANTS, hide, make_trainer, shuffle_images
 from benchmarks.quality.worlds import World, read_keys, read_truth
@@ -236,6 +236,29 @@ def test_baselines(world: World, model: str, tmp_path: Path) -> None:
         assert run(again)["settings"] == json.loads(json.dumps(result["settings"])), "what was found on seed 0"
         with pytest.raises(InputError, match="Let seed 0 be tuned first"):
             run(replace(again, results=str(tmp_path)))
+
+
+def test_a_killed_tuning_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(world=world, model="lightgbm", seed=0, trials=4, results=str(tmp_path / "whole"))
+    whole = run(job)
+    try_one, tried = baselines.TRY["lightgbm"], []
+
+    def killed(*arguments: Any) -> Any:
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        tried.append(arguments[2])
+        return try_one(*arguments)
+
+    job = replace(job, results=str(tmp_path / "killed"))
+    monkeypatch.setitem(baselines.TRY, "lightgbm", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(job)
+    monkeypatch.setitem(baselines.TRY, "lightgbm", lambda *given: tried.append(given[2]) or try_one(*given))
+    again = run(job)
+    assert 4 <= len(tried) <= 5, "four trials, and the best once more where another process had made it"
+    timeless = [{key: value for key, value in trial.items() if key != "seconds"} for trial in again["trials"]]
+    assert timeless == [{key: value for key, value in trial.items() if key != "seconds"} for trial in whole["trials"]]
+    assert again["test"] == whole["test"] and again["settings"] == whole["settings"]
 
 
 def plan_dict(job: Job) -> dict[str, Any]:
