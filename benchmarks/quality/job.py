@@ -83,9 +83,10 @@ class Job:
         if self.seed == 0:
             return None
         path = self._result_of(f"{re.sub(r'[0-9]+$', '0', self.world.name)}-{self.model}-0")
-        if not path.exists():
-            raise InputError(f"{self.name}: {path} is not there. Let seed 0 be tuned first.")
-        settings: dict[str, Any] = json.loads(path.read_text())["settings"]
+        found = json.loads(path.read_text()) if path.exists() else {"asked": {"version": None}}
+        if found["asked"]["version"] != VERSION:
+            raise InputError(f"{self.name}: {path} is not there, or of another version. Let seed 0 be tuned first.")
+        settings: dict[str, Any] = found["settings"]
         return settings
 
     def asked(self) -> dict[str, Any]:
