@@ -28,8 +28,9 @@ def names_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 @contextmanager
 def work_directory(given: Path | None, name: str) -> Iterator[Path]:
-    """The directory of `--work`, or a temporary one that is gone afterwards; absolute."""
+    """The directory of `--work`, made if it is not there, or a temporary one that is gone afterwards; absolute."""
     if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
         yield given.absolute()
         return
     with tempfile.TemporaryDirectory(prefix=f"camenn-{name}-") as made:

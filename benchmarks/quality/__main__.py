@@ -8,6 +8,7 @@ it is given), one JSON line with `beats_lightgbm`; exit code 1 if a claim does n
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -82,16 +83,16 @@ def main(argv: list[str] | None = None) -> int:
         with ThreadPoolExecutor(arguments.jobs or os.cpu_count() or 1) as pool:
             running: dict[Future[str], Job] = {}
             prepared: set[str] = set()
-            for before, job in zip((jobs[0], *jobs), jobs, strict=False):
-                if job.seed != before.seed:
-                    # Baselines are tuned on seed 0 first.
-                    wait(running)
-                if job.world.name not in prepared and not job.done() and time.monotonic() < deadline:
-                    # Encoding takes all cores: it waits for the models that are being trained.
-                    wait(running)
-                    job.world.prepare()
-                    prepared.add(job.world.name)
-                running[pool.submit(run_job, job, deadline)] = job
+            for _, of_seed in itertools.groupby(jobs, key=lambda job: job.seed):
+                # Baselines are tuned on seed 0 first.
+                wait(running)
+                for job in of_seed:
+                    if job.world.name not in prepared and not job.done() and time.monotonic() < deadline:
+                        # Encoding takes all cores: it waits for the models that are being trained.
+                        wait(running)
+                        job.world.prepare()
+                        prepared.add(job.world.name)
+                    running[pool.submit(run_job, job, deadline)] = job
             for place, future in enumerate(as_completed(running), start=1):
                 job = running[future]
                 outcomes[job.name] = future.result()

@@ -23,6 +23,7 @@ from camenn_model.dataset import ExampleReader, Rows, concat_rows
 from camenn_model.feature_space import FeatureSpace
 from camenn_model.item_table import ItemTable
 from camenn_model.shards import ShardSet
+from pipelines.files import write_json
 
 Floats = NDArray[np.float64]
 SPLITS = ("train", "early_stop", "calibration", "test")
@@ -253,7 +254,7 @@ def tune(
         started = time.monotonic()
         loss, raw = TRY[name](inputs, content, drawn[number], seed, threads)
         told.append({**drawn[number], "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
-        kept.write_text(json.dumps(told))
+        write_json(str(kept), told)
         if loss < best_loss:
             best_loss, best = loss, raw
         say(f"{name} trial {number + 1}/{len(drawn)}: {loss:.5f}, best {best_loss:.5f}, {told[-1]['seconds']} s")

@@ -25,6 +25,7 @@ from camenn_model.evaluation import Predictions, predict
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig
 from camenn_model.train import Corpus, TrainOptions, open_corpus
+from pipelines.files import write_json
 from schemas.contract import InputError
 
 BASELINES = ("lightgbm", "lightgbm_content", "mmoe")
@@ -64,15 +65,19 @@ class Job:
     def _result_of(self, name: str) -> Path:
         return (Path(self.results) if self.results else Path(self.world.work) / "results") / f"{name}.json"
 
+    @property
     def scratch(self) -> Path:
-        """A directory for what a killed job had done; that of another version's, or of other trials, is emptied."""
-        path = Path(self.world.work) / "jobs" / self.name
-        asked = path / "asked.json"
+        """Directory of what a killed job had done."""
+        return Path(self.world.work) / "jobs" / self.name
+
+    def open_scratch(self) -> Path:
+        """`scratch`, where it is this very job's; else emptied."""
+        asked = self.scratch / "asked.json"
         if not asked.exists() or json.loads(asked.read_text()) != self.asked():
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-            asked.write_text(json.dumps(self.asked()))
-        return path
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir(parents=True)
+            write_json(str(asked), self.asked())
+        return self.scratch
 
     def settings(self) -> dict[str, Any] | None:
         """What tuning found for a baseline of another seed; None where this very job tunes.
@@ -158,10 +163,9 @@ def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, list[float]]
 def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
     """(predictions of calibration and test, what else there is to tell)."""
     variant = VARIANTS[job.model]
-    scratch = job.scratch()
     options = TrainOptions(
         shards=job.world.shards,
-        out=str(scratch),
+        out=str(job.open_scratch()),
         epochs=job.epochs,
         seed=job.seed,
         optimizer=OptimizerConfig(learning_rate=job.learning_rate, ema_decay=0.99),
@@ -197,7 +201,6 @@ def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[s
         train, _, held = held_out(job.world, corpus)
         if len(held.rows) >= 10:
             more["representation"] = representation.of_model(trainer.model, corpus.table, train, held, job.seed)
-    shutil.rmtree(scratch, ignore_errors=True)
     return found, more
 
 
@@ -218,18 +221,16 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
             )
         more: dict[str, Any] = {}
     else:
-        scratch = job.scratch()
         raw, more = tune(
             job.model,
             inputs,
             job.trials,
             job.seed,
             job.threads,
-            scratch / "trials.json",
+            job.open_scratch() / "trials.json",
             lambda text: say(f"{job.name}: {text}"),
             job.settings(),
         )
-        shutil.rmtree(scratch)
     found = {}
     for split, logits in raw.items():
         rows = inputs.rows[split]
@@ -260,6 +261,7 @@ def run(job: Job) -> dict[str, Any]:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1, allow_nan=False))
     os.replace(temporary, path)
+    shutil.rmtree(job.scratch, ignore_errors=True)
     return result
 
 

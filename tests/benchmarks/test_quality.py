@@ -15,6 +15,7 @@ from benchmarks.plant_stage import Job as StageJob
 from benchmarks.plant_stage import run_stage
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import baselines, claims, judge, plan, representation
+from benchmarks.quality import job as quality_job
 from benchmarks.quality.job import Job, held_out, run
 from benchmarks.quality.variants import VARIANTS, hide, make_trainer, shuffle_images
 from benchmarks.quality.worlds import World, read_keys, read_truth
@@ -22,6 +23,7 @@ from camenn_model import metrics
 from camenn_model.evaluation import predict
 from camenn_model.train import Corpus, TrainOptions, open_corpus
 from schemas.contract import InputError
+from simulator.truth import expected_auc
 
 CITY = {"clicks": 3_000}
 
@@ -219,9 +221,13 @@ def test_figures_of_representation_by_hand() -> None:
 
 
 @pytest.mark.parametrize("model", ["popularity", "frozen", "lightgbm", "lightgbm_content", "mmoe"])
-def test_baselines(world: World, model: str, tmp_path: Path) -> None:
+def test_baselines(world: World, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(world=world, model=model, seed=0, trials=2)
     assert not job.done()
+    judged = []
+    monkeypatch.setattr(
+        quality_job, "judge", lambda found, *given: judged.append(found.logits) or judge.judge(found, *given)
+    )
     result = run(job)
     assert job.done() and not replace(job, trials=3).done()
     assert Job.from_json(json.dumps(plan_dict(job))) == job
@@ -229,6 +235,9 @@ def test_baselines(world: World, model: str, tmp_path: Path) -> None:
         assert 0 <= result["representation"]["ridge"]["image_to_text"]["r_at_1"] <= 1
         return
     assert 0.4 < result["expected"]["auc"] < result["expected"]["auc_of_truth"]
+    files = open_corpus(TrainOptions(shards=world.shards, out="")).files("test")
+    p = read_truth(world, read_keys(files)).p_order
+    assert expected_auc(p, judged[0]) == pytest.approx(result["expected"]["auc"])
     if model != "popularity":
         losses = [trial["early_stop_log_loss"] for trial in result["trials"]]
         assert len(losses) == 2 and result["early_stop_log_loss"] == min(losses)
