@@ -37,6 +37,8 @@ IMAGE_PREPROCESSING, TITLE_PREPROCESSING = 2, 1
 """Raised when decoding, resizing and normalising, or title cleaning and tokenising, change what an encoder sees."""
 CPU_BATCH, CUDA_BATCH = 128, 1024
 """Patches in a forward pass. On a CPU fewer of them read the weights (82 MB in bf16) too often, more leave the caches; a GPU is idle with fewer."""
+LEAST_BATCH = 16
+"""Patches: torch gives a 1 × 1 convolution of fewer to another kernel where it has one thread than where it has more, and last bits would depend on that."""
 COMPILE_PAYS_AT = 200_000
 """Patches from which on compiled kernels save more than compiling takes (docs/decisions.md)."""
 RANDOM_SCHEME = 1
@@ -135,9 +137,13 @@ class ImageSpec(EncoderSpec):
     grid: int
     patch_size: int
     batch_size: int = CPU_BATCH
-    """patches in every forward pass; another one gives other last bits"""
+    """patches in every forward pass, at least `LEAST_BATCH`; another one gives other last bits"""
     compile: str = "off"
     """on, off, or auto: where the photos of a run are enough to pay for compiling"""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < LEAST_BATCH:
+            raise ValueError(f"batch_size {self.batch_size}: must be at least {LEAST_BATCH} patches")
 
     @classmethod
     def resolve(

@@ -30,7 +30,7 @@ STEM = 2
 class ImageEncoder:
     """Patches → features: every forward pass has `spec.batch_size` patches, so that neighbours change nothing.
 
-    Measured on AMX: row, neighbours and number of threads change no bit; bf16 keeps a cosine of 0.999 or more to fp32.
+    Measured on AMX and on AVX2: row, neighbours and number of threads change no bit; bf16 keeps a cosine of 0.999 or more to fp32.
     """
 
     def __init__(self, spec: ImageSpec) -> None:

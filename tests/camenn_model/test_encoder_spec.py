@@ -108,6 +108,11 @@ def test_image_spec_kernels_say_what_changes_last_bits() -> None:
     assert replace(spec, device="cuda:0").kernels(False) == others[1].kernels(False)
 
 
+def test_image_spec_refuses_batches_whose_bits_depend_on_threads() -> None:
+    with pytest.raises(ValueError, match="at least 16"):
+        replace(random_spec(), batch_size=15)
+
+
 def test_image_spec_compiles_for_many_photos_only() -> None:
     spec = random_spec()
     enough = COMPILE_PAYS_AT // spec.shape[0]

@@ -690,7 +690,7 @@ def test_decode_image_warns_of_nothing(contents: dict[str, bytes]) -> None:
 
 SPEC = replace(
     ImageSpec.resolve("random:0", grid=1, patch_size=SIDE, device="cpu", precision="auto"),
-    batch_size=8,
+    batch_size=16,
 )
 
 

@@ -36,7 +36,7 @@ from tests.camenn_model.encoder_sources import minilm
 
 SPEC = replace(
     ImageSpec.resolve("random:7", grid=2, patch_size=75, device="cpu", precision="auto"),
-    batch_size=8,
+    batch_size=16,
 )
 
 
