@@ -24,9 +24,13 @@ class TimeIndex:
 
     Key and time are packed into one int64, so that one `searchsorted` answers all queries at once: the key as its distance from the least one, or its rank
     where keys are sparse (codes of pairs grow as users × listings); the time as its distance from the first one, or its rank where that would not fit.
+
+    Args:
+        key, time: of each event, int64 [n].
+        weight: how many events each of them stands for, int64 [n]; None = one each. Only `count` and `count_first_last` know of it.
     """
 
-    def __init__(self, key: Ints, time: Ints) -> None:
+    def __init__(self, key: Ints, time: Ints, weight: Ints | None = None) -> None:
         n = len(key)
         self.keys: Ints | None = None
         self.first = int(key.min()) if n else 0
@@ -51,6 +55,10 @@ class TimeIndex:
         self.time = time[self.order]
         self.starts = np.zeros(width + 1, dtype=np.int64)
         np.cumsum(np.bincount(code, minlength=width), out=self.starts[1:])
+        self.before: Ints | None = None
+        """Events before each place of `order`, and in all [n + 1]; None where each counts as one"""
+        if weight is not None:
+            self.before = np.concatenate([[0], np.cumsum(weight[self.order])])
 
     def _codes(self, key: Ints) -> tuple[Ints, NDArray[np.bool_]]:
         """Code of each key, 0 where it has no events, and whether it may have some."""
@@ -77,8 +85,10 @@ class TimeIndex:
 
     def count(self, key: Ints, time: Ints) -> Ints:
         """Events of `key` strictly before `time`."""
-        start, end = self.bounds(key, time)
-        return end - start
+        return self._between(*self.bounds(key, time))
+
+    def _between(self, start: Ints, end: Ints) -> Ints:
+        return end - start if self.before is None else self.before[end] - self.before[start]
 
     def count_first_last(self, key: Ints, time: Ints) -> tuple[Ints, Ints, Ints]:
         """`count`, and the times of the first and the last of these events; NEVER where there is none."""
@@ -86,7 +96,7 @@ class TimeIndex:
         some = end > start
         first, last = np.full(len(start), NEVER), np.full(len(start), NEVER)
         first[some], last[some] = self.time[start[some]], self.time[end[some] - 1]
-        return end - start, first, last
+        return self._between(start, end), first, last
 
 
 def attribute_orders(

@@ -387,7 +387,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             "features": FEATURES_VERSION,
             "final_before": day_of(kept.frozen_before) if kept.records else None,
             "rebuilt": rebuild,
-            "sketches": {date: kept.sketches[date] for date in kept.sketches if date in kept.dates} | sketches,
+            "samples": {date: kept.sketches[date] for date in kept.sketches if date in kept.dates} | sketches,
         }
         add_files(manifest, contracts, [*records, *days_kept, *contents_kept])
         manifest.seconds = time.monotonic() - started

@@ -64,7 +64,7 @@ class Kept:
     open_paths: dict[str, list[str]] = field(default_factory=dict)
     """By date: example files of the days that may still change"""
     sketches: dict[str, list[int]] = field(default_factory=dict)
-    """By date: some exposures of the log that these days were built from"""
+    """By date: a sample of the log that these days were built from (`sketch_days`)"""
 
     @property
     def dates(self) -> set[str]:
@@ -113,12 +113,15 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
         frozen_before=frozen_before,
         records=final,
         open_paths=open_paths,
-        sketches={date: list(found) for date, found in latest.options["days"]["sketches"].items()},
+        sketches={date: list(found) for date, found in latest.options["days"].get("samples", {}).items()},
     )
 
 
 def sketch_days(clicks: Source) -> dict[str, list[int]]:
-    """For each day of the click log the least `SKETCH` hashes of its exposures, uint64: a sample that growth by late clicks leaves nearly as it was."""
+    """A sample of each day of the click log that growth by late clicks leaves nearly as it was: of its clicks' numbers, uint64, the `SKETCH` least.
+
+    A click's number begins with 32 bits of its time's hash and ends with 32 of its exposure's: exposures are hashed only where a time may be among the least.
+    """
     found: dict[int, np.ndarray] = {}
     names = ("exposure_id", "clicked_at")
     contract = replace(clicks.contract, columns=tuple(c for c in clicks.contract.columns if c.name in names))
@@ -127,12 +130,35 @@ def sketch_days(clicks: Source) -> dict[str, list[int]]:
             parquet = pq.ParquetFile(handle)
             for number in range(parquet.num_row_groups):
                 table = conform(parquet.read_row_group(number, columns=list(names)), contract, path).drop_null()
-                day = table["clicked_at"].cast(pa.int64()).to_numpy() // DAY_US
-                hashed = stable_hash(table["exposure_id"])
+                time = table["clicked_at"].cast(pa.int64()).to_numpy()
+                mixed, day = mix(time), time // DAY_US
                 for value in np.unique(day):
-                    mine = np.unique(np.concatenate([found.get(value, hashed[:0]), hashed[day == value]]))
-                    found[value] = mine[:SKETCH]
+                    rows = np.flatnonzero(day == value)
+                    rows = rows[mixed[rows] <= _least(mixed[rows], SKETCH)[-1]]
+                    exposure = stable_hash(table["exposure_id"].take(pa.array(rows)))
+                    numbers = mixed[rows] << np.uint64(32) | exposure & np.uint64(2**32 - 1)
+                    found[value] = np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SKETCH]
     return {day_of(int(day) * DAY_US): [int(value) for value in values] for day, values in sorted(found.items())}
+
+
+def mix(time: np.ndarray) -> np.ndarray:
+    """32 bits of each time in which near ones lie far apart, uint64 [n] (the finalizer of SplitMix64, Steele et al. 2014)."""
+    bits = time.astype(np.uint64)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (bits ^ (bits >> np.uint64(31))) >> np.uint64(32)
+
+
+def _least(values: np.ndarray, count: int) -> np.ndarray:
+    """The least `count` distinct values, or all of them, in order."""
+    size = 4 * count
+    while size < len(values):
+        # Values that stand several times may leave fewer distinct ones.
+        least = np.unique(np.partition(values, size - 1)[:size])
+        if len(least) >= count:
+            return least[:count]
+        size *= 4
+    return np.unique(values)[:count]
 
 
 def check_same_log(kept: Kept, now: dict[str, list[int]], out: str) -> None:

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from camenn_model.hashing import stable_hash
 from pipelines import files
 from pipelines.manifest import Count
 from pipelines.tables import Slice, Source, drop_nulls, make_rejects
@@ -37,41 +36,91 @@ class CleanEvents(beam.DoFn):
             yield beam.pvalue.TaggedOutput("rejects", rejects)
 
 
-def clean_log(stage: str, contract: Contract, table: pa.Table) -> tuple[pd.DataFrame, pa.Table, int]:
-    """Collapse exact copies of events: (frame ordered by time and key, rejects, number of copies).
+@dataclass(frozen=True)
+class CleanLog:
+    """Events of a log that count: each user's in order of time and key, all in order of time."""
+
+    events: pd.DataFrame
+    """Columns of the contract but for those of its key alone; times are int64 microseconds, texts codes, int64, of the values in `texts`"""
+    texts: dict[str, pa.Array]
+    """Column → its values, string"""
+    rejects: pa.Table
+    copies: int
+    """Exact copies that were left out"""
+
+
+def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
+    """Collapse exact copies of events.
 
     Of a user's clicks that share an exposure_id and differ, the first by time and values stays and the others are rejects; those of two users are
-    not compared, as users are read in buckets and the answer must not depend on which share one. Times become int64 microseconds.
+    not compared, as users are read in buckets and the answer must not depend on which share one.
     """
     time = "clicked_at" if contract is CLICKS else "ordered_at"
-    table = table.set_column(table.column_names.index(time), time, table[time].cast(pa.int64()))
-    table = table.take(pa.array(np.argsort(table[time].to_numpy(), kind="stable"))).combine_chunks()
-    frame = table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
-    # Only events of one moment can be copies, and only they need the rest of the order.
-    moments = frame[time].to_numpy()
+    moments = table[time].cast(pa.int64()).to_numpy()
+    order = np.argsort(moments, kind="stable")
+    moments = moments[order]
+    # Only events of one moment and user can be copies, and only they need the rest of the order.
     same = moments[1:] == moments[:-1]
     tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-    copies = np.zeros(len(frame), dtype=bool)
+    users = encode_texts(table["user_id"].take(pa.array(order[tied])))[0]
+    tied = tied[pd.DataFrame({"moment": moments[tied], "user": users}).duplicated(keep=False).to_numpy()]
+    copies = np.zeros(len(order), dtype=bool)
     if len(tied):
-        order = [time, *contract.key, *(name for name in contract.names if name not in (time, *contract.key))]
-        ordered = frame.iloc[tied].sort_values(order, kind="stable")
+        names = [time, *contract.key, *(name for name in contract.names if name not in (time, *contract.key))]
+        rows = to_frame(table.take(pa.array(order[tied])), contract.names)
+        rows[time] = moments[tied]
+        ordered = rows.sort_values(names, kind="stable")
         copies[tied] = ordered.duplicated().to_numpy()
-        places = np.arange(len(frame))
-        places[tied] = ordered.index.to_numpy()
-        frame = frame.iloc[places[~copies]].reset_index(drop=True)
+        order[tied] = order[tied[ordered.index.to_numpy()]]
+    order = order[~copies]
     rejects = REJECTS.schema.empty_table()
-    if contract is CLICKS and len(np.unique(stable_hash(table["exposure_id"]))) < len(frame):
-        again = frame.duplicated(["user_id", "exposure_id"]).to_numpy()
+    if contract is CLICKS and len(pc.unique(table["exposure_id"])) < len(order):
+        rows = to_frame(table.take(pa.array(order)), ["user_id", "exposure_id", "item_id"])
+        again = rows.duplicated(["user_id", "exposure_id"]).to_numpy()
         if again.any():
-            ids = frame.loc[again, "exposure_id"].tolist()
-            items = frame.loc[again, "item_id"].tolist()
+            exposures = rows.loc[again, "exposure_id"].tolist()
+            items = rows.loc[again, "item_id"].tolist()
             details = [
                 f"table 'clicks': column 'exposure_id': '{exposure}' (item_id '{item}') stands on another, different click. Give each exposure its own id."
-                for exposure, item in zip(ids, items, strict=True)
+                for exposure, item in zip(exposures, items, strict=True)
             ]
-            rejects = make_rejects(stage, [f"clicks:{exposure}" for exposure in ids], "duplicate_exposure_id", details)
-            frame = frame[~again].reset_index(drop=True)
-    return frame, rejects, int(copies.sum())
+            keys = [f"clicks:{exposure}" for exposure in exposures]
+            rejects = make_rejects(stage, keys, "duplicate_exposure_id", details)
+            order = order[~again]
+    columns: dict[str, Any] = {}
+    texts: dict[str, pa.Array] = {}
+    for column in contract.columns:
+        if column.name == time:
+            columns[time] = table[time].cast(pa.int64()).to_numpy()[order]
+        elif not pa.types.is_string(column.type):
+            columns[column.name] = table[column.name].to_pandas().to_numpy()[order]
+        elif column.name not in ("exposure_id", "order_id"):
+            codes, texts[column.name] = encode_texts(table[column.name])
+            columns[column.name] = codes[order]
+    return CleanLog(pd.DataFrame(columns), texts, rejects, int(copies.sum()))
+
+
+def to_frame(table: pa.Table, names: list[str]) -> pd.DataFrame:
+    """Some columns for pandas, texts as Arrow's strings, which pandas' own would cost a Python object each."""
+    return table.select(names).to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
+
+
+def encode_texts(*columns: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """(code of each value of some columns one after another, int64, equal for equal strings; the values of the codes, in order of first appearance)."""
+    chunks = [
+        chunk for column in columns for chunk in (column.chunks if isinstance(column, pa.ChunkedArray) else [column])
+    ]
+    encoded = pa.chunked_array(chunks, pa.string()).dictionary_encode().combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        return np.zeros(0, dtype=np.int64), pa.array([], pa.string())
+    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary
+
+
+def share_codes(clicks: CleanLog, orders: CleanLog, name: str) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    """One column of both logs under the same codes: those of each one's own codes, int64, and their values."""
+    both, values = encode_texts(clicks.texts[name], orders.texts[name])
+    edge = len(clicks.texts[name])
+    return both[:edge], both[edge:], values
 
 
 @dataclass
@@ -90,31 +139,31 @@ class Outcomes:
         return frame
 
 
-def item_codes(ids: pd.Series, known: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Row of each id in `known`, int64 [n]; -1 = not there."""
-    if len(ids) == 0:
-        return np.zeros(0, dtype=np.int64)
-    found = pc.index_in(
-        pa.Array.from_pandas(ids, type=pa.string()),
-        value_set=known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known,
-    )
-    return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+def item_codes(log: CleanLog, known: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Row of each event's listing in `known`, int64 [n]; -1 = not there."""
+    value_set = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
+    found = pc.fill_null(pc.index_in(log.texts["item_id"], value_set=value_set), -1)
+    return found.to_numpy(zero_copy_only=False).astype(np.int64)[log.events["item_id"].to_numpy()]
 
 
-def usable_orders(orders: pd.DataFrame, known: pa.ChunkedArray, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
+def usable_orders(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
     """Orders that feed labels and counts, with their `item` code: known by `as_of`, of a listing of the catalog, not returned."""
+    orders = log.events.assign(item=item_codes(log, known))
     orders = outcomes.keep(orders, (orders["ordered_at"] <= as_of).to_numpy(dtype=bool), "after_as_of")
     orders = outcomes.keep(orders, (orders["quantity"] > 0).to_numpy(dtype=bool), "returns")
-    orders = orders.assign(item=item_codes(orders["item_id"], known))
     return outcomes.keep(orders, (orders["item"] >= 0).to_numpy(dtype=bool), "unknown_item")
 
 
-def usable_clicks(clicks: pd.DataFrame, known: pa.ChunkedArray, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
-    """Clicks that feed counts and examples, with their `item` code and the start of their session (its first click, `session_start`)."""
+def usable_clicks(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
+    """Clicks that feed counts and examples, with their `item` code, their `session` and its start (its first click, `session_start`)."""
+    clicks = log.events.assign(item=item_codes(log, known))
     clicks = outcomes.keep(clicks, (clicks["clicked_at"] <= as_of).to_numpy(dtype=bool), "after_as_of")
-    # The session starts at its first click, whether or not the catalog knows that click's listing.
-    start = clicks.groupby(["user_id", "session_id"], sort=False)["clicked_at"].transform("min")
-    clicks = clicks.assign(session_start=start.astype("int64"), item=item_codes(clicks["item_id"], known))
+    sessions = max(1, len(log.texts["session_id"]))
+    session = pd.factorize(clicks["user_id"].to_numpy() * np.int64(sessions) + clicks["session_id"].to_numpy())[0]
+    # The session starts at its first click, whether or not the catalog knows that click's listing. Sessions are numbered as they come, and clicks are in order of time.
+    new = np.diff(np.maximum.accumulate(session), prepend=-1) > 0
+    start = clicks["clicked_at"].to_numpy()[new][session]
+    clicks = clicks.assign(session=session, session_start=start)
     return outcomes.keep(clicks, (clicks["item"] >= 0).to_numpy(dtype=bool), "unknown_item")
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.attribution import DAY_US, NEVER, attribute_orders, day_of
-from pipelines.events import Outcomes, clean_log, usable_clicks, usable_orders
+from pipelines.events import Outcomes, clean_log, encode_texts, share_codes, usable_clicks, usable_orders
 from pipelines.features import (
     Events,
     ItemAttributes,
@@ -48,7 +48,16 @@ _QUERIES = pa.schema(
         ("listed_at", pa.int64()),
     ]
 )
-_ITEM_EVENTS = pa.schema([("item", pa.int32()), ("store_id", pa.string()), ("kind", pa.int8()), ("time", pa.int64())])
+_ITEM_EVENTS = pa.schema(
+    [
+        ("item", pa.int32()),
+        ("store_id", pa.string()),
+        ("kind", pa.int8()),
+        ("time", pa.int64()),
+        # how many events of that listing, store and kind the row stands for
+        ("weight", pa.int64()),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,24 +170,24 @@ def build_user_examples(
         bucket: number of this bucket of users, from which rows are numbered.
         frozen_before: sessions that started before, int64 microseconds, are `final_day`: an earlier run built their day for good.
     """
-    clicks, click_rejects, click_copies = clean_log(stage, CLICKS, clicks_table)
-    orders, order_rejects, order_copies = clean_log(stage, ORDERS, orders_table)
+    click_log, order_log = clean_log(stage, CLICKS, clicks_table), clean_log(stage, ORDERS, orders_table)
     click_outcomes, order_outcomes = Outcomes("clicks", []), Outcomes("orders", [])
     click_outcomes.counts += [
-        Count("clicks", "duplicates", click_copies),
-        Count("clicks", "rejected", click_rejects.num_rows),
+        Count("clicks", "duplicates", click_log.copies),
+        Count("clicks", "rejected", click_log.rejects.num_rows),
     ]
     order_outcomes.counts += [
-        Count("orders", "duplicates", order_copies),
-        Count("orders", "rejected", order_rejects.num_rows),
+        Count("orders", "duplicates", order_log.copies),
+        Count("orders", "rejected", order_log.rejects.num_rows),
     ]
-    orders = usable_orders(orders, item_ids, as_of, order_outcomes)
-    clicks = usable_clicks(clicks, item_ids, as_of, click_outcomes)
+    orders = usable_orders(order_log, item_ids, as_of, order_outcomes)
+    clicks = usable_clicks(click_log, item_ids, as_of, click_outcomes)
     order_outcomes.counts.append(Count("orders", "out", len(orders)))
 
-    users, stores = (_codes(clicks[name], orders[name]) for name in ("user_id", "store_id"))
-    n = len(clicks)
-    click_user, order_user = users[:n], users[n:]
+    of_clicks, of_orders, _ = share_codes(click_log, order_log, "user_id")
+    click_user, order_user = of_clicks[clicks["user_id"]], of_orders[orders["user_id"]]
+    of_clicks, of_orders, store_ids = share_codes(click_log, order_log, "store_id")
+    click_store, order_store = of_clicks[clicks["store_id"]], of_orders[orders["store_id"]]
     click_item, order_item = clicks["item"].to_numpy(np.int64), orders["item"].to_numpy(np.int64)
     clicked_at, ordered_at = clicks["clicked_at"].to_numpy(np.int64), orders["ordered_at"].to_numpy(np.int64)
     size = np.int64(len(item_ids))
@@ -188,39 +197,38 @@ def build_user_examples(
     events = Events(
         click_user=click_user,
         click_item=click_item,
-        click_store=stores[:n],
+        click_store=click_store,
         clicked_at=clicked_at,
         converted_at=converted_at,
         order_user=order_user,
         order_item=order_item,
-        order_store=stores[n:],
+        order_store=order_store,
         ordered_at=ordered_at,
     )
+    happened = converted_at != NEVER
     item_events = pa.concat_tables(
         [
-            _item_events(click_item, clicks["store_id"], CLICK_EVENT, clicked_at),
-            _item_events(order_item, orders["store_id"], ORDER_EVENT, ordered_at),
-            _item_events(
-                click_item[converted_at != NEVER],
-                clicks["store_id"][converted_at != NEVER],
-                CONVERSION_EVENT,
-                converted_at[converted_at != NEVER],
-            ),
+            _item_events(item, store, store_ids, kind, time, frozen_before)
+            for kind, item, store, time in (
+                (CLICK_EVENT, click_item, click_store, clicked_at),
+                (ORDER_EVENT, order_item, order_store, ordered_at),
+                (CONVERSION_EVENT, click_item[happened], click_store[happened], converted_at[happened]),
+            )
         ]
     )
-    clicks = clicks.assign(user=click_user, label=(converted_at != NEVER).astype(np.int8))
+    clicks = clicks.assign(user=click_user, label=happened.astype(np.int8))
     # They count in the features of later sessions like any others.
     clicks = click_outcomes.keep(clicks, (clicks["session_start"] >= frozen_before).to_numpy(dtype=bool), "final_day")
     clicked_at = clicks["clicked_at"].to_numpy(np.int64)
     closed = click_outcomes.keep(clicks, (clicked_at + window <= as_of), "open_window")
     # Repeated clicks on one listing in a session are one example: placed where the first was, positive if any led to an order.
-    label = closed.groupby(["user_id", "session_id", "item"], sort=False)["label"].transform("max")
-    closed = closed.assign(label=label)
-    first = click_outcomes.keep(
-        closed, ~closed.duplicated(["user_id", "session_id", "item"]).to_numpy(), "repeated_clicks"
-    )
+    same = pd.factorize(closed["session"].to_numpy() * size + closed["item"].to_numpy())[0]
+    bought = np.bincount(same, weights=closed["label"]) > 0
+    closed = closed.assign(label=bought[same].astype(np.int8))
+    new = np.diff(np.maximum.accumulate(same), prepend=-1) > 0
+    first = click_outcomes.keep(closed, new, "repeated_clicks")
     click_outcomes.counts.append(Count("clicks", "out", len(first)))
-    examples = _describe(first, events, attributes, history, timezones, timezone)
+    examples = _describe(first, click_log.texts, events, attributes, history, timezones, timezone)
     rows = pa.array(np.arange(len(first), dtype=np.int64) + (bucket << 32))
     examples = examples.append_column(ROW, rows)
     queries = pa.table(
@@ -234,32 +242,39 @@ def build_user_examples(
         schema=_QUERIES,
     )
     return UserResult(
-        examples, queries, item_events, [click_rejects, order_rejects], [*click_outcomes.counts, *order_outcomes.counts]
+        examples,
+        queries,
+        item_events,
+        [click_log.rejects, order_log.rejects],
+        [*click_outcomes.counts, *order_outcomes.counts],
     )
 
 
-def _codes(*columns: pd.Series) -> np.ndarray:
-    """Codes of some columns' values one after another, int64: the same for the same string."""
-    arrays = [pa.Array.from_pandas(column, type=pa.string()) for column in columns]
-    chunks = [chunk for array in arrays for chunk in (array.chunks if isinstance(array, pa.ChunkedArray) else [array])]
-    values = pa.concat_arrays([pa.array([], pa.string()), *chunks])
-    return values.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _item_events(item: np.ndarray, store: pd.Series, kind: int, time: np.ndarray) -> pa.Table:
-    return pa.table(
-        {
-            "item": item.astype(np.int32),
-            "store_id": pa.Array.from_pandas(store, type=pa.string()),
-            "kind": np.full(len(item), kind, dtype=np.int8),
-            "time": time,
-        },
-        schema=_ITEM_EVENTS,
-    )
+def _item_events(
+    item: np.ndarray, store: np.ndarray, store_ids: pa.Array, kind: int, time: np.ndarray, frozen_before: int
+) -> pa.Table:
+    """Events of one kind for `_ITEM_EVENTS`. Every query is of a session that starts at `frozen_before` or later, for which all that was earlier was before:
+    of such events of a listing in a store one row is left, at the first click, or at the last order."""
+    early = time < frozen_before
+    pair = item[early] * np.int64(max(1, len(store_ids))) + store[early]
+    code, pairs = pd.factorize(pair)
+    moment = np.full(len(pairs), NEVER if kind == CLICK_EVENT else -NEVER)
+    (np.minimum if kind == CLICK_EVENT else np.maximum).at(moment, code, time[early])
+    sums = np.divmod(pairs, max(1, len(store_ids)))
+    late = ~early
+    columns = {
+        "item": np.concatenate([sums[0], item[late]]).astype(np.int32),
+        "store_id": store_ids.take(pa.array(np.concatenate([sums[1], store[late]]))),
+        "kind": np.full(len(pairs) + int(late.sum()), kind, dtype=np.int8),
+        "time": np.concatenate([moment, time[late]]),
+        "weight": np.concatenate([np.bincount(code, minlength=len(pairs)), np.ones(int(late.sum()), dtype=np.int64)]),
+    }
+    return pa.table(columns, schema=_ITEM_EVENTS)
 
 
 def _describe(
     first: pd.DataFrame,
+    texts: dict[str, pa.Array],
     events: Events,
     attributes: ItemAttributes,
     length: int,
@@ -276,9 +291,8 @@ def _describe(
     per_session = user_features(events, session_user, session_start)
     history = user_history(events, session_user, session_start, length)
     pairs = pair_features(events, Queries(user=user, item=item, store=np.zeros_like(user), time=start), attributes)
-    store_code, store_names = pd.factorize(first["store_id"])
-    zones = [timezones.get(name, timezone) for name in store_names]
-    hour, weekday = local_hour_weekday(start, store_code.astype(np.int64), zones)
+    zones = [timezones.get(name, timezone) for name in texts["store_id"].to_pylist()]
+    hour, weekday = local_hour_weekday(start, first["store_id"].to_numpy(), zones)
     valid = history.kind != 0
     lengths = valid.sum(axis=1)
     rows, offsets = _spread(lengths, session_row)
@@ -287,9 +301,7 @@ def _describe(
     def nested(values: pa.Array) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
-    strings = {
-        name: pa.Array.from_pandas(first[name], type=pa.string()) for name in ("user_id", "session_id", "store_id")
-    }
+    strings = {name: texts[name].take(pa.array(first[name])) for name in ("user_id", "session_id", "store_id")}
     return pa.table(
         {
             **strings,
@@ -336,13 +348,10 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 def build_item_features(queries: pa.Table, item_events: pa.Table) -> pa.Table:
     """ROW and `ITEM_COUNTS` of a bucket of listings' queries; `item_events` are all their clicks, orders and conversions."""
-    item, kind, time = (item_events[name].to_numpy() for name in ("item", "kind", "time"))
+    item, kind, time, weight = (item_events[name].to_numpy() for name in ("item", "kind", "time", "weight"))
     item = item.astype(np.int64)
     n = len(item)
-    stores, names = pd.factorize(
-        pd.concat([item_events["store_id"].to_pandas(), queries["store_id"].to_pandas()], ignore_index=True)
-    )
-    stores = stores.astype(np.int64)
+    stores, names = encode_texts(item_events["store_id"], queries["store_id"])
     clicks, orders, conversions = (
         np.flatnonzero(kind == value) for value in (CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT)
     )
@@ -357,7 +366,7 @@ def build_item_features(queries: pa.Table, item_events: pa.Table) -> pa.Table:
     features = item_features(
         click_item=item[clicks], click_store=stores[:n][clicks], clicked_at=time[clicks], conversion_item=item[conversions], converted_at=time[conversions],
         order_item=item[orders], order_store=stores[:n][orders], ordered_at=time[orders], queries=asked,
-        listed_at=queries["listed_at"].to_numpy(), n_stores=len(names),
+        click_weight=weight[clicks], conversion_weight=weight[conversions], order_weight=weight[orders], listed_at=queries["listed_at"].to_numpy(), n_stores=len(names),
     )  # fmt: skip
     return pa.table({ROW: queries[ROW], **{name: _nullable(values) for name, values in features.items()}})
 

@@ -108,17 +108,21 @@ def item_features(
     queries: Queries,
     listed_at: Ints,
     n_stores: int,
+    click_weight: Ints | None = None,
+    conversion_weight: Ints | None = None,
+    order_weight: Ints | None = None,
 ) -> dict[str, Floats]:
     """Columns of `ITEM_COUNTS` for each query's (item, store, time), float32 [n].
 
     Args:
         listed_at: since when each query's listing is offered, int64 [n] microseconds; NEVER = unknown. At or after the query's time it is not known yet.
         conversion_item, converted_at: first orders credited to a click.
+        click_weight, conversion_weight, order_weight: how many each of them stands for; None = one.
     """
-    clicks, first, _ = TimeIndex(click_item, clicked_at).count_first_last(queries.item, queries.time)
+    clicks, first, _ = TimeIndex(click_item, clicked_at, click_weight).count_first_last(queries.item, queries.time)
     n_clicks = clicks.astype(np.float32)
-    n_conversions = _counts(TimeIndex(conversion_item, converted_at), queries.item, queries.time)
-    n_orders, days = _counts_and_days(TimeIndex(order_item, ordered_at), queries.item, queries.time)
+    n_conversions = _counts(TimeIndex(conversion_item, converted_at, conversion_weight), queries.item, queries.time)
+    n_orders, days = _counts_and_days(TimeIndex(order_item, ordered_at, order_weight), queries.item, queries.time)
     listed = np.where(listed_at < queries.time, listed_at, NEVER)
     here = np.where(queries.store >= 0, _pair(queries.item, queries.store, n_stores), -1)
     return {
@@ -129,10 +133,10 @@ def item_features(
         "item_days_since_first_click": _days(first, queries.time),
         "item_days_since_order": days,
         "store_item_clicks": _counts(
-            TimeIndex(_pair(click_item, click_store, n_stores), clicked_at), here, queries.time
+            TimeIndex(_pair(click_item, click_store, n_stores), clicked_at, click_weight), here, queries.time
         ),
         "store_item_orders": _counts(
-            TimeIndex(_pair(order_item, order_store, n_stores), ordered_at), here, queries.time
+            TimeIndex(_pair(order_item, order_store, n_stores), ordered_at, order_weight), here, queries.time
         ),
     }
 
@@ -152,22 +156,29 @@ class ItemAttributes:
         return len(self.subcategory)
 
 
+def _index_of(asked: Ints, key: Ints, time: Ints) -> TimeIndex:
+    """Index of the events whose key is asked for: to look for a key costs less than to sort its events."""
+    wanted = pd.Series(key).isin(asked).to_numpy()
+    return TimeIndex(key[wanted], time[wanted])
+
+
 def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> dict[str, Floats]:
     """Columns of `PAIR_COUNTS` for each query's (user, item, time), float32 [n]."""
     n_groups = 1 + int(max(items.subcategory.max(initial=-1), items.brand.max(initial=-1), 0))
     pair = _pair(queries.user, queries.item, items.size)
-    clicks = TimeIndex(_pair(events.click_user, events.click_item, items.size), events.clicked_at)
-    orders = TimeIndex(_pair(events.order_user, events.order_item, items.size), events.ordered_at)
-    n_clicks, click_days = _counts_and_days(clicks, pair, queries.time)
-    n_orders, order_days = _counts_and_days(orders, pair, queries.time)
+    n_clicks, click_days = _counts_and_days(
+        _index_of(pair, _pair(events.click_user, events.click_item, items.size), events.clicked_at), pair, queries.time
+    )
+    n_orders, order_days = _counts_and_days(
+        _index_of(pair, _pair(events.order_user, events.order_item, items.size), events.ordered_at), pair, queries.time
+    )
 
     def in_group(user: Ints, item: Ints, time: Ints, codes: Ints) -> Floats:
-        group = codes[item]
-        known = group >= 0
-        index = TimeIndex(_pair(user[known], group[known], n_groups), time[known])
-        asked = codes[queries.item]
-        counts = _counts(index, _pair(queries.user, np.maximum(asked, 0), n_groups), queries.time)
-        return np.where(asked >= 0, counts, 0).astype(np.float32)
+        group, asked = codes[item], codes[queries.item]
+        # Those of no group lie under a key that nobody has.
+        key = np.where(group >= 0, _pair(user, group, n_groups), -1)
+        wanted = np.where(asked >= 0, _pair(queries.user, asked, n_groups), -2)
+        return _counts(_index_of(wanted, key, time), wanted, queries.time)
 
     known_user = queries.user >= 0
     features = {
@@ -218,10 +229,12 @@ def user_history(events: Events, user: Ints, time: Ints, length: int) -> History
     item = np.concatenate([events.click_item, events.order_item])
     converted = np.concatenate([events.converted_at, np.full(n_orders, NEVER)])
     kind = np.concatenate([np.full(n_clicks, CLICKED), np.full(n_orders, PURCHASED)]).astype(np.int8)
-    presorted = np.lexsort((-item, kind))
-    who, when, item, converted = (array[presorted] for array in (who, when, item, converted))
-    kind = kind[presorted]
     index = TimeIndex(who, when)
+    if (index.combined[1:] == index.combined[:-1]).any():
+        presorted = np.lexsort((-item, kind))
+        who, when, item, converted = (array[presorted] for array in (who, when, item, converted))
+        kind = kind[presorted]
+        index = TimeIndex(who, when)
     start, end = index.bounds(user, time)
     # Each click left out has its own order, later than the click and before `time`: of the last 2·length events at least `length` stay.
     position = end[:, None] - np.arange(1, 2 * length + 1)[None, :]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines import files
 from pipelines.attribution import DAY_US, NEVER, Ints, attribute_orders
-from pipelines.events import Outcomes, clean_log, usable_clicks, usable_orders
+from pipelines.events import CleanLog, Outcomes, clean_log, share_codes, usable_clicks, usable_orders
 from pipelines.features import (
     Events,
     Floats,
@@ -83,8 +83,8 @@ class Sparse:
         return cls(table["key"].to_numpy(), int(table.schema.metadata[b"size"]), columns)
 
 
-def read_log(stage: str, source: Source) -> tuple[pd.DataFrame, list[pa.Table], list[Count]]:
-    """A whole log, cleaned: (frame, rejects, counts)."""
+def read_log(stage: str, source: Source) -> tuple[CleanLog, list[pa.Table], list[Count]]:
+    """A whole log, cleaned: (events, all rejects, counts)."""
     contract: Contract = source.contract
     pieces, rejects = [], []
     for where in list_slices(source):
@@ -92,15 +92,15 @@ def read_log(stage: str, source: Source) -> tuple[pd.DataFrame, list[pa.Table], 
         pieces.append(kept)
         rejects.append(bad)
     whole = pa.concat_tables(pieces) if pieces else pa.table({c.name: pa.array([], c.type) for c in contract.columns})
-    frame, conflicts, copies = clean_log(stage, contract, whole)
-    rejects.append(conflicts)
+    log = clean_log(stage, contract, whole)
+    rejects.append(log.rejects)
     rejected = sum(table.num_rows for table in rejects)
     counts = [
         Count(contract.name, "in", source.rows),
         Count(contract.name, "rejected", rejected),
-        Count(contract.name, "duplicates", copies),
+        Count(contract.name, "duplicates", log.copies),
     ]
-    return frame, rejects, counts
+    return log, rejects, counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,21 +134,22 @@ def build_log(
     window: int,
 ) -> tuple[Log, list[pa.Table], list[Count]]:
     """Read and code both logs as of `time` (int64 microseconds; nothing at or after it is used)."""
-    click_frame, click_rejects, click_counts = read_log(stage, clicks)
-    order_frame, order_rejects, order_counts = read_log(stage, orders)
+    click_log, click_rejects, click_counts = read_log(stage, clicks)
+    order_log, order_rejects, order_counts = read_log(stage, orders)
     outcomes = Outcomes("clicks", click_counts), Outcomes("orders", order_counts)
-    order_frame = usable_orders(order_frame, item_ids, time - 1, outcomes[1])
-    click_frame = usable_clicks(click_frame, item_ids, time - 1, outcomes[0])
+    order_frame = usable_orders(order_log, item_ids, time - 1, outcomes[1])
+    click_frame = usable_clicks(click_log, item_ids, time - 1, outcomes[0])
     click_counts.append(Count("clicks", "out", len(click_frame)))
     order_counts.append(Count("orders", "out", len(order_frame)))
     n = len(click_frame)
-    user, users = pd.factorize(
-        pd.concat([click_frame["user_id"], order_frame["user_id"]], ignore_index=True).astype(object)
-    )
-    store, stores = pd.factorize(
-        pd.concat([click_frame["store_id"], order_frame["store_id"]], ignore_index=True).astype(object)
-    )
-    user, store = user.astype(np.int64), store.astype(np.int64)
+
+    def codes(name: str) -> tuple[Ints, pd.Index]:
+        of_clicks, of_orders, values = share_codes(click_log, order_log, name)
+        # Of users and stores, those count whose events do.
+        code, met = pd.factorize(np.concatenate([of_clicks[click_frame[name]], of_orders[order_frame[name]]]))
+        return code.astype(np.int64), pd.Index(values.take(pa.array(met)).to_pandas(), dtype=object)
+
+    (user, users), (store, stores) = codes("user_id"), codes("store_id")
     click_item, order_item = click_frame["item"].to_numpy(np.int64), order_frame["item"].to_numpy(np.int64)
     clicked_at, ordered_at = click_frame["clicked_at"].to_numpy(np.int64), order_frame["ordered_at"].to_numpy(np.int64)
     size = np.int64(max(attributes.size, 1))
@@ -168,8 +169,8 @@ def build_log(
     )
     log = Log(
         events=events,
-        users=pd.Index(users),
-        stores=pd.Index(stores),
+        users=users,
+        stores=stores,
         attributes=attributes,
         time=time,
         last_seen=last_seen,

@@ -1,6 +1,7 @@
 """Night after night into one shard set: final days stay, open days keep their features, and nothing differs from one build of the whole log."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from camenn_model.hashing import stable_hash
 from camenn_model.shards import ShardSet
 from camenn_model.train import TrainOptions, open_corpus
 from pipelines import build_shards, days
-from pipelines.attribution import DAY_US, HOUR_US
-from pipelines.days import SKETCH, check_same_log, date_of, start_of
+from pipelines.attribution import DAY_US, HOUR_US, day_of
+from pipelines.days import SKETCH, check_same_log, date_of, mix, sketch_days, start_of
 from pipelines.features import FEATURES_VERSION
 from pipelines.manifest import read_latest
-from schemas.contract import InputError
+from pipelines.tables import Source
+from schemas.contract import TIMESTAMP, InputError
+from schemas.events import CLICKS
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, PAIR_COUNTS, SPLITS
 from tests.pipelines.shard_reference import Row
 from tests.pipelines.small_city import CATALOG_ROWS, START, by_key, catalog_table, random_city, write_data, write_store
@@ -232,6 +238,26 @@ def test_another_log_is_refused(tmp_path: Path) -> None:
         row["exposure_id"] = f"other {row['exposure_id']}"
     with pytest.raises(InputError, match="the clicks of 2023-11-1.* are not those .*--rebuild"):
         nights.build(9)
+
+
+@given(st.data())
+def test_sketches_are_the_least_numbers_of_each_day(data: st.DataObject) -> None:
+    """Whatever the row groups, the order of rows and how many clicks share a moment."""
+    moments = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=8), label="moments")
+    rows = data.draw(st.lists(st.tuples(st.sampled_from(moments), st.integers(0, 40)), min_size=1, max_size=200))
+    rows = [(number // 3 * DAY_US + number % 3, exposure) for number, exposure in rows]
+    table = pa.table(
+        {"exposure_id": [f"e{number}" for _, number in rows], "clicked_at": pa.array([t for t, _ in rows], TIMESTAMP)}
+    )
+    every: dict[str, set[int]] = {}
+    for (time, _), hashed in zip(rows, stable_hash(table["exposure_id"]).tolist(), strict=True):
+        number = int(mix(np.array([time]))[0]) << 32 | hashed & (2**32 - 1)
+        every.setdefault(day_of(time), set()).add(number)
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/clicks.parquet"
+        pq.write_table(table, path, row_group_size=data.draw(st.integers(1, 100), label="rows of a row group"))
+        source = Source(contract=CLICKS, files=(path,), rows=len(rows), fingerprint="")
+        assert sketch_days(source) == {date: sorted(numbers)[:SKETCH] for date, numbers in sorted(every.items())}
 
 
 def test_a_log_that_grows_is_known_again() -> None:
