@@ -3,6 +3,7 @@
 import datetime
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
@@ -112,11 +113,13 @@ def attribute_orders(
     Returns:
         (credited click of each order, int64 [orders], -1 = none; time of the first order credited to each click, int64 [clicks], NEVER = none).
     """
-    index = TimeIndex(click_pair, click_time)
+    # To look for a pair among those of the orders costs less than to sort its clicks.
+    wanted = np.flatnonzero(pd.Series(click_pair).isin(order_pair).to_numpy())
+    index = TimeIndex(click_pair[wanted], click_time[wanted])
     start, end = index.bounds(order_pair, order_time, inclusive=True)
     credited = np.full(len(order_pair), -1, dtype=np.int64)
     some = end > start
-    credited[some] = index.order[end[some] - 1]
+    credited[some] = wanted[index.order[end[some] - 1]]
     some[some] = order_time[some] - click_time[credited[some]] <= window
     credited[~some] = -1
     first = np.full(len(click_pair), NEVER)

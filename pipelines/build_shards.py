@@ -42,6 +42,7 @@ from pipelines.days import (
     write_part,
 )
 from pipelines.dimensions import read_timezones, read_users
+from pipelines.event_log import KeptRows, LogPlan, kept_table, plan_logs, remember
 from pipelines.events import CleanEvents, read_times
 from pipelines.examples import Day, ItemPass, SplitTimes, UserPass, finish_examples, split_times
 from pipelines.features import FEATURES_VERSION
@@ -98,6 +99,9 @@ class Plan:
 
     clicks: Source
     orders: Source
+    logs: dict[str, LogPlan]
+    """What is read of both"""
+    user_buckets: int
     items_path: str
     as_of: int
     window: int
@@ -232,12 +236,12 @@ class BuildExamples(beam.PTransform):
         o, plan = self.options, self.plan
         clicks = (
             pipeline
-            | "ReadClicks" >> ReadTable(plan.clicks)
+            | "ReadClicks" >> ReadTable(plan.clicks, plan.logs["clicks"].fresh)
             | "CleanClicks" >> beam.ParDo(CleanEvents(STAGE, CLICKS)).with_outputs("rejects", "counts", main="rows")
         )
         orders = (
             pipeline
-            | "ReadOrders" >> ReadTable(plan.orders)
+            | "ReadOrders" >> ReadTable(plan.orders, plan.logs["orders"].fresh)
             | "CleanOrders" >> beam.ParDo(CleanEvents(STAGE, ORDERS)).with_outputs("rejects", "counts", main="rows")
         )
         # A day of very many clicks is written in pieces of about a file each.
@@ -252,19 +256,30 @@ class BuildExamples(beam.PTransform):
             timezone=o.timezone,
             frozen_before=plan.kept.frozen_before,
             day_buckets=day_buckets,
+            clicks=KeptRows.of(plan.logs["clicks"], plan.directory),
+            orders=KeptRows.of(plan.logs["orders"], plan.directory),
         )
-        user_buckets = max(1, -(-(plan.clicks.rows + plan.orders.rows) // ROWS_PER_BUCKET))
+        placed = [
+            (part.bucket, (kept_table(log.contract), part.parcel)) for log in plan.logs.values() for part in log.parts
+        ]
         by_user = (
             {"clicks": clicks.rows, "orders": orders.rows}
             | "ByUser"
-            >> ShuffleByBucket({"clicks": "user_id", "orders": "user_id"}, user_buckets, scratch=plan.scratch)
+            >> ShuffleByBucket(
+                {"clicks": "user_id", "orders": "user_id"},
+                plan.user_buckets,
+                scratch=plan.scratch,
+                placed=tuple(placed),
+            )
             | "DescribeUsers"
-            >> beam.ParDo(user_pass).with_outputs("queries", "item_events", "rejects", "counts", main="examples")
+            >> beam.ParDo(user_pass).with_outputs(
+                "queries", "item_events", "files", "rejects", "counts", main="examples"
+            )
         )
         counts = (
             {"queries": by_user.queries, "item_events": by_user.item_events}
             | "ByItem"
-            >> ShuffleByBucket({"queries": "item", "item_events": "item"}, user_buckets, scratch=plan.scratch)
+            >> ShuffleByBucket({"queries": "item", "item_events": "item"}, plan.user_buckets, scratch=plan.scratch)
             | "DescribeItems" >> beam.ParDo(ItemPass(day_buckets))
         )
         examples = (
@@ -279,7 +294,7 @@ class BuildExamples(beam.PTransform):
         rejects = [clicks.rejects, orders.rejects, by_user.rejects] | "MergeRejects" >> beam.Flatten()
         written = rejects | "WriteRejects" >> WriteTable(REJECTS, files.join(plan.directory, "rejects"))
         return {
-            "files": [examples, written] | "MergeFiles" >> beam.Flatten(),
+            "files": [examples, by_user.files, written] | "MergeFiles" >> beam.Flatten(),
             "counts": [clicks.counts, orders.counts, by_user.counts] | "MergeCounts" >> beam.Flatten(),
         }
 
@@ -333,11 +348,12 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         written = [write_table(directory, "items", items), write_table(directory, "users", users)]
         if catalog_rejects.num_rows:
             written.append(write_table(directory, "rejects", catalog_rejects))
+        logs, user_buckets = plan_logs([clicks, orders], None if rebuild else latest, ROWS_PER_BUCKET)
         jobs, contents_kept = contents_jobs(store, items, latest, out, directory)
         built = closed[closed >= kept.frozen_before]
         local = is_local_run(beam_flags)
         plan = Plan(
-            clicks=clicks, orders=orders, items_path=written[0].path, as_of=as_of, window=window,
+            clicks=clicks, orders=orders, logs=logs, user_buckets=user_buckets, items_path=written[0].path, as_of=as_of, window=window,
             splits=splits, timezones=timezones, directory=directory, kept=kept, days=len(np.unique(built // DAY_US)),
             scratch=files.join(directory, "shuffle") if local else None,
         )  # fmt: skip
@@ -357,8 +373,9 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
                 | "CopyContents" >> beam.ParDo(CopyContents())
             )
             extra = pipeline | "SubmittersFiles" >> beam.Create(written)
-            counts = pipeline | "CatalogCounts" >> beam.Create(
+            counts = pipeline | "SubmittersCounts" >> beam.Create(
                 [Count("catalog", where, rows) for where, rows in catalog_counts.items()]
+                + [Count(name, "in", log.known_rows) for name, log in logs.items()]
             )
             {
                 "files": [emitted["files"], contents, extra] | "AllFiles" >> beam.Flatten(),
@@ -377,11 +394,10 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             for kind in ("image", "text")
         }
         manifest.options["encoders"] = encoders
-        contracts = {c.name: c.fingerprint() for c in (EXAMPLES, ITEMS, REJECTS)} | {
-            "users": "",
-            "contents_images": "",
-            "contents_titles": "",
-        }
+        contracts = {c.name: c.fingerprint() for c in (EXAMPLES, ITEMS, REJECTS)} | dict.fromkeys(
+            ("users", "contents_images", "contents_titles", *(kept_table(log.contract) for log in logs.values())), ""
+        )
+        manifest.options["log"], rows_kept = remember(logs, user_buckets, records)
         manifest.options["days"] = {
             "as_of": as_of,
             "features": FEATURES_VERSION,
@@ -389,7 +405,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             "rebuilt": rebuild,
             "samples": {date: kept.sketches[date] for date in kept.sketches if date in kept.dates} | sketches,
         }
-        add_files(manifest, contracts, [*records, *days_kept, *contents_kept])
+        add_files(manifest, contracts, [*records, *days_kept, *contents_kept, *rows_kept])
         manifest.seconds = time.monotonic() - started
         manifest.summary = _summary(options, manifest, plan, records, contents_kept)
         publish(out, manifest)
@@ -418,6 +434,8 @@ def _summary(
         "examples_built": sum(record.rows for record in records if record.table == "examples"),
         "days_built": len({date_of(record.path) for record in records if record.table == "examples"}),
         "days_kept": len(plan.kept.dates),
+        "log_rows_read": sum(log.fresh_rows for log in plan.logs.values()),
+        "log_rows_kept": sum(log.known_rows for log in plan.logs.values()),
         "encoded_images": 0,
         "encoded_titles": 0,
         "contents_copied": sum(record.rows for record in records if record.table.startswith("contents_")),

@@ -236,12 +236,14 @@ def delisted_items(items: pa.Table, earlier: list[str], kept: list[FileRecord]) 
     """Listings of the earlier `items` files that final days refer to and the catalog no longer has."""
     if not earlier or not kept:
         return items.slice(0, 0)
+    before = pa.concat_tables([pq.ParquetFile(path).read() for path in earlier])
+    gone = before.filter(pc.invert(pc.is_in(before["item_id"], items["item_id"].combine_chunks())))
+    if not gone.num_rows:
+        return items.slice(0, 0)
     wanted = pa.chunked_array(
         [
             pc.unique(pq.ParquetFile(record.path).read(columns=["item_id"])["item_id"].combine_chunks())
             for record in kept
         ]
     ).unique()
-    before = pa.concat_tables([pq.ParquetFile(path).read() for path in earlier])
-    gone = pc.and_not(pc.is_in(before["item_id"], wanted), pc.is_in(before["item_id"], items["item_id"]))
-    return before.filter(gone).select(items.column_names).cast(items.schema)
+    return gone.filter(pc.is_in(gone["item_id"], wanted)).select(items.column_names).cast(items.schema)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import files
+from pipelines.event_log import SLICE, plain_texts
 from pipelines.manifest import Count
 from pipelines.tables import Slice, Source, drop_nulls, make_rejects
 from schemas.contract import Contract, conform
@@ -20,7 +21,7 @@ from schemas.rejects import REJECTS
 
 
 class CleanEvents(beam.DoFn):
-    """(Slice, rows) → rows without nulls where a value is required; rejects and counts beside."""
+    """(Slice, rows) → rows without nulls where a value is required, with SLICE; rejects and counts beside."""
 
     def __init__(self, stage: str, contract: Contract) -> None:
         self.stage = stage
@@ -29,7 +30,7 @@ class CleanEvents(beam.DoFn):
     def process(self, element: tuple[Slice, pa.Table]) -> Iterator[Any]:
         where, table = element
         kept, rejects = drop_nulls(self.stage, where, table.select(self.contract.names), self.contract)
-        yield kept
+        yield kept.append_column(SLICE, pa.array(np.full(kept.num_rows, where.number, dtype=np.int32)))
         yield beam.pvalue.TaggedOutput("counts", Count(self.contract.name, "in", table.num_rows))
         yield beam.pvalue.TaggedOutput("counts", Count(self.contract.name, "rejected", rejects.num_rows))
         if rejects.num_rows:
@@ -102,15 +103,17 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
 
 def to_frame(table: pa.Table, names: list[str]) -> pd.DataFrame:
     """Some columns for pandas, texts as Arrow's strings, which pandas' own would cost a Python object each."""
-    return table.select(names).to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
+    table = pa.table({name: plain_texts(table[name]) for name in names})
+    return table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
 
 
 def encode_texts(*columns: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """(code of each value of some columns one after another, int64, equal for equal strings; the values of the codes, in order of first appearance)."""
-    chunks = [
-        chunk for column in columns for chunk in (column.chunks if isinstance(column, pa.ChunkedArray) else [column])
-    ]
-    encoded = pa.chunked_array(chunks, pa.string()).dictionary_encode().combine_chunks()
+    """(code of each value of some columns one after another, int64, equal for equal strings; the values of the codes). Texts may be dictionary-encoded."""
+    chunks: list[pa.Array] = []
+    for column in columns:
+        coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        chunks += coded.chunks if isinstance(coded, pa.ChunkedArray) else [coded]
+    encoded = pa.chunked_array(chunks, pa.dictionary(pa.int32(), pa.string())).unify_dictionaries().combine_chunks()
     if isinstance(encoded, pa.ChunkedArray):
         return np.zeros(0, dtype=np.int64), pa.array([], pa.string())
     return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary

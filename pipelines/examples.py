@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.attribution import DAY_US, NEVER, attribute_orders, day_of
+from pipelines.event_log import KeptRows
 from pipelines.events import Outcomes, clean_log, encode_texts, share_codes, usable_clicks, usable_orders
 from pipelines.features import (
     Events,
@@ -405,7 +406,7 @@ def cut_days(table: pa.Table, day_buckets: int) -> Iterator[tuple[Day, pa.Table]
 
 
 class UserPass(_ItemsDoFn):
-    """A bucket of users → (Day, examples without listing counts); what to ask the listings, and their events, beside."""
+    """A bucket of users → (Day, examples without listing counts); what to ask the listings, their events, and the files that keep what was read of the logs, beside."""
 
     def __init__(
         self,
@@ -419,17 +420,24 @@ class UserPass(_ItemsDoFn):
         timezone: str,
         frozen_before: int,
         day_buckets: int,
+        clicks: KeptRows,
+        orders: KeptRows,
     ) -> None:
         super().__init__(items_path)
+        self.clicks, self.orders = clicks, orders
         self.stage, self.as_of, self.window, self.history = stage, as_of, window, history
         self.timezones, self.timezone = timezones, timezone
         self.frozen_before, self.day_buckets = frozen_before, day_buckets
 
     def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[Any]:
         bucket, kinds = element
+        clicks, kept_clicks = self.clicks.join(bucket, kinds)
+        orders, kept_orders = self.orders.join(bucket, kinds)
+        for record in (*kept_clicks, *kept_orders):
+            yield beam.pvalue.TaggedOutput("files", record)
         result = build_user_examples(
-            kinds.get("clicks", CLICKS.schema.empty_table()),
-            kinds.get("orders", ORDERS.schema.empty_table()),
+            clicks,
+            orders,
             self.item_ids,
             self.attributes,
             stage=self.stage,

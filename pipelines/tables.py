@@ -68,6 +68,8 @@ class Slice:
     file: str
     row_group: int
     first_row: int
+    number: int = 0
+    """Within the shard set, of a log's: see pipelines/event_log.py"""
 
 
 def list_slices(source: Source) -> list[Slice]:
@@ -106,14 +108,18 @@ class _ReadSlice(beam.DoFn):
 
 @dataclass
 class ReadTable(beam.PTransform):
-    """Read a table as (Slice, Arrow table) per row group, conformed to its contract; row groups are spread over the workers."""
+    """Read a table as (Slice, Arrow table) per row group, conformed to its contract; row groups are spread over the workers.
+
+    `slices`: those of its row groups that are wanted; None = all.
+    """
 
     source: Source
+    slices: tuple[Slice, ...] | None = None
 
     def expand(self, pipeline: beam.Pipeline) -> beam.PCollection:
         return (
             pipeline
-            | "ListRowGroups" >> beam.Create(list_slices(self.source))
+            | "ListRowGroups" >> beam.Create(list_slices(self.source) if self.slices is None else self.slices)
             | "Spread" >> beam.Reshuffle()
             | "ReadRowGroup" >> beam.ParDo(_ReadSlice(self.source.contract))
         )
@@ -227,13 +233,14 @@ class ShuffleByBucket(beam.PTransform):
     Takes a dict kind -> (PCollection of Arrow tables, column); yields (bucket, {kind: Arrow table or None}). Batches travel as Arrow IPC bytes: a
     shuffle costs by element, so rows never travel alone. Row order within a bucket is not defined: sort before you depend on it. `compression`: lz4
     is the faster one; zstd takes half of the memory where FnApiRunner holds the shuffle, above all of content keys. `scratch`: directory in which the batches
-    stay, so that only their places travel (see pipelines/parcels.py).
+    stay, so that only their places travel (see pipelines/parcels.py). `placed`: (bucket, (kind, parcel)) of what lies in files by its bucket already.
     """
 
     kinds: dict[str, str]
     buckets: int
     compression: str = "lz4"
     scratch: str | None = None
+    placed: tuple[tuple[int, tuple[str, Parcel]], ...] = ()
 
     def expand(self, tables: Any) -> beam.PCollection:
         tagged = [
@@ -242,6 +249,8 @@ class ShuffleByBucket(beam.PTransform):
             >> beam.ParDo(_ToBuckets(column, self.buckets, kind, Packer(self.scratch, self.compression)))
             for kind, column in self.kinds.items()
         ]
+        if self.placed:
+            tagged.append(tagged[0].pipeline | "Placed" >> beam.Create(self.placed))
         return (
             tagged | "Merge" >> beam.Flatten() | "ByBucket" >> beam.GroupByKey() | "Decode" >> beam.Map(_decode_group)
         )

@@ -1,0 +1,290 @@
+"""What a shard set keeps of the logs, so that the next run reads only what is new of them.
+
+A row group of a log file is known again by a hash of its bytes, wherever it lies by then. Its rows are kept as they came out of cleaning, in files of one bucket of
+users each, and go to the user pass from there; a row group that is new is read, one that is gone is forgotten with its rows. So the rows
+that a run sees are those of tonight's logs, row for row, whatever was known. A row group with a row that was rejected is read anew each time, so that the reject names
+the file of tonight.
+
+Files are Arrow IPC streams, texts dictionary-encoded, in order of time; their schema's metadata tells the bucket and how many rows are of which row group.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import files
+from pipelines.attribution import Ints
+from pipelines.manifest import Manifest
+from pipelines.parcels import Parcel
+from pipelines.tables import FileRecord, Slice, Source
+from schemas.contract import Contract
+
+SLICE = "slice"
+"""int32: number of the row group that a row was read from"""
+MERGE = 8
+"""Files of a bucket from which on they are merged"""
+UNCODED = ("exposure_id", "order_id")
+"""Ids that hardly ever come again"""
+
+
+def kept_table(contract: Contract) -> str:
+    """Name of a log's kept rows among a run's tables."""
+    return f"kept_{contract.name}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of kept rows."""
+
+    record: FileRecord
+    bucket: int
+    slices: dict[int, int]
+    """Number of a row group → rows that are of it"""
+
+    @classmethod
+    def read(cls, record: FileRecord) -> "Part":
+        """Of a file that is there."""
+        with files.open_read(record.path) as handle:
+            metadata = pa.ipc.open_stream(handle).schema.metadata
+        slices = json.loads(metadata[b"slices"])
+        return cls(record, int(metadata[b"bucket"]), {int(number): rows for number, rows in slices.items()})
+
+    @property
+    def parcel(self) -> Parcel:
+        """The file as what a shuffle brings."""
+        return (self.record.path, 0, self.record.bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogPlan:
+    """What of one log is read tonight, and what is there already."""
+
+    contract: Contract
+    fresh: tuple[Slice, ...] = ()
+    """Row groups to read, each with its number"""
+    numbers: dict[str, list[int]] = field(default_factory=dict)
+    """Hash of each row group of tonight's log, known ones and new ones → (number, rows)"""
+    known: frozenset[int] = frozenset()
+    """Numbers of those whose rows are kept"""
+    known_rows: int = 0
+    parts: tuple[Part, ...] = ()
+    merged: frozenset[int] = frozenset()
+    """Buckets whose files become one tonight"""
+    next_number: int = 0
+    forgotten: int = 0
+    """Row groups that were known and are gone"""
+
+    @property
+    def fresh_rows(self) -> int:
+        """Rows to read."""
+        return sum(rows for number, rows in self.numbers.values() if number not in self.known)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether some kept rows are of row groups that are gone, or that are read anew."""
+        return any(not part.slices.keys() <= self.known for part in self.parts)
+
+
+def hash_row_groups(source: Source) -> list[tuple[str, Slice, int]]:
+    """(hash, place, rows) of every row group, in order: SHA-256 of the bytes of the contract's columns, of their types, and of how many equal ones came before."""
+    found: list[tuple[str, Slice, int]] = []
+    seen: dict[str, int] = {}
+    for path in source.files:
+        with files.open_read(path) as handle:
+            parquet = pq.ParquetFile(handle)
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+            places = [place for place in range(metadata.num_columns) if _name(metadata, place) in source.contract.names]
+            types = ",".join(
+                f"{_name(metadata, place)} {schema.field(_name(metadata, place)).type}" for place in places
+            )
+            first = 0
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                digest = hashlib.sha256(f"{types};{group.num_rows}".encode())
+                for place in places:
+                    chunk = group.column(place)
+                    start = chunk.data_page_offset
+                    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+                        start = min(start, chunk.dictionary_page_offset)
+                    handle.seek(start)
+                    digest.update(
+                        f";{_name(metadata, place)} {chunk.compression} {chunk.total_compressed_size};".encode()
+                    )
+                    digest.update(handle.read(chunk.total_compressed_size))
+                name = digest.hexdigest()[:32]
+                seen[name] = seen.get(name, 0) + 1
+                again = f"{name}-{seen[name]}" if seen[name] > 1 else name
+                found.append((again, Slice(path, number, first), group.num_rows))
+                first += group.num_rows
+    return found
+
+
+def _name(metadata: pq.FileMetaData, place: int) -> str:
+    return str(metadata.schema.column(place).path)
+
+
+def plan_logs(
+    sources: Iterable[Source], latest: Manifest | None, rows_per_bucket: int
+) -> tuple[dict[str, LogPlan], int]:
+    """({table: what is read of it}, buckets of users). With `latest` None everything is new."""
+    found = {source.contract.name: hash_row_groups(source) for source in sources}
+    contracts = {source.contract.name: source.contract for source in sources}
+    needed = max(1, -(-sum(rows for groups in found.values() for _, _, rows in groups) // rows_per_bucket))
+    earlier = _earlier(latest, contracts, needed)
+    buckets = earlier["buckets"] if earlier else needed
+    plans = {}
+    for name, groups in found.items():
+        before: dict[str, list[int]] = earlier["tables"][name]["slices"] if earlier else {}
+        parts: list[Part] = earlier["tables"][name]["parts"] if earlier else []
+        following: int = earlier["tables"][name]["next"] if earlier else 0
+        numbers: dict[str, list[int]] = {}
+        fresh = []
+        for key, place, rows in groups:
+            if key in before:
+                numbers[key] = before[key]
+            else:
+                numbers[key] = [following, rows]
+                fresh.append(replace(place, number=following))
+                following += 1
+        known = frozenset(numbers[key][0] for key in numbers.keys() & before.keys())
+        parts = [part for part in parts if part.slices.keys() & known]
+        counted: dict[int, int] = {}
+        for part in parts:
+            counted[part.bucket] = counted.get(part.bucket, 0) + 1
+        plans[name] = LogPlan(
+            contract=contracts[name],
+            fresh=tuple(fresh),
+            numbers=numbers,
+            known=known,
+            known_rows=sum(numbers[key][1] for key in numbers.keys() & before.keys()),
+            parts=tuple(parts),
+            merged=frozenset(bucket for bucket, number in counted.items() if number >= MERGE),
+            next_number=following,
+            forgotten=len(before.keys() - numbers.keys()),
+        )
+    return plans, buckets
+
+
+def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: int) -> dict[str, Any] | None:
+    """What the published run kept, where it can be used: {buckets, tables: {name: {slices, next, parts}}}."""
+    log = latest.options.get("log") if latest is not None else None
+    if latest is None or log is None or not log["buckets"] / 4 <= needed <= 2 * log["buckets"]:
+        return None
+    tables = {}
+    for name, contract in contracts.items():
+        table = log["tables"].get(name)
+        if table is None or table["contract"] != contract.fingerprint():
+            return None
+        parts = []
+        for record in latest.records(kept_table(contract)):
+            if not os.path.isfile(record.path) or os.path.getsize(record.path) != record.bytes:
+                print(
+                    f"shards: {record.path} is not the file that its run wrote; the whole log is read again",
+                    file=sys.stderr,
+                )
+                return None
+            parts.append(Part.read(record))
+        tables[name] = {"slices": table["slices"], "next": table["next"], "parts": parts}
+    return {"buckets": int(log["buckets"]), "tables": tables}
+
+
+def remember(
+    plans: dict[str, LogPlan], buckets: int, written: list[FileRecord]
+) -> tuple[dict[str, Any], list[FileRecord]]:
+    """(what the manifest says of the logs, files of earlier runs that stay in use) after a run that wrote some files of kept rows."""
+    tables, kept = {}, []
+    for name, plan in plans.items():
+        new = [Part.read(record) for record in written if record.table == kept_table(plan.contract)]
+        stay = [part for part in plan.parts if part.bucket not in plan.merged]
+        kept += [part.record for part in stay]
+        there: dict[int, int] = {}
+        for part in [*stay, *new]:
+            for number, rows in part.slices.items():
+                there[number] = there.get(number, 0) + rows
+        tables[name] = {
+            "contract": plan.contract.fingerprint(),
+            "next": plan.next_number,
+            # Where rows were rejected, fewer are there than were read.
+            "slices": {
+                key: [number, rows] for key, (number, rows) in plan.numbers.items() if there.get(number, 0) == rows
+            },
+        }
+    return {"buckets": buckets, "tables": tables}, kept
+
+
+def encode_rows(table: pa.Table) -> pa.Table:
+    """Rows of a log, read just now or kept, with their texts dictionary-encoded; ids that hardly ever come again stay as they are."""
+    for place, column in enumerate(table.schema):
+        if pa.types.is_string(column.type) and column.name not in UNCODED:
+            table = table.set_column(place, column.name, table[column.name].dictionary_encode())
+    return table
+
+
+def living(table: pa.Table, known: Ints) -> pa.Table:
+    """Kept rows but for those of row groups that are not known any more."""
+    return table.filter(pa.array(np.isin(table[SLICE].to_numpy(), known)))
+
+
+def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table) -> FileRecord:
+    """Keep the rows of a bucket of users, which have SLICE, in a new file."""
+    time = next(column.name for column in contract.columns if pa.types.is_timestamp(column.type))
+    table = table.take(pa.array(np.argsort(table[time].cast(pa.int64()).to_numpy(), kind="stable")))
+    # One dictionary a column, of the values that stand in the file.
+    table = pa.table({name: plain_texts(table[name]) for name in table.column_names})
+    table = encode_rows(table).unify_dictionaries().combine_chunks()
+    numbers, rows = np.unique(table[SLICE].to_numpy(), return_counts=True)
+    slices = {str(number): int(count) for number, count in zip(numbers, rows, strict=True)}
+    table = table.replace_schema_metadata({"bucket": str(bucket), "slices": json.dumps(slices)})
+    path = files.join(directory, kept_table(contract), f"bucket-{bucket}-{uuid.uuid4().hex}.arrow")
+    with files.atomic_write(path) as handle:
+        handle.write(files.ipc_bytes(table))
+        size = handle.tell()
+    return FileRecord(kept_table(contract), path, table.num_rows, size)
+
+
+def plain_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column without its dictionary, if it has one."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptRows:
+    """What the user pass must know of one log's kept rows; travels to workers."""
+
+    contract: Contract
+    directory: str
+    """Of the run"""
+    known: Ints
+    """Numbers of the row groups whose rows count, int64, in order"""
+    dropped: bool
+    merged: frozenset[int]
+
+    @classmethod
+    def of(cls, plan: LogPlan, directory: str) -> "KeptRows":
+        """As planned."""
+        known = np.array(sorted(plan.known), dtype=np.int64)
+        return cls(contract=plan.contract, directory=directory, known=known, dropped=plan.dropped, merged=plan.merged)
+
+    def join(self, bucket: int, kinds: dict[str, pa.Table]) -> tuple[pa.Table, list[FileRecord]]:
+        """(the log of a bucket of users: kept rows and those read just now, texts dictionary-encoded; the files that keep what was read)."""
+        pieces = []
+        kept, fresh = kinds.get(kept_table(self.contract)), kinds.get(self.contract.name)
+        if kept is not None:
+            pieces.append(living(kept, self.known) if self.dropped else kept)
+        if fresh is not None:
+            pieces.append(encode_rows(fresh))
+        if not pieces:
+            return self.contract.schema.empty_table(), []
+        table = pa.concat_tables(pieces).unify_dictionaries().combine_chunks()
+        new = table if bucket in self.merged else pieces[-1] if fresh is not None else table.slice(0, 0)
+        written = [write_rows(self.directory, self.contract, bucket, new)] if new.num_rows else []
+        return table, written
