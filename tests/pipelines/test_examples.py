@@ -287,6 +287,22 @@ def test_time_index_counts_and_finds_the_first_and_the_last(
     assert last.tolist() == [max(times, default=never) for times in before]
     start, end = index.bounds(asked, at, inclusive=True)
     assert (end - start).tolist() == [sum(k == q and t <= moment for k, t in events) for q, moment in queries]
+    weighted = TimeIndex(key, time, np.arange(1, len(key) + 1))
+    assert weighted.count(asked, at).tolist() == [
+        sum(place + 1 for place, (k, t) in enumerate(events) if k == q and t < moment) for q, moment in queries
+    ]
+
+
+@pytest.mark.parametrize("keys", [1, 2, 1 << 16, (1 << 16) + 1, 1 << 33])
+@pytest.mark.parametrize("sorted_already", [True, False])
+def test_time_index_orders_by_key_and_time_and_then_as_they_came(keys: int, sorted_already: bool) -> None:
+    random = np.random.default_rng(keys)
+    # Up to 1 << 20 keys are codes as they are, of more their ranks.
+    n = 300_000 if keys < 1 << 20 else 1_000
+    key, time = random.integers(0, keys, n), random.integers(0, n // 2, n)
+    if sorted_already:
+        time.sort()
+    assert (TimeIndex(key, time).order == np.lexsort((time, key))).all()
 
 
 def test_stores_are_told_apart() -> None:
