@@ -1,0 +1,223 @@
+"""What is kept of the logs: whatever came, went or was written anew, a run that knows the night before gives what one gives that reads everything."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import build_shards, event_log
+from pipelines.attribution import DAY_US
+from pipelines.event_log import hash_row_groups
+from pipelines.manifest import Manifest, read_latest, read_rejects
+from pipelines.tables import Source
+from schemas.contract import Contract
+from schemas.events import CLICKS, ORDERS
+from tests.pipelines.shard_reference import Row
+from tests.pipelines.small_city import START, catalog_table, event_table, random_city, write_data, write_store
+from tests.pipelines.test_days import Nights
+from tests.pipelines.test_examples import shard_options
+
+
+class Logs:
+    """Logs of one file a day, which a night finds as they are by then."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root = root
+        self.data = root / "data"
+        write_data(self.data, [], [], catalog=catalog_table())
+        write_store(root / "store", catalog_table())
+        self.rows: dict[str, list[Row]] = {}
+        for contract, rows in zip((CLICKS, ORDERS), random_city(seed, 600, 500), strict=True):
+            self.rows[contract.name] = rows
+            (self.data / f"{contract.name}.parquet").unlink()
+            (self.data / contract.name).mkdir()
+
+    def file(self, contract: Contract, name: str) -> Path:
+        """Where a file of a log lies."""
+        return self.data / contract.name / f"{name}.parquet"
+
+    def add(self, contract: Contract, name: str, rows: list[Row], row_group_size: int = 40) -> None:
+        """Write a file of a log."""
+        pq.write_table(event_table(rows, contract), self.file(contract, name), row_group_size=row_group_size)
+
+    def day(self, contract: Contract, day: int) -> list[Row]:
+        """What happened on a day of the city's."""
+        time = "clicked_at" if contract is CLICKS else "ordered_at"
+        return [row for row in self.rows[contract.name] if (row[time] - START) // DAY_US == day]
+
+    def add_days(self, *days: int) -> None:
+        """Write some days' files."""
+        for contract in (CLICKS, ORDERS):
+            for day in days:
+                self.add(contract, f"day-{day:02d}", self.day(contract, day))
+
+    def build(self, out: str = "shards", **flags: Any) -> dict[str, Any]:
+        """A night; returns the closing table."""
+        settings = {"attribution_hours": 6.0, "late_days": 1.0, "max_reject_rate": 0.5, "test_share": 0.3}
+        return build_shards.run(shard_options(self.data, self.root / "store", self.root / out, **settings), [], **flags)
+
+    def build_both(self) -> dict[str, Any]:
+        """A night, which must give what it gives where nothing is kept of the logs; returns the closing table."""
+        shutil.rmtree(self.root / "plain", ignore_errors=True)
+        shutil.copytree(self.root / "shards", self.root / "plain")
+        before = read_latest(str(self.root / "plain"))
+        assert before is not None
+        path = self.root / "plain" / "runs" / before.run / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["options"]["log"]
+        path.write_text(json.dumps(manifest))
+        told, plain = self.build(), self.build("plain")
+        assert plain["log_rows_kept"] == 0
+        assert outcome(self.root / "shards") == outcome(self.root / "plain")
+        return told
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """Everything that a shard set says of the logs."""
+    manifest = read_latest(str(out))
+    assert manifest is not None
+    examples = Nights.rows(type("Shards", (), {"root": out.parent})(), out.name)  # type: ignore[arg-type]
+    rejects = sorted(tuple(row.values()) for row in read_rejects(manifest.records("rejects"), 10_000))
+    return {
+        "examples": examples,
+        "counts": manifest.counts,
+        "rejects": rejects,
+        "samples": manifest.options["days"]["samples"],
+    }
+
+
+def kept_rows(manifest: Manifest) -> int:
+    return sum(manifest.rows(event_log.kept_table(contract)) for contract in (CLICKS, ORDERS))
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(build_shards, "ROWS_PER_BUCKET", 150)
+    monkeypatch.setattr(event_log, "MERGE", 3)
+    logs = Logs(tmp_path, seed)
+    logs.add_days(*range(6))
+    first = logs.build()
+    assert first["log_rows_kept"] == 0 and first["log_rows_read"] == first["rows_in"] + len(
+        [row for day in range(6) for row in logs.day(ORDERS, day)]
+    )
+    # Only the row groups of a row without user or quantity are read again.
+    dirty = 2 * 40
+    logs.add_days(6)
+    told = logs.build_both()
+    new = sum(len(logs.day(contract, 6)) for contract in (CLICKS, ORDERS))
+    assert new <= told["log_rows_read"] <= new + dirty
+
+    late = [{**row, "exposure_id": f"late {row['exposure_id']}"} for row in logs.day(CLICKS, 2)[:20]]
+    logs.add(CLICKS, "late", late)
+    logs.add_days(7)
+    told = logs.build_both()
+    assert told["log_rows_read"] < told["log_rows_kept"]
+
+    # Files that leave the log, and one that comes under another name.
+    for contract in (CLICKS, ORDERS):
+        logs.file(contract, "day-00").unlink()
+        logs.file(contract, "day-05").rename(logs.file(contract, "moved"))
+    logs.add_days(8)
+    assert logs.build_both()["log_rows_read"] < 400
+
+    # A file that stands twice, and one that is written anew in another order.
+    shutil.copy(logs.file(CLICKS, "day-04"), logs.file(CLICKS, "day-04-again"))
+    rows = logs.day(CLICKS, 3)
+    random.Random(seed).shuffle(rows)
+    logs.add(CLICKS, "day-03", rows, 17)
+    logs.add_days(9)
+    told = logs.build_both()
+    assert told["clicks_duplicates"] >= len(logs.day(CLICKS, 4))
+
+    logs.file(CLICKS, "day-04-again").unlink()
+    for day in range(10, 14):
+        logs.add_days(day)
+        told = logs.build_both()
+        assert told["log_rows_read"] < 400
+    manifest = read_latest(str(tmp_path / "shards"))
+    assert manifest is not None
+    files: dict[tuple[str, str], int] = {}
+    for contract in (CLICKS, ORDERS):
+        for path in manifest.paths(event_log.kept_table(contract)):
+            key = (contract.name, Path(path).name.rpartition("-")[0])
+            files[key] = files.get(key, 0) + 1
+    assert len(files) > 4 and max(files.values()) <= 3, "files of a bucket are merged"
+    assert kept_rows(manifest) < 1.5 * told["log_rows_kept"], "rows that are gone are forgotten when files are merged"
+
+    # Nothing new, and everything read again at the user's word.
+    again = logs.build(rerun=True)
+    assert again["log_rows_read"] <= dirty and outcome(tmp_path / "shards") == outcome(tmp_path / "plain")
+    assert logs.build(rebuild=True)["log_rows_kept"] == 0
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_kept_rows_that_are_not_whole_are_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    logs = Logs(tmp_path, 5)
+    logs.add_days(*range(7))
+    logs.build()
+    manifest = read_latest(str(tmp_path / "shards"))
+    assert manifest is not None
+    path = manifest.paths("kept_clicks")[0]
+    logs.add_days(7)
+    capsys.readouterr()
+    if harm == "cut":
+        os.truncate(path, os.path.getsize(path) - 1)
+    else:
+        os.remove(path)
+    told = logs.build_both()
+    assert told["log_rows_kept"] == 0
+    assert f"{path} is not the file that its run wrote; the whole log is read again" in capsys.readouterr().err
+    logs.add_days(8)
+    assert logs.build_both()["log_rows_kept"] > 0
+
+
+def test_a_log_that_outgrew_its_buckets_is_cut_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_shards, "ROWS_PER_BUCKET", 400)
+    logs = Logs(tmp_path, 5)
+    logs.add_days(*range(6))
+    logs.build()
+    logs.add_days(*range(6, 8))
+    assert logs.build_both()["log_rows_kept"] > 0
+    monkeypatch.setattr(build_shards, "ROWS_PER_BUCKET", 50)
+    logs.add_days(8)
+    assert logs.build_both()["log_rows_kept"] == 0
+    logs.add_days(9)
+    assert logs.build_both()["log_rows_kept"] > 0
+
+
+def test_row_groups_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    table = event_table(random_city(5, 60, 50)[0], CLICKS)
+
+    def hashes(name: str, table: pa.Table, **settings: Any) -> list[str]:
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(table, path, **settings)
+        source = Source(contract=CLICKS, files=(str(path),), rows=table.num_rows, fingerprint="")
+        found = hash_row_groups(source)
+        assert [(place.row_group, place.first_row) for _, place, _ in found] == [
+            (number, 20 * number) for number in range(len(found))
+        ]
+        assert sum(rows for _, _, rows in found) == table.num_rows
+        return [name for name, _, _ in found]
+
+    first = hashes("a", table, row_group_size=20)
+    assert len(set(first)) == len(first) > 2
+    assert hashes("b", pa.concat_tables([table, table.slice(0, 7)]), row_group_size=20)[: len(first) - 1] == first[:-1]
+    beside = table.append_column("note", pa.array(["x"] * table.num_rows))
+    assert hashes("c", beside, row_group_size=20) == first, "columns that nobody reads do not matter"
+    turned = table.set_column(1, "session_id", pc.utf8_reverse(table["session_id"]))
+    assert not set(hashes("d", turned, row_group_size=20)) & set(first)
+    zoned = table.set_column(5, "clicked_at", table["clicked_at"].cast(pa.timestamp("us", "UTC")))
+    assert not set(hashes("e", zoned, row_group_size=20)) & set(first), "the same bytes under another type"
+    twice = hashes("f", pa.concat_tables([table.slice(0, 20)] * 3), row_group_size=20)
+    assert twice == [first[0], f"{first[0]}-2", f"{first[0]}-3"]
