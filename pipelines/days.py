@@ -5,7 +5,7 @@ they are, whatever the logs say by then. Of a day that is still open, labels are
 """
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,8 +21,8 @@ from pipelines.attribution import DAY_US, day_of
 from pipelines.examples import SplitTimes
 from pipelines.features import FEATURES_VERSION
 from pipelines.manifest import Manifest
-from pipelines.tables import FileRecord, Source
-from schemas.contract import InputError, check_output, conform
+from pipelines.tables import FileRecord, Slice, read_slice
+from schemas.contract import Contract, InputError, check_output
 from schemas.training import EXAMPLES
 
 SKETCH = 16
@@ -117,27 +117,31 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
     )
 
 
-def sketch_days(clicks: Source) -> dict[str, list[int]]:
+def sketch_days(
+    contract: Contract, slices: Iterable[Slice], known: dict[str, list[int]] | None = None
+) -> dict[str, list[int]]:
     """A sample of each day of the click log that growth by late clicks leaves nearly as it was: of its clicks' numbers, uint64, the `SKETCH` least.
 
     A click's number begins with 32 bits of its time's hash and ends with 32 of its exposure's: exposures are hashed only where a time may be among the least.
+
+    Args:
+        contract: of clicks.
+        slices: row groups to look at.
+        known: the sample of the others.
     """
-    found: dict[int, np.ndarray] = {}
+    found = {start_of(date) // DAY_US: np.array(numbers, dtype=np.uint64) for date, numbers in (known or {}).items()}
     names = ("exposure_id", "clicked_at")
-    contract = replace(clicks.contract, columns=tuple(c for c in clicks.contract.columns if c.name in names))
-    for path in clicks.files:
-        with files.open_read(path) as handle:
-            parquet = pq.ParquetFile(handle)
-            for number in range(parquet.num_row_groups):
-                table = conform(parquet.read_row_group(number, columns=list(names)), contract, path).drop_null()
-                time = table["clicked_at"].cast(pa.int64()).to_numpy()
-                mixed, day = mix(time), time // DAY_US
-                for value in np.unique(day):
-                    rows = np.flatnonzero(day == value)
-                    rows = rows[mixed[rows] <= _least(mixed[rows], SKETCH)[-1]]
-                    exposure = stable_hash(table["exposure_id"].take(pa.array(rows)))
-                    numbers = mixed[rows] << np.uint64(32) | exposure & np.uint64(2**32 - 1)
-                    found[value] = np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SKETCH]
+    contract = replace(contract, columns=tuple(c for c in contract.columns if c.name in names))
+    for where in slices:
+        table = read_slice(where, contract, list(names)).drop_null()
+        time = table["clicked_at"].cast(pa.int64()).to_numpy()
+        mixed, day = mix(time), time // DAY_US
+        for value in np.unique(day):
+            rows = np.flatnonzero(day == value)
+            rows = rows[mixed[rows] <= _least(mixed[rows], SKETCH)[-1]]
+            exposure = stable_hash(table["exposure_id"].take(pa.array(rows)))
+            numbers = mixed[rows] << np.uint64(32) | exposure & np.uint64(2**32 - 1)
+            found[value] = np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SKETCH]
     return {day_of(int(day) * DAY_US): [int(value) for value in values] for day, values in sorted(found.items())}
 
 

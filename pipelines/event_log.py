@@ -229,18 +229,20 @@ def encode_rows(table: pa.Table) -> pa.Table:
     return table
 
 
+def _whole(table: pa.Table) -> pa.Table:
+    """In one piece, with one dictionary a column."""
+    return table.unify_dictionaries().combine_chunks()
+
+
 def living(table: pa.Table, known: Ints) -> pa.Table:
     """Kept rows but for those of row groups that are not known any more."""
     return table.filter(pa.array(np.isin(table[SLICE].to_numpy(), known)))
 
 
 def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table) -> FileRecord:
-    """Keep the rows of a bucket of users, which have SLICE, in a new file."""
+    """Keep the rows of a bucket of users, encoded, in one piece and with SLICE, in a new file."""
     time = next(column.name for column in contract.columns if pa.types.is_timestamp(column.type))
     table = table.take(pa.array(np.argsort(table[time].cast(pa.int64()).to_numpy(), kind="stable")))
-    # One dictionary a column, of the values that stand in the file.
-    table = pa.table({name: plain_texts(table[name]) for name in table.column_names})
-    table = encode_rows(table).unify_dictionaries().combine_chunks()
     numbers, rows = np.unique(table[SLICE].to_numpy(), return_counts=True)
     slices = {str(number): int(count) for number, count in zip(numbers, rows, strict=True)}
     table = table.replace_schema_metadata({"bucket": str(bucket), "slices": json.dumps(slices)})
@@ -281,10 +283,15 @@ class KeptRows:
         if kept is not None:
             pieces.append(living(kept, self.known) if self.dropped else kept)
         if fresh is not None:
-            pieces.append(encode_rows(fresh))
+            pieces.append(_whole(encode_rows(fresh)))
         if not pieces:
             return self.contract.schema.empty_table(), []
-        table = pa.concat_tables(pieces).unify_dictionaries().combine_chunks()
-        new = table if bucket in self.merged else pieces[-1] if fresh is not None else table.slice(0, 0)
+        table = _whole(pa.concat_tables(pieces))
+        if bucket in self.merged:
+            # Dictionaries may hold values that no row has any more.
+            plain = pa.table({name: plain_texts(table[name]) for name in table.column_names})
+            new = _whole(encode_rows(plain))
+        else:
+            new = pieces[-1] if fresh is not None else table.slice(0, 0)
         written = [write_rows(self.directory, self.contract, bucket, new)] if new.num_rows else []
         return table, written

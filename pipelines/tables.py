@@ -85,10 +85,10 @@ def list_slices(source: Source) -> list[Slice]:
     return slices
 
 
-def read_slice(where: Slice, contract: Contract) -> pa.Table:
-    """One row group, conformed to its contract."""
+def read_slice(where: Slice, contract: Contract, columns: list[str] | None = None) -> pa.Table:
+    """One row group, or some of its columns, conformed to its contract."""
     with open_read(where.file) as handle:
-        table = pq.ParquetFile(handle).read_row_group(where.row_group)
+        table = pq.ParquetFile(handle).read_row_group(where.row_group, columns=columns)
     return conform(table, contract, where.file)
 
 

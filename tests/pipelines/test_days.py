@@ -20,7 +20,7 @@ from pipelines.attribution import DAY_US, HOUR_US, day_of
 from pipelines.days import SKETCH, check_same_log, date_of, mix, sketch_days, start_of
 from pipelines.features import FEATURES_VERSION
 from pipelines.manifest import read_latest
-from pipelines.tables import Source
+from pipelines.tables import Source, list_slices
 from schemas.contract import TIMESTAMP, InputError
 from schemas.events import CLICKS
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, PAIR_COUNTS, SPLITS
@@ -257,7 +257,11 @@ def test_sketches_are_the_least_numbers_of_each_day(data: st.DataObject) -> None
         path = f"{directory}/clicks.parquet"
         pq.write_table(table, path, row_group_size=data.draw(st.integers(1, 100), label="rows of a row group"))
         source = Source(contract=CLICKS, files=(path,), rows=len(rows), fingerprint="")
-        assert sketch_days(source) == {date: sorted(numbers)[:SKETCH] for date, numbers in sorted(every.items())}
+        expected = {date: sorted(numbers)[:SKETCH] for date, numbers in sorted(every.items())}
+        slices = list_slices(source)
+        assert sketch_days(CLICKS, slices) == expected
+        cut = data.draw(st.integers(0, len(slices)), label="row groups that are known")
+        assert sketch_days(CLICKS, slices[cut:], sketch_days(CLICKS, slices[:cut])) == expected
 
 
 def test_a_log_that_grows_is_known_again() -> None:
