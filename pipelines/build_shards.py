@@ -64,7 +64,7 @@ from pipelines.manifest import (
 )
 from pipelines.options import add_common_flags, is_local_run, new_parser, open_pipeline, parse_with_beam, run_main
 from pipelines.parcels import Packer, Parcel, unpack
-from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable, list_slices, write_table
+from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable, write_table
 from schemas.catalog import CATALOG
 from schemas.contract import InputError
 from schemas.events import CLICKS, ORDERS
@@ -102,6 +102,8 @@ class Plan:
     logs: dict[str, LogPlan]
     """What is read of both"""
     user_buckets: int
+    item_rows: int
+    """About so many rows go from users to listings"""
     items_path: str
     as_of: int
     window: int
@@ -276,10 +278,11 @@ class BuildExamples(beam.PTransform):
                 "queries", "item_events", "files", "rejects", "counts", main="examples"
             )
         )
+        item_buckets = max(1, -(-plan.item_rows // ROWS_PER_BUCKET))
         counts = (
             {"queries": by_user.queries, "item_events": by_user.item_events}
             | "ByItem"
-            >> ShuffleByBucket({"queries": "item", "item_events": "item"}, plan.user_buckets, scratch=plan.scratch)
+            >> ShuffleByBucket({"queries": "item", "item_events": "item"}, item_buckets, scratch=plan.scratch)
             | "DescribeItems" >> beam.ParDo(ItemPass(day_buckets))
         )
         examples = (
@@ -336,16 +339,17 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         late = window + int(options.late_days * DAY_US)
         kept = Kept() if rebuild else keep_days(latest, settings, as_of, late, out)
         logs, user_buckets = plan_logs([clicks, orders], None if rebuild else latest, ROWS_PER_BUCKET)
-        read = logs["clicks"]
-        # Where nothing left the log, the sample of what is known still stands.
-        sketches = (
-            sketch_days(CLICKS, read.fresh, kept.sketches)
-            if read.known and not read.forgotten
-            else sketch_days(CLICKS, list_slices(clicks))
-        )
+        unsampled, changed = logs["clicks"].unsampled()
+        begins = day_of(int(clicked_at.min()))
+        sampled = {
+            date: sample
+            for date, sample in kept.sketches.items()
+            if changed is not None and date >= begins and date not in changed
+        }
+        sketches = sketch_days(CLICKS, unsampled, sampled)
         check_same_log(kept, sketches, out)
         # Days that have left the log count in the split too.
-        gone = [record for record in kept.records if date_of(record.path) < day_of(int(clicked_at.min()))]
+        gone = [record for record in kept.records if date_of(record.path) < begins]
         splits = split_times(np.concatenate([closed, *map(read_starts, gone)]), window, options.test_share)
         run_name, directory = new_run(out)
         items, catalog_rejects, catalog_counts = load_items(STAGE, catalog, store)
@@ -358,8 +362,12 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         jobs, contents_kept = contents_jobs(store, items, latest, out, directory)
         built = closed[closed >= kept.frozen_before]
         local = is_local_run(beam_flags)
+        # Each click that is built asks for counts; of what lies before, a bucket of users tells sums of each listing's clicks, orders and conversions.
+        item_rows = clicks.rows + orders.rows
+        if kept.frozen_before:
+            item_rows = min(item_rows, 2 * len(built) + 3 * user_buckets * items.num_rows)
         plan = Plan(
-            clicks=clicks, orders=orders, logs=logs, user_buckets=user_buckets, items_path=written[0].path, as_of=as_of, window=window,
+            clicks=clicks, orders=orders, logs=logs, user_buckets=user_buckets, item_rows=item_rows, items_path=written[0].path, as_of=as_of, window=window,
             splits=splits, timezones=timezones, directory=directory, kept=kept, days=len(np.unique(built // DAY_US)),
             scratch=files.join(directory, "shuffle") if local else None,
         )  # fmt: skip
@@ -403,7 +411,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         contracts = {c.name: c.fingerprint() for c in (EXAMPLES, ITEMS, REJECTS)} | dict.fromkeys(
             ("users", "contents_images", "contents_titles", *(kept_table(log.contract) for log in logs.values())), ""
         )
-        manifest.options["log"], rows_kept = remember(logs, user_buckets, records)
+        manifest.options["log"], rows_kept = remember(logs, user_buckets)
         manifest.options["days"] = {
             "as_of": as_of,
             "features": FEATURES_VERSION,

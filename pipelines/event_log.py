@@ -14,7 +14,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import files
-from pipelines.attribution import Ints
+from pipelines.attribution import DAY_US, Ints, day_of
 from pipelines.manifest import Manifest
 from pipelines.parcels import Parcel
 from pipelines.tables import FileRecord, Slice, Source
-from schemas.contract import Contract
+from schemas.contract import TIMESTAMP, Contract
 
 SLICE = "slice"
 """int32: number of the row group that a row was read from"""
@@ -64,6 +64,18 @@ class Part:
         return (self.record.path, 0, self.record.bytes)
 
 
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a log."""
+
+    number: int
+    """Within the shard set"""
+    rows: int
+    first: int | None = None
+    last: int | None = None
+    """Its earliest and latest time, int64 microseconds; None where its file does not tell"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogPlan:
     """What of one log is read tonight, and what is there already."""
@@ -71,8 +83,10 @@ class LogPlan:
     contract: Contract
     fresh: tuple[Slice, ...] = ()
     """Row groups to read, each with its number"""
-    numbers: dict[str, list[int]] = field(default_factory=dict)
-    """Hash of each row group of tonight's log, known ones and new ones → (number, rows)"""
+    groups: dict[str, RowGroup] = field(default_factory=dict)
+    """By hash: the row groups of tonight's log"""
+    places: tuple[Slice, ...] = ()
+    """Where each of them lies, in the same order"""
     known: frozenset[int] = frozenset()
     """Numbers of those whose rows are kept"""
     known_rows: int = 0
@@ -80,23 +94,45 @@ class LogPlan:
     merged: frozenset[int] = frozenset()
     """Buckets whose files become one tonight"""
     next_number: int = 0
-    forgotten: int = 0
-    """Row groups that were known and are gone"""
+    forgotten: tuple[RowGroup, ...] = ()
+    """Those that were known and are gone"""
 
     @property
     def fresh_rows(self) -> int:
         """Rows to read."""
-        return sum(rows for number, rows in self.numbers.values() if number not in self.known)
+        return sum(group.rows for group in self.groups.values() if group.number not in self.known)
 
     @property
     def dropped(self) -> bool:
         """Whether some kept rows are of row groups that are gone, or that are read anew."""
         return any(not part.slices.keys() <= self.known for part in self.parts)
 
+    def unsampled(self) -> tuple[list[Slice], set[str] | None]:
+        """(row groups to look at for a sample of each day; the days whose sample of before does not stand, None = all).
 
-def hash_row_groups(source: Source) -> list[tuple[str, Slice, int]]:
-    """(hash, place, rows) of every row group, in order: SHA-256 of the bytes of the contract's columns, of their types, and of how many equal ones came before."""
-    found: list[tuple[str, Slice, int]] = []
+        A day from which rows have gone is sampled anew, of all row groups that may have some of it.
+        """
+        spans = [(group.first, group.last) for group in self.forgotten]
+        if not self.known or any(first is None or last is None for first, last in spans):
+            return list(self.places), None
+        days = [(first // DAY_US, last // DAY_US) for first, last in spans if first is not None and last is not None]
+        wanted = []
+        for group, place in zip(self.groups.values(), self.places, strict=True):
+            if group.number not in self.known or group.first is None or group.last is None:
+                wanted.append(place)
+                continue
+            first, last = group.first // DAY_US, group.last // DAY_US
+            if any(first <= end and last >= start for start, end in days):
+                wanted.append(place)
+        return wanted, {day_of(day * DAY_US) for start, end in days for day in range(start, end + 1)}
+
+
+def hash_row_groups(source: Source) -> list[tuple[str, Slice, RowGroup]]:
+    """(hash, place, the row group without its number) of every row group, in order. The hash is SHA-256 of the bytes of the contract's columns and of their types; row groups alike
+    are told apart by how many came before.
+    """
+    found: list[tuple[str, Slice, RowGroup]] = []
+    time = time_column(source.contract)
     seen: dict[str, int] = {}
     for path in source.files:
         with files.open_read(path) as handle:
@@ -110,8 +146,11 @@ def hash_row_groups(source: Source) -> list[tuple[str, Slice, int]]:
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
                 digest = hashlib.sha256(f"{types};{group.num_rows}".encode())
+                span: tuple[int | None, int | None] = (None, None)
                 for place in places:
                     chunk = group.column(place)
+                    if _name(metadata, place) == time:
+                        span = _span(chunk.statistics, schema.field(time).type)
                     start = chunk.data_page_offset
                     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
                         start = min(start, chunk.dictionary_page_offset)
@@ -123,9 +162,22 @@ def hash_row_groups(source: Source) -> list[tuple[str, Slice, int]]:
                 name = digest.hexdigest()[:32]
                 seen[name] = seen.get(name, 0) + 1
                 again = f"{name}-{seen[name]}" if seen[name] > 1 else name
-                found.append((again, Slice(path, number, first), group.num_rows))
+                found.append((again, Slice(path, number, first), RowGroup(-1, group.num_rows, *span)))
                 first += group.num_rows
     return found
+
+
+def time_column(contract: Contract) -> str:
+    """Name of a log's time."""
+    return next(column.name for column in contract.columns if pa.types.is_timestamp(column.type))
+
+
+def _span(statistics: pq.Statistics | None, kind: pa.DataType) -> tuple[int | None, int | None]:
+    """Earliest and latest time of a column's statistics, int64 microseconds."""
+    if statistics is None or not statistics.has_min_max or not pa.types.is_timestamp(kind):
+        return None, None
+    edges = pa.array([statistics.min, statistics.max], kind).cast(TIMESTAMP).cast(pa.int64())
+    return edges[0].as_py(), edges[1].as_py()
 
 
 def _name(metadata: pq.FileMetaData, place: int) -> str:
@@ -138,44 +190,57 @@ def plan_logs(
     """({table: what is read of it}, buckets of users). With `latest` None everything is new."""
     found = {source.contract.name: hash_row_groups(source) for source in sources}
     contracts = {source.contract.name: source.contract for source in sources}
-    needed = max(1, -(-sum(rows for groups in found.values() for _, _, rows in groups) // rows_per_bucket))
+    needed = max(1, -(-sum(group.rows for groups in found.values() for _, _, group in groups) // rows_per_bucket))
     earlier = _earlier(latest, contracts, needed)
     buckets = earlier["buckets"] if earlier else needed
     plans = {}
     for name, groups in found.items():
-        before: dict[str, list[int]] = earlier["tables"][name]["slices"] if earlier else {}
+        before: dict[str, RowGroup] = earlier["tables"][name]["groups"] if earlier else {}
         parts: list[Part] = earlier["tables"][name]["parts"] if earlier else []
         following: int = earlier["tables"][name]["next"] if earlier else 0
-        numbers: dict[str, list[int]] = {}
-        fresh = []
-        for key, place, rows in groups:
-            if key in before:
-                numbers[key] = before[key]
+        there = _count_rows(parts)
+        now: dict[str, RowGroup] = {}
+        fresh, known = [], []
+        for key, place, group in groups:
+            # Where rows were rejected, fewer are there than were read.
+            if key in before and there.get(before[key].number, 0) == group.rows:
+                now[key] = before[key]
+                known.append(now[key])
             else:
-                numbers[key] = [following, rows]
+                now[key] = replace(group, number=following)
                 fresh.append(replace(place, number=following))
                 following += 1
-        known = frozenset(numbers[key][0] for key in numbers.keys() & before.keys())
-        parts = [part for part in parts if part.slices.keys() & known]
+        numbers = frozenset(group.number for group in known)
+        parts = [part for part in parts if part.slices.keys() & numbers]
         counted: dict[int, int] = {}
         for part in parts:
             counted[part.bucket] = counted.get(part.bucket, 0) + 1
         plans[name] = LogPlan(
             contract=contracts[name],
             fresh=tuple(fresh),
-            numbers=numbers,
-            known=known,
-            known_rows=sum(numbers[key][1] for key in numbers.keys() & before.keys()),
+            groups=now,
+            places=tuple(place for _, place, _ in groups),
+            known=numbers,
+            known_rows=sum(group.rows for group in known),
             parts=tuple(parts),
             merged=frozenset(bucket for bucket, number in counted.items() if number >= MERGE),
             next_number=following,
-            forgotten=len(before.keys() - numbers.keys()),
+            forgotten=tuple(before[key] for key in before.keys() - now.keys()),
         )
     return plans, buckets
 
 
+def _count_rows(parts: Iterable[Part]) -> dict[int, int]:
+    """Rows that are kept of each row group."""
+    there: dict[int, int] = {}
+    for part in parts:
+        for number, rows in part.slices.items():
+            there[number] = there.get(number, 0) + rows
+    return there
+
+
 def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: int) -> dict[str, Any] | None:
-    """What the published run kept, where it can be used: {buckets, tables: {name: {slices, next, parts}}}."""
+    """What the published run kept, where it can be used: {buckets, tables: {name: {groups, next, parts}}}."""
     log = latest.options.get("log") if latest is not None else None
     if latest is None or log is None or not log["buckets"] / 4 <= needed <= 2 * log["buckets"]:
         return None
@@ -193,30 +258,20 @@ def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: in
                 )
                 return None
             parts.append(Part.read(record))
-        tables[name] = {"slices": table["slices"], "next": table["next"], "parts": parts}
+        groups = {key: RowGroup(*values) for key, values in table["groups"].items()}
+        tables[name] = {"groups": groups, "next": table["next"], "parts": parts}
     return {"buckets": int(log["buckets"]), "tables": tables}
 
 
-def remember(
-    plans: dict[str, LogPlan], buckets: int, written: list[FileRecord]
-) -> tuple[dict[str, Any], list[FileRecord]]:
-    """(what the manifest says of the logs, files of earlier runs that stay in use) after a run that wrote some files of kept rows."""
+def remember(plans: dict[str, LogPlan], buckets: int) -> tuple[dict[str, Any], list[FileRecord]]:
+    """(what the manifest says of the logs, files of earlier runs that stay in use)."""
     tables, kept = {}, []
     for name, plan in plans.items():
-        new = [Part.read(record) for record in written if record.table == kept_table(plan.contract)]
-        stay = [part for part in plan.parts if part.bucket not in plan.merged]
-        kept += [part.record for part in stay]
-        there: dict[int, int] = {}
-        for part in [*stay, *new]:
-            for number, rows in part.slices.items():
-                there[number] = there.get(number, 0) + rows
+        kept += [part.record for part in plan.parts if part.bucket not in plan.merged]
         tables[name] = {
             "contract": plan.contract.fingerprint(),
             "next": plan.next_number,
-            # Where rows were rejected, fewer are there than were read.
-            "slices": {
-                key: [number, rows] for key, (number, rows) in plan.numbers.items() if there.get(number, 0) == rows
-            },
+            "groups": {key: astuple(group) for key, group in plan.groups.items()},
         }
     return {"buckets": buckets, "tables": tables}, kept
 
@@ -241,8 +296,7 @@ def living(table: pa.Table, known: Ints) -> pa.Table:
 
 def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table) -> FileRecord:
     """Keep the rows of a bucket of users, encoded, in one piece and with SLICE, in a new file."""
-    time = next(column.name for column in contract.columns if pa.types.is_timestamp(column.type))
-    table = table.take(pa.array(np.argsort(table[time].cast(pa.int64()).to_numpy(), kind="stable")))
+    table = table.take(pa.array(np.argsort(table[time_column(contract)].cast(pa.int64()).to_numpy(), kind="stable")))
     numbers, rows = np.unique(table[SLICE].to_numpy(), return_counts=True)
     slices = {str(number): int(count) for number, count in zip(numbers, rows, strict=True)}
     table = table.replace_schema_metadata({"bucket": str(bucket), "slices": json.dumps(slices)})

@@ -134,11 +134,19 @@ def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
     rows = logs.day(CLICKS, 3)
     random.Random(seed).shuffle(rows)
     logs.add(CLICKS, "day-03", rows, 17)
+    # Of the day at which the log begins now, a part leaves it.
+    rows = logs.day(CLICKS, 1)
+    begins = min(row["clicked_at"] // DAY_US for row in rows)
+    stay = [row for n, row in enumerate(rows) if row["clicked_at"] // DAY_US > begins or n % 3 == 0]
+    assert len(stay) < len(rows)
+    logs.add(CLICKS, "day-01", stay)
     logs.add_days(9)
     told = logs.build_both()
     assert told["clicks_duplicates"] >= len(logs.day(CLICKS, 4))
 
     logs.file(CLICKS, "day-04-again").unlink()
+    # Without times in the footer, whole days are sampled again.
+    pq.write_table(pq.read_table(logs.file(CLICKS, "day-02")), logs.file(CLICKS, "day-02"), write_statistics=False)
     for day in range(10, 14):
         logs.add_days(day)
         told = logs.build_both()
@@ -154,6 +162,10 @@ def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
     assert kept_rows(manifest) < 1.5 * told["log_rows_kept"], "rows that are gone are forgotten when files are merged"
 
     # Nothing new, and everything read again at the user's word.
+    logs.file(CLICKS, "day-01").unlink()
+    logs.build_both()
+    logs.add(CLICKS, "day-02", logs.day(CLICKS, 2))
+    logs.build_both()
     again = logs.build(rerun=True)
     assert again["log_rows_read"] <= dirty and outcome(tmp_path / "shards") == outcome(tmp_path / "plain")
     assert logs.build(rebuild=True)["log_rows_kept"] == 0
@@ -207,7 +219,7 @@ def test_row_groups_are_known_by_what_they_hold(tmp_path: Path) -> None:
         assert [(place.row_group, place.first_row) for _, place, _ in found] == [
             (number, 20 * number) for number in range(len(found))
         ]
-        assert sum(rows for _, _, rows in found) == table.num_rows
+        assert sum(group.rows for _, _, group in found) == table.num_rows
         return [name for name, _, _ in found]
 
     first = hashes("a", table, row_group_size=20)
