@@ -28,6 +28,7 @@ from simulator.people import make_users
 
 LISTINGS_PER_STORE = 100
 CLICKS_PER_USER = 17
+DAYS = 28
 PHOTO_BYTES = 256
 FILES = 8
 """Files of each log, so that there is something to be read side by side; a row group for each day."""
@@ -37,7 +38,7 @@ MADE = "city.json"
 """Written last: a directory without it was cut off and is made anew."""
 
 
-def plant_config(items: int, clicks: int, clicks_per_user: int = CLICKS_PER_USER) -> CityConfig:
+def plant_config(items: int, clicks: int, clicks_per_user: int = CLICKS_PER_USER, days: int = DAYS) -> CityConfig:
     """Sizes of the city: a hundred listings a store, and about as many clicks a user as in the simulator's own city."""
     return CityConfig(
         seed=0,
@@ -45,25 +46,25 @@ def plant_config(items: int, clicks: int, clicks_per_user: int = CLICKS_PER_USER
         clicks=clicks,
         stores=max(2, items // LISTINGS_PER_STORE),
         users=max(20, clicks // clicks_per_user),
-        days=28,
+        days=days,
     )
 
 
 def make_city(
-    directory: Path, items: int, clicks: int, pairs: int, clicks_per_user: int = CLICKS_PER_USER
+    directory: Path, items: int, clicks: int, pairs: int, clicks_per_user: int = CLICKS_PER_USER, days: int = DAYS
 ) -> dict[str, int]:
     """Write `catalog`, `clicks`, `orders`, `users`, `stores` and `audience`, unless this very city is there; returns its row counts.
 
     Args:
         pairs: pairs (audience row, listing) that scoring is to meet, at most; the audience is whole stores, at every 4-hour bucket.
     """
-    asked = {"items": items, "clicks": clicks, "pairs": pairs, "clicks_per_user": clicks_per_user}
+    asked = {"items": items, "clicks": clicks, "pairs": pairs, "clicks_per_user": clicks_per_user, "days": days}
     record = directory / MADE
     if (there := _there(record, asked)) is not None:
         return there
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    config = plant_config(items, clicks, clicks_per_user)
+    config = plant_config(items, clicks, clicks_per_user, days)
     catalog = make_catalog(make_classes(config), config)
     users = make_users(catalog.stores, config)
     rows = {

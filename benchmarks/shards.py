@@ -39,7 +39,9 @@ def say(text: str) -> None:
     print(f"shards: {text}", file=sys.stderr, flush=True)
 
 
-def run_stage(work: Path, stage: str, out: Path, timeout: float, beam_flags: list[str]) -> tuple[dict[str, Any], float]:
+def run_stage(
+    work: Path, stage: str, out: Path, timeout: float, beam_flags: list[str], rebuild: bool = True
+) -> tuple[dict[str, Any], float]:
     """One run of a stage in a process of its own: (its result, peak memory of all its processes in MB)."""
     job = Job(
         stage=stage,
@@ -48,7 +50,7 @@ def run_stage(work: Path, stage: str, out: Path, timeout: float, beam_flags: lis
         beam_flags=tuple(beam_flags),
         image_shape=IMAGE_SHAPE,
         text_shape=TEXT_SHAPE,
-        rebuild=True,
+        rebuild=rebuild,
     )
     out_text, peaks = run_watched(
         [sys.executable, "-m", "benchmarks.plant_stage", json.dumps(asdict(job))], standing=False, timeout=timeout

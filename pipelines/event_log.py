@@ -176,7 +176,7 @@ def _span(statistics: pq.Statistics | None, kind: pa.DataType) -> tuple[int | No
     """Earliest and latest time of a column's statistics, int64 microseconds."""
     if statistics is None or not statistics.has_min_max or not pa.types.is_timestamp(kind):
         return None, None
-    edges = pa.array([statistics.min, statistics.max], kind).cast(TIMESTAMP).cast(pa.int64())
+    edges = pa.array([statistics.min, statistics.max], kind).cast(TIMESTAMP, safe=False).cast(pa.int64())
     return edges[0].as_py(), edges[1].as_py()
 
 
