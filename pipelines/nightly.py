@@ -56,7 +56,7 @@ def tell(stage: str, summary: dict[str, Any]) -> str:
         )
     if stage == "shards":
         return (
-            f"{s['examples_built']:,} examples of {s['days_built']:,} days built, {s['days_kept']:,} final days left as they are; "
+            f"{s.get('log_rows_read', 0):,} rows of the logs read, {s.get('log_rows_kept', 0):,} known already; {s['examples_built']:,} examples of {s['days_built']:,} days built, {s['days_kept']:,} final days left as they are; "
             f"{s.get('clicks_open_window', 0):,} clicks left out until their window is over, {s['rejected']:,} rows rejected"
         )
     if stage == "train":

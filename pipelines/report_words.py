@@ -7,6 +7,7 @@ OUTCOMES = {
     "rejected": "cannot be used: a required value is missing or contradicts another",
     "duplicates": "exact copies of another row",
     "unknown_item": "the listing is not in the catalog",
+    "final_day": "of a day that an earlier run built for good",
     "open_window": "too recent: an order may still follow",
     "repeated_clicks": "a further click on the same listing in the same session",
     "returns": "quantity of zero or less",
