@@ -300,7 +300,7 @@ def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table)
     numbers, rows = np.unique(table[SLICE].to_numpy(), return_counts=True)
     slices = {str(number): int(count) for number, count in zip(numbers, rows, strict=True)}
     table = table.replace_schema_metadata({"bucket": str(bucket), "slices": json.dumps(slices)})
-    path = files.join(directory, kept_table(contract), f"bucket-{bucket}-{uuid.uuid4().hex}.arrow")
+    path = files.join(directory, kept_table(contract), f"bucket-{bucket}-{uuid.uuid4().hex}.arrows")
     with files.atomic_write(path) as handle:
         handle.write(files.ipc_bytes(table))
         size = handle.tell()

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import cli
+from pipelines.event_log import plain_texts
 from pipelines.manifest import Manifest, read_latest
 from tests.camenn_model.encoder_sources import minilm
 from tests.pipelines.flink_cluster import PROJECT, FlinkCluster, free_port, kill, start_camenn, wait_until
@@ -28,6 +29,8 @@ KEYS = {
     "title_embeddings": ["title_key"],
     "examples": ["user_id", "session_id", "item_id"],
     "users": ["user_id"],
+    "kept_clicks": ["exposure_id", "user_id"],
+    "kept_orders": ["order_id", "item_id"],
     "contents_images": ["image_key"],
     "contents_titles": ["title_key"],
     "scores": ["audience_id", "item_id"],
@@ -42,6 +45,10 @@ def read(path: str) -> pa.Table:
     if path.endswith(".arrow"):
         with pa.memory_map(path) as mapped:
             return pa.ipc.open_file(mapped).read_all()
+    if path.endswith(".arrows"):
+        with pa.OSFile(path) as handle:
+            table = pa.ipc.open_stream(handle).read_all()
+        return pa.table({name: plain_texts(table[name]) for name in table.column_names})
     return pq.ParquetFile(path).read()
 
 
