@@ -302,7 +302,8 @@ def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table)
     table = table.replace_schema_metadata({"bucket": str(bucket), "slices": json.dumps(slices)})
     path = files.join(directory, kept_table(contract), f"bucket-{bucket}-{uuid.uuid4().hex}.arrows")
     with files.atomic_write(path) as handle:
-        handle.write(files.ipc_bytes(table))
+        with pa.ipc.new_stream(handle, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+            writer.write_table(table)
         size = handle.tell()
     return FileRecord(kept_table(contract), path, table.num_rows, size)
 

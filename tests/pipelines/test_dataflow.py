@@ -202,7 +202,7 @@ def test_without_an_accelerator_all_steps_share_one_environment(city: City, stag
 
 STEPS = {
     "embed": "Embed Finish",
-    "shards": "Examples ContentJobs SpreadJobs CopyContents SubmittersFiles CatalogCounts AllFiles AllCounts Finish",
+    "shards": "Examples ContentJobs SpreadJobs CopyContents SubmittersFiles SubmittersCounts AllFiles AllCounts Finish",
     "score": "Tiles SpreadTiles ScoreTile ByChunk RankChunk WriteScores Spans SpreadSpans AlignListings WholeCatalog JudgeListings WriteQuality SubmittersFiles SubmittersCounts AllFiles Finish",
 }
 STEPS_INSIDE = {
