@@ -61,6 +61,14 @@ class TimeIndex:
         if weight is not None:
             self.before = np.concatenate([[0], np.cumsum(weight[self.order])])
 
+    @classmethod
+    def of_asked(cls, asked: Ints, key: Ints, time: Ints) -> "TimeIndex":
+        """Of the events whose key is asked for: to look for a key costs less than to sort its events. `order` counts all events."""
+        wanted = np.flatnonzero(pd.Series(key).isin(asked).to_numpy())
+        index = cls(key[wanted], time[wanted])
+        index.order = wanted[index.order]
+        return index
+
     def _codes(self, key: Ints) -> tuple[Ints, NDArray[np.bool_]]:
         """Code of each key, 0 where it has no events, and whether it may have some."""
         width = len(self.starts) - 1
@@ -124,13 +132,11 @@ def attribute_orders(
     Returns:
         (credited click of each order, int64 [orders], -1 = none; time of the first order credited to each click, int64 [clicks], NEVER = none).
     """
-    # To look for a pair among those of the orders costs less than to sort its clicks.
-    wanted = np.flatnonzero(pd.Series(click_pair).isin(order_pair).to_numpy())
-    index = TimeIndex(click_pair[wanted], click_time[wanted])
+    index = TimeIndex.of_asked(order_pair, click_pair, click_time)
     start, end = index.bounds(order_pair, order_time, inclusive=True)
     credited = np.full(len(order_pair), -1, dtype=np.int64)
     some = end > start
-    credited[some] = wanted[index.order[end[some] - 1]]
+    credited[some] = index.order[end[some] - 1]
     some[some] = order_time[some] - click_time[credited[some]] <= window
     credited[~some] = -1
     first = np.full(len(click_pair), NEVER)

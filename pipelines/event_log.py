@@ -81,15 +81,12 @@ class LogPlan:
     """What of one log is read tonight, and what is there already."""
 
     contract: Contract
-    fresh: tuple[Slice, ...] = ()
-    """Row groups to read, each with its number"""
     groups: dict[str, RowGroup] = field(default_factory=dict)
     """By hash: the row groups of tonight's log"""
     places: tuple[Slice, ...] = ()
-    """Where each of them lies, in the same order"""
+    """Where each of them lies, with its number, in the same order"""
     known: frozenset[int] = frozenset()
     """Numbers of those whose rows are kept"""
-    known_rows: int = 0
     parts: tuple[Part, ...] = ()
     merged: frozenset[int] = frozenset()
     """Buckets whose files become one tonight"""
@@ -98,9 +95,19 @@ class LogPlan:
     """Those that were known and are gone"""
 
     @property
+    def fresh(self) -> tuple[Slice, ...]:
+        """Row groups to read."""
+        return tuple(place for place in self.places if place.number not in self.known)
+
+    @property
     def fresh_rows(self) -> int:
         """Rows to read."""
-        return sum(group.rows for group in self.groups.values() if group.number not in self.known)
+        return sum(group.rows for group in self.groups.values()) - self.known_rows
+
+    @property
+    def known_rows(self) -> int:
+        """Rows that are kept and count tonight."""
+        return sum(group.rows for group in self.groups.values() if group.number in self.known)
 
     @property
     def dropped(self) -> bool:
@@ -200,28 +207,23 @@ def plan_logs(
         following: int = earlier["tables"][name]["next"] if earlier else 0
         there = _count_rows(parts)
         now: dict[str, RowGroup] = {}
-        fresh, known = [], []
-        for key, place, group in groups:
+        for key, _, group in groups:
             # Where rows were rejected, fewer are there than were read.
             if key in before and there.get(before[key].number, 0) == group.rows:
                 now[key] = before[key]
-                known.append(now[key])
             else:
                 now[key] = replace(group, number=following)
-                fresh.append(replace(place, number=following))
                 following += 1
-        numbers = frozenset(group.number for group in known)
-        parts = [part for part in parts if part.slices.keys() & numbers]
+        known = frozenset(group.number for key, group in now.items() if group == before.get(key))
+        parts = [part for part in parts if part.slices.keys() & known]
         counted: dict[int, int] = {}
         for part in parts:
             counted[part.bucket] = counted.get(part.bucket, 0) + 1
         plans[name] = LogPlan(
             contract=contracts[name],
-            fresh=tuple(fresh),
             groups=now,
-            places=tuple(place for _, place, _ in groups),
-            known=numbers,
-            known_rows=sum(group.rows for group in known),
+            places=tuple(replace(place, number=now[key].number) for key, place, _ in groups),
+            known=known,
             parts=tuple(parts),
             merged=frozenset(bucket for bucket, number in counted.items() if number >= MERGE),
             next_number=following,

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import files
-from pipelines.event_log import SLICE, plain_texts
+from pipelines.event_log import SLICE, UNCODED, plain_texts, time_column
 from pipelines.manifest import Count
 from pipelines.tables import Slice, Source, drop_nulls, make_rejects
 from schemas.contract import Contract, conform
@@ -56,10 +56,10 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
     Of a user's clicks that share an exposure_id and differ, the first by time and values stays and the others are rejects; those of two users are
     not compared, as users are read in buckets and the answer must not depend on which share one.
     """
-    time = "clicked_at" if contract is CLICKS else "ordered_at"
-    moments = table[time].cast(pa.int64()).to_numpy()
-    order = np.argsort(moments, kind="stable")
-    moments = moments[order]
+    time = time_column(contract)
+    times = table[time].cast(pa.int64()).to_numpy()
+    order = np.argsort(times, kind="stable")
+    moments = times[order]
     # Only events of one moment and user can be copies, and only they need the rest of the order.
     same = moments[1:] == moments[:-1]
     tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
@@ -92,10 +92,10 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
     texts: dict[str, pa.Array] = {}
     for column in contract.columns:
         if column.name == time:
-            columns[time] = table[time].cast(pa.int64()).to_numpy()[order]
+            columns[time] = times[order]
         elif not pa.types.is_string(column.type):
             columns[column.name] = table[column.name].to_pandas().to_numpy()[order]
-        elif column.name not in ("exposure_id", "order_id"):
+        elif column.name not in UNCODED:
             codes, texts[column.name] = encode_texts(table[column.name])
             columns[column.name] = codes[order]
     return CleanLog(pd.DataFrame(columns), texts, rejects, int(copies.sum()))
@@ -142,6 +142,11 @@ class Outcomes:
         return frame
 
 
+def first_of_each(codes: np.ndarray) -> np.ndarray:
+    """Whether each code stands there for the first time, bool [n]; codes are numbered as they come, from 0."""
+    return np.diff(np.maximum.accumulate(codes), prepend=-1) > 0
+
+
 def item_codes(log: CleanLog, known: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """Row of each event's listing in `known`, int64 [n]; -1 = not there."""
     value_set = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
@@ -163,9 +168,8 @@ def usable_clicks(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, 
     clicks = outcomes.keep(clicks, (clicks["clicked_at"] <= as_of).to_numpy(dtype=bool), "after_as_of")
     sessions = max(1, len(log.texts["session_id"]))
     session = pd.factorize(clicks["user_id"].to_numpy() * np.int64(sessions) + clicks["session_id"].to_numpy())[0]
-    # The session starts at its first click, whether or not the catalog knows that click's listing. Sessions are numbered as they come, and clicks are in order of time.
-    new = np.diff(np.maximum.accumulate(session), prepend=-1) > 0
-    start = clicks["clicked_at"].to_numpy()[new][session]
+    # The session starts at its first click, whether or not the catalog knows that click's listing; clicks are in order of time.
+    start = clicks["clicked_at"].to_numpy()[first_of_each(session)][session]
     clicks = clicks.assign(session=session, session_start=start)
     return outcomes.keep(clicks, (clicks["item"] >= 0).to_numpy(dtype=bool), "unknown_item")
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines.attribution import DAY_US, NEVER, attribute_orders, day_of
 from pipelines.event_log import KeptRows
-from pipelines.events import Outcomes, clean_log, encode_texts, share_codes, usable_clicks, usable_orders
+from pipelines.events import Outcomes, clean_log, encode_texts, first_of_each, share_codes, usable_clicks, usable_orders
 from pipelines.features import (
     Events,
     ItemAttributes,
@@ -226,8 +226,7 @@ def build_user_examples(
     same = pd.factorize(closed["session"].to_numpy() * size + closed["item"].to_numpy())[0]
     bought = np.bincount(same, weights=closed["label"]) > 0
     closed = closed.assign(label=bought[same].astype(np.int8))
-    new = np.diff(np.maximum.accumulate(same), prepend=-1) > 0
-    first = click_outcomes.keep(closed, new, "repeated_clicks")
+    first = click_outcomes.keep(closed, first_of_each(same), "repeated_clicks")
     click_outcomes.counts.append(Count("clicks", "out", len(first)))
     examples = _describe(first, click_log.texts, events, attributes, history, timezones, timezone)
     rows = pa.array(np.arange(len(first), dtype=np.int64) + (bucket << 32))

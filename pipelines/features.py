@@ -156,21 +156,19 @@ class ItemAttributes:
         return len(self.subcategory)
 
 
-def _index_of(asked: Ints, key: Ints, time: Ints) -> TimeIndex:
-    """Index of the events whose key is asked for: to look for a key costs less than to sort its events."""
-    wanted = pd.Series(key).isin(asked).to_numpy()
-    return TimeIndex(key[wanted], time[wanted])
-
-
 def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> dict[str, Floats]:
     """Columns of `PAIR_COUNTS` for each query's (user, item, time), float32 [n]."""
     n_groups = 1 + int(max(items.subcategory.max(initial=-1), items.brand.max(initial=-1), 0))
     pair = _pair(queries.user, queries.item, items.size)
     n_clicks, click_days = _counts_and_days(
-        _index_of(pair, _pair(events.click_user, events.click_item, items.size), events.clicked_at), pair, queries.time
+        TimeIndex.of_asked(pair, _pair(events.click_user, events.click_item, items.size), events.clicked_at),
+        pair,
+        queries.time,
     )
     n_orders, order_days = _counts_and_days(
-        _index_of(pair, _pair(events.order_user, events.order_item, items.size), events.ordered_at), pair, queries.time
+        TimeIndex.of_asked(pair, _pair(events.order_user, events.order_item, items.size), events.ordered_at),
+        pair,
+        queries.time,
     )
 
     def in_group(user: Ints, item: Ints, time: Ints, codes: Ints) -> Floats:
@@ -178,7 +176,7 @@ def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> di
         # Those of no group lie under a key that nobody has.
         key = np.where(group >= 0, _pair(user, group, n_groups), -1)
         wanted = np.where(asked >= 0, _pair(queries.user, asked, n_groups), -2)
-        return _counts(_index_of(wanted, key, time), wanted, queries.time)
+        return _counts(TimeIndex.of_asked(wanted, key, time), wanted, queries.time)
 
     known_user = queries.user >= 0
     features = {
