@@ -279,11 +279,13 @@ def remember(plans: dict[str, LogPlan], buckets: int) -> tuple[dict[str, Any], l
 
 
 def encode_rows(table: pa.Table) -> pa.Table:
-    """Rows of a log, read just now or kept, with their texts dictionary-encoded; ids that hardly ever come again stay as they are."""
+    """Rows of a log, read just now or kept, in one piece, with their texts dictionary-encoded; ids that hardly ever come again stay as they are."""
+    # First in one piece: dictionaries of thousands of pieces would be merged one by one, each time all their values.
+    table = table.combine_chunks()
     for place, column in enumerate(table.schema):
         if pa.types.is_string(column.type) and column.name not in UNCODED:
             table = table.set_column(place, column.name, table[column.name].dictionary_encode())
-    return table
+    return _whole(table)
 
 
 def _whole(table: pa.Table) -> pa.Table:
@@ -340,14 +342,14 @@ class KeptRows:
         if kept is not None:
             pieces.append(living(kept, self.known) if self.dropped else kept)
         if fresh is not None:
-            pieces.append(_whole(encode_rows(fresh)))
+            pieces.append(encode_rows(fresh))
         if not pieces:
             return self.contract.schema.empty_table(), []
         table = _whole(pa.concat_tables(pieces))
         if bucket in self.merged:
             # Dictionaries may hold values that no row has any more.
             plain = pa.table({name: plain_texts(table[name]) for name in table.column_names})
-            new = _whole(encode_rows(plain))
+            new = encode_rows(plain)
         else:
             new = pieces[-1] if fresh is not None else table.slice(0, 0)
         written = [write_rows(self.directory, self.contract, bucket, new)] if new.num_rows else []
