@@ -190,31 +190,22 @@ def split_records(records: list[FileRecord], splits: SplitTimes, directory: str)
     """Enter final days under their present splits; a file that a boundary runs through is written anew, in pieces, under `directory`."""
     found = []
     for number, record in enumerate(records):
-        times = start_of(date_of(record.path)) + np.array([0, DAY_US - 1])
-        # Only where a boundary runs through the day does it matter when its sessions were.
-        if splits.part(times)[0] != splits.part(times)[1]:
-            times = _first_and_last(record)
-        if splits.part(times)[0] == splits.part(times)[1]:
-            found.append(replace(record, split=str(splits.of(times)[0])))
+        day = start_of(date_of(record.path)) + np.array([0, DAY_US - 1])
+        first, last = splits.part(day)
+        if first == last:
+            found.append(replace(record, split=str(splits.of(day)[0])))
             continue
+        # A boundary runs through the day: the sessions tell whether through the file.
         with files.open_read(record.path) as handle:
-            table = pq.read_table(handle)
-        pieces = cut_splits(table, splits)
+            pieces = list(cut_splits(pq.read_table(handle), splits))
+        if len(pieces) == 1:
+            found.append(replace(record, split=pieces[0][0]))
+            continue
         found += [
             write_part(directory, date_of(record.path), f"kept-{number}-{piece}", split, rows)
             for piece, (split, rows) in enumerate(pieces)
         ]
     return found
-
-
-def _first_and_last(record: FileRecord) -> np.ndarray:
-    """Least and greatest `session_start` of an example file, int64 microseconds [2], by its footer."""
-    with files.open_read(record.path) as handle:
-        metadata = pq.ParquetFile(handle).metadata
-    place = EXAMPLES.names.index("session_start")
-    statistics = [metadata.row_group(group).column(place).statistics for group in range(metadata.num_row_groups)]
-    edges = pa.array([s.min for s in statistics] + [s.max for s in statistics], pa.timestamp("us"))
-    return np.sort(edges.cast(pa.int64()).to_numpy())[[0, -1]]
 
 
 def cut_splits(table: pa.Table, splits: SplitTimes) -> Iterator[tuple[str, pa.Table]]:
