@@ -1,12 +1,16 @@
-"""A command in a child process, and the most memory that it and every process that worked for it held at a time (Linux; elsewhere null)."""
+"""Commands in child processes: the most memory that one and every process that worked for it held at a time (Linux; elsewhere null), and many that end with their parent."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 PROC = Path("/proc")
 SAMPLE_S = 0.1
@@ -158,3 +162,44 @@ def run_watched(command: list[str], *, standing: bool, timeout: float) -> tuple[
             f"{' '.join(command)} ended with {child.returncode} after {time.monotonic() - began:.0f} s:\n{errors[-3000:]}"
         )
     return out, peaks
+
+
+class Children:
+    """Commands that do not outlive this process: SIGTERM ends it as Ctrl-C does, and leaving the context ends what still runs.
+
+    To be entered in the main thread; commands may be run by any.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        self._handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._handler)
+        with self._lock:
+            self._ended = True
+            for child in self._running:
+                child.terminate()
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+        """Run a command to its end; returns its exit status, or -SIGTERM where the context was left before it began."""
+        with self._lock:
+            if self._ended:
+                return -signal.SIGTERM
+            child = subprocess.Popen(command, env=environment)
+            self._running.add(child)
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            raise
+        finally:
+            with self._lock:
+                self._running.remove(child)

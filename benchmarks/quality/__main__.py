@@ -3,25 +3,28 @@
     python -m benchmarks.quality --work DIR --image_weights FILE --text_encoder DIR [--real DIR --image_root DIR]
 
 Models are trained in processes of one thread each, `--jobs` at a time; what is done is kept in `--results` and not done again, so the command may be
-ended at any time and repeated. Tables go to WORK/quality.md and, with --docs, into docs/results.md. `--quick`: one seed, a small city (and the real log where
-it is given), one JSON line with `beats_lightgbm`; exit code 1 if a claim does not hold. Needs the extra `baselines`.
+ended at any time (its jobs end with it) and repeated. Tables go to WORK/quality.md and, with --docs, into docs/results.md.
+`--quick`: one seed, a small city (and the real log where it is given), one JSON line with `beats_lightgbm`; exit code 1 if a claim does not hold. Needs the extra `baselines`.
 """
 
 import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from benchmarks.command import names_of, work_directory
+from benchmarks.processes import Children
 from benchmarks.quality.claims import quick_claims, write_tables
 from benchmarks.quality.job import Job, say
 from benchmarks.quality.plan import PARTS, list_jobs
+from benchmarks.quality.worlds import World
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,15 +63,56 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_job(job: Job, deadline: float) -> str:
-    """Run a job in a process of its own, unless it is done or it is late; returns how that went."""
-    if job.done():
-        return "was done"
-    if time.monotonic() > deadline:
-        return "left for the next time"
+def run_job(job: Job, children: Children) -> str:
+    """Run a job in a process of its own; returns how that went."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "benchmarks.quality.job", json.dumps(asdict(job))]
-    return "failed" if subprocess.run(command, env=environment, check=False).returncode else "done"
+    return "failed" if children.run(command, environment) else "done"
+
+
+def prepare_world(world: World, children: Children) -> str:
+    """The same of a log's preparation."""
+    command = [sys.executable, "-m", "benchmarks.quality.worlds", json.dumps(asdict(world))]
+    return "failed" if children.run(command) else "done"
+
+
+def run_jobs(jobs: list[Job], at_a_time: int, deadline: float) -> list[str]:
+    """Run the jobs that are not done, in their order, each after its log's preparation and the tuning it builds on; returns names of what failed.
+
+    A log is prepared while the models of the one before are trained: a core that waits for the other is half of a small machine.
+
+    Args:
+        deadline: of `time.monotonic()`; nothing is begun later.
+    """
+    with ThreadPoolExecutor(at_a_time) as pool, Children() as children:
+        begun: dict[str, Future[str]] = {}
+
+        def task(work: Callable[[], str], needs: list[Future[str]]) -> str:
+            # What it needs was submitted before it, so it is done or under way in another thread.
+            if any(need.result() != "done" for need in needs):
+                return "left out, for what it needs is not there"
+            return work() if time.monotonic() < deadline else "left for the next time"
+
+        def submit(name: str, work: Callable[[], str], needs: Iterable[str] = ()) -> None:
+            begun[name] = pool.submit(task, work, [begun[need] for need in needs if need in begun])
+
+        def submit_world(world: World) -> None:
+            if f"log {world.name}" not in begun:
+                submit(f"log {world.name}", partial(prepare_world, world, children))
+
+        missing = [job for job in jobs if not job.done()]
+        groups = [list(group) for _, group in itertools.groupby(missing, key=lambda job: job.world.name)]
+        for group, after in itertools.zip_longest(groups, groups[1:]):
+            submit_world(group[0].world)
+            if after is not None:
+                submit_world(after[0].world)
+            for job in group:
+                needs = [f"log {job.world.name}", *([job.tuned_by] if job.tuned_by else [])]
+                submit(job.name, partial(run_job, job, children), needs)
+        names = {future: name for name, future in begun.items()}
+        for place, future in enumerate(as_completed(names), start=1):
+            say(f"{place}/{len(names)} {names[future]}: {future.result()}")
+    return [name for name, future in begun.items() if future.result() == "failed"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,26 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments.work = work
         jobs = list_jobs(arguments)
         say(f"{len(jobs)} models, {sum(job.done() for job in jobs)} of them done")
-        outcomes: dict[str, str] = {}
-        with ThreadPoolExecutor(arguments.jobs or os.cpu_count() or 1) as pool:
-            running: dict[Future[str], Job] = {}
-            prepared: set[str] = set()
-            for _, of_seed in itertools.groupby(jobs, key=lambda job: job.seed):
-                # Baselines are tuned on seed 0 first.
-                wait(running)
-                for job in of_seed:
-                    if job.world.name not in prepared and not job.done() and time.monotonic() < deadline:
-                        # Encoding takes all cores: it waits for the models that are being trained.
-                        wait(running)
-                        job.world.prepare()
-                        prepared.add(job.world.name)
-                    running[pool.submit(run_job, job, deadline)] = job
-            for place, future in enumerate(as_completed(running), start=1):
-                job = running[future]
-                outcomes[job.name] = future.result()
-                say(f"{place}/{len(jobs)} {job.name}: {outcomes[job.name]}")
+        failed = run_jobs(jobs, arguments.jobs or os.cpu_count() or 1, deadline)
         results = [json.loads(job.result().read_text()) for job in jobs if job.done()]
-        failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
         if failed:
             say(f"failed: {', '.join(failed)}")
             return 1

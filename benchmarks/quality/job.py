@@ -79,15 +79,22 @@ class Job:
             write_json(str(asked), self.asked())
         return self.scratch
 
+    @property
+    def tuned_by(self) -> str | None:
+        """Name of the job that tunes this baseline; None where this very job tunes, or nothing is tuned."""
+        if self.model not in BASELINES or self.seed == 0:
+            return None
+        return f"{re.sub(r'[0-9]+$', '0', self.world.name)}-{self.model}-0"
+
     def settings(self) -> dict[str, Any] | None:
         """What tuning found for a baseline of another seed; None where this very job tunes.
 
         Raises:
             InputError: seed 0 has not been tuned.
         """
-        if self.seed == 0:
+        if self.tuned_by is None:
             return None
-        path = self._result_of(f"{re.sub(r'[0-9]+$', '0', self.world.name)}-{self.model}-0")
+        path = self._result_of(self.tuned_by)
         found = json.loads(path.read_text()) if path.exists() else {"asked": {"version": None}}
         if found["asked"]["version"] != VERSION:
             raise InputError(f"{self.name}: {path} is not there, or of another version. Let seed 0 be tuned first.")

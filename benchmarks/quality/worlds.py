@@ -1,7 +1,11 @@
-"""Logs that quality is measured on: simulated cities with known truth, or a real data directory; each is embedded and sharded once."""
+"""Logs that quality is measured on: simulated cities with known truth, or a real data directory; each is embedded and sharded once.
+
+`python -m benchmarks.quality.worlds WORLD` prepares a JSON world.
+"""
 
 import json
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from benchmarks.command import CAMENN
+from benchmarks.processes import Children
 from simulator.config import preset_config
 from simulator.generate import generate_city
 
@@ -67,9 +72,12 @@ class World:
         )  # fmt: skip
 
 
-def _camenn(*command: str) -> None:
+def _camenn(*flags: str) -> None:
     """One stage in a process of its own."""
-    subprocess.run([*CAMENN, *command], check=True)
+    command = [*CAMENN, *flags]
+    with Children() as children:
+        if status := children.run(command):
+            raise subprocess.CalledProcessError(status, command)
 
 
 @dataclass(frozen=True)
@@ -127,3 +135,13 @@ def read_truth(world: World, keys: pd.DataFrame) -> Truth:
         mismatched=found["mismatched"].to_numpy(dtype=bool),
         ladder=json.loads((world.truth / "ladder.json").read_text()),
     )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepare the world of the first argument."""
+    World(**json.loads((sys.argv[1:] if argv is None else argv)[0])).prepare()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

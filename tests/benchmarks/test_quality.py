@@ -1,6 +1,11 @@
 """The quality benchmark: its statistics against scipy and slow references, its variants one by one, and a small run of all of it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ from scipy.spatial.distance import cdist
 
 from benchmarks.plant_stage import Job as StageJob
 from benchmarks.plant_stage import run_stage
+from benchmarks.processes import Children
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import baselines, claims, judge, plan, representation
 from benchmarks.quality import job as quality_job
@@ -291,9 +297,7 @@ def test_a_small_run_of_all_of_it(
     monkeypatch.setattr(plan, "QUICK_TRIALS", 2)
     ran = []
 
-    def run_here(job: Job, deadline: float) -> str:
-        if job.done():
-            return "was done"
+    def run_here(job: Job, _: Children) -> str:
         ran.append(job.model)
         run(replace(job, epochs=1))
         # The result is that of fewer epochs.
@@ -303,7 +307,7 @@ def test_a_small_run_of_all_of_it(
 
     monkeypatch.setattr(command, "run_job", run_here)
     # The fixture made it, with stubs.
-    monkeypatch.setattr(World, "prepare", lambda _: None)
+    monkeypatch.setattr(command, "prepare_world", lambda *_: "done")
     arguments = ["--quick", "--work", world.work, "--text_encoder", "none", "--jobs", "1"]
     threads = torch.get_num_threads()
     code = command.main(arguments)
@@ -319,6 +323,95 @@ def test_a_small_run_of_all_of_it(
     assert command.main(arguments) == code
     assert not ran, "what is done is not done again"
     torch.set_num_threads(threads)
+
+
+def made_up_jobs(tmp_path: Path) -> list[Job]:
+    """Two seeds of two logs, one model and one baseline each."""
+    return [
+        Job(world=World(name=f"{name}{seed}", work=str(tmp_path)), model=model, seed=seed)
+        for seed in (0, 1)
+        for name in ("big", "small")
+        for model in ("full", "lightgbm")
+    ]
+
+
+def test_jobs_run_after_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    other_seed = threading.Event()
+
+    def run_job(job: Job, _: Children) -> str:
+        # A tuning that takes longest: other seeds' baselines wait for it, other models do not.
+        if job.name == "small0-lightgbm-0":
+            assert other_seed.wait(60)
+        told.append(job.name)
+        if job.name == "big1-full-1":
+            other_seed.set()
+        return "done"
+
+    def prepare_world(world: World, _: Children) -> str:
+        told.append(world.name)
+        return "done"
+
+    monkeypatch.setattr(command, "run_job", run_job)
+    monkeypatch.setattr(command, "prepare_world", prepare_world)
+    jobs = made_up_jobs(tmp_path)
+    assert command.run_jobs(jobs, 2, float("inf")) == []
+    assert sorted(told) == sorted([job.name for job in jobs] + ["big0", "small0", "big1", "small1"])
+    for job in jobs:
+        needs = [job.world.name, *([job.tuned_by] if job.tuned_by else [])]
+        assert all(told.index(need) < told.index(job.name) for need in needs)
+
+
+def test_what_a_failed_job_was_needed_for_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def run_job(job: Job, _: Children) -> str:
+        ran.append(job.name)
+        return "failed" if job.name == "big0-lightgbm-0" else "done"
+
+    monkeypatch.setattr(command, "run_job", run_job)
+    monkeypatch.setattr(command, "prepare_world", lambda world, _: "failed" if world.name == "small0" else "done")
+    jobs = made_up_jobs(tmp_path)
+    assert command.run_jobs(jobs, 2, float("inf")) == ["log small0", "big0-lightgbm-0"]
+    # Two of the log that is not there; a baseline of both logs that was not tuned.
+    assert {job.name for job in jobs} - {*ran} == {
+        "small0-full-0", "small0-lightgbm-0", "big1-lightgbm-1", "small1-lightgbm-1"
+    }  # fmt: skip
+    assert capsys.readouterr().err.count("left out") == 4
+    ran.clear()
+    assert command.run_jobs(jobs, 2, float("-inf")) == []
+    assert not ran, "nothing is begun late"
+
+
+def test_jobs_end_with_their_command(tmp_path: Path) -> None:
+    """SIGTERM to the command: what its threads run ends too, and what waits is not begun."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from benchmarks.processes import Children
+
+child = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+with ThreadPoolExecutor(2) as pool, Children() as children:
+    for future in [pool.submit(children.run, child) for _ in range(3)]:
+        future.result()
+"""
+    )
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
+    assert parent.stdout is not None
+    pids = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.terminate()
+    rest, _ = parent.communicate(timeout=30)
+    assert parent.returncode == 128 + signal.SIGTERM
+    assert rest == "", "a third one began"
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
