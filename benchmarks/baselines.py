@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from camenn_model.evaluation import Predictions, cvr_metrics
 from camenn_model.feature_space import FeatureSpace
 from camenn_model.item_table import ItemTable
 from camenn_model.shards import ShardSet
+from pipelines.files import write_json
 
 PARAMETERS = {
     "objective": "binary",
@@ -114,11 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     metrics = dict(open_package(arguments.model).metrics)
     metrics["baselines"] = metrics["baselines"] | {"lightgbm": run(arguments.shards, arguments.model)}
-    path = Path(arguments.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(metrics, indent=1))
-    os.replace(temporary, path)
+    write_json(arguments.out, metrics)
     lines = {
         name: {key: figures[key] for key in ("auc", "gauc", "log_loss", "ne", "pcoc")}
         for name, figures in {"camenn": metrics["test"], **metrics["baselines"]}.items()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.files import write_json
 from schemas.catalog import CATALOG
 from schemas.contract import conform
 from simulator import tables
@@ -47,9 +48,7 @@ def make_listings(directory: Path, items: int, photos: Path | None) -> None:
         row["title"] = f"{row['title']} {row['item_id'][-6:]}"
         (directory / row["image_uri"]).write_bytes(data)
     write_catalog(directory, table)
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asked))
-    os.replace(temporary, record)
+    write_json(str(record), asked)
 
 
 def endless_photos(folder: Path) -> Iterator[bytes]:

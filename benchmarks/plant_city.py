@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.audience import by_store
+from pipelines.files import write_json
 from schemas.catalog import CATALOG
 from schemas.contract import conform
 from schemas.events import CLICKS, ORDERS
@@ -160,9 +161,7 @@ def skew_city(source: Path, target: Path) -> dict[str, int]:
 
 def _record(path: Path, asked: dict[str, Any], rows: dict[str, int]) -> None:
     """Say that a city is whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"asked": asked, "rows": rows}))
-    os.replace(temporary, path)
+    write_json(str(path), {"asked": asked, "rows": rows})
 
 
 def _there(path: Path, asked: dict[str, Any]) -> dict[str, int] | None:

@@ -89,7 +89,7 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
         with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as handle:
             yield handle
         return
-    make_directory(os.path.dirname(path))
+    make_directory(os.path.dirname(path) or os.curdir)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as handle:
