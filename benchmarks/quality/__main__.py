@@ -3,7 +3,7 @@
     python -m benchmarks.quality --work DIR --image_weights FILE --text_encoder DIR [--real DIR --image_root DIR]
 
 Models are trained in processes of one thread each, `--jobs` at a time; what is done is kept in `--results` and not done again, so the command may be
-ended at any time (its jobs end with it) and repeated. Tables go to WORK/quality.md and, with --docs, into docs/results.md.
+ended at any time (its jobs end with it) and repeated. Tables and plots go to WORK/quality.md and quality.png and, with --docs, into docs/results.md.
 `--quick`: one seed, a small city (and the real log where it is given), one JSON line with `beats_lightgbm`; exit code 1 if a claim does not hold. Needs the extra `baselines`.
 """
 
@@ -21,9 +21,10 @@ from pathlib import Path
 
 from benchmarks.command import names_of, work_directory
 from benchmarks.processes import Children
-from benchmarks.quality.claims import quick_claims, write_tables
+from benchmarks.quality.claims import quick_claims
 from benchmarks.quality.job import Job, say
 from benchmarks.quality.plan import PARTS, list_jobs
+from benchmarks.quality.publish import publish
 from benchmarks.quality.worlds import World
 
 
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=0, help="models trained at a time, on one thread each; 0 = one a core"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model later than this")
-    parser.add_argument("--docs", action="store_true", help="put the tables into docs/results.md")
+    parser.add_argument("--docs", action="store_true", help="put tables and plots into docs/results.md")
     parser.add_argument("--quick", action="store_true", help="one seed, a small city, one JSON line")
     return parser
 
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             for claim in broken:
                 say(f"does not hold: {claim}")
             return 1 if broken else 0
-        write_tables(results, work, docs=arguments.docs)
+        publish(results, work, docs=arguments.docs)
     return 0
 
 

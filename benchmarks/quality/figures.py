@@ -1,0 +1,61 @@
+"""Results by model, and statistics over their seeds."""
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from typing import Any
+
+from scipy.stats import ttest_1samp
+
+Result = dict[str, Any]
+Results = dict[tuple[str, str], list[Result]]
+"""By (kind of world: its name without the seed, model), ordered by seed"""
+
+
+def by_model(results: list[Result]) -> Results:
+    """Results grouped, ordered by seed."""
+    found: Results = defaultdict(list)
+    for result in sorted(results, key=lambda result: result["seed"]):
+        found[re.sub(r"\d+$", "", result["world"]), result["model"]].append(result)
+    return found
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """(mean, its standard error; NaN for a single value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def shown(values: list[float], digits: int = 4) -> str:
+    """Mean ± standard error."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def paired(found: Results, kind: str, one: str, other: str, *path: str) -> list[float]:
+    """Differences of a figure between two models, seed by seed."""
+    values = [{r["seed"]: _figure(r, path) for r in found.get((kind, model), [])} for model in (one, other)]
+    return [values[0][seed] - values[1][seed] for seed in sorted(values[0].keys() & values[1].keys())]
+
+
+def _figure(result: Result, path: tuple[str, ...]) -> Any:
+    value: Any = result
+    for name in path:
+        value = value[name]
+    return value
+
+
+def surely_above(differences: list[float], errors: float = 3.0) -> bool:
+    """Whether all differences have one sign, and their mean is more than some standard errors above 0."""
+    mean, error = mean_and_error(differences)
+    return len(differences) > 1 and min(differences) > 0 and mean > errors * error
+
+
+def p_value(differences: list[float]) -> float:
+    """Two-sided p value of the differences' mean, by Student's t test; NaN for a single one."""
+    if len(differences) < 2:
+        return math.nan
+    if min(differences) == max(differences):
+        return 0.0 if differences[0] else 1.0
+    return float(ttest_1samp(differences, 0).pvalue)

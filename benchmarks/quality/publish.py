@@ -1,0 +1,178 @@
+"""Results as tables, and what is published of them."""
+
+import math
+from pathlib import Path
+
+from benchmarks.quality.claims import city_claims
+from benchmarks.quality.figures import Result, Results, by_model, p_value, paired, shown
+from benchmarks.quality.job import FROZEN
+from benchmarks.quality.judge import holm
+from benchmarks.quality.plots import draw
+from benchmarks.quality.variants import VARIANTS
+from pipelines.files import write_json
+
+BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def _city(found: Results) -> list[str]:
+    models = [model for kind, model in found if kind == "city" and model != FROZEN]
+    if not models:
+        return []
+    rows = []
+    for model in models:
+        results = found["city", model]
+        expected = [result["expected"] for result in results]
+        rows.append(
+            [
+                model,
+                str(len(results)),
+                shown([e["auc"] for e in expected]),
+                shown([e["attainable_share"] for e in expected], 3),
+                shown(
+                    [e["strata"]["uniform_sessions"]["auc"] for e in expected if e["strata"]["uniform_sessions"]["auc"]]
+                ),
+                shown([r["test"]["auc"] for r in results]),
+                shown([r["test"]["log_loss"] for r in results]),
+                shown([e["pcoc"] for e in expected], 3),
+                shown([e["ece"] for e in expected]),
+            ]
+        )
+    truth = [result["expected"]["auc_of_truth"] for result in found["city", models[0]]]
+    head = [
+        "model",
+        "seeds",
+        "expected AUC",
+        "attainable share",
+        "uniform sessions",
+        "AUC",
+        "log loss",
+        "expected PCOC",
+        "expected ECE",
+    ]
+    lines = [f"Expected AUC of the true probabilities: {shown(truth)}.", "", *_table(head, rows)]
+    strata_rows = []
+    for name in found["city", models[0]][0]["expected"]["strata"]:
+        row = [name.replace("_", " ")]
+        for model in models:
+            ratios = [
+                s["auc"] / s["auc_of_truth"]
+                for r in found["city", model]
+                if (s := r["expected"]["strata"][name])["auc"] is not None
+            ]
+            row.append(shown(ratios) if ratios else "-")
+        strata_rows.append(row)
+    return [*lines, "Expected AUC over that of the truth, by stratum:", "", *_table(["stratum", *models], strata_rows)]
+
+
+def _representation(found: Results, kind: str) -> list[str]:
+    rows = []
+    for model in [m for k, m in found if k == kind]:
+        results = [r["representation"] for r in found[kind, model] if r.get("representation")]
+        if not results:
+            continue
+        parts = {"": results} if model != FROZEN else {name: [r[name] for r in results] for name in ("ridge", "cca")}
+        for part, pieces in parts.items():
+            row = [f"{model} {part}".strip()]
+            for way in ("image_to_text", "text_to_image"):
+                row += [shown([piece[way][f"r_at_{k}"] for piece in pieces], 3) for k in (1, 5)]
+            for name in ("mismatch_auc", "swap_auc"):
+                row.append(shown([p[name] for p in pieces], 3) if all(name in p for p in pieces) else "-")
+            rows.append(row)
+    head = ["", "photo → title R@1", "R@5", "title → photo R@1", "R@5", "mismatch AUC", "swap AUC"]
+    return _table(head, rows) if rows else []
+
+
+def _real(found: Results) -> list[str]:
+    models = [model for kind, model in found if kind == "real" and model != FROZEN]
+    rows = []
+    for model in models:
+        tests = [result["test"] for result in found["real", model]]
+        names = (("auc", 4), ("gauc", 4), ("session_auc", 4), ("log_loss", 4), ("ne", 4), ("pcoc", 3), ("ece", 4))
+        rows.append(
+            [model, str(len(tests)), *(shown([test[name] for test in tests], digits) for name, digits in names)]
+        )
+    head = ["model", "seeds", "AUC", "GAUC", "session AUC", "log loss", "NE", "PCOC", "ECE"]
+    return _table(head, rows) if rows else []
+
+
+def _ablations(found: Results) -> list[str]:
+    models = [model for kind, model in found if kind == "small" and model not in ("full", FROZEN)]
+    if not models or ("small", "full") not in found:
+        return []
+    differences = {model: paired(found, "small", model, "full", "expected", "auc") for model in models}
+    p_values = holm({m: p for m, d in differences.items() if not math.isnan(p := p_value(d))})
+    rows = [["full", "CameNN", "", "", *_learned(found["small", "full"])]]
+    rows += [
+        [model, VARIANTS[model].about, shown(values), _of(p_values, model), *_learned(found["small", model])]
+        for model, values in differences.items()
+        if values
+    ]
+    return _table(["model", "", "expected AUC minus full's", "p (Holm)", *LEARNED], rows)
+
+
+LEARNED = ("photo → title R@1", "title → photo R@1", "mismatch AUC")
+
+
+def _learned(results: list[Result]) -> list[str]:
+    pieces = [result["representation"] for result in results if "representation" in result]
+    if not pieces:
+        return ["-"] * len(LEARNED)
+    ways = [shown([piece[way]["r_at_1"] for piece in pieces], 3) for way in ("image_to_text", "text_to_image")]
+    return [*ways, shown([piece["mismatch_auc"] for piece in pieces], 3)]
+
+
+def _of(p_values: dict[str, float], model: str) -> str:
+    return f"{p_values[model]:.3f}" if model in p_values else "-"
+
+
+def _gates(found: Results) -> list[str]:
+    rows = []
+    for kind in ("city", "real"):
+        for result in found.get((kind, "full"), []):
+            for task, weights in result["gates"].items():
+                rows.append([result["world"], str(result["seed"]), task.upper(), *(f"{w:.3f}" for w in weights)])
+    experts = max((len(row) - 3 for row in rows), default=0)
+    head = ["log", "seed", "gate", *(f"expert {number}" for number in range(1, experts + 1))]
+    return _table(head, rows) if rows else []
+
+
+def publish(results: list[Result], work: Path, *, docs: bool) -> None:
+    """WORK/quality.md, quality.png and claims.json; with `docs` the tables between two marks of docs/results.md, and the picture beside it."""
+    found = by_model(results)
+    claims = city_claims(found)
+    lines = ["![Figures of the models](quality.png)", "", "### Claims", ""]
+    lines += _table(
+        ["claim", "holds", "figure"],
+        [[c, "yes" if holds else "**no**", figure] for c, (holds, figure) in claims.items()],
+    )
+    for title, part in (
+        ("Known truth: the default city", _city(found)),
+        ("Representation, held-out listings of the city", _representation(found, "city")),
+        ("The real log", _real(found)),
+        ("Representation, held-out listings of the real log", _representation(found, "real")),
+        ("Ablations and controls, a city of 60,000 clicks", _ablations(found)),
+        ("Mean weights of the experts", _gates(found)),
+    ):
+        if part:
+            lines += [f"### {title}", "", *part]
+    text = "\n".join(lines)
+    (work / "quality.md").write_text(text)
+    write_json(str(work / "claims.json"), {name: {"holds": h, "figure": f} for name, (h, f) in claims.items()})
+    picture = draw(found)
+    (work / "quality.png").write_bytes(picture)
+    print(text)
+    if docs:
+        path = DOCS / "results.md"
+        before, rest = path.read_text().split(BEGIN)
+        path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}")
+        (DOCS / "quality.png").write_bytes(picture)
