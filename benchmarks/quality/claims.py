@@ -7,10 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.figures import Result, Results, by_model, mean_and_error, paired, shown, surely_above
+from benchmarks.quality.figures import (
+    Result,
+    Results,
+    by_model,
+    mean_and_error,
+    over_truth,
+    paired,
+    shown,
+    surely_above,
+)
 from benchmarks.quality.judge import content_efficiency
 from benchmarks.quality.variants import VARIANTS
 
+DEAD = 0.001
+"""Mean gate weight of an expert that nothing is sent to"""
 NOTHING = 0.001
 """A difference of expected AUC that counts as none"""
 
@@ -30,7 +41,7 @@ def quick_claims(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
         "CameNN ranks better than chance": expected("full") > 0.6,
         # What noise teaches is a direction by chance, and truth lies along few of them: 0.5 holds for the mean of many seeds only (0.577 was seen).
         "labels that mean nothing teach little": expected("full") - expected("permuted_labels") > 0.05,
-        "no expert is dead": min(min(g) for g in found["quick", "full"][0]["gates"].values()) > 0.001,
+        "no expert is dead": least_used(found["quick", "full"][0]) > DEAD,
     }
     if ("real", "full") in found:
         full, trees = found["real", "full"][0], found["real", "lightgbm"][0]
@@ -63,14 +74,9 @@ def city_claims(found: Results) -> dict[str, tuple[bool, str]]:
                 low <= statistics.mean(values) <= high,
                 shown(values),
             )
-        ratio = {
-            part: [
-                s["auc"] / s["auc_of_truth"] for r in full if (s := r["expected"]["strata"][part])["auc"] is not None
-            ]
-            for part in ("cold_start", "warm")
-        }
-        if all(ratio.values()):
-            gap = statistics.mean(ratio["warm"]) - statistics.mean(ratio["cold_start"])
+        warm, cold = (over_truth(full, stratum) for stratum in ("warm", "cold_start"))
+        if warm and cold:
+            gap = statistics.mean(warm) - statistics.mean(cold)
             claims["cold-start listings within 0.02 of warm ones"] = (gap <= 0.02, f"{gap:.4f}")
         apart = [
             0.5 * sum(abs(a - b) for a, b in zip(r["gates"]["cvr"], r["gates"]["ita"], strict=True))
@@ -88,7 +94,7 @@ def city_claims(found: Results) -> dict[str, tuple[bool, str]]:
     ]:
         dead, where = min(used)
         claims["no dead expert in any run"] = (
-            dead > 0.001,
+            dead > DEAD,
             f"least mean gate weight {dead:.4f}, {where} of {len(used)}",
         )
     return claims | _representation_claims(found) | _real_claims(found) | _control_claims(found)

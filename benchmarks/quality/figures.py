@@ -46,6 +46,12 @@ def _figure(result: Result, path: tuple[str, ...]) -> Any:
     return value
 
 
+def over_truth(results: list[Result], stratum: str) -> list[float]:
+    """Expected AUC over that of the true probabilities, result by result; those without both labels in the stratum are left out."""
+    strata = (result["expected"]["strata"][stratum] for result in results)
+    return [found["auc"] / found["auc_of_truth"] for found in strata if found["auc"] is not None]
+
+
 def surely_above(differences: list[float], errors: float = 3.0) -> bool:
     """Whether all differences have one sign, and their mean is more than some standard errors above 0."""
     mean, error = mean_and_error(differences)

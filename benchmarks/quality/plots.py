@@ -9,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.quality.figures import Result, Results
+from benchmarks.quality.figures import Result, Results, over_truth
+from benchmarks.quality.job import BASELINES, FROZEN, POPULARITY
 
 INK, MUTED, OURS, OTHERS, LEFT_OUT = "#1b1e23", "#6b7280", "#2563eb", "#94a3b8", "#93c5fd"
 EXPERTS = ("#1d4ed8", "#60a5fa", "#0f766e", "#5eead4", "#b45309", "#fbbf24", "#7c3aed", "#c4b5fd")
@@ -33,7 +34,6 @@ LABELS = {
     "mmoe": "MMOE",
     "popularity": "popularity",
 }
-BASELINES = ("lightgbm", "lightgbm_content", "mmoe", "popularity")
 
 
 def _dots(axes: Axes, place: float, values: Sequence[float], colour: str, mark: str = "o") -> None:
@@ -45,7 +45,7 @@ def _models(axes: Axes, found: Results, kind: str, figure: Callable[[Result], fl
     models = [model for of, model in found if of == kind and model in LABELS]
     models.sort(key=lambda model: statistics.mean(map(figure, found[kind, model])))
     for place, model in enumerate(models):
-        colour = OURS if model == "full" else OTHERS if model in BASELINES else LEFT_OUT
+        colour = OURS if model == "full" else OTHERS if model in (*BASELINES, POPULARITY) else LEFT_OUT
         _dots(axes, place, [figure(result) for result in found[kind, model]], colour)
     axes.set_yticks(range(len(models)), [LABELS[model] for model in models])
 
@@ -81,9 +81,7 @@ def _strata(axes: Axes, found: Results) -> None:
     shown = {model: colour for model, colour in STRATA_MODELS.items() if ("city", model) in found}
     for number, (model, colour) in enumerate(shown.items()):
         for place, name in enumerate(STRATA):
-            strata = [result["expected"]["strata"][name] for result in found["city", model]]
-            values = [stratum["auc"] / stratum["auc_of_truth"] for stratum in strata if stratum["auc"] is not None]
-            if values:
+            if values := over_truth(found["city", model], name):
                 off = ((len(shown) - 1) / 2 - number) * 0.16
                 axes.plot(
                     statistics.mean(values),
@@ -106,7 +104,7 @@ def _representation(axes: Axes, found: Results) -> None:
         "mismatch AUC": lambda piece: float(piece["mismatch_auc"]),
         "swap AUC": lambda piece: float(piece["swap_auc"]),
     }
-    frozen = [result["representation"] for result in found.get(("city", "frozen"), [])]
+    frozen = [result["representation"] for result in found.get(("city", FROZEN), [])]
     learned = [result["representation"] for result in found.get(("city", "full"), []) if "representation" in result]
     parts = [
         ("CameNN", learned, OURS),

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from benchmarks.quality.claims import city_claims
-from benchmarks.quality.figures import Result, Results, by_model, p_value, paired, shown
+from benchmarks.quality.figures import Result, Results, by_model, over_truth, p_value, paired, shown
 from benchmarks.quality.job import FROZEN
 from benchmarks.quality.judge import holm
 from benchmarks.quality.plots import draw
@@ -12,6 +12,7 @@ from benchmarks.quality.variants import VARIANTS
 from pipelines.files import write_json
 
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+LEARNED = ("photo → title R@1", "title → photo R@1", "mismatch AUC")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -64,11 +65,7 @@ def _city(found: Results) -> list[str]:
     for name in found["city", models[0]][0]["expected"]["strata"]:
         row = [name.replace("_", " ")]
         for model in models:
-            ratios = [
-                s["auc"] / s["auc_of_truth"]
-                for r in found["city", model]
-                if (s := r["expected"]["strata"][name])["auc"] is not None
-            ]
+            ratios = over_truth(found["city", model], name)
             row.append(shown(ratios) if ratios else "-")
         strata_rows.append(row)
     return [*lines, "Expected AUC over that of the truth, by stratum:", "", *_table(["stratum", *models], strata_rows)]
@@ -111,16 +108,13 @@ def _ablations(found: Results) -> list[str]:
         return []
     differences = {model: paired(found, "small", model, "full", "expected", "auc") for model in models}
     p_values = holm({m: p for m, d in differences.items() if not math.isnan(p := p_value(d))})
-    rows = [["full", "CameNN", "", "", *_learned(found["small", "full"])]]
+    rows = [["full", VARIANTS["full"].about, "", "", *_learned(found["small", "full"])]]
     rows += [
         [model, VARIANTS[model].about, shown(values), _of(p_values, model), *_learned(found["small", model])]
         for model, values in differences.items()
         if values
     ]
     return _table(["model", "", "expected AUC minus full's", "p (Holm)", *LEARNED], rows)
-
-
-LEARNED = ("photo → title R@1", "title → photo R@1", "mismatch AUC")
 
 
 def _learned(results: list[Result]) -> list[str]:
