@@ -6,6 +6,9 @@ A random projection to a small width keeps little of what a photo tells, and con
 decomposition finds in a second. So the first half of the dimensions starts with the canonical directions (Hotelling 1936): those in which photos and titles of the
 same listings correlate most. What only one of them tells (how fresh something looks, whether it is organic) is not in these by construction; it is in the directions in
 which a modality varies most once the shared ones are taken out, and those fill the other half. Both are where training starts, not where it ends.
+
+How far the canonical directions are held back from those of single listings is a penalty. What a thousand listings want is a hundred times what seven thousand want, so
+it is cross-validated.
 """
 
 from dataclasses import dataclass
@@ -14,9 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
 
 PENALTY = 0.001
-"""On the canonical directions, times the mean eigenvalue of the features' covariance."""
+"""On the canonical directions, times the mean eigenvalue of the features' covariance: where it is not cross-validated."""
+PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
+"""What cross-validation chooses from."""
+FOLDS = 5
 LISTINGS_PER_DIRECTION = 8
 """Fewer listings give fewer directions: they would be those of single listings."""
 SPREAD = 0.5
@@ -26,20 +33,112 @@ NEGLIGIBLE = 1e-3
 """Shared directions of less correlation, and own ones along which less than this share of a feature's usual spread is left, are left out."""
 
 
-def _inverse_root(covariance: Floats, penalty: float) -> Floats:
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors / np.sqrt(np.maximum(values + penalty * values.mean(), TINY))) @ vectors.T
+@dataclass(frozen=True)
+class _Decomposed:
+    """Centred features of n listings along the principal axes of their photos, [r], and of their titles, [r']: all that directions need, at any penalty."""
+
+    image_axes: Floats  # [p, r]
+    image_values: Floats  # [r]: eigenvalues
+    image_mean: float
+    """of all p eigenvalues"""
+    text_axes: Floats  # [q, r']
+    text_values: Floats
+    text_mean: float
+    cross: Floats  # [r, r']: covariance
+
+    @classmethod
+    def of(cls, images: Floats, titles: Floats) -> "_Decomposed":
+        """Centred features [n, p] and [n, q]."""
+        sides = [(*_principal_axes(features), float(np.square(features).mean())) for features in (images, titles)]
+        along = [features @ axes for features, (axes, *_) in zip((images, titles), sides, strict=True)]
+        return cls(*sides[0], *sides[1], along[0].T @ along[1] / len(images))
+
+    def directions(self, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
+        """See `canonical_directions`."""
+        scales = [
+            1 / np.sqrt(np.maximum(values + penalty * mean, TINY))
+            for values, mean in ((self.image_values, self.image_mean), (self.text_values, self.text_mean))
+        ]
+        left, correlations, right = np.linalg.svd(scales[0][:, None] * self.cross * scales[1], full_matrices=False)
+        return (
+            self.image_axes @ (scales[0][:, None] * left[:, :count]),
+            self.text_axes @ (scales[1][:, None] * right[:count].T),
+            correlations[:count],
+        )
+
+
+def _principal_axes(features: Floats) -> tuple[Floats, Floats]:
+    """Axes [p, r] and eigenvalues [r] of the covariance of centred features [n, p], r = min(n, p)."""
+    n, width = features.shape
+    if n >= width:
+        values, axes = np.linalg.eigh(features.T @ features / n)
+        return axes, values
+    _, roots, axes = np.linalg.svd(features, full_matrices=False)
+    return axes.T, np.square(roots) / n
 
 
 def canonical_directions(images: Floats, titles: Floats, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
-    """Regularised canonical correlation analysis of centred features [n, p] and [n, q]: directions [p, k], [q, k] and correlations [k], k ≤ `count`."""
-    n = len(images)
-    white_images = _inverse_root(images.T @ images / n, penalty)
-    white_titles = _inverse_root(titles.T @ titles / n, penalty)
-    left, correlations, right = np.linalg.svd(
-        white_images @ (images.T @ titles / n) @ white_titles, full_matrices=False
-    )
-    return white_images @ left[:, :count], white_titles @ right[:count].T, correlations[:count]
+    """Regularised canonical correlation analysis of centred features [n, p] and [n, q]: directions [p, k], [q, k] and correlations [k], k ≤ `count`.
+
+    Args:
+        penalty: times the mean eigenvalue of the features' covariance, on each of its eigenvalues.
+    """
+    return _Decomposed.of(images, titles).directions(penalty, count)
+
+
+def choose_penalty(images: Floats, titles: Floats, product: Ints, count: int) -> float:
+    """The penalty of `PENALTIES` whose directions, of four fifths of the products, best find titles of the other fifth's photos, and photos of its titles.
+
+    Found is judged by the reciprocal rank of a listing's own among those of other products. Several penalties may be as good as the best, within a standard
+    error of the difference: of these it is the largest (the one-standard-error rule of Breiman et al. 1984).
+
+    Args:
+        images, titles: mean features [n, p] and [n, q] of the same listings.
+        product: of each listing, [n]. What other listings of a product tell must not count: directions are to be good for products that are new.
+        count: most directions.
+    """
+    _, number = np.unique(product, return_inverse=True)
+    fold = (np.random.default_rng(0).permutation(number.max(initial=-1) + 1) % FOLDS)[number]
+    found = [np.zeros((len(PENALTIES), 0))]
+    for asked in (fold == place for place in range(FOLDS)):
+        known = ~asked
+        if known.sum() < LISTINGS_PER_DIRECTION or not asked.any():
+            continue
+        means = [features[known].mean(axis=0) for features in (images, titles)]
+        sides = [_standardise(features[known]) for features in (images, titles)]
+        queries = [
+            (features[asked] - mean) * scale
+            for features, mean, (_, scale) in zip((images, titles), means, sides, strict=True)
+        ]
+        rivals = product[asked, None] != product[asked]
+        decomposed = _Decomposed.of(sides[0][0], sides[1][0])
+        of_fold = []
+        for penalty in PENALTIES:
+            *directions, correlations = decomposed.directions(
+                penalty, min(count, int(known.sum()) // LISTINGS_PER_DIRECTION)
+            )
+            units = []
+            for (features, _), columns, query in zip(sides, directions, queries, strict=True):
+                spread = (features @ columns).std(axis=0)
+                along = query @ (columns * np.sqrt(correlations) / np.maximum(spread, TINY))
+                units.append(along / np.maximum(np.linalg.norm(along, axis=1, keepdims=True), TINY))
+            similar = units[0] @ units[1].T
+            of_fold.append((_reciprocal_ranks(similar, rivals) + _reciprocal_ranks(similar.T, rivals)) / 2)
+        found.append(np.stack(of_fold))
+    ranks = np.concatenate(found, axis=1)
+    if not ranks.size:
+        return PENALTIES[-1]
+    worse = ranks[ranks.mean(axis=1).argmax()] - ranks
+    alike = worse.mean(axis=1) <= worse.std(axis=1) / np.sqrt(ranks.shape[1])
+    return max(penalty for penalty, so in zip(PENALTIES, alike, strict=True) if so)
+
+
+def _reciprocal_ranks(similar: Floats, rivals: NDArray[np.bool_]) -> Floats:
+    """Of each row's own column among its rivals, [n]; one that is exactly as similar counts half."""
+    own = np.diag(similar)[:, None]
+    ahead = ((similar > own) & rivals).sum(axis=1) + ((similar == own) & rivals).sum(axis=1) / 2
+    found: Floats = 1 / (1 + ahead)
+    return found
 
 
 def own_directions(features: Floats, shared: Floats, count: int) -> Floats:
@@ -80,16 +179,19 @@ class Start:
     correlations: Floats  # [s]
 
 
-def find_start(images: Floats, titles: Floats, width: int, size: int, *, aligned: bool) -> Start:
+def find_start(
+    images: Floats, titles: Floats, width: int, size: int, *, aligned: bool, penalty: float = PENALTY
+) -> Start:
     """Where the projections to `width` start, and those to `size` that photos and titles are compared by.
 
     Without `aligned` nothing is taken from what photos tell of titles: all directions are own ones.
 
     Args:
         images, titles: mean features [n, p] and [n, q] of the same listings.
+        penalty: on the shared directions, see `choose_penalty`.
     """
     sides = [_standardise(features) for features in (images, titles)]
-    *shared, correlations = _shared_directions(sides[0][0], sides[1][0], size if aligned else 0)
+    *shared, correlations = _shared_directions(sides[0][0], sides[1][0], penalty, size if aligned else 0)
     maps = []
     for side, directions in zip(sides, shared, strict=True):
         first = directions[:, : width // 2]
@@ -102,7 +204,7 @@ def find_start(images: Floats, titles: Floats, width: int, size: int, *, aligned
 def find_shared(images: Floats, titles: Floats, count: int) -> tuple[Floats, Floats, Floats]:
     """`Start.shared_image` [p, k], `Start.shared_text` [q, k] and their correlations [k], k ≤ `count`, without the rest."""
     sides = [_standardise(features) for features in (images, titles)]
-    of_images, of_titles, correlations = _shared_directions(sides[0][0], sides[1][0], count)
+    of_images, of_titles, correlations = _shared_directions(sides[0][0], sides[1][0], PENALTY, count)
     return _raw_map(*sides[0], of_images), _raw_map(*sides[1], of_titles), correlations
 
 
@@ -113,10 +215,10 @@ def _standardise(features: Floats) -> tuple[Floats, Floats]:
     return (features - features.mean(axis=0)) * scale, scale
 
 
-def _shared_directions(images: Floats, titles: Floats, count: int) -> tuple[Floats, Floats, Floats]:
+def _shared_directions(images: Floats, titles: Floats, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
     """`canonical_directions` of standardised features: as many as the listings allow, less negligible ones."""
     limit = len(images) // LISTINGS_PER_DIRECTION
-    of_images, of_titles, correlations = canonical_directions(images, titles, PENALTY, min(count, limit))
+    of_images, of_titles, correlations = canonical_directions(images, titles, penalty, min(count, limit))
     kept = int((correlations > NEGLIGIBLE).sum())
     return of_images[:, :kept], of_titles[:, :kept], correlations[:kept]
 

@@ -17,7 +17,7 @@ from camenn_model.affinity import Affinity
 from camenn_model.alignment import ContrastiveHead, TaskTokens, init_heads, pair_content
 from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch, ItemBatch
 from camenn_model.config import STORE, ModelConfig
-from camenn_model.directions import find_start
+from camenn_model.directions import PENALTY, find_start
 from camenn_model.experts import Gate, GateOutput, Mixed, Mixture
 from camenn_model.layers import EncoderLayer, Side, init_linear, layers_of
 from camenn_model.tokens import AudienceTokens, Content, ItemTokens, PairTokens, masked_mean
@@ -101,13 +101,16 @@ class CameNN(nn.Module):
             part.fit(patches.mean(1))
 
     @torch.no_grad()
-    def start_projections(self, images: Tensor, titles: Tensor, *, aligned: bool = True) -> None:
+    def start_projections(
+        self, images: Tensor, titles: Tensor, *, aligned: bool = True, penalty: float = PENALTY
+    ) -> None:
         """Starts the projections on the directions that photos and titles share (unless not ``aligned``), and on each one's own (``directions.py``).
 
         Call it once, after ``fit_features``, with mean patch features [n, image_width] and mean token states [n, text_width] of the same n training items.
         """
         images, titles = images.float(), titles.float()
-        start = find_start(images.numpy(), titles.numpy(), self.config.width, self.contrastive.size, aligned=aligned)
+        given = images.numpy(), titles.numpy(), self.config.width, self.contrastive.size
+        start = find_start(*given, aligned=aligned, penalty=penalty)
         center = images.mean(0), titles.mean(0)
         for patch, text in (
             (self.item_tokens.patch, self.item_tokens.text),

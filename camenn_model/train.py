@@ -42,6 +42,7 @@ from camenn_model.dataset import (
     split_batch,
     stream_batches,
 )
+from camenn_model.directions import PENALTY, choose_penalty
 from camenn_model.evaluation import Predictions, cvr_metrics, predict, reliability, representation
 from camenn_model.feature_space import FeatureSpace
 from camenn_model.item_table import Ints, ItemTable
@@ -67,6 +68,8 @@ FITTED_ROWS = 500_000
 """Training examples that the space of tastes and the linear part are found from, from whole files, the latest ones."""
 CHOICE_CLICKS = 512
 """Clicks of a step that learns who clicks what: each is told from the other listings of its batch."""
+LISTINGS_PER_PAIR = 4
+"""Listings whose photos and titles are told apart in a step with clicks, for each ITA pair of it"""
 ALIGNMENT_PAIRS = 64
 """ITA pairs, and as many TIA pairs, of a step of alignment alone ..."""
 ALIGNMENT_LISTINGS = 256
@@ -97,7 +100,7 @@ class TrainOptions:
     loss: LossConfig = field(default_factory=LossConfig)
     alignment: bool = True
     alignment_passes: int = 8
-    """Times that each listing is seen in the steps of alignment alone, before the clicks; 0 = no such steps"""
+    """Times that each listing is seen in the steps of alignment alone, before the clicks, and again at most in the steps with clicks; 0 = never"""
     choice_passes: int = 4
     """Times that each click is seen in the steps that learn who clicks what, before what is ordered; 0 = no such steps"""
     checkpoint_seconds: float = 60.0
@@ -220,8 +223,10 @@ def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, paired: Ints | Non
     both = np.flatnonzero(~table.held_out & table.with_content()) if paired is None else paired
     both = np.sort(rng.choice(both, min(len(both), START_ITEMS), replace=False))
     if len(both) >= 2:
-        means = (table.pooled_images[table.image_row[both]], table.pooled_titles[table.title_row[both]])
-        model.start_projections(*map(torch.from_numpy, means), aligned=aligned)
+        images = table.pooled_images[table.image_row[both]].astype(np.float32)
+        titles = table.pooled_titles[table.title_row[both]].astype(np.float32)
+        penalty = choose_penalty(images, titles, table.product[both], model.contrastive.size) if aligned else PENALTY
+        model.start_projections(torch.from_numpy(images), torch.from_numpy(titles), aligned=aligned, penalty=penalty)
 
 
 @dataclass
@@ -310,6 +315,8 @@ class Trainer:
         sampler = AlignmentSampler(corpus.table)
         self.sampler = sampler if options.alignment and len(sampler) >= 2 else None
         self.total = options.epochs * corpus.rows("train")
+        self.aligned_pairs = max(2, options.batch_size // options.micro_batches // 16)
+        self.align_every = self._align_every()
         self.checkpoint_path = Path(options.out) / "checkpoints" / "main.safetensors"
         self.objective: nn.Module = Objective(self.model, self.loss, options.precision == "bf16")
         if self.processes.count > 1:
@@ -352,6 +359,18 @@ class Trainer:
             self._evaluate()
         self.model.load_state_dict(self.best)
         self.model.eval()
+
+    def _align_every(self) -> int:
+        """Alignment takes part in each of so many steps with clicks; 0 = in none.
+
+        Clicks may be many for few listings, whose photos and titles would then be learned by heart.
+        """
+        options = self.options
+        if self.sampler is None or not options.alignment_passes:
+            return 0
+        steps = math.ceil(self.total / options.batch_size)
+        drawn = options.micro_batches * min(LISTINGS_PER_PAIR * self.aligned_pairs, len(self.sampler))
+        return max(1, math.ceil(steps * drawn / (options.alignment_passes * len(self.sampler))))
 
     def _begin(self) -> None:
         """What comes before the first order is predicted: photos and titles find each other, and clicks tell tastes.
@@ -469,10 +488,10 @@ class Trainer:
             if number // own != self.processes.rank:
                 continue
             alignment = None
-            if self.sampler is not None:
+            if self.sampler is not None and self.align_every and step % self.align_every == 0:
                 seed = [options.seed, 2, step, *([number] if number else [])]
-                count = max(2, options.batch_size // options.micro_batches // 16)
-                alignment = self.sampler.draw(count, 4 * count, np.random.default_rng(seed))
+                listings = LISTINGS_PER_PAIR * self.aligned_pairs
+                alignment = self.sampler.draw(self.aligned_pairs, listings, np.random.default_rng(seed))
             weight = len(rows) / len(whole)
             # The last batch may have fewer rows than there are pieces, and every process takes part in every step.
             given = rows if len(rows) else whole.take(np.zeros(1, dtype=np.int64))
@@ -503,6 +522,8 @@ class Trainer:
         state.examples += share.examples
         told = self.processes.sums(told)
         losses = dict(zip(Losses._fields, told, strict=False))
+        if share.pieces[0].alignment is None:
+            losses |= dict.fromkeys(("ita", "tia", "contrastive"), math.nan)
         chosen = told[len(losses) :]
         state.curves.append(
             {

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from camenn_model.directions import SPREAD, canonical_directions, find_start, own_directions
+from camenn_model.directions import (
+    FOLDS,
+    PENALTIES,
+    SPREAD,
+    canonical_directions,
+    choose_penalty,
+    find_start,
+    own_directions,
+)
 from camenn_model.model import CameNN
 from tests.camenn_model.random_batches import random_items, tiny_config
 
@@ -63,6 +71,89 @@ def test_shared_directions_hold_what_both_tell_and_own_ones_the_rest() -> None:
     # The same sign and order on both sides: a photo's coordinates are its title's.
     ours, theirs = ((f - f.mean(axis=0)) @ m[:, :shared] for f, m in ((images, image_map), (titles, text_map)))
     assert np.diag(np.corrcoef(ours.T, theirs.T)[:shared, shared:]).min() > 0.9
+
+
+@pytest.mark.parametrize("listings", [10, 30, 200])
+def test_directions_of_few_listings_are_those_of_the_definition(listings: int) -> None:
+    images, titles, _ = (values[:listings].astype(np.float64) for values in views(7))
+    images, titles = images - images.mean(axis=0), titles - titles.mean(axis=0)
+    a, b, correlations = canonical_directions(images, titles, 0.1, 4)
+    covariances = [f.T @ f / listings for f in (images, titles)]
+    one, other = (c + 0.1 * np.trace(c) / len(c) * np.eye(len(c)) for c in covariances)
+    cross = images.T @ titles / listings
+    product = np.linalg.solve(one, cross) @ np.linalg.solve(other, cross.T)
+    assert np.allclose(product @ a, a * correlations**2, atol=1e-8)
+    assert np.allclose(b * correlations, np.linalg.solve(other, cross.T @ a), atol=1e-8)
+    assert np.allclose(a.T @ one @ a, np.eye(4), atol=1e-8)
+
+
+def slowly_chosen(images: np.ndarray, titles: np.ndarray, product: np.ndarray, count: int) -> float:
+    """`choose_penalty` a photo at a time."""
+    products = np.unique(product)
+    fold = dict(zip(products.tolist(), np.random.default_rng(0).permutation(len(products)) % FOLDS, strict=True))
+    folds = np.array([fold[one] for one in product.tolist()])
+    ranks: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
+    for number in range(FOLDS):
+        known, asked = np.flatnonzero(folds != number), np.flatnonzero(folds == number)
+        for penalty in PENALTIES:
+            start = find_start(images[known], titles[known], 2, count, aligned=True, penalty=penalty)
+            sides = []
+            for features, shared in ((images, start.shared_image), (titles, start.shared_text)):
+                centred = features[asked] - features[known].mean(axis=0)
+                along = centred @ (shared * np.sqrt(start.correlations))
+                sides.append(along / np.linalg.norm(along, axis=1, keepdims=True))
+            for place in range(len(asked)):
+                both = []
+                for one, other in (sides, sides[::-1]):
+                    similar = other @ one[place]
+                    ahead = [
+                        p for p in range(len(asked)) if product[asked[p]] != product[asked[place]] and similar[p] > similar[place]
+                    ]  # fmt: skip
+                    both.append(1 / (1 + len(ahead)))
+                ranks[penalty].append(sum(both) / 2)
+    best = max(ranks.values(), key=np.mean)
+    alike = []
+    for penalty, found in ranks.items():
+        worse = np.subtract(best, found)
+        if worse.mean() <= worse.std() / np.sqrt(len(worse)):
+            alike.append(penalty)
+    return max(alike)
+
+
+@pytest.mark.parametrize(("listings", "noise"), [(40, 1.0), (120, 0.3), (120, 3.0), (500, 1.0)])
+def test_the_penalty_is_that_of_the_slow_reference(listings: int, noise: float) -> None:
+    images, titles, _ = (values[:listings] for values in views(8))
+    rng = np.random.default_rng(0)
+    images = images + (noise * rng.normal(size=images.shape)).astype(np.float32)
+    product = rng.permutation(listings) // 2
+    assert choose_penalty(images, titles, product, 8) == slowly_chosen(images, titles, product, 8)
+
+
+def test_few_listings_want_a_larger_penalty_than_many() -> None:
+    # What both tell is faint beside what each tells of its own: to hold back faint directions costs it.
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(500, SHARED))
+    views = []
+    for width in (100, 60):
+        told = np.concatenate([common, 3.0 * rng.normal(size=(500, 20))], axis=1) @ rng.normal(size=(25, width))
+        views.append((told + rng.normal(size=told.shape)).astype(np.float32))
+    few, many = (choose_penalty(views[0][:n], views[1][:n], np.arange(n), 10) for n in (50, 500))
+    assert few >= 100 * many
+
+
+def test_copies_of_a_product_do_not_speak_for_small_penalties() -> None:
+    images, titles, _ = (values[:100] for values in views(9, 200, 100))
+    product = np.arange(100)
+    once = choose_penalty(images, titles, product, 12)
+    copied = (np.repeat(values, 5, axis=0) for values in (images, titles, product))
+    assert choose_penalty(*copied, 12) == once > PENALTIES[0]
+
+
+@pytest.mark.parametrize("listings", [2, 4, 9])
+def test_too_few_listings_to_tell_have_the_largest_penalty(listings: int) -> None:
+    images, titles, _ = (values[:listings] for values in views(10))
+    assert choose_penalty(images, titles, np.arange(listings), 8) == PENALTIES[-1]
+    assert choose_penalty(images, titles, np.zeros(listings, np.int64), 8) == PENALTIES[-1]
 
 
 def test_without_alignment_titles_tell_nothing_of_photos() -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from camenn_model.batch import AlignmentBatch
 from camenn_model.checkpoint import load_tensors, read_package, save_tensors
 from camenn_model.config import LossConfig
 from camenn_model.dataset import (
@@ -31,7 +34,7 @@ from camenn_model.dataset import (
 )
 from camenn_model.model import CameNN
 from camenn_model.shards import ShardSet
-from camenn_model.train import Corpus, Trainer, TrainOptions, open_corpus, rate_at, train, train_fold
+from camenn_model.train import Corpus, Trainer, TrainOptions, open_corpus, rate_at, train, train_fold, write_curves
 from pipelines import build_shards
 from pipelines.options import run_main
 from schemas.contract import InputError
@@ -248,6 +251,47 @@ def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(
             torch.testing.assert_close(
                 gradients[1][name], whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()), msg=name
             )
+
+
+@pytest.mark.parametrize(("passes", "pieces", "epochs"), [(8, 1, 1), (2, 1, 2), (2, 4, 2), (1, 2, 1), (0, 1, 1)])
+def test_with_clicks_each_listing_is_aligned_a_few_times_at_most(
+    shards: str, tmp_path: Path, passes: int, pieces: int, epochs: int
+) -> None:
+    chosen = options(shards, tmp_path, alignment_passes=passes, micro_batches=pieces, epochs=epochs)
+    trainer = Trainer(open_corpus(chosen), chosen, no_progress)
+    assert trainer.sampler is not None
+    drawn = []
+
+    class Counted(AlignmentSampler):
+        def draw(self, pairs: int, listings: int, rng: np.random.Generator) -> AlignmentBatch | None:
+            drawn.append(min(listings, len(self)))
+            return super().draw(pairs, listings, rng)
+
+    trainer.sampler = Counted(trainer.corpus.table)
+    aligned = []
+    for epoch in range(epochs):
+        trainer.state.epoch = epoch
+        for share in trainer.stream():
+            aligned.append(all(piece.alignment is not None for piece in share.pieces))
+            assert aligned[-1] == any(piece.alignment is not None for piece in share.pieces)
+            trainer.state.step += 1
+    # No more than was asked for and the step that reached it; at least half of it where there are steps enough.
+    most, of_step = passes * len(trainer.sampler), pieces * len(trainer.sampler)
+    assert min(most, of_step * len(aligned)) / 2 <= sum(drawn) <= most + of_step * (passes > 0)
+    assert any(aligned) == (passes > 0)
+
+
+def test_losses_of_alignment_are_unknown_where_it_takes_no_part(shards: str, tmp_path: Path) -> None:
+    chosen = options(shards, tmp_path, alignment_passes=1)
+    trainer = Trainer(open_corpus(chosen), chosen, no_progress)
+    trainer.align_every = 2
+    for share in itertools.islice(trainer.stream(), 4):
+        trainer.step(share)
+    for name in ("ita", "tia", "contrastive"):
+        assert [math.isnan(row[name]) for row in trainer.state.curves] == [False, True, False, True], name
+    assert all(math.isfinite(row["total"]) and math.isfinite(row["cvr"]) for row in trainer.state.curves)
+    write_curves(tmp_path / "curves.csv", trainer.state.curves)
+    assert (tmp_path / "curves.csv").read_text().splitlines()[2].split(",")[4:7] == ["", "", ""]
 
 
 def run_torch(processes: int, *flags: str) -> dict[str, Any]:
