@@ -109,6 +109,7 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
 
     from camenn_model.calibration import PlattScaling
     from camenn_model.checkpoint import save_tensors
+    from camenn_model.item_table import FOLDS
     from camenn_model.model import CameNN
     from camenn_model.train import TrainOptions, fit_inputs, open_corpus
 
@@ -122,6 +123,7 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
         "model": json.loads(corpus.config.to_json()),
         "encoders": given["encoders"],
         "attribution_hours": given["attribution_hours"],
+        "folds": FOLDS,
     }
     save_tensors(Path(directory) / "model.safetensors", dict(model.state_dict()))
     for name, text in (

@@ -21,10 +21,9 @@ from torch import Tensor
 from camenn_model.calibration import PlattScaling
 from camenn_model.config import ModelConfig
 from camenn_model.feature_space import FeatureSpace
+from camenn_model.item_table import FOLDS
 from camenn_model.model import CameNN
 from schemas.contract import InputError
-
-FOLDS = 2
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
@@ -82,7 +81,7 @@ class Package:
         return digest.hexdigest()[:16]
 
     def model(self, name: str = "model") -> CameNN:
-        """The main model, or `fold0`, `fold1`: in eval mode, on the CPU.
+        """The main model, or one of `fold_names`: in eval mode, on the CPU.
 
         Raises:
             InputError: its tensors are not those of this version's model.
@@ -102,9 +101,10 @@ class Package:
         return model.eval()
 
     @property
-    def has_folds(self) -> bool:
-        """Whether the catalog had enough listings with photo and title to train the cross-fitted alignment models."""
-        return all((self.directory / f"fold{fold}.safetensors").exists() for fold in range(FOLDS))
+    def fold_names(self) -> list[str]:
+        """The cross-fitted alignment models, in the order of their folds; none where the catalog had too few listings with photo and title."""
+        names = [f"fold{fold}" for fold in range(FOLDS)]
+        return names if all((self.directory / f"{name}.safetensors").exists() for name in names) else []
 
 
 def open_package(root: str) -> Package:
@@ -127,8 +127,16 @@ def open_package(root: str) -> Package:
 
 
 def read_package(directory: Path) -> Package:
-    """The package in one run's directory."""
+    """The package in one run's directory.
+
+    Raises:
+        InputError: another version of camenn wrote it.
+    """
     meta = json.loads((directory / "config.json").read_text())
+    if meta.get("folds") != FOLDS:
+        raise InputError(
+            f"{directory}: another version of camenn trained this model: its alignment models are not of {FOLDS} folds of the listings. Run `camenn train` again."
+        )
     return Package(
         directory=directory,
         config=ModelConfig.from_json(json.dumps(meta["model"])),

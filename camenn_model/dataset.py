@@ -344,7 +344,7 @@ class AlignmentSampler:
     product, photo or title. Held-out listings are never drawn.
 
     Args:
-        fold: 0 or 1 = draw from the *other* fold only, so that this fold can be judged without having been seen; None = from all.
+        fold: draw from the *other* folds only, so that this one can be judged without having been seen; None = from all.
     """
 
     def __init__(self, table: ItemTable, fold: int | None = None) -> None:

@@ -20,6 +20,8 @@ from camenn_model.shards import Contents, Means
 
 HELD_OUT_SHARE = 0.1
 """Share of products whose listings never enter an alignment loss: representation is measured on them."""
+FOLDS = 5
+"""Parts of the products; the listings of each are judged by an alignment model that was trained on the others'"""
 
 Ints = NDArray[np.int64]
 
@@ -58,7 +60,7 @@ class ItemTable:
         null = items["product_key"].is_null().to_numpy()
         self.product = np.where(null, stable_hash(items["item_id"]), product)
         self.held_out = (self.product >> np.uint64(7)) % np.uint64(1000) < np.uint64(1000 * HELD_OUT_SHARE)
-        self.fold = ((self.product >> np.uint64(23)) % np.uint64(2)).astype(np.int64)
+        self.fold = ((self.product >> np.uint64(23)) % np.uint64(FOLDS)).astype(np.int64)
 
     @classmethod
     def of_files(cls, items: pa.Table, images: Sequence[str], titles: Sequence[str]) -> "ItemTable":

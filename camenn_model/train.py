@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from camenn_model.batch import AlignmentBatch, Batch
 from camenn_model.calibration import fit_platt
-from camenn_model.checkpoint import FOLDS, load_tensors, save_tensors
+from camenn_model.checkpoint import load_tensors, save_tensors
 from camenn_model.config import LossConfig, ModelConfig
 from camenn_model.dataset import (
     AlignmentSampler,
@@ -45,7 +45,7 @@ from camenn_model.dataset import (
 from camenn_model.directions import PENALTY, choose_penalty
 from camenn_model.evaluation import Predictions, cvr_metrics, predict, reliability, representation
 from camenn_model.feature_space import FeatureSpace
-from camenn_model.item_table import Ints, ItemTable
+from camenn_model.item_table import FOLDS, Ints, ItemTable
 from camenn_model.losses import Losses, MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig, WeightAverage, build_optimizer
@@ -74,6 +74,8 @@ ALIGNMENT_PAIRS = 64
 """ITA pairs, and as many TIA pairs, of a step of alignment alone ..."""
 ALIGNMENT_LISTINGS = 256
 """... and listings whose photos and titles are told apart in it."""
+FOLD_STEPS = 2_000
+"""Most steps of an alignment-only model: from 80,000 listings on it sees each fewer than eight times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -694,14 +696,14 @@ def train_alignment(
 def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: int) -> CameNN | None:
     """An alignment-only model that has not seen the listings of `fold`: judges whether their photos and titles belong together.
 
-    None where fewer than two listings of the other fold have both.
+    None where fewer than two listings of the other folds have both.
     """
     sampler = AlignmentSampler(corpus.table, fold)
     if len(sampler) < 2:
         return None
     torch.manual_seed(options.seed + 1 + fold)
     model = CameNN(corpus.config)
-    # The directions are of the other fold's listings too: what a pair of this one shares must not be known.
+    # The directions are of the other folds' listings too: what a pair of this one shares must not be known.
     fit_inputs(model, corpus.table, options.seed, paired=sampler.rows)
     model.to(options.device)
     train_alignment(model, sampler, options, steps_limit, 1 + fold)
@@ -724,7 +726,7 @@ def train(
     if not trainer.processes.first:
         trainer.run()
         return {}
-    steps = max(1, trainer.total // options.batch_size)
+    steps = min(FOLD_STEPS, max(1, trainer.total // options.batch_size))
     # The alignment-only models depend on nothing that the main one learns: they are trained beside it, on the cores that it leaves free.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
@@ -814,6 +816,7 @@ def _train(
     meta = {
         "model": json.loads(corpus.config.to_json()),
         "loss": asdict(options.loss),
+        "folds": FOLDS,
         "encoders": corpus.shards.manifest["options"]["encoders"],
         "attribution_hours": corpus.shards.manifest["options"]["attribution_hours"],
         "shards": corpus.shards.manifest["request"],

@@ -326,9 +326,7 @@ class AlignListings(_ModelDoFn):
 
     def setup(self) -> None:
         super().setup()
-        from camenn_model.checkpoint import FOLDS
-
-        self.folds = [self.package.model(f"fold{fold}") for fold in range(FOLDS)] if self.package.has_folds else []
+        self.folds = [self.package.model(name) for name in self.package.fold_names]
 
     def process(self, span: tuple[int, int]) -> Iterator[tuple[None, bytes]]:
         from camenn_model.quality import align_listings

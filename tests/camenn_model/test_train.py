@@ -32,6 +32,7 @@ from camenn_model.dataset import (
     split_batch,
     stream_batches,
 )
+from camenn_model.item_table import FOLDS
 from camenn_model.model import CameNN
 from camenn_model.shards import ShardSet
 from camenn_model.train import Corpus, Trainer, TrainOptions, open_corpus, rate_at, train, train_fold, write_curves
@@ -127,6 +128,14 @@ def test_train_writes_a_package_that_opens(shards: str, tmp_path: Path) -> None:
     save_tensors(tmp_path / "model.safetensors", tensors, header)
     with pytest.raises(InputError, match="another version of camenn trained.*affinity.deep.weight.*camenn train"):
         package.model()
+    assert package.fold_names == [f"fold{fold}" for fold in range(FOLDS)]
+    (tmp_path / "fold1.safetensors").unlink()
+    assert package.fold_names == []
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "folds": 2}))
+    with pytest.raises(InputError, match="another version of camenn.*folds.*camenn train"):
+        read_package(tmp_path)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "folds": FOLDS}))
     features = tmp_path / "features.json"
     features.write_text(json.dumps({**json.loads(features.read_text()), "version": 1}))
     with pytest.raises(InputError, match=r"features\.json: another version of camenn.*camenn train"):
@@ -412,7 +421,8 @@ def test_alignment_sampler_never_takes_held_out_or_same_product(shards: str, tmp
         a, b = sampler.rows[anchors[found >= 0]], sampler.rows[found[found >= 0]]
         assert (table.product[a] != table.product[b]).all()
         assert (table.image_row[a] != table.image_row[b]).all()
-    for fold in (0, 1):
+    assert np.isin(table.fold, range(FOLDS)).all()
+    for fold in range(FOLDS):
         assert (table.fold[AlignmentSampler(table, fold).rows] != fold).all()
 
 

@@ -22,6 +22,7 @@ from apache_beam.runners.portability.fn_api_runner import translations
 from safetensors.numpy import save_file
 
 from camenn_model.calibration import PlattScaling
+from camenn_model.item_table import FOLDS
 from camenn_model.shards import ShardSet
 from camenn_model.train import TrainOptions, open_corpus
 from pipelines import build_shards, cli, embed_catalog, score_catalog
@@ -83,7 +84,8 @@ def write_model(root: Path, shards: str) -> None:
     run = root / "runs" / "20240101T000000-bbbbbb"
     run.mkdir(parents=True)
     options = ShardSet(shards).manifest["options"]
-    meta = {"model": json.loads(corpus.config.to_json())} | {k: options[k] for k in ("encoders", "attribution_hours")}
+    meta = {"model": json.loads(corpus.config.to_json()), "folds": FOLDS}
+    meta |= {name: options[name] for name in ("encoders", "attribution_hours")}
     (run / "config.json").write_text(json.dumps(meta))
     corpus.space.write(run)
     (run / "calibration.json").write_text(PlattScaling(slope=1.0, intercept=0.0).to_json())
