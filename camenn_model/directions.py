@@ -7,8 +7,8 @@ decomposition finds in a second. So the first half of the dimensions starts with
 same listings correlate most. What only one of them tells (how fresh something looks, whether it is organic) is not in these by construction; it is in the directions in
 which a modality varies most once the shared ones are taken out, and those fill the other half. Both are where training starts, not where it ends.
 
-How far the canonical directions are held back from those of single listings is a penalty. What a thousand listings want is a hundred times what seven thousand want, so
-it is cross-validated.
+How far the canonical directions are held back from those of single listings is a penalty. Some hundred listings want a thousand times what some thousand want, so it
+is cross-validated.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ PENALTY = 0.001
 """On the canonical directions, times the mean eigenvalue of the features' covariance: where it is not cross-validated."""
 PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
 """What cross-validation chooses from."""
-FOLDS = 5
+PENALTY_FOLDS = 5
 LISTINGS_PER_DIRECTION = 8
 """Fewer listings give fewer directions: they would be those of single listings."""
 SPREAD = 0.5
@@ -98,9 +98,9 @@ def choose_penalty(images: Floats, titles: Floats, product: Ints, count: int) ->
         count: most directions.
     """
     _, number = np.unique(product, return_inverse=True)
-    fold = (np.random.default_rng(0).permutation(number.max(initial=-1) + 1) % FOLDS)[number]
+    fold = (np.random.default_rng(0).permutation(number.max(initial=-1) + 1) % PENALTY_FOLDS)[number]
     found = [np.zeros((len(PENALTIES), 0))]
-    for asked in (fold == place for place in range(FOLDS)):
+    for asked in (fold == place for place in range(PENALTY_FOLDS)):
         known = ~asked
         if known.sum() < LISTINGS_PER_DIRECTION or not asked.any():
             continue

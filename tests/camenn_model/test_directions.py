@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from camenn_model.directions import (
-    FOLDS,
+    PENALTY_FOLDS,
     PENALTIES,
     SPREAD,
     canonical_directions,
@@ -90,10 +90,12 @@ def test_directions_of_few_listings_are_those_of_the_definition(listings: int) -
 def slowly_chosen(images: np.ndarray, titles: np.ndarray, product: np.ndarray, count: int) -> float:
     """`choose_penalty` a photo at a time."""
     products = np.unique(product)
-    fold = dict(zip(products.tolist(), np.random.default_rng(0).permutation(len(products)) % FOLDS, strict=True))
+    fold = dict(
+        zip(products.tolist(), np.random.default_rng(0).permutation(len(products)) % PENALTY_FOLDS, strict=True)
+    )
     folds = np.array([fold[one] for one in product.tolist()])
     ranks: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
-    for number in range(FOLDS):
+    for number in range(PENALTY_FOLDS):
         known, asked = np.flatnonzero(folds != number), np.flatnonzero(folds == number)
         for penalty in PENALTIES:
             start = find_start(images[known], titles[known], 2, count, aligned=True, penalty=penalty)
