@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from camenn_model.directions import (
-    PENALTY_FOLDS,
     PENALTIES,
+    PENALTY_FOLDS,
     SPREAD,
     canonical_directions,
     choose_penalty,
