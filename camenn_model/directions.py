@@ -45,13 +45,14 @@ class _Decomposed:
     text_values: Floats
     text_mean: float
     cross: Floats  # [r, r']: covariance
+    listings: int
 
     @classmethod
     def of(cls, images: Floats, titles: Floats) -> "_Decomposed":
         """Centred features [n, p] and [n, q]."""
         sides = [(*_principal_axes(features), float(np.square(features).mean())) for features in (images, titles)]
         along = [features @ axes for features, (axes, *_) in zip((images, titles), sides, strict=True)]
-        return cls(*sides[0], *sides[1], along[0].T @ along[1] / len(images))
+        return cls(*sides[0], *sides[1], along[0].T @ along[1] / len(images), len(images))
 
     def directions(self, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
         """See `canonical_directions`."""
@@ -65,6 +66,13 @@ class _Decomposed:
             self.text_axes @ (scales[1][:, None] * right[:count].T),
             correlations[:count],
         )
+
+    def shared(self, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
+        """`directions` of standardised features: as many as the listings allow, less negligible ones."""
+        limit = self.listings // LISTINGS_PER_DIRECTION
+        of_images, of_titles, correlations = self.directions(penalty, min(count, limit))
+        kept = int((correlations > NEGLIGIBLE).sum())
+        return of_images[:, :kept], of_titles[:, :kept], correlations[:kept]
 
 
 def _principal_axes(features: Floats) -> tuple[Floats, Floats]:
@@ -104,23 +112,16 @@ def choose_penalty(images: Floats, titles: Floats, product: Ints, count: int) ->
         known = ~asked
         if known.sum() < LISTINGS_PER_DIRECTION or not asked.any():
             continue
-        means = [features[known].mean(axis=0) for features in (images, titles)]
         sides = [_standardise(features[known]) for features in (images, titles)]
-        queries = [
-            (features[asked] - mean) * scale
-            for features, mean, (_, scale) in zip((images, titles), means, sides, strict=True)
-        ]
+        queries = [features[asked] - features[known].mean(axis=0) for features in (images, titles)]
         rivals = product[asked, None] != product[asked]
         decomposed = _Decomposed.of(sides[0][0], sides[1][0])
         of_fold = []
         for penalty in PENALTIES:
-            *directions, correlations = decomposed.directions(
-                penalty, min(count, int(known.sum()) // LISTINGS_PER_DIRECTION)
-            )
+            *directions, correlations = decomposed.shared(penalty, count)
             units = []
-            for (features, _), columns, query in zip(sides, directions, queries, strict=True):
-                spread = (features @ columns).std(axis=0)
-                along = query @ (columns * np.sqrt(correlations) / np.maximum(spread, TINY))
+            for side, columns, query in zip(sides, directions, queries, strict=True):
+                along = query @ (_raw_map(*side, columns) * np.sqrt(correlations))
                 units.append(along / np.maximum(np.linalg.norm(along, axis=1, keepdims=True), TINY))
             similar = units[0] @ units[1].T
             of_fold.append((_reciprocal_ranks(similar, rivals) + _reciprocal_ranks(similar.T, rivals)) / 2)
@@ -191,7 +192,7 @@ def find_start(
         penalty: on the shared directions, see `choose_penalty`.
     """
     sides = [_standardise(features) for features in (images, titles)]
-    *shared, correlations = _shared_directions(sides[0][0], sides[1][0], penalty, size if aligned else 0)
+    *shared, correlations = _Decomposed.of(sides[0][0], sides[1][0]).shared(penalty, size if aligned else 0)
     maps = []
     for side, directions in zip(sides, shared, strict=True):
         first = directions[:, : width // 2]
@@ -204,7 +205,7 @@ def find_start(
 def find_shared(images: Floats, titles: Floats, count: int) -> tuple[Floats, Floats, Floats]:
     """`Start.shared_image` [p, k], `Start.shared_text` [q, k] and their correlations [k], k ≤ `count`, without the rest."""
     sides = [_standardise(features) for features in (images, titles)]
-    of_images, of_titles, correlations = _shared_directions(sides[0][0], sides[1][0], PENALTY, count)
+    of_images, of_titles, correlations = _Decomposed.of(sides[0][0], sides[1][0]).shared(PENALTY, count)
     return _raw_map(*sides[0], of_images), _raw_map(*sides[1], of_titles), correlations
 
 
@@ -213,14 +214,6 @@ def _standardise(features: Floats) -> tuple[Floats, Floats]:
     spread = features.std(axis=0)
     scale = 1.0 / (spread + 0.1 * spread.mean() + 1e-6)
     return (features - features.mean(axis=0)) * scale, scale
-
-
-def _shared_directions(images: Floats, titles: Floats, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
-    """`canonical_directions` of standardised features: as many as the listings allow, less negligible ones."""
-    limit = len(images) // LISTINGS_PER_DIRECTION
-    of_images, of_titles, correlations = canonical_directions(images, titles, penalty, min(count, limit))
-    kept = int((correlations > NEGLIGIBLE).sum())
-    return of_images[:, :kept], of_titles[:, :kept], correlations[:kept]
 
 
 def _raw_map(features: Floats, scale: Floats, columns: Floats) -> Floats:
