@@ -27,9 +27,11 @@ from benchmarks.command import machine, work_directory
 from benchmarks.quality.claims import mean_and_error
 from benchmarks.quality.representation import both_ways, frozen_similarities
 from benchmarks.quality.worlds import World
+from camenn_model.dataset import AlignmentSampler
 from camenn_model.evaluation import content_vectors
 from camenn_model.item_table import Ints
-from camenn_model.train import Corpus, TrainOptions, open_corpus, train_fold
+from camenn_model.model import CameNN
+from camenn_model.train import Corpus, TrainOptions, fit_inputs, open_corpus, train_alignment
 from schemas.catalog import CATALOG
 from schemas.contract import conform
 from schemas.events import CLICKS, ORDERS
@@ -101,14 +103,14 @@ def write_data(catalog: pa.Table, data: Path) -> None:
 
 
 def hold_out(corpus: Corpus, of_val: dict[str, bool], *, check: bool) -> None:
-    """Make fold 1 and the held-out listings those of `val.txt`; with `check` some of `train.txt`, and leave the others without a photo."""
+    """Make the held-out listings those of `val.txt`; with `check` some of `train.txt`, and leave the others without a photo."""
     table = corpus.table
     held = np.array([of_val[item] for item in table.ids.to_pylist()])
     if check:
         table.image_row = np.where(held, -1, table.image_row)
         number = pd.DataFrame({"product": table.product, "val": held}).groupby(["product", "val"]).cumcount()
         held = ~held & (number.to_numpy() % EVERY == 0)
-    table.held_out, table.fold = held, held.astype(np.int64)
+    table.held_out = held
 
 
 def recalls(similarities: NDArray[np.float32], classes: Ints) -> dict[str, dict[str, float]]:
@@ -118,14 +120,22 @@ def recalls(similarities: NDArray[np.float32], classes: Ints) -> dict[str, dict[
     return dict(zip(("photo_to_description", "description_to_photo"), found, strict=True))
 
 
+def train_aligner(corpus: Corpus, options: TrainOptions) -> CameNN:
+    """A model of photos and titles alone, which has not seen the held-out listings."""
+    torch.manual_seed(options.seed)
+    model = CameNN(corpus.config)
+    fit_inputs(model, corpus.table, options.seed, penalty=corpus.space.agreement.penalty)
+    train_alignment(model, AlignmentSampler(corpus.table), options, sys.maxsize)
+    return model.eval()
+
+
 def measure(corpus: Corpus, options: TrainOptions) -> dict[str, dict[str, dict[str, float]]]:
     """Recalls of CameNN and of the two frozen maps."""
     table = corpus.table
     rows = np.flatnonzero(table.with_content())
     held, train = rows[table.held_out[rows]], rows[~table.held_out[rows]]
     _, classes = np.unique(table.product, return_inverse=True)
-    model = train_fold(corpus, options, 1, sys.maxsize)
-    assert model is not None
+    model = train_aligner(corpus, options)
     image, text = content_vectors(model, table, held)
     frozen = frozen_similarities(table, train, classes[train], held, options.seed)
     ways = {"camenn": (image @ text.T).numpy()} | frozen

@@ -109,21 +109,19 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
 
     from camenn_model.calibration import PlattScaling
     from camenn_model.checkpoint import save_tensors
-    from camenn_model.item_table import FOLDS
     from camenn_model.model import CameNN
     from camenn_model.train import TrainOptions, fit_inputs, open_corpus
 
     corpus = open_corpus(TrainOptions(shards=shards, out=out))
     torch.manual_seed(seed)
     model = CameNN(corpus.config)
-    fit_inputs(model, corpus.table, seed)
+    fit_inputs(model, corpus.table, seed, penalty=corpus.space.agreement.penalty)
     run, directory = new_run(out)
     given = corpus.shards.manifest["options"]
     meta = {
         "model": json.loads(corpus.config.to_json()),
         "encoders": given["encoders"],
         "attribution_hours": given["attribution_hours"],
-        "folds": FOLDS,
     }
     save_tensors(Path(directory) / "model.safetensors", dict(model.state_dict()))
     for name, text in (

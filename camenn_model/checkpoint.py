@@ -1,8 +1,8 @@
 """Checkpoints and packages: safetensors and JSON, never pickle.
 
 MODEL/runs/RUN/model.safetensors      averaged weights of the best evaluation
-MODEL/runs/RUN/fold0.safetensors ...  alignment-only models, each trained without the listings of its fold
-MODEL/runs/RUN/likeness.safetensors  which directions tell what is alike (features.json has the other features)
+MODEL/runs/RUN/likeness.safetensors   which directions tell what is alike (features.json has the other features)
+MODEL/runs/RUN/agreement.safetensors  what tells whether photo and title belong together
 MODEL/runs/RUN/config.json features.json calibration.json metrics.json curves.csv
 MODEL/checkpoints/*.safetensors       where a killed training goes on; removed when the package is written
 """
@@ -21,9 +21,13 @@ from torch import Tensor
 from camenn_model.calibration import PlattScaling
 from camenn_model.config import ModelConfig
 from camenn_model.feature_space import FeatureSpace
-from camenn_model.item_table import FOLDS
 from camenn_model.model import CameNN
 from schemas.contract import InputError
+
+VERSIONED = (
+    "model.safetensors", "config.json", "features.json", "likeness.safetensors", "agreement.safetensors", "calibration.json",
+)  # fmt: skip
+"""Files that what a model says depends on"""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
@@ -74,20 +78,20 @@ class Package:
 
     @property
     def version(self) -> str:
-        """16 hex digits over weights, config, features and calibration."""
+        """16 hex digits over all that predictions and judgements depend on."""
         digest = hashlib.sha256()
-        for name in ("model.safetensors", "config.json", "features.json", "likeness.safetensors", "calibration.json"):
+        for name in VERSIONED:
             digest.update((self.directory / name).read_bytes())
         return digest.hexdigest()[:16]
 
-    def model(self, name: str = "model") -> CameNN:
-        """The main model, or one of `fold_names`: in eval mode, on the CPU.
+    def model(self) -> CameNN:
+        """In eval mode, on the CPU.
 
         Raises:
             InputError: its tensors are not those of this version's model.
         """
         model = CameNN(self.config)
-        tensors, _ = load_tensors(self.directory / f"{name}.safetensors")
+        tensors, _ = load_tensors(self.directory / "model.safetensors")
         own = model.state_dict()
         other = set(own.keys() ^ tensors.keys()) | {
             name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
@@ -99,12 +103,6 @@ class Package:
             )
         model.load_state_dict(tensors)
         return model.eval()
-
-    @property
-    def fold_names(self) -> list[str]:
-        """The cross-fitted alignment models, in the order of their folds; none where the catalog had too few listings with photo and title."""
-        names = [f"fold{fold}" for fold in range(FOLDS)]
-        return names if all((self.directory / f"{name}.safetensors").exists() for name in names) else []
 
 
 def open_package(root: str) -> Package:
@@ -133,10 +131,6 @@ def read_package(directory: Path) -> Package:
         InputError: another version of camenn wrote it.
     """
     meta = json.loads((directory / "config.json").read_text())
-    if meta.get("folds") != FOLDS:
-        raise InputError(
-            f"{directory}: another version of camenn trained this model: its alignment models are not of {FOLDS} folds of the listings. Run `camenn train` again."
-        )
     return Package(
         directory=directory,
         config=ModelConfig.from_json(json.dumps(meta["model"])),

@@ -342,17 +342,11 @@ class AlignmentSampler:
 
     Half of the pairs are the listing's own; of the others half come from the same subcategory, half from anywhere, never from the same
     product, photo or title. Held-out listings are never drawn.
-
-    Args:
-        fold: draw from the *other* folds only, so that this one can be judged without having been seen; None = from all.
     """
 
-    def __init__(self, table: ItemTable, fold: int | None = None) -> None:
+    def __init__(self, table: ItemTable) -> None:
         self.table = table
-        usable = table.with_content() & ~table.held_out
-        if fold is not None:
-            usable &= table.fold != fold
-        self.rows = np.flatnonzero(usable)
+        self.rows = np.flatnonzero(table.with_content() & ~table.held_out)
         groups = table.subcategory[self.rows]
         self.by_group = np.argsort(groups, kind="stable")
         self.group_start = np.searchsorted(groups[self.by_group], groups)

@@ -202,10 +202,10 @@ def find_start(
     return Start(maps[0], maps[1], both[0], both[1], correlations)
 
 
-def find_shared(images: Floats, titles: Floats, count: int) -> tuple[Floats, Floats, Floats]:
+def find_shared(images: Floats, titles: Floats, count: int, penalty: float = PENALTY) -> tuple[Floats, Floats, Floats]:
     """`Start.shared_image` [p, k], `Start.shared_text` [q, k] and their correlations [k], k ≤ `count`, without the rest."""
     sides = [_standardise(features) for features in (images, titles)]
-    of_images, of_titles, correlations = _Decomposed.of(sides[0][0], sides[1][0]).shared(PENALTY, count)
+    of_images, of_titles, correlations = _Decomposed.of(sides[0][0], sides[1][0]).shared(penalty, count)
     return _raw_map(*sides[0], of_images), _raw_map(*sides[1], of_titles), correlations
 
 

@@ -1,12 +1,12 @@
 """From raw columns to what the model reads: vocabularies, hashed ids, quantile buckets and normalised values.
 
-Fitted once on the training part; written as `features.json` and `likeness.safetensors`; the same object serves training, scoring and every service.
+Fitted once on the training part; written as `features.json`, `likeness.safetensors` and `agreement.safetensors`; the same object serves training, scoring and every service.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from camenn_model.agreement import Agreement
 from camenn_model.config import CATEGORY, ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec
 from camenn_model.hashing import stable_hash
 from camenn_model.likeness import Likeness
@@ -22,12 +23,14 @@ from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QU
 
 PRICE_ALIKE = "price_alike"
 """What a listing costs against those that look and read most like it: no column of the items, as a model tells what is alike (`likeness.py`)"""
+AGREEMENT = "agreement"
+"""Log-odds that photo and title belong together (`agreement.py`): no column of the items either"""
 FILE = "features.json"
-VERSION = 2
+VERSION = 3
 """Raised when the same columns would be encoded otherwise: a model reads what it was trained on."""
 NUMERIC_GROUPS = {
     "item_numeric": (*(column.name for column in ITEM_NUMBERS), PRICE_ALIKE),
-    "item_quality": tuple(column.name for column in ITEM_QUALITY),
+    "item_quality": (*(column.name for column in ITEM_QUALITY), AGREEMENT),
     "audience_counts": tuple(column.name for column in AUDIENCE_COUNTS),
     "item_counts": tuple(column.name for column in ITEM_COUNTS),
     "pair_counts": tuple(column.name for column in PAIR_COUNTS),
@@ -95,12 +98,18 @@ class HashedIds:
 
 @dataclass(frozen=True)
 class Numeric:
-    """Bucket boundaries and normaliser of a numeric column; NaN is bucket 0. A common value has a bucket of its own, quantiles part the others."""
+    """Bucket boundaries, normaliser and range of a numeric column; NaN is bucket 0. A common value has a bucket of its own, quantiles part the others.
+
+    A value beyond the range that training has seen counts as its end: what a slope would say out there nobody has observed, and some columns leave the range as
+    the log goes on, as a listing's age does.
+    """
 
     boundaries: tuple[float, ...]
     log: bool
     mean: float
     std: float
+    lowest: float
+    highest: float
 
     @property
     def size(self) -> int:
@@ -112,7 +121,7 @@ class Numeric:
         """At most 16 common values, and 16 quantiles of the others; log1p where values are non-negative and spread over more than a factor."""
         finite = values[np.isfinite(values)].astype(np.float64)
         if not len(finite):
-            return cls((), False, 0.0, 1.0)
+            return cls((), False, 0.0, 1.0, 0.0, 0.0)
         distinct, counts = np.unique(finite, return_counts=True)
         # Most counts are 0 most of the time: a value that alone fills buckets gets one of its own, and the others share the rest.
         common = distinct[counts > len(finite) / QUANTILE_BUCKETS]
@@ -122,18 +131,26 @@ class Numeric:
         )
         below = distinct[np.maximum(np.searchsorted(distinct, common) - 1, 0)]
         boundaries = tuple(float(b) for b in np.unique(np.concatenate([quantiles, common, below]))[:-1])
-        log = bool(finite.min() >= 0 and finite.max() > 5)
+        lowest, highest = float(distinct[0]), float(distinct[-1])
+        log = lowest >= 0 and highest > 5
         shown = np.log1p(finite) if log else finite
-        return cls(boundaries, log, float(shown.mean()), float(max(shown.std(), 1e-6)))
+        return cls(boundaries, log, float(shown.mean()), float(max(shown.std(), 1e-6)), lowest, highest)
 
     def encode(self, values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(normalised values float32 [n], clipped to ±5, 0 where missing; buckets int64 [n])."""
         missing = ~np.isfinite(values)
-        safe = np.where(missing, 0.0, values).astype(np.float64)
-        shown = np.log1p(np.maximum(safe, 0)) if self.log else safe
+        safe = np.clip(np.where(missing, self.lowest, values).astype(np.float64), self.lowest, self.highest)
+        shown = np.log1p(safe) if self.log else safe
         normalised = np.clip((shown - self.mean) / self.std, -5, 5)
         buckets = np.searchsorted(np.asarray(self.boundaries), safe, side="left") + 1
         return np.where(missing, 0, normalised).astype(np.float32), np.where(missing, MISSING, buckets).astype(np.int64)
+
+
+class Told(NamedTuple):
+    """What is told of each listing by all of them, float32 [N] each; NaN = unknown."""
+
+    price_alike: NDArray[np.float32]
+    agreement: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +164,7 @@ class FeatureSpace:
     trained_until: int
     """The latest session's start in the training part, microseconds UTC"""
     likeness: Likeness
+    agreement: Agreement
 
     @property
     def fields(self) -> tuple[FieldSpec, ...]:
@@ -170,9 +188,9 @@ class FeatureSpace:
 
     @classmethod
     def fit(
-        cls, items: pa.Table, users: pa.Table, examples: pa.Table, likeness: Likeness, price_alike: NDArray[np.float32]
+        cls, items: pa.Table, users: pa.Table, examples: pa.Table, likeness: Likeness, agreement: Agreement, told: Told
     ) -> "FeatureSpace":
-        """Fit on the items (with `price_alike` [N]), the users and the training part's examples (a sample of whole files is enough)."""
+        """Fit on the items and what is told of them, the users and the training part's examples (a sample of whole files is enough)."""
         user_fields = tuple(f"user_{name}" for name in users.column_names if name != "user_id")
         vocabularies = {name: Vocabulary.fit(items[name]) for name in (CATEGORY, SUBCATEGORY, "brand")}
         vocabularies["store"] = Vocabulary.fit(examples["store_id"])
@@ -181,7 +199,7 @@ class FeatureSpace:
         for name in user_fields:
             vocabularies[name] = Vocabulary.fit(users[name.removeprefix("user_")])
         numbers = {
-            name: Numeric.fit(price_alike if name == PRICE_ALIKE else to_float(items[name]))
+            name: Numeric.fit(getattr(told, name) if name in Told._fields else to_float(items[name]))
             for group in ("item_numeric", "item_quality")
             for name in NUMERIC_GROUPS[group]
         }
@@ -195,12 +213,13 @@ class FeatureSpace:
             user_fields=user_fields,
             trained_until=int(pc.max(examples["session_start"]).cast(pa.int64()).as_py()),
             likeness=likeness,
+            agreement=agreement,
         )
 
     def encode_items(
-        self, items: pa.Table, price_alike: NDArray[np.float32]
+        self, items: pa.Table, told: Told
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
-        """(cats [N, n], values [N, m], buckets [N, m]) of an `items` table with `price_alike` [N].
+        """(cats [N, n], values [N, m], buckets [N, m]) of an `items` table.
 
         Ids that are rare in training were mostly offered all along and hardly wanted. One that is offered since has no part in that: it looks like an id
         that was dropped out.
@@ -210,8 +229,7 @@ class FeatureSpace:
         cats.append(np.where(np.asarray(new), MISSING, self.ids[ITEM_HASH].encode(items["item_id"])))
         values, buckets = self.encode_numbers(
             ("item_numeric", "item_quality"),
-            {name: to_float(items[name]) for name in items.column_names if name in self.numbers}
-            | {PRICE_ALIKE: price_alike},
+            {name: to_float(items[name]) for name in items.column_names if name in self.numbers} | told._asdict(),
         )
         return np.stack(cats, axis=1), values, buckets
 
@@ -248,7 +266,7 @@ class FeatureSpace:
         return np.stack([value for value, _ in encoded], axis=-1), np.stack([bucket for _, bucket in encoded], axis=-1)
 
     def write(self, directory: Path) -> None:
-        """The whole space as `features.json` and `likeness.safetensors`."""
+        """The whole space as `features.json`, `likeness.safetensors` and `agreement.safetensors`."""
         text = json.dumps(
             {
                 "version": VERSION,
@@ -261,6 +279,7 @@ class FeatureSpace:
         )
         (directory / FILE).write_text(text)
         self.likeness.write(directory)
+        self.agreement.write(directory)
 
     @classmethod
     def read(cls, directory: Path) -> "FeatureSpace":
@@ -269,7 +288,7 @@ class FeatureSpace:
         Raises:
             InputError: another version of camenn wrote it.
         """
-        likeness = Likeness.read(directory)
+        likeness, agreement = Likeness.read(directory), Agreement.read(directory)
         raw = json.loads((directory / FILE).read_text())
         if raw.get("version") != VERSION:
             raise InputError(
@@ -279,12 +298,13 @@ class FeatureSpace:
             vocabularies={name: Vocabulary(tuple(values)) for name, values in raw["vocabularies"].items()},
             ids={name: HashedIds(tuple(value["frequent"]), value["table"]) for name, value in raw["ids"].items()},
             numbers={
-                name: Numeric(tuple(n["boundaries"]), n["log"], n["mean"], n["std"])
-                for name, n in raw["numbers"].items()
+                name: Numeric(**(number | {"boundaries": tuple(number["boundaries"])}))
+                for name, number in raw["numbers"].items()
             },
             user_fields=tuple(raw["user_fields"]),
             trained_until=raw["trained_until"],
             likeness=likeness,
+            agreement=agreement,
         )
 
 

@@ -11,17 +11,16 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from camenn_model.agreement import FOLDS, Agreement, Judgement
 from camenn_model.batch import HistoryItems, ItemBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY
-from camenn_model.feature_space import FeatureSpace, to_float
+from camenn_model.feature_space import FeatureSpace, Told, to_float
 from camenn_model.hashing import stable_hash
 from camenn_model.likeness import MOST_FITTED, Likeness, alike_prices
 from camenn_model.shards import Contents, Means
 
 HELD_OUT_SHARE = 0.1
 """Share of products whose listings never enter an alignment loss: representation is measured on them."""
-FOLDS = 5
-"""Parts of the products; the listings of each are judged by an alignment model that was trained on the others'"""
 
 Ints = NDArray[np.int64]
 
@@ -72,16 +71,30 @@ class ItemTable:
             keep=False,
         )
 
-    def encode(self, space: FeatureSpace, prices: NDArray[np.float32] | None = None) -> "ItemTable":
-        """Encode the columns; returns itself. `prices`: `alike_prices` of the space's likeness, where they are known already."""
-        prices = self.alike_prices(space.likeness) if prices is None else prices
-        self.cats, self.values, self.buckets = space.encode_items(self.items, prices)
+    def encode(self, space: FeatureSpace, told: Told | None = None) -> "ItemTable":
+        """Encode the columns; returns itself. `told`: what `tell` finds by the space, where it is known already."""
+        told = self.tell(space.likeness, space.agreement) if told is None else told
+        self.cats, self.values, self.buckets = space.encode_items(self.items, told)
         names = [field.name for field in space.fields if field.group == "item"]
         self.history_cats = self.cats[:, [names.index(ITEM_HASH), names.index(SUBCATEGORY)]]
         self.subcategory = self.cats[:, names.index(SUBCATEGORY)]
         if not self.keep:
             del self.items
         return self
+
+    def tell(self, likeness: Likeness, agreement: Agreement) -> Told:
+        """What photos and titles of all listings tell of each."""
+        return Told(self.alike_prices(likeness), self.judge(agreement).agreement)
+
+    def fit_agreement(self) -> Agreement:
+        """On the training listings that have both photo and title."""
+        rows = np.flatnonzero(self.with_content() & ~self.held_out)
+        images, titles = self.pooled_images[self.image_row[rows]], self.pooled_titles[self.title_row[rows]]
+        return Agreement.fit(images, titles, self.product[rows], self.fold[rows], stable_hash(self.ids)[rows])
+
+    def judge(self, agreement: Agreement) -> Judgement:
+        """How well each listing's photo and title belong together, [N] each."""
+        return agreement.judge(self.pooled_images, self.pooled_titles, self.image_row, self.title_row, self.fold)
 
     def fit_likeness(self) -> Likeness:
         """On the training listings that have both photo and title, where they are many on those of the smallest hashes."""

@@ -205,24 +205,6 @@ class CameNN(nn.Module):
         """
         return self._states(items, self.item_tokens.content(items))
 
-    def alignment_scores(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
-        """Probability that an item's own photo and title belong together, by ITA and by TIA: two [I] float32.
-
-        NaN where either modality is absent.
-        """
-        content = self.item_tokens.content(items)
-        states = self._states(items, content)
-        both = items.has_image & items.has_text
-        rows = both.nonzero().squeeze(1)
-        pairs = AlignmentPairs(image_of=rows, text_of=rows, label=torch.ones(len(rows), device=rows.device))
-        scores = []
-        for task, (gate, tower) in enumerate(((self.ita_gate, self.ita_tower), (self.tia_gate, self.tia_tower))):
-            score = torch.full((len(items),), torch.nan, device=rows.device)
-            if len(rows):
-                score[rows] = self._match(task, gate, tower, content, states, pairs)[0].sigmoid()
-            scores.append(score)
-        return scores[0], scores[1]
-
     def _match(
         self,
         task: int,

@@ -1,20 +1,18 @@
-"""Listing quality: do photo and title belong together, and is either of them poor. Judged by models that never saw the listing."""
+"""Listing quality: do photo and title belong together, and is either of them poor. Judged by what other listings tell (`agreement.py`)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
-from camenn_model.item_table import Ints, ItemTable
-from camenn_model.model import CameNN
+from camenn_model.agreement import Ints, Judgement
 
 MISMATCH_AT = 0.5
-"""A photo and a title that both alignment tasks together hold for more likely foreign than own ..."""
+"""A photo and a title that are more like a pair of two listings than like a pair of one ..."""
 MISMATCH_PERCENTILE = 0.90
-"""... and among the tenth of the catalog that looks worst: an undertrained model doubts everything."""
+"""... and among the tenth of the catalog that looks worst: where photos and titles tell little of each other, everything is in doubt."""
 VAGUE_PERCENTILE = 0.05
 """Among the twentieth of photos with the least sharpness."""
 DARK_BELOW = 0.12
@@ -39,32 +37,6 @@ class Activity:
     orders: Ints
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """ITA and TIA probabilities and the cosine of photo and title, float32 [n]; NaN without both."""
-
-    ita: NDArray[np.float32]
-    tia: NDArray[np.float32]
-    cosine: NDArray[np.float32]
-
-
-@torch.inference_mode()
-def align_listings(folds: list[CameNN], table: ItemTable, rows: Ints) -> Alignment:
-    """Alignment of listings' own photos and titles, each by the fold model that did not learn from it; `folds` empty = all NaN."""
-    figures = [np.full(len(rows), np.nan, dtype=np.float32) for _ in range(3)]
-    for fold, model in enumerate(folds):
-        mine = np.flatnonzero(table.fold[rows] == fold)
-        if not len(mine):
-            continue
-        batch = table.batch(rows[mine], content_only=True)
-        ita, tia = model.alignment_scores(batch)
-        image, text = model.content_vectors(batch)
-        both = (batch.has_image & batch.has_text).numpy()
-        for figure, values in zip(figures, (ita, tia, (image * text).sum(1)), strict=True):
-            figure[mine] = np.where(both, values.float().numpy(), np.nan)
-    return Alignment(*figures)
-
-
 def lost_orders(group: Ints, flagged: NDArray[np.bool_], activity: Activity) -> NDArray[np.float64]:
     """Orders that flagged listings may have lost to their photo or title, float64 [N]; 0 without a flag. [ours]
 
@@ -86,14 +58,14 @@ def lost_orders(group: Ints, flagged: NDArray[np.bool_], activity: Activity) -> 
     return np.where(flagged, clicks / (clicks + PRIOR_CLICKS) * missing, 0.0)
 
 
-def judge(items: pa.Table, alignment: Alignment, activity: Activity) -> pa.Table:
+def judge(items: pa.Table, found: Judgement, activity: Activity) -> pa.Table:
     """Columns of the listing_quality table but model_version, in the order of `items`.
 
     Args:
         items: table under the contract `ITEMS`, N rows.
-        alignment, activity: of all N listings.
+        found, activity: of all N listings.
     """
-    mismatch = 1 - (alignment.ita + alignment.tia) / 2
+    mismatch = found.mismatch
     known = np.isfinite(mismatch)
     percentile = np.full(len(mismatch), np.nan, dtype=np.float32)
     if known.any():
@@ -126,9 +98,9 @@ def judge(items: pa.Table, alignment: Alignment, activity: Activity) -> pa.Table
     return pa.table(
         {
             "item_id": items["item_id"],
-            "ita": nullable(alignment.ita),
-            "tia": nullable(alignment.tia),
-            "cosine": nullable(alignment.cosine),
+            "ita": nullable(found.ita),
+            "tia": nullable(found.tia),
+            "cosine": nullable(found.cosine),
             "mismatch": nullable(mismatch),
             "mismatch_percentile": nullable(percentile),
             "flags": pa.array(listed, pa.list_(pa.string())),

@@ -8,13 +8,9 @@ import csv
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from camenn_model.agreement import Agreement
 from camenn_model.batch import AlignmentBatch, Batch
-from camenn_model.calibration import fit_platt
 from camenn_model.checkpoint import load_tensors, save_tensors
 from camenn_model.config import LossConfig, ModelConfig
 from camenn_model.dataset import (
@@ -42,10 +38,18 @@ from camenn_model.dataset import (
     split_batch,
     stream_batches,
 )
-from camenn_model.directions import PENALTY, choose_penalty
-from camenn_model.evaluation import Predictions, cvr_metrics, predict, reliability, representation
+from camenn_model.directions import PENALTY
+from camenn_model.evaluation import (
+    CALIBRATED_ON,
+    Predictions,
+    calibrate,
+    cvr_metrics,
+    predict,
+    reliability,
+    representation,
+)
 from camenn_model.feature_space import FeatureSpace
-from camenn_model.item_table import FOLDS, Ints, ItemTable
+from camenn_model.item_table import ItemTable
 from camenn_model.losses import Losses, MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig, WeightAverage, build_optimizer
@@ -74,8 +78,6 @@ ALIGNMENT_PAIRS = 64
 """ITA pairs, and as many TIA pairs, of a step of alignment alone ..."""
 ALIGNMENT_LISTINGS = 256
 """... and listings whose photos and titles are told apart in it."""
-FOLD_STEPS = 2_000
-"""Most steps of an alignment-only model: from 80,000 listings on it sees each fewer than eight times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +168,10 @@ def open_corpus(options: TrainOptions) -> Corpus:
         )
     table = ItemTable(shards.items, shards.images, shards.titles)
     likeness = table.fit_likeness()
-    prices = table.alike_prices(likeness)
-    space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, prices)
-    table.encode(space, prices)
+    agreement = table.fit_agreement() if options.alignment else Agreement.none()
+    told = table.tell(likeness, agreement)
+    space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, agreement, told)
+    table.encode(space, told)
     patches, image_width = shards.images.shape
     tokens, text_width = shards.titles.shape
     config = ModelConfig.profile(
@@ -208,12 +211,8 @@ def _set_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, done: f
     return rate
 
 
-def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, paired: Ints | None = None, aligned: bool = True) -> None:
-    """Standardise the frozen features on a sample of the training listings, and start their projections (see `start_projections`).
-
-    Args:
-        paired: rows of listings with photo and title that the directions may be found on (default: all training listings).
-    """
+def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, aligned: bool = True, penalty: float = PENALTY) -> None:
+    """Standardise the frozen features on a sample of the training listings, and start their projections (see `start_projections`)."""
     rng = np.random.default_rng([seed, 3])
     usable = np.flatnonzero(~table.held_out & ((table.image_row >= 0) | (table.title_row >= 0)))
     with_photo = usable[table.image_row[usable] >= 0]
@@ -222,12 +221,11 @@ def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, paired: Ints | Non
         with_photo, with_title = (np.flatnonzero(rows >= 0) for rows in (table.image_row, table.title_row))
     chosen = [rng.choice(rows, min(len(rows), FIT_ITEMS), replace=False) for rows in (with_photo, with_title)]
     model.fit_features(table.batch(np.unique(np.concatenate(chosen))))
-    both = np.flatnonzero(~table.held_out & table.with_content()) if paired is None else paired
+    both = np.flatnonzero(~table.held_out & table.with_content())
     both = np.sort(rng.choice(both, min(len(both), START_ITEMS), replace=False))
     if len(both) >= 2:
         images = table.pooled_images[table.image_row[both]].astype(np.float32)
         titles = table.pooled_titles[table.title_row[both]].astype(np.float32)
-        penalty = choose_penalty(images, titles, table.product[both], model.contrastive.size) if aligned else PENALTY
         model.start_projections(torch.from_numpy(images), torch.from_numpy(titles), aligned=aligned, penalty=penalty)
 
 
@@ -307,7 +305,8 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.device = torch.device(self.processes.device)
         self.model = CameNN(corpus.config)
-        fit_inputs(self.model, corpus.table, options.seed, aligned=options.alignment)
+        penalty = corpus.space.agreement.penalty
+        fit_inputs(self.model, corpus.table, options.seed, aligned=options.alignment, penalty=penalty)
         self.model.to(self.device)
         self.loss = MultiTaskLoss(options.loss).to(self.device)
         self.optimizer = build_optimizer((self.model, self.loss), options.optimizer)
@@ -387,7 +386,6 @@ class Trainer:
                     self.sampler,
                     self.options,
                     most,
-                    0,
                     lambda done, total: self.progress("align", done, total, ""),
                 )
             self._find_tastes()
@@ -657,14 +655,12 @@ def train_alignment(
     sampler: AlignmentSampler,
     options: TrainOptions,
     steps_limit: int,
-    stream: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Train photos and titles to find each other, without clicks: ITA, TIA and the contrastive loss, on batches as large as the latter wants them.
 
     Args:
         steps_limit: most steps, whatever `alignment_passes` asks for.
-        stream: number of the random stream that batches are drawn from.
     """
     listings = min(ALIGNMENT_LISTINGS, len(sampler))
     steps = min(steps_limit, math.ceil(options.alignment_passes * len(sampler) / listings))
@@ -674,7 +670,7 @@ def train_alignment(
     optimizer = build_optimizer((model,), options.optimizer)
     config = options.loss
     for step in range(steps):
-        seed = [options.seed, 4 + stream, step]
+        seed = [options.seed, 4, step]
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         batch = sampler.draw(min(ALIGNMENT_PAIRS, listings), listings, np.random.default_rng(seed))
         assert batch is not None
@@ -693,23 +689,6 @@ def train_alignment(
         progress(step + 1, steps)
 
 
-def train_fold(corpus: Corpus, options: TrainOptions, fold: int, steps_limit: int) -> CameNN | None:
-    """An alignment-only model that has not seen the listings of `fold`: judges whether their photos and titles belong together.
-
-    None where fewer than two listings of the other folds have both.
-    """
-    sampler = AlignmentSampler(corpus.table, fold)
-    if len(sampler) < 2:
-        return None
-    torch.manual_seed(options.seed + 1 + fold)
-    model = CameNN(corpus.config)
-    # The directions are of the other folds' listings too: what a pair of this one shares must not be known.
-    fit_inputs(model, corpus.table, options.seed, paired=sampler.rows)
-    model.to(options.device)
-    train_alignment(model, sampler, options, steps_limit, 1 + fold)
-    return model.eval()
-
-
 def train(
     options: TrainOptions, directory: Path, progress: Progress, processes: Processes | None = None
 ) -> dict[str, Any]:
@@ -726,53 +705,6 @@ def train(
     if not trainer.processes.first:
         trainer.run()
         return {}
-    steps = min(FOLD_STEPS, max(1, trainer.total // options.batch_size))
-    # The alignment-only models depend on nothing that the main one learns: they are trained beside it, on the cores that it leaves free.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        max(1, min(FOLDS, (os.cpu_count() or 1) // 2)),
-        mp_context=context,
-        initializer=_end_with_parent,
-        initargs=(os.getpid(),),
-    ) as pool:
-        paths = [directory / f"fold{fold}.safetensors" for fold in range(FOLDS)] if trainer.sampler is not None else []
-        folds = [pool.submit(run_fold, options, fold, steps, path) for fold, path in enumerate(paths)]
-        try:
-            return _train(corpus, options, trainer, folds, directory, progress, started)
-        except BaseException:
-            for fold in folds:
-                fold.cancel()
-            raise
-
-
-def _end_with_parent(parent: int) -> None:
-    """A pool's processes outlive a parent that was killed, waiting for work for ever: these look whether it is there."""
-
-    def look() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=look, daemon=True).start()
-
-
-def run_fold(options: TrainOptions, fold: int, steps: int, path: Path) -> None:
-    """In a process of its own: train the alignment-only model of a fold on one thread, and write it where there is one."""
-    torch.set_num_threads(1)
-    model = train_fold(open_corpus(options), options, fold, steps)
-    if model is not None:
-        save_tensors(path, dict(model.state_dict()))
-
-
-def _train(
-    corpus: Corpus,
-    options: TrainOptions,
-    trainer: Trainer,
-    folds: list[Future[None]],
-    directory: Path,
-    progress: Progress,
-    started: float,
-) -> dict[str, Any]:
     trainer.run()
     model, state = trainer.model, trainer.state
     found = {
@@ -783,13 +715,13 @@ def _train(
             corpus.files(split),
             lambda done, total, split=split: progress(f"measure {split}", done, total, ""),
         )
-        for split in ("calibration", "test")
+        for split in (*CALIBRATED_ON, "test")
     }
-    calibration = fit_platt(found["calibration"].labels, found["calibration"].logits)
+    calibration = calibrate(found)
     test = found["test"]
     metrics: dict[str, Any] = {
         "test": cvr_metrics(test, calibration, corpus.config.base_rate),
-        "baselines": {"popularity": popularity_metrics(corpus, test)},
+        "baselines": {"popularity": popularity_metrics(corpus, found)},
         "reliability": reliability(test, calibration),
         "representation": None,
         "early_stop_log_loss": state.best_loss,
@@ -807,16 +739,11 @@ def _train(
     retrieval: dict[str, Any] = {"queries": []}
     if trainer.sampler is not None:
         metrics["representation"], retrieval["queries"] = representation(model, corpus.table, options.seed)
-        for place, fold in enumerate(folds):
-            progress("alignment models", place, FOLDS, "")
-            fold.result()
-        progress("alignment models", FOLDS, FOLDS, "")
     metrics["seconds"] = round(time.monotonic() - started, 1)
     save_tensors(directory / "model.safetensors", dict(model.state_dict()))
     meta = {
         "model": json.loads(corpus.config.to_json()),
         "loss": asdict(options.loss),
-        "folds": FOLDS,
         "encoders": corpus.shards.manifest["options"]["encoders"],
         "attribution_hours": corpus.shards.manifest["options"]["attribution_hours"],
         "shards": corpus.shards.manifest["request"],
@@ -831,17 +758,14 @@ def _train(
     return metrics
 
 
-def popularity_metrics(corpus: Corpus, test: Predictions) -> dict[str, Any]:
-    """The popularity baseline: listings by their orders before the session, calibrated by Platt like the model."""
-    logits = {}
-    labels = {}
-    for split in ("calibration", "test"):
-        tables = [pq.ParquetFile(path).read(columns=["item_orders", "label"]) for path, _ in corpus.files(split)]
-        orders = np.concatenate([table["item_orders"].to_numpy() for table in tables])
-        logits[split] = np.log1p(orders.astype(np.float64))
-        labels[split] = np.concatenate([table["label"].to_numpy() for table in tables])
-    calibration = fit_platt(labels["calibration"], logits["calibration"])
-    return cvr_metrics(test.with_logits(logits["test"]), calibration, corpus.config.base_rate)
+def popularity_metrics(corpus: Corpus, found: dict[str, Predictions]) -> dict[str, Any]:
+    """The popularity baseline, calibrated like the model: listings by their orders before the session. `found`: predictions of the same examples."""
+    popular = {}
+    for split, predictions in found.items():
+        files = [pq.ParquetFile(path).read(columns=["item_orders"]) for path, _ in corpus.files(split)]
+        orders = np.concatenate([table["item_orders"].to_numpy() for table in files])
+        popular[split] = predictions.with_logits(np.log1p(orders.astype(np.float64)))
+    return cvr_metrics(popular["test"], calibrate(popular), corpus.config.base_rate)
 
 
 def write_curves(path: Path, curves: list[dict[str, float]]) -> None:

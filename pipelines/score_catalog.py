@@ -3,7 +3,7 @@
 catalog, store ──► items, contents/ ─┐
 logs ──► snapshot at the score's time ├──► Tile (listings × audience rows) ──► RankChunk ──► scores/score_date=.../
 audience, model ─────────────────────┘
-                             items ──► AlignListings ──► JudgeListings ──► listing_quality/score_date=.../
+                             items ──► JudgeListings ──► listing_quality/score_date=.../
 """
 
 import argparse
@@ -16,7 +16,6 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from pipelines import files
 from pipelines.console import NO_ROWS, closing_table, watch
@@ -58,7 +57,6 @@ from pipelines.score_inputs import (
     open_inputs,
 )
 from pipelines.score_tiles import (
-    AlignListings,
     JudgeListings,
     RankChunk,
     ScoreTile,
@@ -74,10 +72,11 @@ from schemas.scores import LISTING_QUALITY, SCORES
 from schemas.training import ITEMS
 
 if TYPE_CHECKING:
+    from camenn_model.agreement import Judgement
     from camenn_model.challenge import Calibration
     from camenn_model.checkpoint import Package
+    from camenn_model.feature_space import Told
 
-SPAN_ITEMS = 512
 PAIRS_FOR_ALL_CORES = 200_000
 """Pairs from which worker processes, which take some ten seconds to start, pay."""
 
@@ -138,7 +137,9 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         }
         give_back()
         # Once, not in every worker: it needs the whole catalog.
-        write_table(directory, "alike_prices", pa.table({"price_alike": find_prices(package, items, paths)}))
+        told, judgement = judge_catalog(package, items, paths)
+        write_table(directory, "told", pa.table(told._asdict()))
+        write_table(directory, "judgement", pa.table(vars(judgement)))
         give_back()
         n_pairs = pairs.count
         local = is_local_run(beam_flags)
@@ -168,13 +169,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
             )
             quality = (
                 pipeline
-                | "Spans"
-                >> beam.Create(
-                    [(first, min(first + SPAN_ITEMS, items.num_rows)) for first in range(0, items.num_rows, SPAN_ITEMS)]
-                )
-                | "SpreadSpans" >> beam.Reshuffle()
-                | "AlignListings" >> beam.ParDo(AlignListings(worker))
-                | "WholeCatalog" >> beam.GroupByKey()
+                | "WholeCatalog" >> beam.Create([None])
                 | "JudgeListings" >> beam.ParDo(JudgeListings(directory, package.version))
                 | "WriteQuality"
                 >> WriteTable(LISTING_QUALITY, files.join(directory, "listing_quality", f"score_date={score_date}"))
@@ -256,11 +251,14 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
     return manifest.summary
 
 
-def find_prices(package: "Package", items: pa.Table, paths: dict[str, tuple[str, ...]]) -> NDArray[np.float32]:
-    """What each listing costs against those that look and read most like it, float32 [N]; NaN = unknown."""
+def judge_catalog(package: "Package", items: pa.Table, paths: dict[str, tuple[str, ...]]) -> tuple["Told", "Judgement"]:
+    """(what the model's features need of all listings together; how well each one's photo and title belong together)."""
+    from camenn_model.feature_space import Told
     from camenn_model.item_table import ItemTable
 
-    return ItemTable.of_files(items, paths["images"], paths["titles"]).alike_prices(package.space.likeness)
+    table = ItemTable.of_files(items, paths["images"], paths["titles"])
+    judgement = table.judge(package.space.agreement)
+    return Told(table.alike_prices(package.space.likeness), judgement.agreement), judgement
 
 
 def judge_model(options: ScoreOptions, package: "Package") -> "Calibration | None":

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from apache_beam.utils.shared import Shared
 from numpy.typing import NDArray
 
-from camenn_model.feature_space import NUMERIC_GROUPS
+from camenn_model.feature_space import NUMERIC_GROUPS, Told
 from pipelines import files
 from pipelines.console import ProgressFile
 from pipelines.examples import ItemAttributes, item_attributes
@@ -94,8 +94,9 @@ def _load(given: WorkerInput) -> _Loaded:
 
     package = read_package(Path(given.model))
     items = _read_part(given.directory, "items", ITEMS_READ)
-    prices = _read_part(given.directory, "alike_prices")["price_alike"].to_numpy()
-    table = ItemTable.of_files(items, given.images, given.titles).encode(package.space, prices)
+    told = _read_part(given.directory, "told")
+    found = Told(*(told[name].to_numpy() for name in Told._fields))
+    table = ItemTable.of_files(items, given.images, given.titles).encode(package.space, found)
     return _Loaded(package, table, item_attributes(items))
 
 
@@ -321,39 +322,24 @@ class RankChunk(beam.DoFn):
         )
 
 
-class AlignListings(_ModelDoFn):
-    """Item rows [first, last) → their alignment, Arrow table (item, ita, tia, cosine)."""
-
-    def setup(self) -> None:
-        super().setup()
-        self.folds = [self.package.model(name) for name in self.package.fold_names]
-
-    def process(self, span: tuple[int, int]) -> Iterator[tuple[None, bytes]]:
-        from camenn_model.quality import align_listings
-
-        rows = np.arange(*span)
-        found = align_listings(self.folds, self.table, rows)
-        yield (
-            None,
-            files.ipc_bytes(pa.table({"item": rows, "ita": found.ita, "tia": found.tia, "cosine": found.cosine})),
-        )
-
-
 class JudgeListings(beam.DoFn):
-    """All listings' alignment → the listing_quality table: percentiles need the whole catalog."""
+    """Any element → the listing_quality table of the whole catalog: percentiles need all of it."""
 
     def __init__(self, directory: str, model_version: str) -> None:
         self.directory = directory
         self.model_version = model_version
 
-    def process(self, element: tuple[None, Iterable[bytes]]) -> Iterator[pa.Table]:
-        from camenn_model.quality import Activity, Alignment, judge
+    def process(self, element: None) -> Iterator[pa.Table]:
+        from camenn_model.agreement import Judgement
+        from camenn_model.quality import Activity, judge
 
-        table = pa.concat_tables([files.ipc_table(piece) for piece in element[1]]).sort_by("item")
-        items, activity = _read_part(self.directory, "items", ITEMS_READ), _read_part(self.directory, "activity")
+        items, found, activity = (
+            _read_part(self.directory, name, columns)
+            for name, columns in (("items", ITEMS_READ), ("judgement", None), ("activity", None))
+        )
         judged = judge(
             items,
-            Alignment(*(table[name].to_numpy() for name in ("ita", "tia", "cosine"))),
+            Judgement(**{name: found[name].to_numpy() for name in found.column_names}),
             Activity(*(activity[name].to_numpy() for name in ("clicks", "orders"))),
         )
         yield judged.append_column("model_version", pa.repeat(self.model_version, judged.num_rows)).cast(

@@ -115,7 +115,7 @@ class _Bars:
                 Bar(
                     phase,
                     total,
-                    {"alignment models": "models", "align": "steps", "wide": "penalties"}.get(phase, "examples"),
+                    {"align": "steps", "wide": "penalties"}.get(phase, "examples"),
                 )
             )
             self.phase = phase

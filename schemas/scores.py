@@ -26,22 +26,27 @@ LISTING_QUALITY = Contract(
         Column(
             name="ita",
             type=pa.float32(),
-            doc="probability that the text belongs to the image; null without both",
+            doc="probability that the title belongs to the photo, of pairs half of which do: held against the other titles that suit the photo; null without both",
             nullable=True,
         ),
         Column(
             name="tia",
             type=pa.float32(),
-            doc="probability that the image belongs to the text; null without both",
+            doc="probability that the photo belongs to the title: held against the other photos that suit the title; null without both",
             nullable=True,
         ),
         Column(
             name="cosine",
             type=pa.float32(),
-            doc="cosine of photo and title vectors, -1 to 1; null without both",
+            doc="cosine of photo and title along the directions that photos and titles share, -1 to 1; null without both",
             nullable=True,
         ),
-        Column(name="mismatch", type=pa.float32(), doc="1 - (ita + tia) / 2; null without both", nullable=True),
+        Column(
+            name="mismatch",
+            type=pa.float32(),
+            doc="probability that they do not belong together, by both ways at once; null without both",
+            nullable=True,
+        ),
         Column(
             name="mismatch_percentile",
             type=pa.float32(),

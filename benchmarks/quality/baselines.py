@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from benchmarks.baselines import feature_frame
 from camenn_model.dataset import ExampleReader, Rows, concat_rows
+from camenn_model.evaluation import CALIBRATED_ON
 from camenn_model.feature_space import FeatureSpace
 from camenn_model.item_table import ItemTable
 from camenn_model.shards import ShardSet
@@ -241,7 +242,7 @@ def tune(
     say: Callable[[str], None],
     settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Floats], dict[str, Any]]:
-    """(raw scores of calibration and test by the best of `trials`, or by given settings; what was tried).
+    """(raw scores of the parts that models are calibrated on and of test by the best of `trials`, or by given settings; what was tried).
 
     Trials are written to `kept` one by one, and are not done again where it tells of them.
     """
@@ -262,5 +263,5 @@ def tune(
     if best is None:
         # The best trial was another process's.
         _, best = TRY[name](inputs, content, found, seed, threads)
-    raw_scores = {split: best(split) for split in ("calibration", "test")}
+    raw_scores = {split: best(split) for split in (*CALIBRATED_ON, "test")}
     return raw_scores, {"settings": found, "trials": told, "early_stop_log_loss": best_loss}

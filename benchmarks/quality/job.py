@@ -19,9 +19,8 @@ from benchmarks.quality import representation
 from benchmarks.quality.judge import judge
 from benchmarks.quality.variants import VARIANTS, make_trainer
 from benchmarks.quality.worlds import World, read_keys, read_truth
-from camenn_model.calibration import fit_platt
 from camenn_model.dataset import AlignmentSampler, collate, concat_rows
-from camenn_model.evaluation import Predictions, predict
+from camenn_model.evaluation import CALIBRATED_ON, Predictions, calibrate, predict
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig
 from camenn_model.train import Corpus, TrainOptions, open_corpus
@@ -33,7 +32,7 @@ POPULARITY = "popularity"
 FROZEN = "frozen"
 """No model of clicks: maps between the frozen encoders' features, for representation"""
 GATE_SAMPLE = 2_048
-VERSION = 1
+VERSION = 2
 """Raised by a change that changes figures: of the model, of training, of the baselines, of the city or of how figures are computed. Results of an earlier one are not done."""
 
 
@@ -168,7 +167,7 @@ def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, list[float]]
 
 
 def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
-    """(predictions of calibration and test, what else there is to tell)."""
+    """(predictions of the parts that it is calibrated on and of test, what else there is to tell)."""
     variant = VARIANTS[job.model]
     options = TrainOptions(
         shards=job.world.shards,
@@ -191,7 +190,10 @@ def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[s
     trainer.run()
     found = {
         split: predict(trainer.model, corpus_of.reader, corpus_of.table, corpus_of.files(split))
-        for split, corpus_of in (("calibration", replace(test, table=trainer.corpus.table)), ("test", test))
+        for split, corpus_of in (
+            *((split, replace(test, table=trainer.corpus.table)) for split in CALIBRATED_ON),
+            ("test", test),
+        )
     }
     state = trainer.state
     more: dict[str, Any] = {
@@ -208,6 +210,9 @@ def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[s
         train, _, held = held_out(job.world, corpus)
         if len(held.rows) >= 10:
             more["representation"] = representation.of_model(trainer.model, corpus.table, train, held, job.seed)
+            more["listing_quality"] = representation.of_listing_quality(
+                corpus.table, trainer.corpus.space.agreement, held
+            )
     return found, more
 
 
@@ -221,7 +226,7 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
         raise InputError(f"no model '{job.model}'; one of {', '.join([*VARIANTS, *BASELINES, POPULARITY, FROZEN])}")
     if job.model == POPULARITY:
         raw: dict[str, NDArray[np.float64]] = {}
-        for split in ("calibration", "test"):
+        for split in (*CALIBRATED_ON, "test"):
             files = [pq.ParquetFile(path).read(columns=["item_orders"]) for path, _ in corpus.files(split)]
             raw[split] = np.log1p(
                 np.concatenate([table["item_orders"].to_numpy() for table in files]).astype(np.float64)
@@ -261,9 +266,7 @@ def run(job: Job) -> dict[str, Any]:
         found, more = run_camenn(job, corpus) if job.model in VARIANTS else run_baseline(job, corpus)
         files = corpus.files("test")
         truth = read_truth(job.world, read_keys(files)) if job.world.truth is not None else None
-        calibration = fit_platt(found["calibration"].labels, found["calibration"].logits)
-        test = found["test"]
-        result |= judge(test, calibration, corpus.config.base_rate, truth, _prior_clicks(files)) | more
+        result |= judge(found["test"], calibrate(found), corpus.config.base_rate, truth, _prior_clicks(files)) | more
     result["seconds"] = round(time.monotonic() - started, 1)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1, allow_nan=False))

@@ -12,7 +12,7 @@ PARTS = ("city", "real", "controls", "ablations")
 CITY_MODELS = ("full", "no_content", "displayed", "no_alignment", "no_ids", FROZEN, POPULARITY, *BASELINES)
 REAL_MODELS = ("full", "no_alignment", "no_history", FROZEN, POPULARITY, *BASELINES)
 ABLATIONS = (
-    "full", "no_alignment", "no_ita", "no_tia", "no_contrastive", "no_choice", "no_images", "no_text", "dense_gate", "one_expert", "no_history", "full_attention",
+    "full", "no_alignment", "no_ita", "no_tia", "no_contrastive", "no_agreement", "no_choice", "no_images", "no_text", "dense_gate", "one_expert", "no_history", "full_attention",
     "gate_without_content",
 )  # fmt: skip
 CONTROLS = ("permuted_labels", "shuffled_patches", "shuffled_alignment")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camenn_model import metrics
+from camenn_model.agreement import Agreement
 from camenn_model.directions import canonical_directions
 from camenn_model.evaluation import content_vectors, match_scores
 from camenn_model.item_table import Ints, ItemTable
@@ -166,6 +167,21 @@ def of_model(model: CameNN, table: ItemTable, train: Ints, held: Held, seed: int
         "text": probe(train_text, groups[train], text, groups[held.rows]),
     }
     return found
+
+
+def of_listing_quality(table: ItemTable, agreement: Agreement, held: Held) -> dict[str, float] | None:
+    """How well what is published of listings' quality finds mismatches; None where nobody knows them, or nothing is judged.
+
+    `mismatch_auc`: over the held-out listings; `worst_twentieth`: share of mismatched ones in the twentieth of them that is judged worst.
+    """
+    if held.mismatched is None or not held.mismatched.any() or not agreement.folds:
+        return None
+    belongs = table.judge(agreement).agreement[held.rows]
+    worst = np.argsort(belongs, kind="stable")[: max(1, len(belongs) // 20)]
+    return {
+        "mismatch_auc": metrics.mismatch_auc(held.mismatched, belongs),
+        "worst_twentieth": float(held.mismatched[worst].mean()),
+    }
 
 
 def of_frozen(table: ItemTable, train: Ints, train_classes: Ints, held: Held, seed: int) -> dict[str, Any]:

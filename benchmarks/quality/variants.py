@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.quality.worlds import World
+from camenn_model.agreement import Agreement
 from camenn_model.batch import AlignmentBatch
 from camenn_model.config import ITEM_HASH, LossConfig
 from camenn_model.dataset import AlignmentSampler, ExampleReader, Rows
@@ -48,6 +49,13 @@ def hide_ids(table: ItemTable, space: FeatureSpace) -> ItemTable:
     hidden.cats, hidden.history_cats = table.cats.copy(), table.history_cats.copy()
     hidden.cats[:, place], hidden.history_cats[:, 0] = MISSING, MISSING
     return hidden
+
+
+def without_agreement(corpus: Corpus) -> Corpus:
+    """The corpus of which nobody knows whether photos and titles belong together."""
+    agreement = replace(Agreement.none(), penalty=corpus.space.agreement.penalty)
+    space = replace(corpus.space, agreement=agreement)
+    return replace(corpus, space=space, table=copy.copy(corpus.table).encode(space))
 
 
 def shuffle_images(table: ItemTable, space: FeatureSpace, seed: int) -> ItemTable:
@@ -103,7 +111,7 @@ def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
     table.image_row = table.title_row = np.arange(len(table))
     table.tokens = np.ones(len(table), dtype=np.int64)
     table.pooled_images, table.pooled_titles = images.astype(np.float16), titles.astype(np.float16)
-    space = replace(corpus.space, likeness=table.fit_likeness())
+    space = replace(corpus.space, likeness=table.fit_likeness(), agreement=Agreement.none())
     table.encode(space)
     config = replace(
         corpus.config, image_width=images.shape[1], text_width=titles.shape[1], patch_grid=1, text_tokens=1
@@ -172,6 +180,7 @@ class Variant:
     hides: tuple[str, ...] = ()
     """Of images, titles"""
     hides_ids: bool = False
+    hides_agreement: bool = False
     reader: Callable[[Rows], Rows] | None = None
     """What changes the examples, in training and in the test part"""
     train_reader: Callable[[Rows], Rows] | None = None
@@ -190,7 +199,8 @@ def _loss(**values: Any) -> dict[str, Any]:
 VARIANTS: dict[str, Variant] = {
     "full": Variant(about="CameNN"),
     "no_alignment": Variant(
-        about="CVR alone: neither ITA nor TIA nor the contrastive loss", options={"alignment": False}
+        about="CVR alone: neither ITA nor TIA nor the contrastive loss, nor how well photo and title agree",
+        options={"alignment": False},
     ),
     "no_content": Variant(
         about="no photos, no titles, nothing measured of them", options={"alignment": False}, hides=("images", "titles")
@@ -201,6 +211,7 @@ VARIANTS: dict[str, Variant] = {
     "no_ita": Variant(about="without image-to-text alignment", options=_loss(ita=0.0)),
     "no_tia": Variant(about="without text-to-image alignment", options=_loss(tia=0.0)),
     "no_contrastive": Variant(about="without the contrastive loss", options=_loss(contrastive=0.0)),
+    "no_agreement": Variant(about="orders are not told how well photo and title agree", hides_agreement=True),
     "no_choice": Variant(about="clicks teach no tastes", options=_loss(choice=0.0)),
     "no_images": Variant(about="titles only", options={"alignment": False}, hides=("images",)),
     "no_text": Variant(about="photos only", options={"alignment": False}, hides=("titles",)),
@@ -213,7 +224,10 @@ VARIANTS: dict[str, Variant] = {
     "permuted_labels": Variant(about="control: training labels permuted", train_reader=_permute),
     "shuffled_patches": Variant(about="control: at test, photos belong to other listings", shuffled_images=True),
     "shuffled_alignment": Variant(
-        about="control: alignment labels shuffled", options=_loss(contrastive=0.0), shuffled_alignment=True
+        about="control: alignment labels shuffled",
+        options=_loss(contrastive=0.0),
+        hides_agreement=True,
+        shuffled_alignment=True,
     ),
 }
 
@@ -237,6 +251,8 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
     """
     if variant.displayed:
         corpus = displayed_attributes(corpus, world)
+    elif not options.alignment or variant.hides_agreement:
+        corpus = without_agreement(corpus)
     corpus = replace(corpus, config=replace(corpus.config, attention=options.attention, **variant.config))
     # The projections start from what photos tell of titles: the control of shuffled labels has that of shuffled photos.
     begun = (

@@ -90,23 +90,6 @@ def test_content_vectors_see_their_own_modality_only(attention: str) -> None:
     assert torch.equal(text, other_text)
 
 
-def test_alignment_scores_equal_align_and_are_nan_where_a_modality_lacks() -> None:
-    model = woken()
-    items = random_batch(model.config, items=12, seed=2).items
-    both = items.has_image & items.has_text
-    rows = both.nonzero().squeeze(1)
-    pairs = AlignmentPairs(image_of=rows, text_of=rows, label=torch.ones(len(rows)))
-    batch = dataclasses.replace(
-        random_alignment(model.config), items=items, ita=pairs, tia=pairs, index=rows, group=rows
-    )
-    with torch.no_grad():
-        ita, tia = model.alignment_scores(items)
-        output = model.align(batch)
-    assert torch.equal(ita.isnan(), ~both)
-    assert torch.allclose(ita[rows], output.ita.sigmoid(), atol=1e-6)
-    assert torch.allclose(tia[rows], output.tia.sigmoid(), atol=1e-6)
-
-
 def test_no_image_vector_stands_in_for_an_absent_photo() -> None:
     model = woken()
     batch = random_batch(model.config, items=3, pairs=6)

@@ -5,7 +5,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camenn_model.feature_space import MIN_ID_CLICKS, MISSING, QUANTILE_BUCKETS, RARE, FeatureSpace, Numeric
+from camenn_model.agreement import Agreement
+from camenn_model.feature_space import MIN_ID_CLICKS, MISSING, QUANTILE_BUCKETS, RARE, FeatureSpace, Numeric, Told
 from camenn_model.likeness import Likeness
 from schemas.contract import TIMESTAMP
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
@@ -38,6 +39,20 @@ def test_rare_counts_are_told_apart() -> None:
     assert len(np.unique(buckets)) == 1 + QUANTILE_BUCKETS
     _, counts = np.unique(buckets[column > 0], return_counts=True)
     assert counts.max() <= 1.5 * counts.min()
+
+
+@settings(deadline=None)
+@given(
+    values=st.lists(st.floats(-10, 10, width=32) | st.floats(0, 1e6, width=32), min_size=1, max_size=50),
+    asked=st.lists(st.floats(-1e7, 1e7, width=32), min_size=1, max_size=20),
+)  # fmt: skip
+def test_beyond_what_training_has_seen_nothing_changes(values: list[float], asked: list[float]) -> None:
+    column = np.array(values, dtype=np.float32)
+    number = Numeric.fit(column)
+    beyond = np.array(asked, dtype=np.float32)
+    found, within = number.encode(beyond), number.encode(np.clip(beyond, column.min(), column.max()))
+    np.testing.assert_array_equal(found[0], within[0])
+    np.testing.assert_array_equal(found[1], within[1])
 
 
 def test_missing_values_have_their_own_bucket() -> None:
@@ -74,7 +89,8 @@ def test_a_listing_offered_since_training_is_not_taken_for_one_that_nobody_wants
     )
     users = pa.table({"user_id": pa.array([], pa.string())})
     some = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-    space = FeatureSpace.fit(items, users, examples, Likeness.fit(some, some), np.ones(5, dtype=np.float32))
-    cats, _, _ = space.encode_items(items, np.ones(5, dtype=np.float32))
+    told = Told(np.ones(5, dtype=np.float32), np.ones(5, dtype=np.float32))
+    space = FeatureSpace.fit(items, users, examples, Likeness.fit(some, some), Agreement.none(), told)
+    cats, _, _ = space.encode_items(items, told)
     often, *others = cats[:, 3].tolist()
     assert often > RARE and others == [RARE, RARE, MISSING, RARE]

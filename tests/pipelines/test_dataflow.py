@@ -22,7 +22,6 @@ from apache_beam.runners.portability.fn_api_runner import translations
 from safetensors.numpy import save_file
 
 from camenn_model.calibration import PlattScaling
-from camenn_model.item_table import FOLDS
 from camenn_model.shards import ShardSet
 from camenn_model.train import TrainOptions, open_corpus
 from pipelines import build_shards, cli, embed_catalog, score_catalog
@@ -84,7 +83,7 @@ def write_model(root: Path, shards: str) -> None:
     run = root / "runs" / "20240101T000000-bbbbbb"
     run.mkdir(parents=True)
     options = ShardSet(shards).manifest["options"]
-    meta = {"model": json.loads(corpus.config.to_json()), "folds": FOLDS}
+    meta = {"model": json.loads(corpus.config.to_json())}
     meta |= {name: options[name] for name in ("encoders", "attribution_hours")}
     (run / "config.json").write_text(json.dumps(meta))
     corpus.space.write(run)
@@ -205,7 +204,7 @@ def test_without_an_accelerator_all_steps_share_one_environment(city: City, stag
 STEPS = {
     "embed": "Embed Finish",
     "shards": "Examples ContentJobs SpreadJobs CopyContents SubmittersFiles SubmittersCounts AllFiles AllCounts Finish",
-    "score": "Tiles SpreadTiles ScoreTile ByChunk RankChunk WriteScores Spans SpreadSpans AlignListings WholeCatalog JudgeListings WriteQuality SubmittersFiles SubmittersCounts AllFiles Finish",
+    "score": "Tiles SpreadTiles ScoreTile ByChunk RankChunk WriteScores WholeCatalog JudgeListings WriteQuality SubmittersFiles SubmittersCounts AllFiles Finish",
 }
 STEPS_INSIDE = {
     "Embed": "ReadCatalog Clean NoPreviousItems ByItem Resolve MergeRejects EncodeImages EncodeTitles WriteItems WriteRejects WriteUnread MergeFiles MergeCounts",
