@@ -31,8 +31,6 @@ FOLDS = 5
 """Parts of the products"""
 DIRECTIONS = 64
 NEIGHBOURS = 10
-MOST_FITTED = 8_192
-"""Listings that directions are found on"""
 LEAST_FITTED = 40
 """With fewer there is no direction that they share, and nothing is judged."""
 MOST_BANK = 4_096
@@ -113,17 +111,11 @@ class Agreement:
         return cls((), np.zeros(3), np.ones(3), {}, PENALTIES[-1])
 
     @classmethod
-    def fit(cls, images: Floats, titles: Floats, product: NDArray[np.uint64], fold: Ints, rank: NDArray[np.uint64]) -> "Agreement":  # fmt: skip
-        """Of listings' mean features [n, p] and [n, q], their products, and the folds that these are in.
-
-        Args:
-            rank: tells which listings are taken where they are many: those of the smallest.
-        """
-        chosen = np.argsort(rank, kind="stable")[:MOST_FITTED]
-        images, titles = (np.asarray(side[chosen], dtype=np.float32) for side in (images, titles))
-        fold = fold[chosen]
+    def fit(cls, images: Floats, titles: Floats, product: NDArray[np.uint64], fold: Ints) -> "Agreement":
+        """Of listings' mean features [n, p] and [n, q], their products, and the folds that these are in; a fold's bank is of the first of the others'."""
+        images, titles = (side.astype(np.float32) for side in (images, titles))
         enough = all((fold != place).sum() >= LEAST_FITTED for place in range(FOLDS))
-        distinct, number = np.unique(product[chosen], return_inverse=True)
+        distinct, number = np.unique(product, return_inverse=True)
         if not enough or len(distinct) < 2 * FOLDS:
             return cls.none()
         penalty = choose_penalty(images, titles, number.astype(np.int64), DIRECTIONS)

@@ -16,11 +16,14 @@ from camenn_model.batch import HistoryItems, ItemBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY
 from camenn_model.feature_space import FeatureSpace, Told, to_float
 from camenn_model.hashing import stable_hash
-from camenn_model.likeness import MOST_FITTED, Likeness, alike_prices
+from camenn_model.likeness import Likeness, alike_prices
 from camenn_model.shards import Contents, Means
 
 HELD_OUT_SHARE = 0.1
 """Share of products whose listings never enter an alignment loss: representation is measured on them."""
+
+MOST_FITTED = 8_192
+"""Listings that `Likeness` and `Agreement` are found on"""
 
 Ints = NDArray[np.int64]
 
@@ -87,20 +90,24 @@ class ItemTable:
         return Told(self.alike_prices(likeness), self.judge(agreement).agreement)
 
     def fit_agreement(self) -> Agreement:
-        """On the training listings that have both photo and title."""
-        rows = np.flatnonzero(self.with_content() & ~self.held_out)
+        """On some training listings that have both photo and title."""
+        rows = self._fitted()
         images, titles = self.pooled_images[self.image_row[rows]], self.pooled_titles[self.title_row[rows]]
-        return Agreement.fit(images, titles, self.product[rows], self.fold[rows], stable_hash(self.ids)[rows])
+        return Agreement.fit(images, titles, self.product[rows], self.fold[rows])
 
     def judge(self, agreement: Agreement) -> Judgement:
         """How well each listing's photo and title belong together, [N] each."""
         return agreement.judge(self.pooled_images, self.pooled_titles, self.image_row, self.title_row, self.fold)
 
     def fit_likeness(self) -> Likeness:
-        """On the training listings that have both photo and title, where they are many on those of the smallest hashes."""
-        rows = np.flatnonzero(self.with_content() & ~self.held_out)
-        rows = rows[np.argsort(stable_hash(self.ids)[rows])[:MOST_FITTED]]
+        """On the same listings."""
+        rows = self._fitted()
         return Likeness.fit(self.pooled_images[self.image_row[rows]], self.pooled_titles[self.title_row[rows]])
+
+    def _fitted(self) -> Ints:
+        """Rows of the training listings that have both photo and title, by their hashes; where they are many those of the smallest."""
+        rows = np.flatnonzero(self.with_content() & ~self.held_out)
+        return rows[np.argsort(stable_hash(self.ids)[rows])[:MOST_FITTED]]
 
     def alike_prices(self, likeness: Likeness) -> NDArray[np.float32]:
         """What each listing costs against those that look and read most like it, float32 [N]; NaN = unknown."""

@@ -23,8 +23,6 @@ Ints = NDArray[np.int64]
 FILE = "likeness.safetensors"
 """In a package"""
 DIRECTIONS = 64
-MOST_FITTED = 8_192
-"""Listings that the directions are found on"""
 POWER = 2
 """Of a direction's correlation: how much it counts in what is alike. Those that photos and titles hardly share are noise."""
 NEIGHBOURS = 10

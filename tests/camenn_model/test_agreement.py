@@ -12,7 +12,6 @@ from camenn_model.agreement import (
     FOLDS,
     HEADS,
     LEAST_FITTED,
-    MOST_FITTED,
     NEIGHBOURS,
     PENALTY,
     Agreement,
@@ -41,11 +40,10 @@ class Catalog:
             sides.append((told + rng.normal(size=told.shape)).astype(np.float32))
         self.images, self.titles = sides
         self.fold = (self.product // np.uint64(40) % np.uint64(FOLDS)).astype(np.int64)
-        self.rank = rng.permutation(count).astype(np.uint64)
         self.rows = np.arange(count)
 
     def fit(self) -> Agreement:
-        return Agreement.fit(self.images, self.titles, self.product, self.fold, self.rank)
+        return Agreement.fit(self.images, self.titles, self.product, self.fold)
 
     def judge(self, agreement: Agreement, image_row: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         photos = self.rows if image_row is None else image_row
@@ -151,9 +149,7 @@ def test_without_photo_or_title_nothing_is_judged() -> None:
 def test_few_listings_are_not_judged(count: int) -> None:
     catalog = Catalog(300)
     few = slice(0, count)
-    agreement = Agreement.fit(
-        catalog.images[few], catalog.titles[few], catalog.product[few], catalog.fold[few], catalog.rank[few]
-    )
+    agreement = Agreement.fit(catalog.images[few], catalog.titles[few], catalog.product[few], catalog.fold[few])
     assert agreement.folds == ()
     assert np.isnan(catalog.judge(agreement)).all()
 
@@ -169,15 +165,6 @@ def test_contents_that_are_all_alike_are_judged_alike() -> None:
     catalog.images[:], catalog.titles[:] = 1.0, 2.0
     odds = catalog.judge(catalog.fit())
     assert np.isfinite(odds).all() and np.ptp(odds) == 0
-
-
-def test_of_many_listings_those_of_the_smallest_ranks_are_taken() -> None:
-    catalog = Catalog(MOST_FITTED + 500)
-    kept = np.argsort(catalog.rank)[:MOST_FITTED]
-    some = Agreement.fit(
-        catalog.images[kept], catalog.titles[kept], catalog.product[kept], catalog.fold[kept], catalog.rank[kept]
-    )
-    assert np.array_equal(catalog.judge(catalog.fit()), catalog.judge(some))
 
 
 @pytest.mark.parametrize("count", [300, 10])
