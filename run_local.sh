@@ -7,6 +7,11 @@
 # that makes .venv (3.11 or later). Without IMAGE_WEIGHTS and TEXT_ENCODER the demo uses encoders that need no network; it says so.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+case "${1:-}" in
+    -h | --help) sed -n '2,/^set /{s/^# \{0,1\}//;/^set /!p}' run_local.sh; exit ;;
+    -*) echo "run_local.sh: no option $1; see ./run_local.sh --help" >&2; exit 2 ;;
+esac
+if [ $# -gt 2 ]; then echo "run_local.sh: DATA_DIR and WORK_DIR are all there is, not $*" >&2; exit 2; fi
 source scripts/install.sh
 install_into_venv demo,baselines
 
