@@ -124,7 +124,8 @@ def train_aligner(corpus: Corpus, options: TrainOptions) -> CameNN:
     """A model of photos and titles alone, which has not seen the held-out listings."""
     torch.manual_seed(options.seed)
     model = CameNN(corpus.config)
-    fit_inputs(model, corpus.table, options.seed, penalty=corpus.space.agreement.penalty)
+    # Of the listings that are not held out here: the corpus was opened before it was told which are.
+    fit_inputs(model, corpus.table, options.seed, penalty=corpus.table.fit_agreement().penalty)
     train_alignment(model, AlignmentSampler(corpus.table), options, sys.maxsize)
     return model.eval()
 

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from camenn_model.directions import PENALTIES, choose_penalty, find_shared
-from schemas.contract import InputError
+from camenn_model.arrays import read_arrays, write_arrays
+from camenn_model.calibration import sigmoid
+from camenn_model.directions import PENALTIES, choose_penalty, find_shared, units_along
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -61,7 +60,7 @@ class Judgement:
     @property
     def mismatch(self) -> NDArray[np.float32]:
         """Probability that they do not."""
-        return _sigmoid(-self.agreement).astype(np.float32)
+        return sigmoid(-self.agreement).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,15 @@ class FoldJudge:
         *directions, correlations = find_shared(images, titles, DIRECTIONS, penalty)
         maps = [(columns * np.sqrt(correlations)).astype(np.float32) for columns in directions]
         means = [features.mean(axis=0, dtype=np.float64).astype(np.float32) for features in (images, titles)]
-        banks = [_unit(features[:MOST_BANK], *side).astype(np.float32) for features, *side in zip((images, titles), means, maps, strict=True)]  # fmt: skip
+        banks = [units_along(features[:MOST_BANK], *side).astype(np.float32) for features, *side in zip((images, titles), means, maps, strict=True)]  # fmt: skip
         return cls(*means, *maps, *banks)
 
-    def vectors(self, images: Floats, titles: Floats) -> tuple[Floats, Floats]:
-        """Unit vectors of photos and titles, float64 [n, k] each."""
-        return _unit(images, self.image_mean, self.image_map), _unit(titles, self.text_mean, self.text_map)
-
-    def reaches(self, images: Floats, titles: Floats) -> tuple[Floats, Floats]:
-        """Mean cosine of unit vectors of photos [n, k] with the titles of the bank that suit each best, [n]; the same of titles with photos."""
-        return _reach(images, self.text_bank), _reach(titles, self.image_bank)
+    def figures(self, images: Floats, titles: Floats) -> Floats:
+        """Cosine and reaches of pairs of a photo and a title, mean features [n, p] and [n, q] → float64 [n, 3]."""
+        photos = units_along(images, self.image_mean, self.image_map)
+        said = units_along(titles, self.text_mean, self.text_map)
+        cosine = (photos * said).sum(axis=1)
+        return np.stack([cosine, _reach(photos, self.text_bank), _reach(said, self.image_bank)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -127,25 +125,16 @@ class Agreement:
             known, asked = fold != place, np.flatnonzero(fold == place)
             judge = FoldJudge.fit(images[known], titles[known], penalty)
             judges.append(judge)
-            vectors = judge.vectors(images[asked], titles[asked])
-            reaches = judge.reaches(*vectors)
-            other = rng.permutation(len(asked))
-            foreign = np.flatnonzero(number[asked] != number[asked[other]])
-            pairs = ((np.arange(len(asked)), np.arange(len(asked))), (foreign, other[foreign]))
-            for own, (photo, title) in zip((1.0, 0.0), pairs, strict=True):
-                cosine = (vectors[0][photo] * vectors[1][title]).sum(axis=1)
-                figures.append(np.stack([cosine, reaches[0][photo], reaches[1][title]], axis=1))
+            other = asked[rng.permutation(len(asked))]
+            foreign = number[asked] != number[other]
+            for own, photo, title in ((1.0, asked, asked), (0.0, asked[foreign], other[foreign])):
+                figures.append(judge.figures(images[photo], titles[title]))
                 belongs.append(np.full(len(photo), own))
         found, label = np.concatenate(figures), np.concatenate(belongs)
         center, scale = found.mean(axis=0), found.std(axis=0) + TINY
         standard = (found - center) / scale
         weights = {name: fit_logistic(_expand(standard[:, columns]), label) for name, columns in HEADS.items()}
         return cls(tuple(judges), center, scale, weights, penalty)
-
-    def figures(self, images: Floats, titles: Floats, fold: int) -> Floats:
-        """Cosine and reaches of listings of one fold, float64 [n, 3]."""
-        vectors = self.folds[fold].vectors(images, titles)
-        return np.stack([(vectors[0] * vectors[1]).sum(axis=1), *self.folds[fold].reaches(*vectors)], axis=1)
 
     def log_odds(self, figures: Floats, head: str) -> Floats:
         """That photo and title belong together, [n]: of pairs half of which do."""
@@ -166,9 +155,9 @@ class Agreement:
             mine = np.flatnonzero(both & (fold == place))
             for start in range(0, len(mine), BLOCK):
                 rows = mine[start : start + BLOCK]
-                figures = self.figures(images[image_row[rows]], titles[title_row[rows]], place)
+                figures = self.folds[place].figures(images[image_row[rows]], titles[title_row[rows]])
                 ita, tia, odds = (self.log_odds(figures, head) for head in HEADS)
-                found[:, rows] = figures[:, COSINE], _sigmoid(ita), _sigmoid(tia), odds
+                found[:, rows] = figures[:, COSINE], sigmoid(ita), sigmoid(tia), odds
         return Judgement(*found)
 
     def write(self, directory: Path) -> None:
@@ -177,7 +166,7 @@ class Agreement:
         arrays |= {f"head.{name}": weights for name, weights in self.weights.items()}
         for place, judge in enumerate(self.folds):
             arrays |= {f"fold{place}.{name}": value for name, value in vars(judge).items()}
-        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, directory / FILE)
+        write_arrays(directory / FILE, arrays)
 
     @classmethod
     def read(cls, directory: Path) -> "Agreement":
@@ -186,13 +175,7 @@ class Agreement:
         Raises:
             InputError: the file is missing or damaged.
         """
-        path = directory / FILE
-        try:
-            arrays = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path}: cannot be read as safetensors ({error}): an earlier version of camenn trained this model, or the file is damaged. Run `camenn train` again."
-            ) from error
+        arrays = read_arrays(directory / FILE)
 
         def part(prefix: str) -> dict[str, Floats]:
             return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
@@ -208,7 +191,7 @@ def fit_logistic(x: Floats, y: Floats, rounds: int = 50) -> Floats:
     held[-1] = TINY
     weights = np.zeros(x.shape[1])
     for _ in range(rounds):
-        p = _sigmoid(x @ weights)
+        p = sigmoid(x @ weights)
         slope = x.T @ (p - y) + held * weights
         step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + np.diag(held), slope)
         # Far steps overshoot where classes are all but separable.
@@ -224,19 +207,8 @@ def _expand(x: Floats) -> Floats:
     return np.stack([*x.T, *pairs, *np.square(x.T), np.ones(len(x))], axis=1)
 
 
-def _unit(features: Floats, mean: Floats, directions: Floats) -> Floats:
-    """Unit vectors along directions, float64: how many threads add up must not tell."""
-    along: Floats = (features.astype(np.float64) - mean) @ directions.astype(np.float64)
-    return along / np.maximum(np.linalg.norm(along, axis=1, keepdims=True), TINY)
-
-
 def _reach(vectors: Floats, bank: Floats) -> Floats:
     similar = vectors @ bank.T.astype(np.float64)
     count = min(NEIGHBOURS, similar.shape[1])
     reach: Floats = np.partition(similar, similar.shape[1] - count, axis=1)[:, -count:].mean(axis=1)
     return reach
-
-
-def _sigmoid(x: Floats) -> Floats:
-    found: Floats = np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))), 1 - 1 / (1 + np.exp(-np.abs(x))))
-    return found

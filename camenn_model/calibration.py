@@ -21,7 +21,7 @@ class PlattScaling:
 
     def __call__(self, logits: ArrayLike) -> NDArray[np.float64]:
         """Probabilities float64 of raw logits, any shape."""
-        return _sigmoid(self.slope * np.asarray(logits, dtype=np.float64) + self.intercept)
+        return sigmoid(self.slope * np.asarray(logits, dtype=np.float64) + self.intercept)
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -65,7 +65,7 @@ def fit_platt(labels: ArrayLike, logits: ArrayLike, *, tolerance: float = 1e-10,
     w = np.array([spread, centre])  # the identity
     value = loss(w)
     for _ in range(rounds):
-        p = _sigmoid(x @ w)
+        p = sigmoid(x @ w)
         gradient = x.T @ (p - target) / len(y)
         if np.abs(gradient).max() < tolerance:
             break
@@ -84,7 +84,7 @@ def fit_platt(labels: ArrayLike, logits: ArrayLike, *, tolerance: float = 1e-10,
     return PlattScaling(slope=slope, intercept=intercept, examples=len(y), positives=positives)
 
 
-def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def sigmoid(x: NDArray[np.floating]) -> NDArray[np.float64]:
     """1 / (1 + exp(-x)) without overflow."""
     e = np.exp(-np.abs(x))
     positive: NDArray[np.float64] = np.where(x >= 0, 1.0 / (1.0 + e), e / (1.0 + e))

@@ -209,6 +209,12 @@ def find_shared(images: Floats, titles: Floats, count: int, penalty: float = PEN
     return _raw_map(*sides[0], of_images), _raw_map(*sides[1], of_titles), correlations
 
 
+def units_along(features: Floats, mean: Floats, directions: Floats) -> Floats:
+    """Unit vectors of features [n, p] along directions [p, k], [n, k] float64: how many threads add up must not tell."""
+    along: Floats = (features.astype(np.float64) - mean) @ directions.astype(np.float64)
+    return along / np.maximum(np.linalg.norm(along, axis=1, keepdims=True), TINY)
+
+
 def _standardise(features: Floats) -> tuple[Floats, Floats]:
     """(standardised [n, p], scale [p])."""
     spread = features.std(axis=0)

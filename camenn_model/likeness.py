@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from camenn_model.directions import find_shared
-from schemas.contract import InputError
+from camenn_model.arrays import read_arrays, write_arrays
+from camenn_model.directions import find_shared, units_along
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -67,20 +65,17 @@ class Likeness:
         for side, (features, row, mean, directions) in enumerate(
             ((images, image_row, self.image_mean, self.image), (titles, title_row, self.text_mean, self.text))
         ):
-            # float64, a block at a time: how many threads add up must not tell, and a catalog's features are large.
+            # A block at a time: a catalog's features are large.
             units = np.zeros((len(features) + 1, size), dtype=np.float32)
             for start in range(0, len(features), BLOCK):
-                block = features[start : start + BLOCK].astype(np.float64)
-                along = (block - mean) @ directions.astype(np.float64)
-                units[start : start + len(block)] = along / np.maximum(
-                    np.linalg.norm(along, axis=1, keepdims=True), 1e-12
-                )
+                block = features[start : start + BLOCK]
+                units[start : start + len(block)] = units_along(block, mean, directions)
             found[:, side * size : (side + 1) * size] = units[row]
         return found
 
     def write(self, directory: Path) -> None:
         """One safetensors file in a package."""
-        save_file({name: np.ascontiguousarray(value) for name, value in vars(self).items()}, directory / FILE)
+        write_arrays(directory / FILE, vars(self))
 
     @classmethod
     def read(cls, directory: Path) -> "Likeness":
@@ -89,13 +84,7 @@ class Likeness:
         Raises:
             InputError: the file is missing or damaged.
         """
-        path = directory / FILE
-        try:
-            return cls(**load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path}: cannot be read as safetensors ({error}): an earlier version of camenn trained this model, or the file is damaged. Run `camenn train` again."
-            ) from error
+        return cls(**read_arrays(directory / FILE))
 
 
 def alike_prices(vectors: Floats, price: Floats, group: Ints, rank: NDArray[np.uint64]) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -758,13 +759,15 @@ def train(
     return metrics
 
 
+def popularity(corpus: Corpus, split: str) -> NDArray[np.float64]:
+    """log(1 + orders of the listing before the session) of each example of a split, [n]."""
+    files = [pq.ParquetFile(path).read(columns=["item_orders"]) for path, _ in corpus.files(split)]
+    return np.log1p(np.concatenate([table["item_orders"].to_numpy() for table in files]).astype(np.float64))
+
+
 def popularity_metrics(corpus: Corpus, found: dict[str, Predictions]) -> dict[str, Any]:
     """The popularity baseline, calibrated like the model: listings by their orders before the session. `found`: predictions of the same examples."""
-    popular = {}
-    for split, predictions in found.items():
-        files = [pq.ParquetFile(path).read(columns=["item_orders"]) for path, _ in corpus.files(split)]
-        orders = np.concatenate([table["item_orders"].to_numpy() for table in files])
-        popular[split] = predictions.with_logits(np.log1p(orders.astype(np.float64)))
+    popular = {split: predictions.with_logits(popularity(corpus, split)) for split, predictions in found.items()}
     return cvr_metrics(popular["test"], calibrate(popular), corpus.config.base_rate)
 
 

@@ -72,10 +72,8 @@ from schemas.scores import LISTING_QUALITY, SCORES
 from schemas.training import ITEMS
 
 if TYPE_CHECKING:
-    from camenn_model.agreement import Judgement
     from camenn_model.challenge import Calibration
     from camenn_model.checkpoint import Package
-    from camenn_model.feature_space import Told
 
 PAIRS_FOR_ALL_CORES = 200_000
 """Pairs from which worker processes, which take some ten seconds to start, pay."""
@@ -137,9 +135,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         }
         give_back()
         # Once, not in every worker: it needs the whole catalog.
-        told, judgement = judge_catalog(package, items, paths)
-        write_table(directory, "told", pa.table(told._asdict()))
-        write_table(directory, "judgement", pa.table(vars(judgement)))
+        write_table(directory, "told", judge_catalog(package, items, paths))
         give_back()
         n_pairs = pairs.count
         local = is_local_run(beam_flags)
@@ -251,14 +247,13 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
     return manifest.summary
 
 
-def judge_catalog(package: "Package", items: pa.Table, paths: dict[str, tuple[str, ...]]) -> tuple["Told", "Judgement"]:
-    """(what the model's features need of all listings together; how well each one's photo and title belong together)."""
-    from camenn_model.feature_space import Told
+def judge_catalog(package: "Package", items: pa.Table, paths: dict[str, tuple[str, ...]]) -> pa.Table:
+    """What all listings together tell of each: the columns of `Told`, and of `Judgement`."""
     from camenn_model.item_table import ItemTable
 
     table = ItemTable.of_files(items, paths["images"], paths["titles"])
     judgement = table.judge(package.space.agreement)
-    return Told(table.alike_prices(package.space.likeness), judgement.agreement), judgement
+    return pa.table({"price_alike": table.alike_prices(package.space.likeness), **vars(judgement)})
 
 
 def judge_model(options: ScoreOptions, package: "Package") -> "Calibration | None":

@@ -94,7 +94,7 @@ def _load(given: WorkerInput) -> _Loaded:
 
     package = read_package(Path(given.model))
     items = _read_part(given.directory, "items", ITEMS_READ)
-    told = _read_part(given.directory, "told")
+    told = _read_part(given.directory, "told", list(Told._fields))
     found = Told(*(told[name].to_numpy() for name in Told._fields))
     table = ItemTable.of_files(items, given.images, given.titles).encode(package.space, found)
     return _Loaded(package, table, item_attributes(items))
@@ -333,10 +333,8 @@ class JudgeListings(beam.DoFn):
         from camenn_model.agreement import Judgement
         from camenn_model.quality import Activity, judge
 
-        items, found, activity = (
-            _read_part(self.directory, name, columns)
-            for name, columns in (("items", ITEMS_READ), ("judgement", None), ("activity", None))
-        )
+        items, activity = _read_part(self.directory, "items", ITEMS_READ), _read_part(self.directory, "activity")
+        found = _read_part(self.directory, "told", list(Judgement.__dataclass_fields__))
         judged = judge(
             items,
             Judgement(**{name: found[name].to_numpy() for name in found.column_names}),

@@ -23,7 +23,7 @@ from camenn_model.dataset import AlignmentSampler, collate, concat_rows
 from camenn_model.evaluation import CALIBRATED_ON, Predictions, calibrate, predict
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig
-from camenn_model.train import Corpus, TrainOptions, open_corpus
+from camenn_model.train import Corpus, TrainOptions, open_corpus, popularity
 from pipelines.files import write_json
 from schemas.contract import InputError
 
@@ -225,12 +225,7 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
     if job.model not in (*BASELINES, POPULARITY):
         raise InputError(f"no model '{job.model}'; one of {', '.join([*VARIANTS, *BASELINES, POPULARITY, FROZEN])}")
     if job.model == POPULARITY:
-        raw: dict[str, NDArray[np.float64]] = {}
-        for split in (*CALIBRATED_ON, "test"):
-            files = [pq.ParquetFile(path).read(columns=["item_orders"]) for path, _ in corpus.files(split)]
-            raw[split] = np.log1p(
-                np.concatenate([table["item_orders"].to_numpy() for table in files]).astype(np.float64)
-            )
+        raw = {split: popularity(corpus, split) for split in (*CALIBRATED_ON, "test")}
         more: dict[str, Any] = {}
     else:
         raw, more = tune(

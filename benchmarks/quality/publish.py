@@ -85,9 +85,10 @@ def _representation(found: Results, kind: str) -> list[str]:
             for name in ("mismatch_auc", "swap_auc"):
                 row.append(shown([p[name] for p in pieces], 3) if all(name in p for p in pieces) else "-")
             rows.append(row)
-    for model in [m for k, m in found if k == kind]:
-        if judged := [r["listing_quality"]["mismatch_auc"] for r in found[kind, model] if r.get("listing_quality")]:
-            rows.append([f"listing quality of {model}", "-", "-", "-", "-", shown(judged, 3), "-"])
+    if judged := [
+        r["listing_quality"]["mismatch_auc"] for r in found.get((kind, "full"), []) if r.get("listing_quality")
+    ]:
+        rows.append(["listing quality of full", "-", "-", "-", "-", shown(judged, 3), "-"])
     head = ["", "photo → title R@1", "R@5", "title → photo R@1", "R@5", "mismatch AUC", "swap AUC"]
     return _table(head, rows) if rows else []
 

@@ -70,7 +70,7 @@ def test_figures_equal_a_slow_reference() -> None:
             cosine(title, (catalog.images[o].astype(np.float64) - judge.image_mean) @ judge.image_map) for o in others
         ]
         expected = [cosine(photo, title), *(np.mean(sorted(found)[-NEIGHBOURS:]) for found in (of_titles, of_photos))]
-        figures = agreement.figures(catalog.images[[place]], catalog.titles[[place]], fold)
+        figures = judge.figures(catalog.images[[place]], catalog.titles[[place]])
         assert figures[0] == pytest.approx(expected, abs=1e-6)
         standard = (figures[0] - agreement.center) / agreement.scale
         c, p, t = standard
