@@ -15,7 +15,7 @@ from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch
 from camenn_model.calibration import PlattScaling, fit_platt
 from camenn_model.dataset import ExampleReader, Rows, collate, cut_batches, prefetch
 from camenn_model.item_table import Ints, ItemTable
-from camenn_model.model import CameNN
+from camenn_model.model import AlignOutput, CameNN
 from camenn_model.scorer import Scorer
 
 EVALUATION_BATCH = 1_024
@@ -147,23 +147,25 @@ def match_scores(
     model: CameNN, table: ItemTable, image_of: Ints, text_of: Ints
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """ITA and TIA probabilities that photos and titles of given listings belong together, [n] each."""
-    device = next(model.parameters()).device
     ita, tia = [], []
     for start in range(0, len(image_of), 512):
-        rows, place = np.unique(
-            np.concatenate([image_of[start : start + 512], text_of[start : start + 512]]), return_inverse=True
-        )
-        half = len(place) // 2
-        pairs = AlignmentPairs(
-            image_of=torch.from_numpy(place[:half]), text_of=torch.from_numpy(place[half:]), label=torch.zeros(half)
-        )
-        none = torch.zeros(0, dtype=torch.int64)
-        batch = AlignmentBatch(items=table.batch(rows, content_only=True), ita=pairs, tia=pairs, index=none, group=none)
-        with torch.inference_mode():
-            output = model.align(batch.to(device))
+        output = align_pairs(model, table, image_of[start : start + 512], text_of[start : start + 512])
         ita.append(output.ita.sigmoid().double().cpu().numpy())
         tia.append(output.tia.sigmoid().double().cpu().numpy())
     return np.concatenate(ita), np.concatenate(tia)
+
+
+def align_pairs(model: CameNN, table: ItemTable, image_of: Ints, text_of: Ints) -> AlignOutput:
+    """What the alignment tasks say of photos and titles of given listings [n], all at once."""
+    rows, place = np.unique(np.concatenate([image_of, text_of]), return_inverse=True)
+    half = len(place) // 2
+    pairs = AlignmentPairs(
+        image_of=torch.from_numpy(place[:half]), text_of=torch.from_numpy(place[half:]), label=torch.zeros(half)
+    )
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = AlignmentBatch(items=table.batch(rows, content_only=True), ita=pairs, tia=pairs, index=none, group=none)
+    with torch.inference_mode():
+        return model.align(batch.to(next(model.parameters()).device))
 
 
 def content_vectors(model: CameNN, table: ItemTable, rows: Ints) -> tuple[Tensor, Tensor]:

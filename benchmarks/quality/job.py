@@ -20,7 +20,8 @@ from benchmarks.quality.judge import judge
 from benchmarks.quality.variants import VARIANTS, make_trainer
 from benchmarks.quality.worlds import World, read_keys, read_truth
 from camenn_model.dataset import AlignmentSampler, collate, concat_rows
-from camenn_model.evaluation import CALIBRATED_ON, Predictions, calibrate, predict
+from camenn_model.evaluation import CALIBRATED_ON, Predictions, align_pairs, calibrate, predict
+from camenn_model.experts import GateOutput
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig
 from camenn_model.train import Corpus, TrainOptions, open_corpus, popularity
@@ -104,7 +105,8 @@ class Job:
         """What the result depends on."""
         given = {name: value for name, value in asdict(self).items() if name not in ("threads", "results")}
         encoders = {name: Path(getattr(self.world, name)).name for name in ("image_weights", "text_encoder")}
-        return given | encoders | {"world": self.world.name, "version": VERSION}
+        of_world = {name: getattr(self.world, name) for name in ("name", "preset", "city", "flags")}
+        return given | encoders | {"world": of_world, "version": VERSION}
 
     def done(self) -> bool:
         """Whether the result of this very job is there."""
@@ -145,25 +147,43 @@ def held_out(world: World, corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[n
     return train, classes[train], representation.Held(held, classes[held], mismatched[held], corrupted[held])
 
 
+def _dense(gate: GateOutput, experts: int) -> NDArray[np.float64]:
+    """The weight of each expert, chosen or not, [n, experts]."""
+    return torch.zeros(len(gate.chosen), experts).scatter(1, gate.chosen, gate.weights).double().numpy()
+
+
 @torch.inference_mode()
-def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, list[float]]:
-    """Mean weight of each expert in the gate of each task, on some test examples and some alignment pairs."""
-    experts = model.config.experts
+def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, Any]]:
+    """`gates`: mean weight of each expert in the gate of each task, on some test examples and some alignment pairs.
+
+    `gates_apart`: how much CVR's and ITA's differ on the same listings, one test example each: total variation between the two means, and the largest
+    difference of an expert's weight in standard errors of its mean; only where there are two such listings.
+    """
+    experts, table = model.config.experts, corpus.table
     rows = concat_rows([corpus.reader.read(path) for path, _ in corpus.files("test")])
-    chosen = np.random.default_rng([seed, 23]).permutation(len(rows))[:GATE_SAMPLE]
-    gates = {"cvr": model(collate(rows.take(np.sort(chosen)), corpus.table)).gate}
-    sampler = AlignmentSampler(corpus.table)
+    shuffled = np.random.default_rng([seed, 23]).permutation(len(rows))
+    chosen = collate(rows.take(np.sort(shuffled[:GATE_SAMPLE])), table)
+    weights = {"cvr": _dense(model(chosen).gate, experts)}
+    sampler = AlignmentSampler(table)
     batch = sampler.draw(512, 512, np.random.default_rng([seed, 29])) if len(sampler) >= 2 else None
     if batch is not None:
         output = model.align(batch)
-        gates |= {"ita": output.ita_gate, "tia": output.tia_gate}
-    return {
-        task: torch.zeros(experts)
-        .index_add(0, gate.chosen.flatten(), gate.weights.flatten())
-        .div(len(gate.chosen))
-        .tolist()
-        for task, gate in gates.items()
-    }
+        weights |= {"ita": _dense(output.ita_gate, experts), "tia": _dense(output.tia_gate, experts)}
+    found: dict[str, dict[str, Any]] = {"gates": {task: each.mean(axis=0).tolist() for task, each in weights.items()}}
+    shuffled = shuffled[table.with_content()[rows.item[shuffled]]]
+    _, first = np.unique(rows.item[shuffled], return_index=True)
+    one_each = rows.take(shuffled[np.sort(first)[:GATE_SAMPLE]])
+    if len(one_each) >= 2:
+        cvr = _dense(model(collate(one_each, table)).gate, experts)
+        ita = _dense(align_pairs(model, table, one_each.item, one_each.item).ita_gate, experts)
+        difference = (cvr - ita).mean(axis=0)
+        error = (cvr - ita).std(axis=0, ddof=1) / np.sqrt(len(one_each))
+        found["gates_apart"] = {
+            "listings": len(one_each),
+            "total_variation": float(np.abs(difference).sum() / 2),
+            "largest_z": float((np.abs(difference) / np.maximum(error, 1e-12)).max()),
+        }
+    return found
 
 
 def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
@@ -204,7 +224,7 @@ def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[s
             "steps": state.step,
             "early_stop_log_loss": state.best_loss,
         },
-        "gates": gate_use(trainer.model, test, job.seed),
+        **gate_use(trainer.model, test, job.seed),
     }
     if trainer.sampler is not None:
         train, _, held = held_out(job.world, corpus)

@@ -84,28 +84,29 @@ def judge(
     """All figures of one model on one test part."""
     figures = {"test": cvr_metrics(found, calibration, base_rate)}
     if truth is None:
-        figures["test"]["auc_of_draws"] = auc_of_draws(found.labels, found.logits, found.users)
+        figures["test"] |= of_draws(found)
     else:
         figures["expected"] = under_truth(found, calibration, truth, prior_clicks)
     return figures
 
 
-def auc_of_draws(
-    labels: Floats, scores: Floats, users: NDArray[np.int64], draws: int = 200, seed: int = 0
-) -> list[float]:
-    """AUC of scores [n] on each draw of users: with replacement, all of their examples (cluster bootstrap, Field and Welsh 2007).
+def of_draws(found: Predictions, draws: int = 200, seed: int = 0) -> dict[str, list[float]]:
+    """AUC and AUC within sessions on each draw of users: with replacement, all of their examples (cluster bootstrap, Field and Welsh 2007).
 
-    The draws are the same for all models: the standard deviation of two models' differences is the standard error of their difference.
+    The draws are the same for all models: the standard deviation of two models' differences is the standard error of their difference. Who is drawn twice has
+    each session once, with twice its examples.
     """
     rng = np.random.default_rng(seed)
-    _, user = np.unique(users, return_inverse=True)
+    _, user = np.unique(found.users, return_inverse=True)
     order = np.argsort(user, kind="stable")
     starts = np.searchsorted(user[order], np.arange(user.max() + 2))
-    drawn = []
+    drawn: dict[str, list[float]] = {"auc_of_draws": [], "session_auc_of_draws": []}
     for _ in range(draws):
         chosen = rng.integers(0, len(starts) - 1, len(starts) - 1)
         rows = np.concatenate([order[starts[u] : starts[u + 1]] for u in chosen])
-        drawn.append(metrics.auc(labels[rows], scores[rows]))
+        labels, logits = found.labels[rows], found.logits[rows]
+        drawn["auc_of_draws"].append(metrics.auc(labels, logits))
+        drawn["session_auc_of_draws"].append(metrics.gauc(labels, logits, found.sessions[rows]).value)
     return drawn
 
 

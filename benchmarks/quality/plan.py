@@ -18,6 +18,13 @@ ABLATIONS = (
 CONTROLS = ("permuted_labels", "shuffled_patches", "shuffled_alignment")
 SMALL_CITY: dict[str, Any] = {"clicks": 60_000, "listings": 3_000, "stores": 30, "users": 450, "photos": 2_000}
 """The ablations' city"""
+WORTHLESS: dict[str, Any] = {
+    "content_weight": 0.0,
+    "order_mismatch": 0.0,
+    "click_bad_image": 0.0,
+    "click_bad_text": 0.0,
+}
+"""What photos and titles show or spoil changes no click and no order."""
 HISTORY = 50
 """Entries of a history, for all models: people have more than a hundred clicks each"""
 QUICK_CITY: dict[str, Any] = {}
@@ -75,7 +82,7 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     for seed in range(min(arguments.seeds, arguments.ablation_seeds)):
         small = world(arguments, f"small{seed}", {**SMALL_CITY, "seed": seed})
         if "controls" in arguments.parts:
-            empty = world(arguments, f"worthless{seed}", {**SMALL_CITY, "seed": seed, "content_weight": 0.0})
+            empty = world(arguments, f"worthless{seed}", {**SMALL_CITY, **WORTHLESS, "seed": seed})
             clean = world(arguments, f"clean{seed}", {**SMALL_CITY, "seed": seed, "corruption": 0.0})
             for where, models in (
                 (small, ("full", *CONTROLS)),

@@ -11,6 +11,7 @@ from benchmarks.quality.plots import draw
 from benchmarks.quality.variants import VARIANTS
 from pipelines.files import write_json
 
+HOLDS = {True: "yes", False: "**no**", None: "-"}
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 LEARNED = ("photo → title R@1", "title → photo R@1", "mismatch AUC")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -150,8 +151,8 @@ def publish(results: list[Result], work: Path, *, docs: bool) -> None:
     claims = city_claims(found)
     lines = ["![Figures of the models](quality.png)", "", "### Claims", ""]
     lines += _table(
-        ["claim", "holds", "figure"],
-        [[c, "yes" if holds else "**no**", figure] for c, (holds, figure) in claims.items()],
+        ["claim", "holds", "figure", "seeds"],
+        [[name, HOLDS[claim.holds], claim.figure, str(claim.seeds)] for name, claim in claims.items()],
     )
     for title, part in (
         ("Known truth: the default city", _city(found)),
@@ -165,7 +166,7 @@ def publish(results: list[Result], work: Path, *, docs: bool) -> None:
             lines += [f"### {title}", "", *part]
     text = "\n".join(lines)
     (work / "quality.md").write_text(text)
-    write_json(str(work / "claims.json"), {name: {"holds": h, "figure": f} for name, (h, f) in claims.items()})
+    write_json(str(work / "claims.json"), {name: claim._asdict() for name, claim in claims.items()})
     picture = draw(found)
     (work / "quality.png").write_bytes(picture)
     print(text)

@@ -16,7 +16,7 @@ from camenn_model.agreement import Agreement
 from camenn_model.batch import AlignmentBatch
 from camenn_model.config import ITEM_HASH, LossConfig
 from camenn_model.dataset import AlignmentSampler, ExampleReader, Rows
-from camenn_model.feature_space import MISSING, NUMERIC_GROUPS, FeatureSpace
+from camenn_model.feature_space import MISSING, NUMERIC_GROUPS, FeatureSpace, Numeric
 from camenn_model.item_table import Ints, ItemTable
 from camenn_model.train import Corpus, Trainer, TrainOptions
 from schemas.training import ITEM_QUALITY
@@ -83,7 +83,7 @@ class _Arrays:
 
 
 def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
-    """The corpus with the truth of what photos and titles display in the place of their embeddings.
+    """The corpus with the truth of what photos and titles display in the place of their embeddings, and of how well these agree.
 
     A photo: whether it is right and clear, its visual factors if so, and the vector z of the class that it shows. A title: the same with its attributes.
     """
@@ -111,10 +111,18 @@ def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
     table.image_row = table.title_row = np.arange(len(table))
     table.tokens = np.ones(len(table), dtype=np.int64)
     table.pooled_images, table.pooled_titles = images.astype(np.float16), titles.astype(np.float16)
-    space = replace(corpus.space, likeness=table.fit_likeness(), agreement=Agreement.none())
-    table.encode(space)
+    likeness, agreement = table.fit_likeness(), table.fit_agreement()
+    told = table.tell(likeness, agreement)
+    numbers = corpus.space.numbers | {name: Numeric.fit(values) for name, values in told._asdict().items()}
+    space = replace(corpus.space, likeness=likeness, agreement=agreement, numbers=numbers)
+    table.encode(space, told)
     config = replace(
-        corpus.config, image_width=images.shape[1], text_width=titles.shape[1], patch_grid=1, text_tokens=1
+        corpus.config,
+        fields=space.fields,
+        image_width=images.shape[1],
+        text_width=titles.shape[1],
+        patch_grid=1,
+        text_tokens=1,
     )
     return replace(corpus, space=space, table=table, config=config)
 

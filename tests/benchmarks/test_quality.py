@@ -28,7 +28,7 @@ from benchmarks.quality.publish import publish
 from benchmarks.quality.variants import VARIANTS, hide, make_trainer, shuffle_images
 from benchmarks.quality.worlds import World, read_keys, read_truth
 from camenn_model import metrics
-from camenn_model.evaluation import predict
+from camenn_model.evaluation import Predictions, predict
 from camenn_model.train import Corpus, TrainOptions, open_corpus
 from schemas.contract import InputError
 from simulator.truth import expected_auc
@@ -139,6 +139,30 @@ def test_displayed_attributes_are_the_truths(world: World, corpus: Corpus, tmp_p
             assert batch.text[place, 0, 1] == listing["organic"]
         if listing["image_corruption"] == "clean":
             assert batch.patches[place, 0, 1] == np.float16(listing["freshness"])
+    # It is told how well these agree, by buckets of its own: nothing is cut off at what embeddings ranged to.
+    told = test.table.judge(test.space.agreement).agreement
+    number = test.space.numbers["agreement"]
+    known = told[np.isfinite(told)]
+    assert (
+        number != corpus.space.numbers["agreement"] and number.lowest <= known.min() and number.highest >= known.max()
+    )
+    assert test.config.fields == test.space.fields
+    mismatched = np.array([listings[item]["mismatched"] for item in test.table.ids.to_pylist()])
+    assert metrics.mismatch_auc(mismatched, told) > 0.9
+
+
+def test_gates_are_compared_on_the_same_listings(world: World, corpus: Corpus, tmp_path: Path) -> None:
+    trainer, test = make_trainer(corpus, VARIANTS["full"], options(world, tmp_path), world)
+    model = trainer.model.eval()
+    begun = quality_job.gate_use(model, test, 0)
+    # Gates start at 0: each sends everything to the same experts.
+    assert begun["gates_apart"]["total_variation"] == begun["gates_apart"]["largest_z"] == 0
+    with torch.no_grad():
+        model.ita_gate.weights[0].weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
+    apart = quality_job.gate_use(model, test, 0)["gates_apart"]
+    shown = np.unique(np.concatenate([test.reader.read(path).item for path, _ in test.files("test")]))
+    assert apart["listings"] == test.table.with_content()[shown].sum()
+    assert 0.01 < apart["total_variation"] <= 1 and apart["largest_z"] > 4
 
 
 def test_permuted_labels_are_those_of_training_alone(world: World, corpus: Corpus, tmp_path: Path) -> None:
@@ -173,15 +197,24 @@ def test_expected_ece_by_hand() -> None:
 def test_draws_of_users_against_a_plain_bootstrap() -> None:
     rng = np.random.default_rng(0)
     users = rng.integers(0, 60, 1_500)
+    sessions = 5 * users + rng.integers(0, 5, 1_500)
     labels = (rng.random(1_500) < 0.3).astype(float)
     one, other = labels + rng.normal(size=1_500), labels * 0.5 + rng.normal(size=1_500)
-    ours = [np.array(judge.auc_of_draws(labels, scores, users, draws=300)) for scores in (one, other)]
-    drawn = []
+    ours = [judge.of_draws(Predictions(scores, labels, users, sessions), draws=300) for scores in (one, other)]
+    drawn: dict[str, list[float]] = {"auc": [], "session_auc": []}
     for _ in range(300):
-        rows = np.concatenate([np.flatnonzero(users == u) for u in rng.integers(0, 60, 60)])
-        drawn.append(metrics.auc(labels[rows], one[rows]) - metrics.auc(labels[rows], other[rows]))
-    assert np.std(ours[0] - ours[1], ddof=1) == pytest.approx(np.std(drawn, ddof=1), rel=0.25)
-    assert np.mean(ours[0] - ours[1]) == pytest.approx(np.mean(drawn), abs=3 * np.std(drawn) / np.sqrt(300))
+        chosen = rng.integers(0, 60, 60)
+        rows = np.concatenate([np.flatnonzero(users == u) for u in chosen])
+        # Who is drawn twice is two people here, with sessions of their own.
+        whose = np.repeat(np.arange(60), [np.count_nonzero(users == u) for u in chosen])
+        apart = 1_000 * whose + sessions[rows]
+        drawn["auc"].append(metrics.auc(labels[rows], one[rows]) - metrics.auc(labels[rows], other[rows]))
+        within = [metrics.gauc(labels[rows], scores[rows], apart).value for scores in (one, other)]
+        drawn["session_auc"].append(within[0] - within[1])
+    for name, plain in drawn.items():
+        differences = np.subtract(ours[0][f"{name}_of_draws"], ours[1][f"{name}_of_draws"])
+        assert np.std(differences, ddof=1) == pytest.approx(np.std(plain, ddof=1), rel=0.25)
+        assert np.mean(differences) == pytest.approx(np.mean(plain), abs=3 * np.std(plain) / np.sqrt(300))
 
 
 def test_p_values_by_hand() -> None:
@@ -443,6 +476,7 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
         "no_content": 0.65,
         "displayed": 0.78,
         "no_alignment": 0.74,
+        "no_ids": 0.74,
         "lightgbm_content": 0.7,
         "mmoe": 0.69,
     }
@@ -476,30 +510,41 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
                 "representation": {"ridge": mapped, "cca": mapped},
             }
         )
+        for model, auc in {"full": 0.7, "lightgbm": 0.68, "lightgbm_content": 0.67, "mmoe": 0.69}.items():
+            drawn = {f"{name}_of_draws": [auc - 0.001 * (model == "mmoe"), auc] for name in ("auc", "session_auc")}
+            on_test = test | {"auc": auc, "session_auc": auc} | drawn
+            results.append({"world": "real", "model": model, "seed": seed, "test": on_test})
     for result in results:
         if result["model"] == "full":
             result |= {"gates": {"cvr": [0.4, 0.6], "ita": [0.6, 0.4]}, "representation": learned}
             result |= {"listing_quality": {"mismatch_auc": 0.95, "worst_twentieth": 0.8}}
+            result |= {"gates_apart": {"total_variation": 0.2, "largest_z": 9.0}}
         if result["model"] == "shuffled_alignment":
             result |= {"representation": learned | {"swap_auc": 0.51}}
         if result["model"] == "no_alignment":
             # ITA's and TIA's gates are not trained: as they begin, they choose the first expert.
             result |= {"gates": {"cvr": [0.3, 0.7], "ita": [1.0, 0.0]}}
-        if result["model"] in ("lightgbm_content", "mmoe"):
+        if result["model"] in ("lightgbm_content", "mmoe") and "expected" in result:
             result["expected"]["auc"] += result["seed"] * 1e-3
     small = [
         r
         for r in results
-        if not (r["world"].startswith("small") and r["model"] in ("lightgbm_content", "mmoe", "displayed"))
+        if not (r["world"].startswith("small") and r["model"] in ("lightgbm_content", "mmoe", "displayed", "no_ids"))
     ]
     publish(small, tmp_path, docs=False)
     told = json.loads((tmp_path / "claims.json").read_text())
-    assert len(told) >= 16 and all(claim["holds"] for claim in told.values()), told
-    assert told["no dead expert in any run"]["figure"] == "least mean gate weight 0.3000, city0-no_alignment-0 of 21"
+    assert len(told) >= 25 and all(claim["holds"] and claim["seeds"] >= 3 for claim in told.values()), told
+    # 2 · 0.001 / √2: the seeds' differences are the same.
+    assert (
+        told["real log: AUC above mmoe by 2 SE of seeds and users"]["figure"] == "0.0100 ± 0.0000, must exceed 0.0014"
+    )
+    assert (
+        told["no dead expert in any run"]["figure"] == "least mean gate weight 0.3000, city0-no_alignment-0 of 24 runs"
+    )
     text = (tmp_path / "quality.md").read_text()
     assert "0.7510 ± 0.0006" in text and "content efficiency" in text and "listing quality of full" in text
     for result in small:
-        if result["model"] == "full":
+        if result["model"] == "full" and "expected" in result:
             result["expected"]["auc"] -= 0.08
         if result["model"] == "shuffled_alignment":
             result["expected"]["auc"] += 0.08
@@ -512,6 +557,7 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not dead["holds"] and "small2-no_alignment-2" in dead["figure"]
     broken = {name for name, claim in told.items() if name.startswith("control") and not claim["holds"]}
     assert broken == {
+        "control: content that is worth nothing wins nothing",
         "control: without corruption, alignment adds nothing",
         "control: photos of other listings cost AUC",
         "control: shuffled alignment adds nothing",
@@ -519,6 +565,11 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     # A picture, as high as there are panels.
     with Image.open(tmp_path / "quality.png") as picture:
         full = picture.size
-    publish([result for result in small if result["world"].startswith("city")], tmp_path, docs=False)
+    city = [result for result in small if result["world"].startswith("city") and result["model"] != "displayed"]
+    publish(city, tmp_path, docs=False)
+    told = json.loads((tmp_path / "claims.json").read_text())
+    missing = {name for name, claim in told.items() if claim["holds"] is None}
+    assert {name for name in told if name.startswith(("control", "real"))} | {"content efficiency ≥ 0.65"} == missing
+    assert "| content efficiency ≥ 0.65 | - | not measured | 0 |" in (tmp_path / "quality.md").read_text()
     with Image.open(tmp_path / "quality.png") as picture:
         assert full[0] == picture.size[0] and full[1] > picture.size[1] > 500
