@@ -69,7 +69,13 @@ def _city(found: Results) -> list[str]:
             ratios = over_truth(found["city", model], name)
             row.append(shown(ratios) if ratios else "-")
         strata_rows.append(row)
-    return [*lines, "Expected AUC over that of the truth, by stratum:", "", *_table(["stratum", *models], strata_rows)]
+    lines += ["Expected AUC over that of the truth, by stratum:", "", *_table(["stratum", *models], strata_rows)]
+    by_seed = {model: {r["seed"]: r["expected"]["auc"] for r in found["city", model]} for model in models}
+    seeds = sorted(set().union(*by_seed.values()))
+    seed_rows = [
+        [model, *(f"{of[seed]:.4f}" if seed in of else "-" for seed in seeds)] for model, of in by_seed.items()
+    ]
+    return [*lines, "Expected AUC, seed by seed:", "", *_table(["model", *map(str, seeds)], seed_rows)]
 
 
 def _representation(found: Results, kind: str) -> list[str]:

@@ -542,6 +542,7 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
         told["no dead expert in any run"]["figure"] == "least mean gate weight 0.3000, city0-no_alignment-0 of 24 runs"
     )
     text = (tmp_path / "quality.md").read_text()
+    assert "| no_ids | 0.7400 | 0.7410 | 0.7420 |" in text, "seed by seed"
     assert "0.7510 ± 0.0006" in text and "content efficiency" in text and "listing quality of full" in text
     for result in small:
         if result["model"] == "full" and "expected" in result:
