@@ -27,8 +27,6 @@ DEAD = 0.001
 NOTHING = 0.001
 """A difference of expected AUC that counts as none"""
 MISSING = "not measured"
-SURELY = 4.0
-"""Standard errors of a difference that is no chance, the largest of some experts'"""
 
 
 def quick_claims(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
@@ -118,13 +116,13 @@ def city_claims(found: Results) -> dict[str, Claim]:
         at_least(0),
     )
     apart = [result["gates_apart"] for result in full if "gates_apart" in result]
-    sure = [each["largest_z"] for each in apart]
+    between, users = ([each[name] for each in apart] for name in ("ita_tia", "cvr_users"))
     claims.judge(
         "gates differ between tasks",
-        [each["total_variation"] for each in apart],
-        lambda values: min(values) > 0.01 and min(sure) > SURELY,
+        [each["cvr_ita"] for each in apart],
+        lambda values: all(min(tasks) > 2 * of_users for *tasks, of_users in zip(values, between, users, strict=True)),
         lambda values: (
-            f"total variation of CVR's and ITA's {shown(values, 3)}; of one expert's weight at least {min(sure):.1f} SE"
+            f"on a listing CVR's and ITA's by {shown(values, 3)} (total variation), ITA's and TIA's by {shown(between, 3)}, CVR's between two users by {shown(users, 3)}"
         ),
     )
     claims.judge(

@@ -156,8 +156,9 @@ def _dense(gate: GateOutput, experts: int) -> NDArray[np.float64]:
 def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, Any]]:
     """`gates`: mean weight of each expert in the gate of each task, on some test examples and some alignment pairs.
 
-    `gates_apart`: how much CVR's and ITA's differ on the same listings, one test example each: total variation between the two means, and the largest
-    difference of an expert's weight in standard errors of its mean; only where there are two such listings.
+    `gates_apart`: how much the tasks' weights differ on the same listings, which the mean of all does not tell: the balance of experts makes that even for each
+    task. Means over listings of the total variation between CVR's and ITA's, ITA's and TIA's, and CVR's of two users (what is not the task's doing); only where
+    test examples show a listing to two users.
     """
     experts, table = model.config.experts, corpus.table
     rows = concat_rows([corpus.reader.read(path) for path, _ in corpus.files("test")])
@@ -172,16 +173,23 @@ def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, An
     found: dict[str, dict[str, Any]] = {"gates": {task: each.mean(axis=0).tolist() for task, each in weights.items()}}
     shuffled = shuffled[table.with_content()[rows.item[shuffled]]]
     _, first = np.unique(rows.item[shuffled], return_index=True)
-    one_each = rows.take(shuffled[np.sort(first)[:GATE_SAMPLE]])
-    if len(one_each) >= 2:
-        cvr = _dense(model(collate(one_each, table)).gate, experts)
-        ita = _dense(align_pairs(model, table, one_each.item, one_each.item).ita_gate, experts)
-        difference = (cvr - ita).mean(axis=0)
-        error = (cvr - ita).std(axis=0, ddof=1) / np.sqrt(len(one_each))
+    _, last = np.unique(rows.item[shuffled][::-1], return_index=True)
+    one, other = shuffled[first], shuffled[len(shuffled) - 1 - last]
+    of_two = np.flatnonzero(rows.user[one] != rows.user[other])
+    of_two = np.random.default_rng([seed, 31]).permutation(of_two)[:GATE_SAMPLE]
+    if len(of_two):
+        items = rows.item[one[of_two]]
+        cvr, of_another = (
+            _dense(model(collate(rows.take(some[of_two]), table)).gate, experts) for some in (one, other)
+        )
+        output = align_pairs(model, table, items, items)
+        ita, tia = _dense(output.ita_gate, experts), _dense(output.tia_gate, experts)
         found["gates_apart"] = {
-            "listings": len(one_each),
-            "total_variation": float(np.abs(difference).sum() / 2),
-            "largest_z": float((np.abs(difference) / np.maximum(error, 1e-12)).max()),
+            "listings": len(items),
+            **{
+                name: float(np.abs(a - b).sum(axis=1).mean() / 2)
+                for name, a, b in (("cvr_ita", cvr, ita), ("ita_tia", ita, tia), ("cvr_users", cvr, of_another))
+            },
         }
     return found
 
