@@ -57,7 +57,7 @@ def quick_claims(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
 
 
 class Claim(NamedTuple):
-    """`holds` is None where results are missing. `seeds`: of how many the figure is."""
+    """`holds` is None where results are missing. `seeds`: of how many results the figure is, one a seed but where all runs are looked at."""
 
     holds: bool | None
     figure: str
@@ -104,10 +104,11 @@ def city_claims(found: Results) -> dict[str, Claim]:
             partial(_all_within, low, high),
             lambda values: f"{shown(values)}, {min(values):.4f} to {max(values):.4f}",
         )
-    warm, cold = (over_truth(full, stratum) for stratum in ("warm", "cold_start"))
+    # A result of which either stratum is too small has none to give.
+    strata = [[over_truth([result], stratum) for stratum in ("warm", "cold_start")] for result in full]
     claims.judge(
         "cold-start listings within 0.02 of warm ones",
-        [a - b for a, b in zip(warm, cold, strict=True)],
+        [warm[0] - cold[0] for warm, cold in strata if warm and cold],
         lambda gaps: statistics.mean(gaps) <= 0.02,
     )
     claims.judge(
@@ -210,7 +211,7 @@ def _representation_claims(claims: _Claims, found: Results) -> None:
 def _real_claims(claims: _Claims, found: Results) -> None:
     def compare(other: str, figure: str) -> None:
         above = paired(found, "real", "full", other, "test", figure)
-        bar = _bar(found, other, figure) if above else math.nan
+        bar = _bar(found, other, figure, above) if above else math.nan
         claims.judge(
             f"real log: {figure.replace('_', ' ').replace('auc', 'AUC')} above {other} by 2 SE of seeds and users",
             above,
@@ -223,7 +224,7 @@ def _real_claims(claims: _Claims, found: Results) -> None:
             compare(other, figure)
 
 
-def _bar(found: Results, other: str, figure: str) -> float:
+def _bar(found: Results, other: str, figure: str, differences: list[float]) -> float:
     """Twice the standard error of the difference between CameNN and a baseline: of seeds, and of the users that were there."""
     drawn = [
         {r["seed"]: np.array(r["test"][f"{figure}_of_draws"]) for r in found["real", model]}
@@ -232,7 +233,7 @@ def _bar(found: Results, other: str, figure: str) -> float:
     of_users = statistics.mean(
         float(np.std(drawn[0][seed] - drawn[1][seed], ddof=1)) for seed in drawn[0].keys() & drawn[1].keys()
     )
-    _, error = mean_and_error(paired(found, "real", "full", other, "test", figure))
+    _, error = mean_and_error(differences)
     return 2 * math.hypot(0 if math.isnan(error) else error, of_users)
 
 

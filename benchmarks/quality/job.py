@@ -19,9 +19,10 @@ from benchmarks.quality import representation
 from benchmarks.quality.judge import judge
 from benchmarks.quality.variants import VARIANTS, make_trainer
 from benchmarks.quality.worlds import World, read_keys, read_truth
-from camenn_model.dataset import AlignmentSampler, collate, concat_rows
+from camenn_model.dataset import AlignmentSampler, Rows, collate, concat_rows
 from camenn_model.evaluation import CALIBRATED_ON, Predictions, align_pairs, calibrate, predict
 from camenn_model.experts import GateOutput
+from camenn_model.item_table import ItemTable
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig
 from camenn_model.train import Corpus, TrainOptions, open_corpus, popularity
@@ -154,12 +155,7 @@ def _dense(gate: GateOutput, experts: int) -> NDArray[np.float64]:
 
 @torch.inference_mode()
 def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, Any]]:
-    """`gates`: mean weight of each expert in the gate of each task, on some test examples and some alignment pairs.
-
-    `gates_apart`: how much the tasks' weights differ on the same listings, which the mean of all does not tell: the balance of experts makes that even for each
-    task. Means over listings of the total variation between CVR's and ITA's, ITA's and TIA's, and CVR's of two users (what is not the task's doing); only where
-    test examples show a listing to two users.
-    """
+    """`gates`: mean weight of each expert in the gate of each task, on some test examples and some alignment pairs; `gates_apart`: see there, if it can be told."""
     experts, table = model.config.experts, corpus.table
     rows = concat_rows([corpus.reader.read(path) for path, _ in corpus.files("test")])
     shuffled = np.random.default_rng([seed, 23]).permutation(len(rows))
@@ -171,27 +167,39 @@ def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, An
         output = model.align(batch)
         weights |= {"ita": _dense(output.ita_gate, experts), "tia": _dense(output.tia_gate, experts)}
     found: dict[str, dict[str, Any]] = {"gates": {task: each.mean(axis=0).tolist() for task, each in weights.items()}}
-    shuffled = shuffled[table.with_content()[rows.item[shuffled]]]
-    _, first = np.unique(rows.item[shuffled], return_index=True)
-    _, last = np.unique(rows.item[shuffled][::-1], return_index=True)
-    one, other = shuffled[first], shuffled[len(shuffled) - 1 - last]
-    of_two = np.flatnonzero(rows.user[one] != rows.user[other])
-    of_two = np.random.default_rng([seed, 31]).permutation(of_two)[:GATE_SAMPLE]
-    if len(of_two):
-        items = rows.item[one[of_two]]
-        cvr, of_another = (
-            _dense(model(collate(rows.take(some[of_two]), table)).gate, experts) for some in (one, other)
+    apart = gates_apart(model, table, rows.take(shuffled), np.random.default_rng([seed, 31]))
+    return found | ({"gates_apart": apart} if apart else {})
+
+
+def gates_apart(model: CameNN, table: ItemTable, rows: Rows, rng: np.random.Generator) -> dict[str, float] | None:
+    """How much the tasks' weights differ on the same listings, which means over listings do not tell: the balance of experts makes those even for each task.
+
+    Means over listings of the total variation between CVR's and ITA's, ITA's and TIA's, and CVR's of two users (what is not the task's doing); None where no
+    listing is shown to two users. `rows`: examples in an order by chance, of which a listing's first and last are taken.
+    """
+    rows = rows.take(np.flatnonzero(table.with_content()[rows.item]))
+    _, first = np.unique(rows.item, return_index=True)
+    _, last = np.unique(rows.item[::-1], return_index=True)
+    last = len(rows) - 1 - last
+    of_two = rng.permutation(np.flatnonzero(rows.user[first] != rows.user[last]))[:GATE_SAMPLE]
+    if not len(of_two):
+        return None
+    one, other = rows.take(first[of_two]), rows.take(last[of_two])
+    aligned = align_pairs(model, table, one.item, one.item)
+    cvr, of_other, ita, tia = (
+        _dense(gate, model.config.experts)
+        for gate in (
+            model(collate(one, table)).gate,
+            model(collate(other, table)).gate,
+            aligned.ita_gate,
+            aligned.tia_gate,
         )
-        output = align_pairs(model, table, items, items)
-        ita, tia = _dense(output.ita_gate, experts), _dense(output.tia_gate, experts)
-        found["gates_apart"] = {
-            "listings": len(items),
-            **{
-                name: float(np.abs(a - b).sum(axis=1).mean() / 2)
-                for name, a, b in (("cvr_ita", cvr, ita), ("ita_tia", ita, tia), ("cvr_users", cvr, of_another))
-            },
-        }
-    return found
+    )
+    pairs = {"cvr_ita": (cvr, ita), "ita_tia": (ita, tia), "cvr_users": (cvr, of_other)}
+    return {
+        "listings": len(one),
+        **{name: float(np.abs(a - b).sum(axis=1).mean() / 2) for name, (a, b) in pairs.items()},
+    }
 
 
 def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
