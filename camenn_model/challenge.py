@@ -46,17 +46,29 @@ class Calibration:
     standard_error: float | None
     """Of `pcoc`, by chance alone: of these days' orders, sqrt(Σ p (1 - p)) / Σ y, and of the orders that the model was calibrated on, pcoc / √n"""
     log_loss: float
+    expected: float = 0.0
+    """Orders that the model predicts"""
+    expected_error: float = 0.0
+    """Standard error of `expected` as a prediction of the orders: of these days' chance, and of the orders that the model was calibrated on"""
+
+    @property
+    def orders_are_missing(self) -> bool:
+        """Whether nothing was ordered although something should have been, by two standard errors: a fault of the logs sooner than of the model."""
+        return not self.orders and self.expected > 2 * self.expected_error
 
     def off_by(self) -> float:
-        """How far `pcoc` is from 1 beyond two standard errors; 0 = no further than chance explains."""
+        """How far `pcoc` is from 1 beyond two standard errors; 0 = no further than chance explains, infinite where orders are missing."""
         if self.pcoc is None or self.standard_error is None:
-            return 0.0
+            return math.inf if self.orders_are_missing else 0.0
         return max(0.0, abs(self.pcoc - 1) - 2 * self.standard_error)
 
     def words(self) -> str:
         """For a log."""
         if self.pcoc is None:
-            return f"nothing was ordered after {self.examples:,} clicks of {self.first_day} to {self.last_day}"
+            return (
+                f"nothing was ordered after {self.examples:,} clicks of {self.first_day} to {self.last_day}, "
+                f"{self.expected:,.1f} (± {self.expected_error:.1f}) orders were predicted"
+            )
         return f"predicted over observed orders is {self.pcoc:.3f} (± {self.standard_error:.3f}) on {self.examples:,} clicks of {self.first_day} to {self.last_day}"
 
     def to_json(self) -> dict[str, Any]:
@@ -131,19 +143,18 @@ def judge_calibration(package: Package, shards: ShardSet) -> Calibration | None:
         return None
     labels, probability, _ = _predict(package, shards, days)
     orders = float(labels.sum())
-    pcoc = float(probability.sum() / orders) if orders else None
-    error = None
-    if pcoc is not None:
-        here = float((probability * (1 - probability)).sum()) / orders**2
-        error = math.sqrt(here + pcoc**2 / max(package.calibration.positives, 1))
+    expected, positives = float(probability.sum()), max(package.calibration.positives, 1)
+    expected_error = math.sqrt(float((probability * (1 - probability)).sum()) + expected**2 / positives)
     return Calibration(
         first_day=days.first,
         last_day=days.last,
         examples=len(labels),
         orders=int(orders),
-        pcoc=pcoc,
-        standard_error=error,
+        pcoc=expected / orders if orders else None,
+        standard_error=expected_error / orders if orders else None,
         log_loss=metrics.log_loss(labels, probability),
+        expected=expected,
+        expected_error=expected_error,
     )
 
 

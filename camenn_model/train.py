@@ -346,7 +346,7 @@ class Trainer:
                 state.seconds += time.monotonic() - started
                 if state.examples >= due:
                     self._evaluate()
-                    due += every
+                    due = (state.examples // every + 1) * every
                     if state.worse >= options.patience:
                         break
                 if self.processes.first and time.monotonic() - saved > options.checkpoint_seconds:

@@ -1,13 +1,14 @@
 """Who is scored: the audience table, or one made from stores and hours, or from active users."""
 
 import datetime
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import files
-from pipelines.dimensions import locate_row
+from pipelines.dimensions import as_category, locate_row
 from pipelines.features import local_hour_weekday
 from pipelines.snapshot import Log, active_users
 from pipelines.tables import Source
@@ -57,7 +58,7 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
     """The audience table, checked and ordered by audience_id, or None where there is none.
 
     Raises:
-        InputError: a null or repeated audience_id, a null store, or an hour outside 0 to 23.
+        InputError: a null or repeated audience_id, a null store, an hour outside 0 to 23, or a further column that is no category.
     """
     if not (files.exists(files.join(data, "audience.parquet")) or files.exists(files.join(data, "audience"))):
         return None
@@ -82,6 +83,9 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
         raise InputError(
             f"{locate_row(source, int(wrong[0]))}: audience_id '{row['audience_id']}': column 'hour' is {row['hour']}. Use the local hour, 0 to 23."
         )
+    for place, name in enumerate(table.column_names):
+        if name not in AUDIENCE.names:
+            table = table.set_column(place, name, as_category(source, name, table[name]))
     return table.sort_by("audience_id"), source
 
 
@@ -90,10 +94,19 @@ def has_candidates(data: str) -> bool:
     return files.exists(files.join(data, "candidates.parquet")) or files.exists(files.join(data, "candidates"))
 
 
-def read_candidates(
-    data: str, audience_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray
-) -> tuple[np.ndarray, Source, int] | None:
-    """Candidate pairs as codes, int64 [n, 2] of (audience row, item row), ordered; the source; and how many named unknown ids. None without table."""
+@dataclass(frozen=True)
+class Candidates:
+    """The pairs that are to be scored. `pairs`: rows of (audience, item), int64 [n, 2], distinct and ordered; rows of the table beside: all, those that name an unknown id, copies."""
+
+    pairs: np.ndarray
+    file: str
+    rows: int
+    unknown: int
+    copies: int
+
+
+def read_candidates(data: str, audience_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray) -> Candidates | None:
+    """The table `candidates`, or None where there is none."""
     if not has_candidates(data):
         return None
     source = Source.find(data, CANDIDATES)
@@ -104,7 +117,9 @@ def read_candidates(
     ]
     pairs = np.stack(codes, axis=1).astype(np.int64)
     known = (pairs >= 0).all(axis=1)
-    return np.unique(pairs[known], axis=0), source, int((~known).sum())
+    distinct = np.unique(pairs[known], axis=0)
+    unknown = int((~known).sum())
+    return Candidates(distinct, source.files[0], len(pairs), unknown, len(pairs) - unknown - len(distinct))
 
 
 def score_time(score_date: str) -> tuple[int, int]:

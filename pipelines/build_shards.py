@@ -26,6 +26,7 @@ from apache_beam.transforms.window import GlobalWindows
 
 from pipelines import files
 from pipelines.attribution import DAY_US, HOUR_US, day_of
+from pipelines.clock import latest_time
 from pipelines.console import ProgressFile, closing_table, watch
 from pipelines.days import (
     ROW_SETTINGS,
@@ -75,6 +76,8 @@ STAGE = "shards"
 ROWS_PER_BUCKET = 262_144
 ROWS_PER_FILE = 262_144
 WRITERS = 2
+FEW_CLICKS = 100
+"""Of fewer clicks since the final days all may be of listings that left the catalog."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,8 @@ class Plan:
     """About so many rows go from users to listings"""
     items_path: str
     as_of: int
+    latest: int
+    """Events after it cannot be"""
     window: int
     splits: SplitTimes
     timezones: dict[str, str]
@@ -152,6 +157,25 @@ def check_flags(options: ShardOptions) -> None:
         raise InputError(f"--history {history}: must be between 1 and 1000 entries.")
     if not 0 < share < 0.9:
         raise InputError(f"--test_share {share}: must be more than 0 and less than 0.9.")
+
+
+def check_examples(built: int, due: int, kept: Kept, counts: dict[str, dict[str, int]], catalog: Source) -> None:
+    """Days without examples would be final some nights later, and what was clicked on them would never be learned.
+
+    Args:
+        built: examples of this run.
+        due: clicks whose window is closed, of the days that are not final.
+
+    Raises:
+        InputError: of so many clicks some should have become examples.
+    """
+    if built or (kept.records and due < FEW_CLICKS):
+        return
+    clicks = {name: rows for name, rows in counts["clicks"].items() if name not in ("in", "out")}
+    raise InputError(
+        f"{catalog.files[0]}: none of {due:,} clicks whose attribution window is closed became an example ({', '.join(f'{name} {rows:,}' for name, rows in clicks.items())}). "
+        "Nothing was published. Give a table 'catalog' that has the listings that were clicked, under the same item_id."
+    )
 
 
 class PackDays(beam.DoFn):
@@ -239,12 +263,14 @@ class BuildExamples(beam.PTransform):
         clicks = (
             pipeline
             | "ReadClicks" >> ReadTable(plan.clicks, plan.logs["clicks"].fresh)
-            | "CleanClicks" >> beam.ParDo(CleanEvents(STAGE, CLICKS)).with_outputs("rejects", "counts", main="rows")
+            | "CleanClicks"
+            >> beam.ParDo(CleanEvents(STAGE, CLICKS, plan.latest)).with_outputs("rejects", "counts", main="rows")
         )
         orders = (
             pipeline
             | "ReadOrders" >> ReadTable(plan.orders, plan.logs["orders"].fresh)
-            | "CleanOrders" >> beam.ParDo(CleanEvents(STAGE, ORDERS)).with_outputs("rejects", "counts", main="rows")
+            | "CleanOrders"
+            >> beam.ParDo(CleanEvents(STAGE, ORDERS, plan.latest)).with_outputs("rejects", "counts", main="rows")
         )
         # A day of very many clicks is written in pieces of about a file each.
         day_buckets = max(1, round(plan.clicks.rows / max(1, plan.days) / ROWS_PER_FILE))
@@ -323,10 +349,11 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             )
             return {**latest.summary, "unchanged": True, "seconds": round(time.monotonic() - started, 1)}
         window = int(options.attribution_hours * HOUR_US)
-        clicked_at, ordered_at = read_times(clicks, "clicked_at"), read_times(orders, "ordered_at")
+        latest_event = latest_time()
+        clicked_at, ordered_at = read_times(clicks, latest_event), read_times(orders, latest_event)
         if not len(clicked_at):
             raise InputError(
-                f"{clicks.files[0]}: table 'clicks' is empty: there is nothing to learn from. Export a log with clicks in it."
+                f"{clicks.files[0]}: table 'clicks' is empty, or none of its times can be: there is nothing to learn from. Export a log with clicks in it."
             )
         as_of = resolve_as_of(options.as_of, clicked_at, ordered_at)
         closed = clicked_at[clicked_at + window <= as_of]
@@ -346,7 +373,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             for date, sample in kept.sketches.items()
             if changed is not None and date >= begins and date not in changed
         }
-        sketches = sketch_days(CLICKS, unsampled, sampled)
+        sketches = sketch_days(CLICKS, unsampled, latest_event, sampled)
         check_same_log(kept, sketches, out)
         # Days that have left the log count in the split too.
         gone = [record for record in kept.records if date_of(record.path) < begins]
@@ -367,7 +394,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         if kept.frozen_before:
             item_rows = min(item_rows, 2 * len(built) + 3 * user_buckets * items.num_rows)
         plan = Plan(
-            clicks=clicks, orders=orders, logs=logs, user_buckets=user_buckets, item_rows=item_rows, items_path=written[0].path, as_of=as_of, window=window,
+            clicks=clicks, orders=orders, logs=logs, user_buckets=user_buckets, item_rows=item_rows, items_path=written[0].path, as_of=as_of, latest=latest_event, window=window,
             splits=splits, timezones=timezones, directory=directory, kept=kept, days=len(np.unique(built // DAY_US)),
             scratch=files.join(directory, "shuffle") if local else None,
         )  # fmt: skip
@@ -400,6 +427,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             files.delete_directory(plan.scratch)
         check_accounting(found)
         check_reject_rate(found, options.max_reject_rate, read_rejects(records))
+        check_examples(sum(record.rows for record in records if record.table == "examples"), due, kept, found, catalog)
         manifest = Manifest(
             stage=STAGE, run=run_name, request=request, inputs=inputs, options=asdict(options), counts=found
         )

@@ -18,6 +18,7 @@ from camenn_model.hashing import stable_hash
 from camenn_model.shards import date_of
 from pipelines import files
 from pipelines.attribution import DAY_US, day_of
+from pipelines.clock import can_be
 from pipelines.examples import SplitTimes
 from pipelines.features import FEATURES_VERSION
 from pipelines.manifest import Manifest
@@ -118,7 +119,7 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
 
 
 def sketch_days(
-    contract: Contract, slices: Iterable[Slice], known: dict[str, list[int]] | None = None
+    contract: Contract, slices: Iterable[Slice], latest: int, known: dict[str, list[int]] | None = None
 ) -> dict[str, list[int]]:
     """A sample of each day of the click log that growth by late clicks leaves nearly as it was: of its clicks' numbers, uint64, the `SKETCH` least.
 
@@ -127,6 +128,7 @@ def sketch_days(
     Args:
         contract: of clicks.
         slices: row groups to look at.
+        latest: clicks after it cannot be (`pipelines.events.latest_time`).
         known: the sample of the others.
     """
     found = {start_of(date) // DAY_US: np.array(numbers, dtype=np.uint64) for date, numbers in (known or {}).items()}
@@ -135,6 +137,9 @@ def sketch_days(
     for where in slices:
         table = read_slice(where, contract, list(names)).drop_null()
         time = table["clicked_at"].cast(pa.int64()).to_numpy()
+        possible = can_be(time, latest)
+        if not possible.all():
+            table, time = table.filter(pa.array(possible)), time[possible]
         mixed, day = mix(time), time // DAY_US
         for value in np.unique(day):
             rows = np.flatnonzero(day == value)

@@ -7,9 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from camenn_model.config import USER_HASH
 from pipelines import files
 from pipelines.tables import Source
 from schemas.contract import Contract, InputError
+from schemas.training import AUDIENCE_COUNTS, PAIR_COUNTS
 from schemas.users import STORES, USERS
 
 
@@ -48,7 +50,16 @@ def locate_row(source: Source, row: int) -> str:
     return f"{path}: row {row}"
 
 
-def _as_category(source: Source, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+RESERVED = frozenset(
+    name.removeprefix("user_")
+    for name in (USER_HASH, *(column.name for column in (*AUDIENCE_COUNTS, *PAIR_COUNTS)))
+    if name.startswith("user_")
+)
+"""Columns that a users table cannot have: with `user_` before them they are features already."""
+
+
+def as_category(source: Source, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as strings. Raises InputError where it is no category (a list, say)."""
     try:
         return column.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -61,14 +72,19 @@ def read_users(data: str) -> tuple[pa.Table, Source | None]:
     """The users, every column a string (fields are categorical), ordered by user_id; an empty table where there is none.
 
     Raises:
-        InputError: a null or repeated user_id, or a column that is no category (a list, say).
+        InputError: a null or repeated user_id, or a column that is no category (a list, say) or has the name of a feature.
     """
     source = _find_optional(data, USERS)
     if source is None:
         return USERS.schema.empty_table(), None
     table = source.read_all()
     _check_key(source, table, "user_id")
-    strings = {name: _as_category(source, name, table[name]) for name in table.column_names}
+    taken = sorted(RESERVED.intersection(table.column_names))
+    if taken:
+        raise InputError(
+            f"{source.files[0]}: column '{taken[0]}' of table 'users' would be the feature 'user_{taken[0]}', which camenn computes itself. Rename the column, or leave it out."
+        )
+    strings = {name: as_category(source, name, table[name]) for name in table.column_names}
     return pa.table(strings).sort_by("user_id"), source
 
 

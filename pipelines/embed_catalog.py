@@ -17,7 +17,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,7 +27,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.ml.inference.base import RunInference
 from apache_beam.transforms.window import GlobalWindows
 
@@ -74,6 +73,7 @@ from pipelines.options import (
     worker_threads,
 )
 from pipelines.patches import LIMITS, UriDefect, resolve_uri
+from pipelines.publication import KEEP, published_manifests
 from pipelines.store import (
     IMAGES,
     TITLES,
@@ -154,10 +154,10 @@ def _stat(path: str) -> tuple[int, float]:
             # Reading one would wait for a writer, for ever.
             raise OSError(errno.EINVAL, "it is no file")
         return status.st_size, status.st_mtime
-    found = FileSystems.match([path])[0].metadata_list
+    found = files.find([path])
     if not found:
         raise FileNotFoundError(path)
-    return found[0].size_in_bytes, found[0].last_updated_in_seconds
+    return found[0].bytes, found[0].written_at
 
 
 class ResolveItems(beam.DoFn):
@@ -611,15 +611,18 @@ def _read_items(item_files: list[str], columns: list[str]) -> Iterator[pa.Table]
                 yield source.read_row_group(group, columns=columns)
 
 
-def write_defects(
-    run_directory: str, item_files: list[str], unread_files: list[str], parts: list[Part]
-) -> list[FileRecord]:
-    """Listings whose photo is missing, unreadable or undecodable, as the run's `defects` table: one file, ordered by key."""
+def failed_photos(parts: list[Part], unread_files: list[str]) -> dict[str, tuple[str, str]]:
+    """{content key: (reason, detail)} of photos that could not be decoded, or not be read tonight."""
     failures = {key: (reason, detail) for part in parts for key, reason, detail in part.failures}
     for path in unread_files:
         with files.open_read(path) as handle:
             for row in pq.read_table(handle).to_pylist():
                 failures[row["key"]] = (row["reason"], row["detail"])
+    return failures
+
+
+def write_defects(run_directory: str, item_files: list[str], failures: dict[str, tuple[str, str]]) -> list[FileRecord]:
+    """Listings whose photo is missing, unreadable or undecodable, as the run's `defects` table: one file, ordered by key."""
     failed = pa.array(list(failures), pa.string())
     keys: list[str] = []
     reasons: list[str] = []
@@ -643,8 +646,8 @@ def write_defects(
     return [FileRecord("defects", path, defects.num_rows, files.write_parquet(path, defects))]
 
 
-def content_request(options: EmbedOptions, item_files: list[str], parts: list[Part]) -> str:
-    """What a reader of the store gets, as 16 hex digits: each listing's contents, the encoders, and which photos could not be decoded.
+def content_request(options: EmbedOptions, item_files: list[str], failures: Iterable[str]) -> str:
+    """What a reader of the store gets, as 16 hex digits: each listing's contents, the encoders, and which photos have no embedding (content keys).
 
     Listings come in any order, so their hashes are added up.
     """
@@ -654,10 +657,9 @@ def content_request(options: EmbedOptions, item_files: list[str], parts: list[Pa
         for place, salt in enumerate("ab"):
             rows = pc.binary_join_element_wise(pa.scalar(salt), *columns, "\t")
             sums[place] = (sums[place] + int(stable_hash(rows).sum())) % 2**64
-    failed = sorted(key for part in parts for key, _, _ in part.failures)
     fingerprints = {"image": options.image.fingerprint, "text": options.text.fingerprint}
     digest = "".join(f"{value:016x}" for value in sums)
-    return request_fingerprint({"items": digest, **fingerprints}, {"failed": failed})
+    return request_fingerprint({"items": digest, **fingerprints}, {"failed": sorted(failures)})
 
 
 def describe_options(options: EmbedOptions) -> dict[str, Any]:
@@ -729,11 +731,12 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
         item_files, unread_files = (
             [record.path for record in records if record.table == table] for table in ("items", "defects")
         )
-        defects = write_defects(run_directory, item_files, unread_files, parts[IMAGES])
+        failures = failed_photos(parts[IMAGES], unread_files)
+        defects = write_defects(run_directory, item_files, failures)
         manifest = Manifest(
             stage=STAGE,
             run=run_name,
-            request=content_request(options, item_files, parts[IMAGES]),
+            request=content_request(options, item_files, failures),
             inputs={"catalog": source.fingerprint},
             options=describe_options(options),
             counts=counts,
@@ -776,12 +779,13 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             "out": options.store,
         }
         publish(options.store, manifest)
-        # Whoever reads last night's run still has a night to finish.
-        listed = (
-            {path for name in ("image_embeddings", "title_embeddings") for path in latest.paths(name)}
-            if latest
-            else set()
-        )
+        # What was published may be published again, as far back as `camenn gc` keeps it.
+        listed = {
+            path
+            for manifest in published_manifests(options.store, KEEP)
+            for name in ("image_embeddings", "title_embeddings")
+            for path in manifest.paths(name)
+        }
         for kind in (IMAGES, TITLES):
             # Parts that were written and merged tonight were never listed.
             drop_replaced(store_place(options, kind)[0], listed, unseen={part.name for part in new[kind]})

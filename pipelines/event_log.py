@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipelines import files
 from pipelines.attribution import DAY_US, Ints, day_of
+from pipelines.clock import EARLIEST, latest_time
 from pipelines.manifest import Manifest
 from pipelines.parcels import Parcel
 from pipelines.tables import FileRecord, Slice, Source
@@ -180,11 +181,18 @@ def time_column(contract: Contract) -> str:
 
 
 def _span(statistics: pq.Statistics | None, kind: pa.DataType) -> tuple[int | None, int | None]:
-    """Earliest and latest time of a column's statistics, int64 microseconds."""
+    """Earliest and latest time of a column's statistics, int64 microseconds; (None, None) where they do not tell, or tell of times that cannot be."""
     if statistics is None or not statistics.has_min_max or not pa.types.is_timestamp(kind):
         return None, None
-    edges = pa.array([statistics.min, statistics.max], kind).cast(TIMESTAMP, safe=False).cast(pa.int64())
-    return edges[0].as_py(), edges[1].as_py()
+    # As Python's times they would end the run where they lie beyond its years.
+    raw = pa.array([statistics.min_raw, statistics.max_raw], pa.int64())
+    try:
+        first, last = (
+            raw.cast(pa.timestamp(kind.unit)).cast(TIMESTAMP, safe=kind.unit != "ns").cast(pa.int64()).to_pylist()
+        )
+    except pa.ArrowInvalid:
+        return None, None
+    return (first, last) if first >= EARLIEST and last <= latest_time() else (None, None)
 
 
 def _name(metadata: pq.FileMetaData, place: int) -> str:

@@ -12,24 +12,48 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import files
+from pipelines.clock import EARLIEST, can_be
 from pipelines.event_log import SLICE, UNCODED, plain_texts, time_column
 from pipelines.manifest import Count
-from pipelines.tables import Slice, Source, drop_nulls, make_rejects
+from pipelines.tables import Fault, Slice, Source, drop_faults, find_nulls, make_rejects
 from schemas.contract import Contract, conform
 from schemas.events import CLICKS
 from schemas.rejects import REJECTS
 
 
-class CleanEvents(beam.DoFn):
-    """(Slice, rows) → rows without nulls where a value is required, with SLICE; rejects and counts beside."""
+def drop_impossible(
+    stage: str, where: Slice, table: pa.Table, contract: Contract, latest: int
+) -> tuple[pa.Table, pa.Table]:
+    """(events to keep, rejects): without those that lack a required value or whose time cannot be.
 
-    def __init__(self, stage: str, contract: Contract) -> None:
+    One time in the future would end the log there: windows that are open would count as closed, and days that are to come as final.
+    """
+    name = time_column(contract)
+    times = table[name].cast(pa.int64()).fill_null(EARLIEST).to_numpy()
+    wrong = Fault(
+        "impossible_time",
+        ~can_be(times, latest),
+        lambda row: (
+            f"column '{name}' is {np.datetime64(int(times[row]), 'us')}: before {np.datetime64(EARLIEST, 'us')} or after {np.datetime64(latest, 'us')}, a day from now. "
+            "Write times in microseconds, UTC, or leave the row out."
+        ),
+    )
+    return drop_faults(stage, where, table, contract, [*find_nulls(table, contract), wrong])
+
+
+class CleanEvents(beam.DoFn):
+    """(Slice, rows) → rows that have what is required and whose time can be (up to `latest`), with SLICE; rejects and counts beside."""
+
+    def __init__(self, stage: str, contract: Contract, latest: int) -> None:
         self.stage = stage
         self.contract = contract
+        self.latest = latest
 
     def process(self, element: tuple[Slice, pa.Table]) -> Iterator[Any]:
         where, table = element
-        kept, rejects = drop_nulls(self.stage, where, table.select(self.contract.names), self.contract)
+        kept, rejects = drop_impossible(
+            self.stage, where, table.select(self.contract.names), self.contract, self.latest
+        )
         yield kept.append_column(SLICE, pa.array(np.full(kept.num_rows, where.number, dtype=np.int32)))
         yield beam.pvalue.TaggedOutput("counts", Count(self.contract.name, "in", table.num_rows))
         yield beam.pvalue.TaggedOutput("counts", Count(self.contract.name, "rejected", rejects.num_rows))
@@ -174,12 +198,13 @@ def usable_clicks(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, 
     return outcomes.keep(clicks, (clicks["item"] >= 0).to_numpy(dtype=bool), "unknown_item")
 
 
-def read_times(source: Source, column: str) -> np.ndarray:
-    """One time column of a log, int64 microseconds, nulls left out: eight bytes a row in the submitting process.
+def read_times(source: Source, latest: int) -> np.ndarray:
+    """The times of a log, int64 microseconds, nulls and those that cannot be left out: eight bytes a row in the submitting process.
 
     Raises:
         InputError: times finer than microseconds.
     """
+    column = time_column(source.contract)
     pieces = []
     for path in source.files:
         with files.open_read(path) as handle:
@@ -187,5 +212,6 @@ def read_times(source: Source, column: str) -> np.ndarray:
         times = conform(
             times, replace(source.contract, columns=tuple(c for c in source.contract.columns if c.name == column)), path
         )[column]
-        pieces.append(pc.drop_null(times).cast(pa.int64()).to_numpy())
+        found = pc.drop_null(times).cast(pa.int64()).to_numpy()
+        pieces.append(found[can_be(found, latest)])
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)

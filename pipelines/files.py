@@ -5,8 +5,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -59,13 +61,34 @@ class Found:
     """Seconds since 1970, UTC"""
 
 
-def match(pattern: str) -> list[Found]:
-    """Files whose paths match, in no order; `**` also matches slashes."""
+def match(directory: str, pattern: str) -> list[Found]:
+    """Files below a directory whose paths match, in no order; `*` matches no slash, `**` does. The directory is taken as it is, whatever its name has of `[*?`."""
+    return _match([join(_literal(directory), pattern)])
+
+
+def find(paths: Iterable[str]) -> list[Found]:
+    """Those of some files that are there. Their names are taken as they are."""
+    found, remote = [], []
+    for path in paths:
+        if not is_local(path):
+            remote.append(_literal(path))
+        elif os.path.isfile(path):
+            status = os.stat(path)
+            found.append(Found(path, status.st_size, status.st_mtime))
+    return found + (_match(remote) if remote else [])
+
+
+def _match(patterns: list[str]) -> list[Found]:
     return [
         Found(file.path, file.size_in_bytes, file.last_updated_in_seconds)
-        for result in FileSystems.match([pattern])
+        for result in FileSystems.match(patterns)
         for file in result.metadata_list
     ]
+
+
+def _literal(path: str) -> str:
+    """A pattern that matches this path alone. Beam knows no quoting, but sets of one character; `[` may not begin one, and no path has a backslash before it."""
+    return re.sub(r"[*?[]", lambda found: r"[\[]" if found[0] == "[" else f"[{found[0]}]", path)
 
 
 def make_directory(path: str) -> None:
@@ -76,7 +99,19 @@ def make_directory(path: str) -> None:
 
 def delete_directory(path: str) -> None:
     """Remove a directory with all that is in it. Object stores know names only: there, a last slash means all that begin so."""
-    FileSystems.delete([path if is_local(path) else f"{path}/"])
+    if is_local(path):
+        shutil.rmtree(path)
+    else:
+        FileSystems.delete([f"{path}/"])
+
+
+def delete(paths: Sequence[str]) -> None:
+    """Remove files. Beam would take their names for patterns."""
+    for path in filter(is_local, paths):
+        os.remove(path)
+    remote = [_literal(path) for path in paths if not is_local(path)]
+    if remote:
+        FileSystems.delete(remote)
 
 
 @contextlib.contextmanager
@@ -119,13 +154,12 @@ def list_parquet(path: str, table: str) -> list[str]:
     Raises:
         InputError: nothing is there; the message names both places that were tried.
     """
-    candidates = [f"{path}.parquet", join(path, "**.parquet")] if not path.endswith(".parquet") else [path]
-    if is_local(path) and os.path.isdir(path):
-        candidates = [join(path, "**.parquet")]
-    for pattern in candidates:
-        found = sorted(metadata.path for match in FileSystems.match([pattern]) for metadata in match.metadata_list)
+    names = [path] if path.endswith(".parquet") else [f"{path}.parquet", path]
+    for name in names:
+        # Spark and others write a directory under the name of a file.
+        found = find([name]) or match(name, "**.parquet")
         if found:
-            return found
+            return sorted(file.path for file in found)
     raise InputError(
         f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with .parquet files exists. Put it there."
     )
@@ -133,10 +167,7 @@ def list_parquet(path: str, table: str) -> list[str]:
 
 def fingerprint(paths: list[str]) -> str:
     """16 hex digits over names, sizes and modification times of files: changes when any of them does."""
-    lines = []
-    for match in FileSystems.match(list(paths)):
-        for metadata in match.metadata_list:
-            lines.append(f"{metadata.path}:{metadata.size_in_bytes}:{metadata.last_updated_in_seconds}")
+    lines = [f"{file.path}:{file.bytes}:{file.written_at}" for file in find(paths)]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from camenn_model.encoder_spec import normalise_title
 from pipelines import files
 from pipelines.catalog import read_catalog
+from pipelines.inference import content_key
 from pipelines.manifest import Manifest
+from pipelines.store import CONTENTS
 from pipelines.tables import FileRecord, Source
 from schemas.contract import InputError
 from schemas.embeddings import embedding_shape
@@ -71,15 +73,9 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
         InputError: listings of the catalog were never embedded.
     """
     catalog, rejects, counts = read_catalog(stage, source)
-    embedded = [
-        pq.read_table(files.open_read(path), columns=["item_id", "title_key", "image_key"])
-        for path in store.paths("items")
-    ]
-    keys = (
-        pa.concat_tables(embedded)
-        if embedded
-        else pa.table({name: pa.array([], pa.string()) for name in ("item_id", "title_key", "image_key")})
-    )
+    names = ["item_id", "title_key", "image_key", "image_uri"]
+    embedded = [pq.read_table(files.open_read(path), columns=names) for path in store.paths("items")]
+    keys = pa.concat_tables(embedded) if embedded else pa.table({name: pa.array([], pa.string()) for name in names})
     row = pc.index_in(catalog["item_id"], keys["item_id"])
     if row.null_count:
         missing = catalog["item_id"].filter(pc.is_null(row))
@@ -88,16 +84,29 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
             "Run `camenn embed` on this catalog first."
         )
     keys = keys.take(row.combine_chunks())
+    titles = [normalise_title(text) for text in catalog["title"].to_pylist()]
+    title_keys = pa.array([content_key(title.encode()) if title else None for title in titles], pa.string())
+    for name, now, then in (
+        ("title", title_keys, keys["title_key"]),
+        ("image_uri", catalog["image_uri"], keys["image_uri"]),
+    ):
+        other = pc.not_equal(pc.fill_null(now, ""), pc.fill_null(then, "")).to_numpy(zero_copy_only=False)
+        if other.any():
+            # What is published would stand beside another photo or title than it was computed from.
+            raise InputError(
+                f"{source.files[0]}: column '{name}' of {other.sum():,} of {catalog.num_rows:,} listings is not what was embedded (item_id '{catalog['item_id'][int(np.argmax(other))]}' is the first). "
+                "Run `camenn embed` on this catalog first."
+            )
     images = read_stored(store, "image_embeddings", ["image_key", "blur", "luminance", "width", "height"])
-    titles = read_stored(store, "title_embeddings", ["title_key", "tokens", "unknown_share"])
+    title_rows = read_stored(store, "title_embeddings", ["title_key", "tokens", "unknown_share"])
     image = _gather(images, "image_key", keys["image_key"], ["image_key", "blur", "luminance", "width", "height"])
-    title = _gather(titles, "title_key", keys["title_key"], ["title_key", "tokens", "unknown_share"])
+    title = _gather(title_rows, "title_key", keys["title_key"], ["title_key", "tokens", "unknown_share"])
     megapixels = pc.divide(
         pc.multiply(pc.cast(image["width"], pa.float32()), pc.cast(image["height"], pa.float32())), 1e6
     )
     columns = {
         **{name: catalog[name] for name in AS_THEY_ARE},
-        "title": pa.array([normalise_title(text) or None for text in catalog["title"].to_pylist()], pa.string()),
+        "title": pa.array([title or None for title in titles], pa.string()),
         # A photo that could not be decoded has a key in the store's items but no embedding: the listing has no photo.
         "image_key": image["image_key"],
         "title_key": title["title_key"],
@@ -238,7 +247,7 @@ def contents_jobs(
     kept: list[FileRecord] = []
     for kind in ("images", "titles"):
         generation = str(store.options["image" if kind == "images" else "text"]["fingerprint"])
-        directory = files.join(root, "contents", kind, generation)
+        directory = files.join(root, CONTENTS, kind, generation)
         present = [
             record
             for record in (latest.records(f"contents_{kind}") if latest else [])

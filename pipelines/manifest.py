@@ -173,7 +173,7 @@ def point_to(root: str, manifest: Manifest, **why: str) -> None:
 
 def _published_files(root: str) -> list[tuple[int, str]]:
     """(number, path) of each entry of `published/`, oldest first."""
-    found = files.match(files.join(root, PUBLISHED, "*.json"))
+    found = files.match(files.join(root, PUBLISHED), "*.json")
     return sorted((int(file.path.rpartition("/")[2].removesuffix(".json")), file.path) for file in found)
 
 

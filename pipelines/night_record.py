@@ -74,7 +74,7 @@ def _say(text: str) -> str:
 
 def read_nights(work: str) -> list[dict[str, Any]]:
     """Records of all nights, oldest first; a night that was cut off while it wrote its first one is left out."""
-    found = sorted(files.match(files.join(work, NIGHTS, "*", RECORD)), key=lambda file: file.path)
+    found = sorted(files.match(files.join(work, NIGHTS), f"*/{RECORD}"), key=lambda file: file.path)
     return [files.read_json(file.path) for file in found]
 
 

@@ -225,9 +225,9 @@ def run_night(config: NightlyConfig, as_json: bool) -> int:
                 work.run()
             except BaseException as ended:
                 work.fail(UNFORESEEN, "nightly", f"ended by {type(ended).__name__}")
+                call_on_failure(config, work.finish(), night.message, night.path, night.say)
                 raise
-            finally:
-                code = work.finish()
+            code = work.finish()
     except files.InUseError as busy:
         print(f"camenn nightly: {busy}", file=sys.stderr)
         call_on_failure(config, BUSY, str(busy), "", lambda text: print(f"nightly: {text}", file=sys.stderr))

@@ -8,17 +8,15 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from pipelines import clock, files
 from pipelines.manifest import LATEST, MANIFEST, Manifest, point_to, publications, read_latest, read_run
-from pipelines.store import IMAGES, TITLES
+from pipelines.store import CONTENTS, IMAGES, TITLES
 from schemas.contract import InputError
 
 YOUNG = datetime.timedelta(hours=48)
 """Files of this age or younger are never removed: a run may be writing them, and a reader may have begun before the last publication."""
 KEEP = 7
-OWN = ("runs", IMAGES, TITLES)
+OWN = ("runs", IMAGES, TITLES, CONTENTS)
 """Folders of an output that garbage is looked for in."""
 
 
@@ -26,7 +24,7 @@ def check_whole(root: str, manifest: Manifest) -> None:
     """Raises InputError where a file of a run is gone or has another size than its manifest says."""
     for table in manifest.tables.values():
         for entry in table["files"]:
-            found = files.match(entry["path"])
+            found = files.find([entry["path"]])
             if not found:
                 raise InputError(
                     f"{root}: run {manifest.run} lacks {entry['path']}: `camenn gc` removed it, or it was lost. Publish another run."
@@ -201,7 +199,7 @@ def find_garbage(
         return file.written_at < limit and not kept_here and not vouched & reached
 
     # Nothing but what camenn writes, run by run and part by part.
-    found = [file for folder in OWN for file in files.match(files.join(root, folder, "**"))]
+    found = [file for folder in OWN for file in files.match(files.join(root, folder), "**")]
     garbage = [file for file in found if is_garbage(file)]
     # A part goes before the marker that vouches for it, so that a removal that was cut off is finished by the next one.
     return Garbage(sorted(kept), sorted(garbage, key=lambda file: (file.path.endswith(".json"), file.path)))
@@ -219,7 +217,7 @@ def collect(root: str, keep: int, retention_days: float | None, *, dry_run: bool
         garbage = find_garbage(root, keep, retention)
         if not dry_run:
             for start in range(0, len(garbage.files), 500):
-                FileSystems.delete([file.path for file in garbage.files[start : start + 500]])
+                files.delete([file.path for file in garbage.files[start : start + 500]])
             if files.is_local(root):
                 _remove_empty(files.join(root, "runs"))
     return {

@@ -11,6 +11,9 @@ OUTCOMES = {
     "open_window": "too recent: an order may still follow",
     "repeated_clicks": "a further click on the same listing in the same session",
     "returns": "quantity of zero or less",
+    "unknown_id": "names an audience row or a listing that is not there",
+    "other_store": "the listing is of another store than the audience row's",
+    "no_listing": "no listing to score: none of its store, or none that was asked for",
     "after_as_of": "later than the moment up to which the logs are read",
 }
 """Why rows of a table fell out."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipelines import files
 from pipelines.manifest import MANIFEST, Manifest, read_latest, read_run
 from pipelines.nightly_config import NightlyConfig
+from schemas.contract import InputError
 
 AS_OF = "shards_as_of"
 """Where a training's summary says up to when its shards had read the logs"""
@@ -30,16 +31,21 @@ def decide(config: NightlyConfig) -> Decision:
         raise RuntimeError("shards must be built before training is thought of")
     if model is None:
         return Decision(True, "there is no model yet")
+    from camenn_model.challenge import judge_calibration, reads_embeddings_of
+    from camenn_model.checkpoint import open_package
+    from camenn_model.shards import ShardSet
+
+    try:
+        package = open_package(config.output("model"))
+    except InputError as error:
+        # As after an upgrade that encodes features otherwise: no night could score until somebody trained by hand.
+        return Decision(True, f"the published model cannot be read ({error})")
     last = last_training(config.output("model"), model)
     if AS_OF not in last.summary:
         return Decision(True, "the published model does not tell which days it was trained on")
     if last.inputs["shards"] == shards.request:
         return Decision(False, "the shards are those of the last training")
-    from camenn_model.challenge import judge_calibration, reads_embeddings_of
-    from camenn_model.checkpoint import open_package
-    from camenn_model.shards import ShardSet
-
-    package, shard_set = open_package(config.output("model")), ShardSet(config.output("shards"))
+    shard_set = ShardSet(config.output("shards"))
     if not reads_embeddings_of(package, shard_set):
         return Decision(True, "the store's embeddings are of other encoders than the model's")
     days = days_between(last.summary[AS_OF], shards.summary["as_of"])
@@ -53,6 +59,8 @@ def decide(config: NightlyConfig) -> Decision:
     calibration = judge_calibration(package, shard_set)
     if calibration is None:
         return Decision(False, f"{plan}; calibration cannot be told: the test part has no closed day")
+    if calibration.orders_are_missing:
+        return Decision(False, f"{calibration.words()}: nothing is to be learned from a log that lacks its orders")
     if calibration.off_by() > config.retrain.drift:
         words = f"{calibration.words()}, further from 1 than {config.retrain.drift:g} beyond chance"
         if days >= ONCE_A_DAY:
@@ -64,7 +72,7 @@ def decide(config: NightlyConfig) -> Decision:
 def last_training(root: str, published: Manifest) -> Manifest:
     """The training that ended last, published or held back: one that lost against the published model is not repeated every night."""
     newest = published
-    for found in files.match(files.join(root, "runs", "*", MANIFEST)):
+    for found in files.match(files.join(root, "runs"), f"*/{MANIFEST}"):
         other = read_run(root, found.path.split("/")[-2])
         if other.summary.get(AS_OF, "") > newest.summary.get(AS_OF, ""):
             newest = other

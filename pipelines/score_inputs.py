@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from camenn_model.feature_space import to_float
 from pipelines.attribution import HOUR_US
 from pipelines.audience import by_store, by_user, has_candidates, read_audience, read_candidates, score_time
+from pipelines.clock import latest_time
 from pipelines.dimensions import read_timezones, read_users
 from pipelines.events import read_times
 from pipelines.examples import item_attributes
@@ -116,6 +117,10 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
     given = read_audience(options.data) if options.audience == "auto" else None
     store = require_latest(options.store, "embed", "--store")
     package = open_package(local_only(options.model, "--model"))
+    if package.config.attention != "prefix":
+        raise InputError(
+            f"--model {options.model}: was trained with --attention {package.config.attention}, with which nothing can be computed once for many pairs. Train with --attention prefix."
+        )
     check_encoders(store, package.encoders, options.model)
     sources = {
         "catalog": catalog,
@@ -161,9 +166,40 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
         STAGE, inputs.clicks, inputs.orders, items["item_id"], item_attributes(items), moment, window
     )
     audience = inputs.audience if inputs.audience is not None else make_audience(options, items, log, inputs.timezones)
+    if not audience.num_rows:
+        named = (
+            f"{options.data}: table 'audience' has no row"
+            if inputs.audience is not None
+            else f"--audience {options.audience}: neither catalog nor logs name a {'user who was active in the 28 days' if options.audience == 'users' else 'store'} before {score_date}"
+        )
+        raise InputError(
+            f"{named}: there is nobody to score for. Give a table 'audience' with rows, or another --audience."
+        )
     audience = audience.sort_by([("store_id", "ascending"), ("audience_id", "ascending")])
     candidates = read_candidates(options.data, audience["audience_id"], items["item_id"])
-    asked = candidates[0] if candidates else None
+    asked = candidates.pairs if candidates else None
+    chunks = plan_chunks(audience, items, asked)
+    met = listings_met(chunks, asked, audience.num_rows)
+    counts = [
+        Count("audience", "in", audience.num_rows),
+        Count("audience", "out", int((met > 0).sum())),
+        Count("audience", "no_listing", int((met == 0).sum())),
+    ]
+    if candidates:
+        computed = int(met.sum())
+        elsewhere = len(candidates.pairs) - computed
+        if not computed:
+            raise InputError(
+                f"{candidates.file}: none of {candidates.rows:,} rows of table 'candidates' is a pair to score: {candidates.unknown:,} name an audience_id or item_id that is not there, "
+                f"{elsewhere:,} a listing of another store than the audience row's. Write ids as in tables 'audience' and 'catalog'."
+            )
+        counts += [
+            Count("candidates", "in", candidates.rows),
+            Count("candidates", "unknown_id", candidates.unknown),
+            Count("candidates", "duplicates", candidates.copies),
+            Count("candidates", "other_store", elsewhere),
+            Count("candidates", "out", computed),
+        ]
     return Pairs(
         score_date=score_date,
         weekday=weekday,
@@ -171,10 +207,10 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
         audience=audience,
         log=log,
         candidates=asked,
-        candidates_unknown=candidates[2] if candidates else 0,
-        chunks=plan_chunks(audience, items, asked),
+        candidates_unknown=candidates.unknown if candidates else 0,
+        chunks=chunks,
         rejects=pa.concat_tables([catalog_rejects, *log_rejects]),
-        counts=[*log_counts, *(Count("catalog", where, n) for where, n in catalog_counts.items())],
+        counts=[*counts, *log_counts, *(Count("catalog", where, n) for where, n in catalog_counts.items())],
     )
 
 
@@ -189,7 +225,7 @@ def encode_audience(inputs: ScoreInputs, pairs: Pairs) -> AudienceRows:
     fields = users.take(place)
     for name in audience.column_names:
         if name not in AUDIENCE.names:
-            column = audience[name].cast(pa.string())
+            column = audience[name]
             known = fields[name] if name in fields.column_names else pa.nulls(audience.num_rows, pa.string())
             merged = pc.coalesce(column, known)
             fields = fields.drop_columns([name]) if name in fields.column_names else fields
@@ -250,19 +286,24 @@ def cut_tiles(chunks: list[Chunk]) -> list[Tile]:
     ]
 
 
-def expected_rows(chunks: list[Chunk], top_k: int, candidates: Ints | None) -> int:
-    """Rows that scores must have: per audience row the smaller of top_k and the listings it meets."""
-    total = 0
+def listings_met(chunks: list[Chunk], candidates: Ints | None, audience_rows: int) -> Ints:
+    """How many listings each audience row is scored against, int64 [S]."""
+    met = np.zeros(audience_rows, dtype=np.int64)
     for chunk in chunks:
         first, last = chunk.audience
         if candidates is None:
-            met = np.full(last - first, len(chunk.items))
+            met[first:last] = len(chunk.items)
         else:
             pairs = candidates[(candidates[:, 0] >= first) & (candidates[:, 0] < last)]
             pairs = pairs[np.isin(pairs[:, 1], chunk.items)]
-            met = np.bincount(pairs[:, 0] - first, minlength=last - first)
-        total += int(np.minimum(met, top_k).sum() if top_k else met.sum())
-    return total
+            met[first:last] = np.bincount(pairs[:, 0] - first, minlength=last - first)
+    return met
+
+
+def expected_rows(chunks: list[Chunk], top_k: int, candidates: Ints | None) -> int:
+    """Rows that scores must have: per audience row the smaller of top_k and the listings it meets."""
+    met = listings_met(chunks, candidates, max((chunk.audience[1] for chunk in chunks), default=0))
+    return int(np.minimum(met, top_k).sum() if top_k else met.sum())
 
 
 def check_encoders(store: Manifest, encoders: dict[str, Any], model: str) -> None:
@@ -285,7 +326,8 @@ def make_audience(options: ScoreOptions, items: pa.Table, log: Log, timezones: d
 
 def default_date(clicks: Source, orders: Source) -> str:
     """The day after the smaller of both logs' ends: everything known is read."""
-    ends = [times.max() for times in (read_times(clicks, "clicked_at"), read_times(orders, "ordered_at")) if len(times)]
+    latest = latest_time()
+    ends = [times.max() for times in (read_times(clicks, latest), read_times(orders, latest)) if len(times)]
     if not ends:
         raise InputError(f"{clicks.files[0]}: both logs are empty. Give --score_date, or a log with rows.")
     end = datetime.datetime.fromtimestamp(int(min(ends)) / 1e6, tz=datetime.UTC).date()

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from pipelines import files
 from pipelines.attribution import DAY_US, NEVER, Ints, attribute_orders
-from pipelines.events import CleanLog, Outcomes, clean_log, share_codes, usable_clicks, usable_orders
+from pipelines.clock import latest_time
+from pipelines.events import (
+    CleanLog,
+    Outcomes,
+    clean_log,
+    drop_impossible,
+    share_codes,
+    usable_clicks,
+    usable_orders,
+)
 from pipelines.features import (
     Events,
     Floats,
@@ -26,7 +35,7 @@ from pipelines.features import (
     user_history,
 )
 from pipelines.manifest import Count
-from pipelines.tables import Source, drop_nulls, list_slices, read_slice
+from pipelines.tables import Source, list_slices, read_slice
 from schemas.contract import Contract
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS
 
@@ -86,9 +95,9 @@ class Sparse:
 def read_log(stage: str, source: Source) -> tuple[CleanLog, list[pa.Table], list[Count]]:
     """A whole log, cleaned: (events, all rejects, counts)."""
     contract: Contract = source.contract
-    pieces, rejects = [], []
+    pieces, rejects, latest = [], [], latest_time()
     for where in list_slices(source):
-        kept, bad = drop_nulls(stage, where, read_slice(where, contract).select(contract.names), contract)
+        kept, bad = drop_impossible(stage, where, read_slice(where, contract).select(contract.names), contract, latest)
         pieces.append(kept)
         rejects.append(bad)
     whole = pa.concat_tables(pieces) if pieces else pa.table({c.name: pa.array([], c.type) for c in contract.columns})

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.io.filesystems import FileSystems
 from numpy.typing import NDArray
 
 from pipelines import clock, files
@@ -29,6 +28,8 @@ from schemas.contract import Contract, check_output
 from schemas.embeddings import stamp_embeddings
 
 IMAGES, TITLES = "images", "titles"
+CONTENTS = "contents"
+"""Folder in which shard sets and scores keep the embeddings that they use"""
 
 MERGED_BYTES = 256 * 2**20
 """Parts of half this size or more are left alone; smaller ones are merged up to it."""
@@ -80,9 +81,9 @@ def list_parts(directory: str) -> list[Part]:
 
 
 def _all_parts(directory: str) -> list[Part]:
-    match = FileSystems.match([files.join(directory, "part-*.json")])[0]
+    markers = files.match(directory, "part-*.json")
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return list(pool.map(read_marker, sorted(metadata.path for metadata in match.metadata_list)))
+        return list(pool.map(read_marker, sorted(marker.path for marker in markers)))
 
 
 def read_marker(path: str) -> Part:
@@ -265,5 +266,5 @@ def drop_replaced(
     for part in gone:
         for path in (part.path, part.path.removesuffix(".parquet") + ".json"):
             if files.exists(path):
-                FileSystems.delete([path])
+                files.delete([path])
     return len(gone)

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,12 @@ class Source:
         for path in self.files:
             with open_read(path) as handle:
                 tables.append(conform(pq.read_table(handle), self.contract, path))
-        table = pa.concat_tables(tables, promote_options="permissive")
+        try:
+            table = pa.concat_tables(tables, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise InputError(
+                f"{self.files[0]}: the files of table '{self.contract.name}' do not fit together ({error}). Write each column with the same type in all of them."
+            ) from error
         return table.select(columns) if columns else table
 
 
@@ -272,25 +277,49 @@ def make_rejects(stage: str, keys: list[str], reason: str, details: list[str]) -
     )
 
 
-def drop_nulls(stage: str, where: Slice, table: pa.Table, contract: Contract) -> tuple[pa.Table, pa.Table]:
-    """Split off rows that lack a required value: (rows to keep, rejects). A reject names file, row, column and remedy."""
+@dataclass(frozen=True)
+class Fault:
+    """What makes rows of a table unusable. `rows`: bool [n]; `told`: of one of them, column, value and remedy."""
+
+    reason: str
+    rows: np.ndarray
+    told: Callable[[int], str]
+
+
+def find_nulls(table: pa.Table, contract: Contract) -> list[Fault]:
+    """A fault for each column that lacks a required value somewhere."""
+    return [
+        Fault(
+            f"null_{column.name}",
+            pc.is_null(table[column.name]).to_numpy(),
+            lambda _, column=column: (
+                f"column '{column.name}' is null. Give it a value ({column.doc}) or leave the row out."
+            ),
+        )
+        for column in contract.columns
+        if not (column.nullable or column.optional) and table[column.name].null_count
+    ]
+
+
+def drop_faults(
+    stage: str, where: Slice, table: pa.Table, contract: Contract, faults: Iterable[Fault]
+) -> tuple[pa.Table, pa.Table]:
+    """Split off unusable rows, each under its first fault: (rows to keep, rejects). A reject names file, row, column and remedy."""
     bad = np.zeros(table.num_rows, dtype=bool)
-    rejects = []
-    for column in contract.columns:
-        if column.nullable or column.optional or not table[column.name].null_count:
-            continue
-        null = pc.is_null(table[column.name]).to_numpy() & ~bad
-        rows = np.flatnonzero(null)
-        bad |= null
-        keys = []
-        for row in rows:
-            values = [table[name][int(row)].as_py() for name in contract.key]
+    rejects = [REJECTS.schema.empty_table()]
+    for fault in faults:
+        rows = np.flatnonzero(fault.rows & ~bad)
+        bad |= fault.rows
+        keys, details = [], []
+        for row in map(int, rows):
+            values = [table[name][row].as_py() for name in contract.key]
             known = "/".join(str(v) for v in values if v is not None)
-            keys.append(f"{contract.name}:{known or f'row {where.first_row + int(row)} of {where.file}'}")
-        details = [
-            f"{where.file}: row {where.first_row + int(row)}: column '{column.name}' is null. Give it a value ({column.doc}) or leave the row out."
-            for row in rows
-        ]
-        rejects.append(make_rejects(stage, keys, f"null_{column.name}", details))
-    empty = REJECTS.schema.empty_table()
-    return (table.filter(pa.array(~bad)) if bad.any() else table), (pa.concat_tables(rejects) if rejects else empty)
+            keys.append(f"{contract.name}:{known or f'row {where.first_row + row} of {where.file}'}")
+            details.append(f"{where.file}: row {where.first_row + row}: {fault.told(row)}")
+        rejects.append(make_rejects(stage, keys, fault.reason, details))
+    return (table.filter(pa.array(~bad)) if bad.any() else table), pa.concat_tables(rejects)
+
+
+def drop_nulls(stage: str, where: Slice, table: pa.Table, contract: Contract) -> tuple[pa.Table, pa.Table]:
+    """Split off rows that lack a required value, see `drop_faults`."""
+    return drop_faults(stage, where, table, contract, find_nulls(table, contract))

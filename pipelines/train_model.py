@@ -1,6 +1,7 @@
 """`camenn train`: a thin main around `camenn_model.train`, which knows nothing of Beam or of publication."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -141,6 +142,10 @@ def main(argv: list[str] | None = None) -> int:
     threads = arguments.threads or max(1, cores // 2)
     torch.set_num_threads(threads)
     device, _ = resolve_device_precision(arguments.device, "auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"--device {arguments.device}: this machine has no CUDA device that torch can use. Give --device cpu, or auto."
+        )
     options = TrainOptions(
         shards=shards_root,
         out=out,
@@ -162,7 +167,12 @@ def main(argv: list[str] | None = None) -> int:
     request = request_fingerprint(inputs, options.request())
     with join_processes(device) as processes, files.single_writer(out) if processes.first else nullcontext():
         latest = read_latest(out)
-        unchanged = latest is not None and latest.request == request and not arguments.rerun
+        unchanged = (
+            latest is not None
+            and latest.request == request
+            and not arguments.rerun
+            and is_readable(Path(out) / "runs" / latest.run)
+        )
         # The first process decides: the others may see what it publishes.
         if processes.sums([float(unchanged and processes.first)])[0]:
             if latest is not None and processes.first:
@@ -196,6 +206,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def is_readable(package: Path) -> bool:
+    """Whether this version of camenn reads a package."""
+    from camenn_model.checkpoint import read_package
+
+    try:
+        read_package(package)
+    except InputError:
+        return False
+    return True
+
+
 def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> None:
     """Enter into the manifest how the new model did against the published run `champion` on the latest closed days.
 
@@ -206,8 +227,13 @@ def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> 
     from camenn_model.checkpoint import read_package
     from camenn_model.shards import ShardSet
 
-    old, new = (read_package(Path(out) / "runs" / run) for run in (champion, manifest.run))
-    duel = hold_duel(old, new, ShardSet(shards_root))
+    runs = Path(out) / "runs"
+    try:
+        old = read_package(runs / champion)
+    except InputError as error:
+        print(f"train: the published model cannot be compared, and the new one takes over: {error}", file=sys.stderr)
+        return
+    duel = hold_duel(old, read_package(runs / manifest.run), ShardSet(shards_root))
     if duel is None:
         print(
             "train: the published model cannot be compared (other encoders, or no closed day in the test part): the new one takes over",
@@ -229,6 +255,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
     for name, least in (("epochs", 1), ("batch_size", 2), ("micro_batches", 0), ("threads", 0), ("workers", 0)):
         if getattr(arguments, name) < least:
             raise InputError(f"--{name} {getattr(arguments, name)}: must be at least {least}.")
+    if not arguments.learning_rate > 0 or math.isinf(arguments.learning_rate):
+        raise InputError(f"--learning_rate {arguments.learning_rate}: must be a number above 0, such as 0.001.")
     if arguments.micro_batches > arguments.batch_size:
         raise InputError(
             f"--micro_batches {arguments.micro_batches}: a batch of {arguments.batch_size} examples cannot be cut into so many. Give fewer, or a larger --batch_size."

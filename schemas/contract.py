@@ -1,7 +1,7 @@
 """What a table promises, and how a file is held to it.
 
 A `Contract` is a named pyarrow schema with its key and its optional columns. `conform` casts what can be cast without loss
-(integer ids to strings, zoned times to UTC, int32 to int64, float32 to float64, ...) and raises `InputError`, naming file,
+(integer ids to strings, zoned times to UTC, int32 to int64, float32 to float64, ...), numbers to float32 where the model reads no more, and raises `InputError`, naming file,
 column and remedy, for anything else.
 """
 
@@ -86,7 +86,8 @@ def cast_without_loss(array: pa.ChunkedArray, target: pa.DataType) -> pa.Chunked
     if pa.types.is_timestamp(source) and source.tz is not None:
         # The stored instant is UTC already; dropping the zone keeps the instant.
         array = array.cast(pa.timestamp(source.unit, tz="UTC")).cast(pa.timestamp(source.unit))
-    if pa.types.is_floating(source) and str(target) == "float":
+    if (pa.types.is_floating(source) or pa.types.is_integer(source)) and str(target) == "float":
+        # A float32 is what the model reads; how a price is written must not tell whether its last digits are lost.
         return array.cast(target, safe=False)
     return array.cast(target)
 

@@ -15,6 +15,7 @@ import pytest
 
 from pipelines import cli
 from pipelines.manifest import read_latest
+from schemas.contract import InputError
 from tests.camenn_model.encoder_sources import minilm
 
 
@@ -373,3 +374,66 @@ def test_score_plan_counts_the_pairs_and_scores_nothing(city: City, capfd: pytes
     assert not (city.work / "planned").exists()
     known = city.run(capfd, "score", *city.score_flags("scores"), "--plan")
     assert before.run in known["estimated_from"] and known["pairs"] == scored["pairs"]
+
+
+def data_with(city: City, root: Path, **tables: pa.Table) -> City:
+    """The city with further tables beside its own."""
+    other = City(root)
+    other.data.mkdir(parents=True)
+    for path in city.data.iterdir():
+        (other.data / path.name).symlink_to(path)
+    for name, table in tables.items():
+        pq.write_table(table, other.data / f"{name}.parquet")
+    other.work = city.work
+    return other
+
+
+def test_every_candidate_and_every_audience_row_has_one_outcome(
+    city: City, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    listings = pq.read_table(city.data / "catalog.parquet", columns=["item_id", "store_id"]).to_pandas()
+    here, elsewhere = (group["item_id"].tolist() for _, group in list(listings.groupby("store_id"))[:2])
+    store = listings.set_index("item_id")["store_id"][here[0]]
+    asked = [("a", here[0]), ("a", here[0]), ("a", here[1]), ("a", elsewhere[0]), ("b", here[0]), ("nobody", here[0])]
+    audience = {
+        "audience_id": ["a", "b"],
+        "user_id": [None, "stranger"],
+        "store_id": [store, "nowhere"],
+        "hour": [9, 10],
+    }
+    other = data_with(
+        city,
+        tmp_path / "other",
+        audience=pa.table(audience),
+        candidates=pa.table({"audience_id": [who for who, _ in asked], "item_id": [item for _, item in asked]}),
+    )
+    summary = other.score(capfd, out="candidates")
+    assert (summary["pairs"], summary["rows_out"]) == (2, 2)
+    manifest = read_latest(str(city.work / "candidates"))
+    assert manifest is not None
+    assert manifest.counts["candidates"] == {"in": 6, "unknown_id": 1, "duplicates": 1, "other_store": 2, "out": 2}
+    assert manifest.counts["audience"] == {"in": 2, "out": 1, "no_listing": 1}
+    assert_books_balance(city.work / "candidates")
+    scores = table(city.work / "candidates", "scores")
+    assert set(scores["item_id"]) == {*here[:2]} and set(scores["audience_id"]) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"audience_id": ["nobody"], "item_id": ["nothing"]},
+            "none of 1 rows of table 'candidates' is a pair to score: 1 name",
+        ),
+        (None, "table 'audience' has no row: there is nobody to score for"),
+    ],
+)
+def test_nobody_or_nothing_to_score_is_said(
+    city: City, tmp_path: Path, asked: dict[str, list[str]] | None, message: str
+) -> None:
+    rows = {"audience_id": ["a"], "user_id": ["u"], "store_id": ["s"], "hour": [9]} if asked else {}
+    kinds = {"audience_id": pa.string(), "user_id": pa.string(), "store_id": pa.string(), "hour": pa.int64()}
+    audience = pa.table({name: pa.array(rows.get(name, []), kind) for name, kind in kinds.items()})
+    other = data_with(city, tmp_path / "other", audience=audience, **({"candidates": pa.table(asked)} if asked else {}))
+    with pytest.raises(InputError, match=message):
+        cli.main(["score", *other.score_flags("nobody")])

@@ -14,6 +14,7 @@ from camenn_model.shards import ShardSet
 from pipelines import build_shards
 from pipelines.audience import read_audience, score_time
 from pipelines.catalog import read_catalog
+from pipelines.clock import latest_time
 from pipelines.dimensions import read_timezones, read_users
 from pipelines.events import read_times
 from pipelines.options import run_main
@@ -278,7 +279,7 @@ def test_read_times_agrees_with_the_table(tmp_path: Path) -> None:
     )
     clicks = put(event_table([a_click(n, START) for n in range(3)], CLICKS), "clicked_at", times)
     write_files(tmp_path, "clicks", clicks)
-    assert read_times(Source.find(str(tmp_path), CLICKS), "clicked_at").tolist() == [START, START + 5]
+    assert read_times(Source.find(str(tmp_path), CLICKS), latest_time()).tolist() == [START, START + 5]
 
 
 def test_conform_widens_integer_ids() -> None:
@@ -648,3 +649,94 @@ def test_write_data_is_readable(tmp_path: Path) -> None:
     write_data(tmp_path, clicks, orders)
     for contract in (CATALOG, CLICKS, ORDERS):
         assert Source.find(str(tmp_path), contract).rows
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_events_at_times_that_cannot_be_are_rejects_and_move_nothing(
+    data: Data, statistics: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of the year 2099, of nanoseconds taken for microseconds, or of a 0 that stands for nothing."""
+    assert data.shards() == 0
+    before = ShardSet(str(data.root / "shards"))
+    clicks, orders = plain_events()
+    far = int(datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC).timestamp()) * 1_000_000
+    clicks += [a_click(100 + n, time) for n, time in enumerate((far, START * 1000, 0, -80_000_000_000_000_000))]
+    orders.append(an_order(100, far))
+    data.tables |= {"clicks": event_table(clicks, CLICKS), "orders": event_table(orders, ORDERS)}
+    if not statistics:
+        written = pq.write_table
+        monkeypatch.setattr(pq, "write_table", lambda *args, **more: written(*args, **more, write_statistics=False))
+    for flags in ((), ("--rebuild",)):
+        assert data.shards("--max_reject_rate", "0.2", *flags) == 0
+        after = ShardSet(str(data.root / "shards"))
+        assert after.manifest["summary"]["as_of"] == before.manifest["summary"]["as_of"]
+        assert after.manifest["options"]["days"]["as_of"] == before.manifest["options"]["days"]["as_of"]
+        assert data.counts("clicks")["rejected"] == 4 and data.counts("orders")["rejected"] == 1
+        rejects = [row for row in data.rejects() if row["reason"] == "impossible_time"]
+        assert {row["key"] for row in rejects} == {
+            "clicks:e100",
+            "clicks:e101",
+            "clicks:e102",
+            "clicks:e103",
+            "orders:o100/i0",
+        }
+        told = next(row["detail"] for row in rejects if row["key"] == "clicks:e100")
+        assert told.startswith(f"{data.file('clicks')}: row 40: column 'clicked_at' is 2099-01-01T00:00:00")
+
+
+def test_a_log_whose_clicks_become_no_example_is_not_published(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    """A catalog that came empty must not make days final that nobody has learned from."""
+    whole = data.tables["catalog"]
+    data.tables["catalog"] = whole.slice(0, 0)
+    assert data.shards() == 2
+    said = capsys.readouterr().err
+    assert "none of " in said and "unknown_item 40" in said and "same item_id" in said
+    assert not (data.root / "shards" / "latest.json").exists()
+    data.tables["catalog"] = whole
+    assert data.shards() == 0
+
+
+@pytest.mark.parametrize("name", ["days_since_order", "hash", "brand_orders"])
+def test_users_columns_named_like_features_are_refused(tmp_path: Path, name: str) -> None:
+    write_files(tmp_path, "users", pa.table({"user_id": ["u0"], name: ["a"]}))
+    with pytest.raises(
+        InputError, match=f"column '{name}' of table 'users' would be the feature 'user_{name}'.*Rename"
+    ):
+        read_users(str(tmp_path))
+
+
+def test_files_of_a_table_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
+    write_files(tmp_path / "users", "a", pa.table({"user_id": ["u0"], "age": ["old"]}))
+    write_files(tmp_path / "users", "b", pa.table({"user_id": ["u1"], "age": pa.array([[1]])}))
+    with pytest.raises(InputError, match="the files of table 'users' do not fit together"):
+        read_users(str(tmp_path))
+
+
+def test_an_audience_column_that_is_no_category_is_refused(tmp_path: Path) -> None:
+    row = {"audience_id": ["a"], "user_id": ["u0"], "store_id": ["s0"], "hour": [1]}
+    write_files(tmp_path, "audience", pa.table(row | {"tags": [["x"]]}))
+    with pytest.raises(InputError, match="column 'tags' of table 'audience' has type list.*not a category"):
+        read_audience(str(tmp_path))
+
+
+def test_a_price_is_read_alike_however_it_is_written() -> None:
+    """float32 is what the model reads: rupiah as integers are no error, and no other number than as doubles."""
+    prices = [20_000_001, 5]
+    read = [
+        conform(
+            put(catalog_table(), "price", pa.array([*prices, *range(catalog_table().num_rows - 2)], kind)), CATALOG, "f"
+        )
+        for kind in (pa.int64(), pa.float64())
+    ]
+    assert read[0]["price"].equals(read[1]["price"])
+
+
+@pytest.mark.parametrize("column", ["title", "image_uri"])
+def test_a_catalog_that_changed_since_it_was_embedded_is_refused(
+    data: Data, column: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is published must not stand beside another title or photo than it was computed from."""
+    values = data.tables["catalog"][column].to_pylist()
+    data.tables["catalog"] = put(data.tables["catalog"], column, pa.array(["another", *values[1:]]))
+    assert data.shards() == 2
+    assert f"column '{column}' of 1 of " in (said := capsys.readouterr().err) and "Run `camenn embed`" in said

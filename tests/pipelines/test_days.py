@@ -17,6 +17,7 @@ from camenn_model.shards import ShardSet
 from camenn_model.train import TrainOptions, open_corpus
 from pipelines import build_shards, days
 from pipelines.attribution import DAY_US, HOUR_US, day_of
+from pipelines.clock import EARLIEST, latest_time
 from pipelines.days import SKETCH, check_same_log, date_of, mix, sketch_days, start_of
 from pipelines.features import FEATURES_VERSION
 from pipelines.manifest import read_latest
@@ -245,7 +246,7 @@ def test_sketches_are_the_least_numbers_of_each_day(data: st.DataObject) -> None
     """Whatever the row groups, the order of rows and how many clicks share a moment."""
     moments = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=8), label="moments")
     rows = data.draw(st.lists(st.tuples(st.sampled_from(moments), st.integers(0, 40)), min_size=1, max_size=200))
-    rows = [(number // 3 * DAY_US + number % 3, exposure) for number, exposure in rows]
+    rows = [(EARLIEST + number // 3 * DAY_US + number % 3, exposure) for number, exposure in rows]
     table = pa.table(
         {"exposure_id": [f"e{number}" for _, number in rows], "clicked_at": pa.array([t for t, _ in rows], TIMESTAMP)}
     )
@@ -259,9 +260,12 @@ def test_sketches_are_the_least_numbers_of_each_day(data: st.DataObject) -> None
         source = Source(contract=CLICKS, files=(path,), rows=len(rows), fingerprint="")
         expected = {date: sorted(numbers)[:SKETCH] for date, numbers in sorted(every.items())}
         slices = list_slices(source)
-        assert sketch_days(CLICKS, slices) == expected
+        assert sketch_days(CLICKS, slices, latest_time()) == expected
         cut = data.draw(st.integers(0, len(slices)), label="row groups that are known")
-        assert sketch_days(CLICKS, slices[cut:], sketch_days(CLICKS, slices[:cut])) == expected
+        assert (
+            sketch_days(CLICKS, slices[cut:], latest_time(), sketch_days(CLICKS, slices[:cut], latest_time()))
+            == expected
+        )
 
 
 def test_a_log_that_grows_is_known_again() -> None:

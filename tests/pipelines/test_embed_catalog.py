@@ -1,5 +1,6 @@
 """The embed stage as a whole, with the real encoders: every kind of bad photo and odd title, the books, and nothing encoded twice."""
 
+import datetime
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from camenn_model.encoder_spec import has_compiler, normalise_title
 from pipelines import cli
 from pipelines import store as store_module
 from pipelines.manifest import read_latest
+from pipelines.publication import KEEP, check_whole, published_manifests
 from schemas.catalog import CATALOG
 from schemas.embeddings import KERNELS_KEY, embedding_shape
 from tests.camenn_model.encoder_sources import minilm
@@ -317,3 +319,39 @@ def test_embed_stops_with_the_flag_when_weights_cannot_be_had(
     assert cli.main(["embed", *places, "--image_weights", str(tmp_path / "no.safetensors")]) == 2
     assert "--image_weights" in capfd.readouterr().err
     assert not (tmp_path / "latest.json").exists()
+
+
+def test_a_photo_that_comes_back_makes_another_request(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Readers of the store take equal requests for equal rows: a photo that could not be read for a night must not stay away for good."""
+    data = tmp_path / "data"
+    write_catalog(data, [{"item_id": f"i{n}", "title": "apples", "image_uri": f"{n}.jpg"} for n in range(2)])
+    photos = [data / f"{n}.jpg" for n in range(2)]
+    for seed, photo in enumerate(photos):
+        photo.write_bytes(jpeg(picture(seed)))
+    store = Store(tmp_path / "store", data, capfd)
+    store.embed()
+    whole, status = photos[0].read_bytes(), photos[0].stat()
+    # The photo is known by size and time, and is opened when another encoder wants it: it is another one then.
+    photos[0].write_bytes(bytes(len(whole)))
+    os.utime(photos[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert store.embed(seed=1)["defects"] == 1
+    without = read_latest(str(store.root))
+    photos[0].write_bytes(whole)
+    os.utime(photos[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert store.embed(seed=1)["defects"] == 0
+    with_it = read_latest(str(store.root))
+    assert without is not None and with_it is not None and without.request != with_it.request
+
+
+def test_merged_parts_stay_while_runs_that_may_be_published_again_name_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "READERS_HAVE", datetime.timedelta(0))
+    monkeypatch.setattr(store_module, "SMALL_PARTS", 2)
+    data = tmp_path / "data"
+    store = Store(tmp_path / "store", data, capfd)
+    for night in range(6):
+        write_catalog(data, [{"item_id": f"i{n}", "title": f"title {n}"} for n in range(night + 1)])
+        store.embed()
+    for manifest in published_manifests(str(store.root), KEEP):
+        check_whole(str(store.root), manifest)

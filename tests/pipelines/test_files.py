@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from pipelines.files import atomic_write, write_json
+from pipelines.files import atomic_write, find, fingerprint, list_parquet, match, write_json, write_parquet
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +20,35 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
         handle.write(b"%d" % (1 // 0))
     assert json.loads(Path("found.json").read_text()) == {"a": [2], "b": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "found.json"], "no temporary file is left"
+
+
+def test_directories_are_taken_as_they_are_named(tmp_path: Path) -> None:
+    """Brackets, stars and question marks in a path are no pattern: another directory must not be meant."""
+    for name in ("st1", "st[1]", "s*1", "s?1", "st[!2]"):
+        write_json(str(tmp_path / name / "deep" / "part.json"), name)
+    for name in ("st1", "st[1]", "s*1", "s?1", "st[!2]"):
+        root = tmp_path / name
+        assert [file.path for file in match(str(root), "**")] == [str(root / "deep" / "part.json")]
+        assert [file.path for file in match(str(root), "*/part.json")] == [str(root / "deep" / "part.json")]
+        assert match(str(root), "*.json") == []
+        assert [file.path for file in find([str(root / "deep" / "part.json"), str(root / "none.json")])] == [
+            str(root / "deep" / "part.json")
+        ]
+
+
+def test_a_file_that_changed_has_another_fingerprint_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "part[1].parquet"
+    write_parquet(str(path), pa.table({"a": [1]}))
+    before = fingerprint([str(path)])
+    assert before == fingerprint([str(path)]) != fingerprint([])
+    write_parquet(str(path), pa.table({"a": [1, 2, 3]}))
+    assert fingerprint([str(path)]) != before
+
+
+@pytest.mark.parametrize(
+    "layout", ["clicks.parquet", "clicks/a.parquet", "clicks/deep/a.parquet", "clicks.parquet/a.parquet"]
+)
+def test_a_table_is_a_file_or_a_directory(tmp_path: Path, layout: str) -> None:
+    """Spark writes a directory under a file's name."""
+    write_parquet(str(tmp_path / "d[1]" / layout), pa.table({"a": [1]}))
+    assert list_parquet(str(tmp_path / "d[1]" / "clicks"), "clicks") == [str(tmp_path / "d[1]" / layout)]

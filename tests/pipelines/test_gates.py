@@ -120,3 +120,12 @@ def test_calibration_is_held_to_a_fifth_beyond_chance(pcoc: float, error: float,
         assert gates["calibration"].passed is passed
         assert f"{pcoc:.3f}" in gates["calibration"].words
     assert check_night(make_night(9), [], calibration) == []
+
+
+@pytest.mark.parametrize(("expected", "error", "passed"), [(500.0, 25.0, False), (1.5, 1.2, True)])
+def test_a_night_without_any_order_is_held_back_where_some_were_due(
+    expected: float, error: float, passed: bool
+) -> None:
+    calibration = Calibration("2026-01-01", "2026-01-02", 3_000, 0, None, None, 0.4, expected, error)
+    gate = next(gate for gate in check_night(make_night(2), [make_night(1)], calibration) if gate.name == "calibration")
+    assert gate.passed is passed and f"{expected:,.1f}" in gate.words

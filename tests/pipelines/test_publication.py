@@ -273,3 +273,23 @@ def test_gc_refuses_what_makes_no_sense(tmp_path: Path, flags: list[str], messag
     assert main(["gc", "--out", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
     assert (tmp_path / "runs" / "precious.txt").exists()
+
+
+def test_gc_removes_contents_that_no_kept_run_uses(tmp_path: Path) -> None:
+    """Copies of embeddings are the largest files of shards and scores: those of other encoders, or of killed runs, go too."""
+    used, unused = (write(tmp_path / f"contents/images/{name}/part-0.parquet") for name in ("used", "unused"))
+    make_run(tmp_path, "a", [used])
+    age(tmp_path, 72)
+    found = publication.collect(str(tmp_path), 3, None, dry_run=False)
+    assert found["files_removed"] == 1
+    assert Path(used.path).exists() and not Path(unused.path).exists()
+
+
+def test_gc_of_an_output_with_brackets_leaves_others_alone(tmp_path: Path) -> None:
+    for name in ("st1", "st[1]"):
+        make_run(tmp_path / name, "a")
+        write(tmp_path / name / "runs" / "killed" / "part-0.parquet")
+        age(tmp_path / name, 72)
+    before = remaining(tmp_path / "st1")
+    assert publication.collect(str(tmp_path / "st[1]"), 3, None, dry_run=False)["files_removed"] == 1
+    assert remaining(tmp_path / "st1") == before

@@ -10,6 +10,7 @@ from camenn_model.challenge import Calibration
 from pipelines.manifest import Manifest, publish, write_manifest
 from pipelines.nightly_config import NightlyConfig, Retrain
 from pipelines.retraining import decide
+from schemas.contract import InputError
 
 
 def config(root: Path, **retrain: Any) -> NightlyConfig:
@@ -99,3 +100,29 @@ def test_other_encoders_and_unknown_days_train(tmp_path: Path, model: dict[str, 
     publish(str(other / "model"), Manifest(stage="train", run="m"))
     shards(other, 11)
     assert decide(config(other)).due
+
+
+def test_a_model_that_cannot_be_read_any_more_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an upgrade no night could score until somebody trained by hand."""
+
+    def refuse(root: str) -> None:
+        raise InputError("another version of camenn trained this model")
+
+    monkeypatch.setattr(checkpoint, "open_package", refuse)
+    training(tmp_path, 10)
+    # The very shards that it was trained on.
+    shards(tmp_path, 10)
+    decision = decide(config(tmp_path, every_days=0))
+    assert decision.due and "another version" in decision.words
+
+
+def test_missing_orders_start_no_training(tmp_path: Path, model: dict[str, Any]) -> None:
+    """A log without its orders would teach that nobody buys."""
+    model["calibration"] = Calibration("a", "b", 3_000, 0, None, None, 0.4, expected=500.0, expected_error=25.0)
+    training(tmp_path, 10)
+    shards(tmp_path, 12)
+    decision = decide(config(tmp_path))
+    assert not decision.due and "lacks its orders" in decision.words
+    # Nothing of next to nothing is no fault, and no drift.
+    model["calibration"] = Calibration("a", "b", 30, 0, None, None, 0.4, expected=1.5, expected_error=1.2)
+    assert "lacks" not in (words := decide(config(tmp_path)).words) and "nothing was ordered" in words
