@@ -6,13 +6,15 @@ scores are older than they may be. After each of them readers see tonight's scor
 """
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -210,11 +212,32 @@ def call_on_failure(config: NightlyConfig, code: int, message: str, record: str,
         say(f"on_failure: {' '.join(config.on_failure)} failed: {error}")
 
 
+class Terminated(BaseException):
+    """Somebody asked the process to end, as a service manager does: the night's record is written, and `on_failure` is called."""
+
+
+@contextlib.contextmanager
+def told_of_termination() -> Iterator[None]:
+    """SIGTERM raises `Terminated` in this process instead of ending it on the spot; forked children end as they would."""
+    own = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != own:
+            os._exit(128 + number)
+        raise Terminated(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_night(config: NightlyConfig, as_json: bool) -> int:
     """One night, from the lock to the exit code."""
     started = time.monotonic()
     try:
-        with files.single_writer(config.work):
+        with told_of_termination(), files.single_writer(config.work):
             night, before = new_night(config.work, dict(describe(config)))
             night.say(f"night {night.number} begins; config {config.path}")
             if before is not None and before["exit_code"] is None:

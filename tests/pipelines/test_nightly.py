@@ -1,6 +1,8 @@
 """What a night does when its stages succeed, fail, or are held back: the stages themselves are stood in for here, and real in test_nights.py."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,24 @@ def test_a_night_that_is_ended_by_hand_says_so(stages: Stages) -> None:
     assert (record["exit_code"], record["message"]) == (1, "nightly: ended by KeyboardInterrupt")
     # The lock is free again.
     assert stages.night()[0] == 0
+
+
+def test_a_night_that_is_terminated_says_so_and_calls_the_command(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a service manager ends it, or a machine that shuts down."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate(night: Any, record: StageRecord) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(nightly._Nightly, "run_stage", terminate)
+    with pytest.raises(nightly.Terminated):
+        nightly.main(["--config", str(stages.config)])
+    record = read_nights(str(stages.root / "work"))[-1]
+    assert record["exit_code"] == 1 and record["finished_at"] and "Terminated" in record["message"]
+    assert stages.told()["EXIT_CODE"] == "1" and "Terminated" in stages.told()["MESSAGE"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_command_for_failures_that_fails_changes_nothing(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
