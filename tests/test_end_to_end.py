@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -437,3 +438,16 @@ def test_nobody_or_nothing_to_score_is_said(
     other = data_with(city, tmp_path / "other", audience=audience, **({"candidates": pa.table(asked)} if asked else {}))
     with pytest.raises(InputError, match=message):
         cli.main(["score", *other.score_flags("nobody")])
+
+
+def test_a_model_of_full_attention_is_refused(city: City, tmp_path: Path) -> None:
+    shutil.copytree(city.work / "model", tmp_path / "model")
+    run = json.loads((tmp_path / "model" / "latest.json").read_text())["run"]
+    config = tmp_path / "model" / "runs" / run / "config.json"
+    meta = json.loads(config.read_text())
+    meta["model"]["attention"] = "full"
+    config.write_text(json.dumps(meta))
+    flags = city.score_flags("refused")
+    flags[flags.index("--model") + 1] = str(tmp_path / "model")
+    with pytest.raises(InputError, match="Train with --attention prefix"):
+        cli.main(["score", *flags])
