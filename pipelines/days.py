@@ -128,7 +128,7 @@ def sketch_days(
     Args:
         contract: of clicks.
         slices: row groups to look at.
-        latest: clicks after it cannot be (`pipelines.events.latest_time`).
+        latest: clicks after it cannot be (`pipelines.clock.latest_time`).
         known: the sample of the others.
     """
     found = {start_of(date) // DAY_US: np.array(numbers, dtype=np.uint64) for date, numbers in (known or {}).items()}

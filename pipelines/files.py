@@ -154,7 +154,8 @@ def list_parquet(path: str, table: str) -> list[str]:
     Raises:
         InputError: nothing is there; the message names both places that were tried.
     """
-    names = [path] if path.endswith(".parquet") else [f"{path}.parquet", path]
+    given = path.endswith(".parquet") or (is_local(path) and os.path.isdir(path))
+    names = [path] if given else [f"{path}.parquet", path]
     for name in names:
         # Spark and others write a directory under the name of a file.
         found = find([name]) or match(name, "**.parquet")

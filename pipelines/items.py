@@ -70,7 +70,7 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
     """The `items` table of a catalog under a pinned store run: (items ordered by item_id, rejects, counts).
 
     Raises:
-        InputError: listings of the catalog were never embedded.
+        InputError: listings of the catalog were never embedded, or have another title or photo address since.
     """
     catalog, rejects, counts = read_catalog(stage, source)
     names = ["item_id", "title_key", "image_key", "image_uri"]

@@ -52,7 +52,6 @@ from pipelines.score_inputs import (
     ScoreOptions,
     cut_tiles,
     encode_audience,
-    expected_rows,
     find_pairs,
     open_inputs,
 )
@@ -179,7 +178,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         records, found = read_finished(directory)
         check_accounting(found)
         check_reject_rate(found, options.max_reject_rate, read_rejects(records))
-        due = expected_rows(chunks, options.top_k, pairs.candidates)
+        due = pairs.rows(options.top_k)
         statistics = score_statistics([r.path for r in records if r.table == "scores"])
         check_scores(statistics["range"], sum(r.rows for r in records if r.table == "scores"), due)
         manifest = Manifest(
@@ -295,7 +294,7 @@ def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:
         "score_date": pairs.score_date,
         "listings": pairs.items.num_rows,
         "pairs": pairs.count,
-        "rows_out": expected_rows(pairs.chunks, options.top_k, pairs.candidates),
+        "rows_out": pairs.rows(options.top_k),
         "rejected": pairs.rejects.num_rows,
         "nothing_to_do": latest is not None and latest.request == inputs.request,
         "score_seconds": None if pace is None else round(pace * pairs.count, 3),

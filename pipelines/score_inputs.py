@@ -2,7 +2,6 @@
 
 import datetime
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,10 +96,17 @@ class Pairs:
     rejects: pa.Table
     counts: list[Count]
 
-    @cached_property
+    met: Ints
+    """How many listings each audience row is scored against, int64 [S]"""
+
+    @property
     def count(self) -> int:
         """Pairs that are computed."""
-        return expected_rows(self.chunks, 0, self.candidates)
+        return self.rows(0)
+
+    def rows(self, top_k: int) -> int:
+        """Rows that scores must have: per audience row the smaller of top_k (0 = all) and the listings it meets."""
+        return int(np.minimum(self.met, top_k).sum() if top_k else self.met.sum())
 
 
 def open_inputs(options: ScoreOptions) -> ScoreInputs:
@@ -209,6 +215,7 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
         candidates=asked,
         candidates_unknown=candidates.unknown if candidates else 0,
         chunks=chunks,
+        met=met,
         rejects=pa.concat_tables([catalog_rejects, *log_rejects]),
         counts=[*counts, *log_counts, *(Count("catalog", where, n) for where, n in catalog_counts.items())],
     )
@@ -298,12 +305,6 @@ def listings_met(chunks: list[Chunk], candidates: Ints | None, audience_rows: in
             pairs = pairs[np.isin(pairs[:, 1], chunk.items)]
             met[first:last] = np.bincount(pairs[:, 0] - first, minlength=last - first)
     return met
-
-
-def expected_rows(chunks: list[Chunk], top_k: int, candidates: Ints | None) -> int:
-    """Rows that scores must have: per audience row the smaller of top_k and the listings it meets."""
-    met = listings_met(chunks, candidates, max((chunk.audience[1] for chunk in chunks), default=0))
-    return int(np.minimum(met, top_k).sum() if top_k else met.sum())
 
 
 def check_encoders(store: Manifest, encoders: dict[str, Any], model: str) -> None:

@@ -247,7 +247,7 @@ def _row_groups(group: list[Part]) -> Iterator[pa.Table]:
 def drop_replaced(
     directory: str, listed: set[str], now: datetime.datetime | None = None, *, unseen: Container[str] = ()
 ) -> int:
-    """Remove parts that were replaced `READERS_HAVE` ago and are not among `listed` (paths of the published run); returns how many.
+    """Remove parts that were replaced `READERS_HAVE` ago and are not among `listed` (paths of runs that are or may be published); returns how many.
 
     Those named in `unseen`, which no published run ever listed, go as soon as they are replaced.
 

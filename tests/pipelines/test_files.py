@@ -52,3 +52,9 @@ def test_a_table_is_a_file_or_a_directory(tmp_path: Path, layout: str) -> None:
     """Spark writes a directory under a file's name."""
     write_parquet(str(tmp_path / "d[1]" / layout), pa.table({"a": [1]}))
     assert list_parquet(str(tmp_path / "d[1]" / "clicks"), "clicks") == [str(tmp_path / "d[1]" / layout)]
+
+
+def test_a_directory_of_a_tables_name_goes_before_a_file(tmp_path: Path) -> None:
+    for layout in ("clicks.parquet", "clicks/a.parquet"):
+        write_parquet(str(tmp_path / layout), pa.table({"a": [1]}))
+    assert list_parquet(str(tmp_path / "clicks"), "clicks") == [str(tmp_path / "clicks" / "a.parquet")]
