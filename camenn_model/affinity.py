@@ -26,6 +26,8 @@ FACTORS = 3
 """Pieces of a side's factor, each of width d: of all together, of looks, of words."""
 LEAST_WORTH = 1.0
 """To an order, of the product of the two vectors, where orders begin to teach: near 0 it would hand their gradients neither vector."""
+ENOUGH_WORTH = 0.25
+"""Of tastes that clicks taught, in the regression (which takes them for less than they are: both vectors carry noise). Where they are worth less, the audience's vectors begin smaller."""
 LIKENESS = 0.1
 """Times the identity: where the maps from looks and words of the past to those that are liked start. Who clicked something likes what is like it."""
 
@@ -98,10 +100,18 @@ class Affinity(nn.Module):
         return (ours[item] * theirs[audience]).unflatten(-1, (FACTORS, -1)).sum(-1)
 
     @torch.no_grad()
-    def start_worth(self, worth: Tensor) -> None:
-        """Sets what each piece [3] is worth to an order, the first one at least ``LEAST_WORTH``."""
+    def start_worth(self, worth: Tensor) -> Tensor:
+        """Makes looks and words worth what the regression says, of worth [3], and tastes ``LEAST_WORTH`` or more, but with smaller vectors of the audience where they are not worth ``ENOUGH_WORTH``.
+
+        Returns:
+            Share of ``ENOUGH_WORTH`` that tastes are worth, [] float32 in [0, 1].
+        """
+        smaller = (worth[0] / ENOUGH_WORTH).clamp(0, 1)
+        for weight in self.audience.out.parameters():
+            weight.mul_(smaller)
         worth = torch.cat([worth[:1].clamp(min=LEAST_WORTH), worth[1:]])
         self.worth.copy_((worth / FAST).repeat_interleave(len(self.worth) // FACTORS))
+        return smaller
 
     def choice(self, ours: Tensor, theirs: Tensor, item: Tensor, audience: Tensor, store: Tensor) -> Tensor:
         """Log-odds [B] float32 that an audience row clicks the item that it clicked rather than others that were clicked in the same store.

@@ -76,11 +76,15 @@ class MultiTaskLoss(nn.Module):
     """
 
     log_variances: nn.Parameter | None  # [4]: cvr, ita, tia, contrastive
+    choices_count: (
+        Tensor  # [] float32 in [0, 1]: share of ``LossConfig.choice`` with which the clicked item's loss counts
+    )
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self.config = config
         self.log_variances = nn.Parameter(torch.zeros(4)) if config.weighting == "uncertainty" else None
+        self.register_buffer("choices_count", torch.ones(()))
 
     def forward(
         self,
@@ -122,5 +126,5 @@ class MultiTaskLoss(nn.Module):
             choice=choice.detach(),
             balance=balance.detach(),
             z=z.detach(),
-            total=total + config.choice * choice + config.balance * balance + config.z * z,
+            total=total + config.choice * self.choices_count * choice + config.balance * balance + config.z * z,
         )

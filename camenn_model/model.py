@@ -17,6 +17,7 @@ from camenn_model.affinity import Affinity
 from camenn_model.alignment import ContrastiveHead, TaskTokens, init_heads, pair_content
 from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch, ItemBatch
 from camenn_model.config import STORE, ModelConfig
+from camenn_model.counts import Counts
 from camenn_model.directions import PENALTY, find_start
 from camenn_model.experts import Gate, GateOutput, Mixed, Mixture
 from camenn_model.layers import EncoderLayer, Side, init_linear, layers_of
@@ -68,6 +69,7 @@ class CameNN(nn.Module):
         self.tia_gate = Gate((2 * width,), config)
         self.affinity = Affinity(config)
         self.wide = Wide(config)
+        self.counts = Counts(config)
         self.cvr_tower = Tower(config, config.base_rate)
         self.ita_tower = Tower(config, 0.5)
         self.tia_tower = Tower(config, 0.5)
@@ -140,6 +142,8 @@ class CameNN(nn.Module):
         )
         direct = (factors[0].index_select(0, pairs.item) * factors[1].index_select(0, pairs.audience)).sum(-1)
         direct = direct + self.wide.of_pairs(pairs.values, pairs.buckets)
+        counted = self.counts.of_audience(batch.audience).index_select(0, pairs.audience)
+        direct = direct + self.counts(counted, pairs.values, pairs.buckets)
         x = self.pair_tokens(pairs, told)
         mixed = self._bottom_and_experts(sides, x, gate)
         logits = self.cvr_tower(mixed) + direct + self.affinity.of_token(x[:, 0])

@@ -42,6 +42,7 @@ class SideStates:
     filled: Tensor  # [E, R] bool: expert computed for this row
     vector: Tensor  # [R, 3 d + C + 2] float32: factors of ``Affinity`` and of ``Wide``
     task: Tensor  # [R, d]: the side's part of what ``[CVR]`` is told
+    counts: Tensor | None  # [R, h] float32, ``Counts.of_audience``; items have none
     experts: dict[int, Part] = field(default_factory=dict)  # rows not filled are 0
     tower: Part | None = None  # of all experts: keys [R, h, E c, N], values [R, h, N, E c + 1]; not filled: 0
 
@@ -61,14 +62,15 @@ class Scorer:
     def item_states(self, items: ItemBatch) -> SideStates:
         """States of I items, on the model's device. Raises ValueError in training mode or with ``full`` attention."""
         self._check()
-        return self._states(self.model.item_tokens(items), self.model.wide.item_factors(items), side=0)
+        return self._states(self.model.item_tokens(items), self.model.wide.item_factors(items), None, side=0)
 
     @torch.inference_mode()
     def audience_states(self, audience: AudienceBatch, history: HistoryItems) -> SideStates:
         """States of S audience rows. Raises ValueError in training mode or with ``full`` attention."""
         self._check()
         tokens = self.model.audience_tokens(audience, history, self.model.item_tokens.liked(history))
-        return self._states(tokens, self.model.wide.audience_factors(audience), side=1)
+        counts = self.model.counts.of_audience(audience)
+        return self._states(tokens, self.model.wide.audience_factors(audience), counts, side=1)
 
     @torch.inference_mode()
     def score_tile(
@@ -132,7 +134,7 @@ class Scorer:
         if self.model.config.attention != "prefix":
             raise ValueError("Scorer: states need attention='prefix'; use score_pairs with 'full'")
 
-    def _states(self, side_tokens: SideTokens, wide: Tensor, side: int) -> SideStates:
+    def _states(self, side_tokens: SideTokens, wide: Tensor, counts: Tensor | None, side: int) -> SideStates:
         """Runs the shared bottom on one side."""
         tokens, shared = side_tokens.tokens, []
         with self._layers():
@@ -145,7 +147,7 @@ class Scorer:
         if side == 0:
             vector = self.model.affinity.of_orders(vector)
         vector = torch.cat([vector, wide], dim=1)
-        return SideStates(gate, side_tokens.mask, shared, tokens, filled, vector, task)
+        return SideStates(gate, side_tokens.mask, shared, tokens, filled, vector, task, counts)
 
     def _layers(self) -> torch.autocast:
         """What transformer layers are computed in."""
@@ -160,6 +162,7 @@ class Scorer:
             told = items.task.index_select(0, by_item) + audience.task.index_select(0, by_audience)
             x = model.pair_tokens.embed(values, buckets, unknown, told)  # [n, X, d]
             below = model.affinity.of_token(x[:, 0]) + model.wide.of_pairs(values, buckets)
+            below = below + model.counts(audience.counts.index_select(0, by_audience), values, buckets)
         all_i, all_s = find_places(some, model.config.heads)
         for number, layer in enumerate(layers_of(model.shared)):
             x = run_layer(layer, x, ((items.shared(number), all_i), (audience.shared(number), all_s)))
@@ -235,6 +238,11 @@ class _Rows:
     @property
     def task(self) -> Tensor:
         return self.states.task[self.rows]
+
+    @property
+    def counts(self) -> Tensor:
+        assert self.states.counts is not None  # asked of audience rows alone
+        return self.states.counts[self.rows]
 
     def shared(self, number: int) -> Part:
         return self._of(self.states.shared[number])

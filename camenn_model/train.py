@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from camenn_model.agreement import Agreement
 from camenn_model.batch import AlignmentBatch, Batch
 from camenn_model.checkpoint import load_tensors, save_tensors
 from camenn_model.config import LossConfig, ModelConfig
+from camenn_model.counts import CountRows, Counts, fit_counts, say
 from camenn_model.dataset import (
     AlignmentSampler,
     ExampleReader,
@@ -391,8 +392,8 @@ class Trainer:
                 )
             self._find_tastes()
             self._learn_choices()
-            self._fit_wide()
-        self.processes.copy_from_first(self.model.state_dict().values())
+            self._fit_direct()
+        self.processes.copy_from_first([*self.model.state_dict().values(), *self.loss.state_dict().values()])
         self.ema = WeightAverage(self.model, self.options.optimizer.ema_decay)
 
     def _find_tastes(self) -> None:
@@ -438,18 +439,31 @@ class Trainer:
                 done += len(rows)
                 self.progress("tastes", done, total, f"loss {told:.4f}")
 
-    def _fit_wide(self) -> None:
-        """The linear part, on the latest training examples, and what tastes are worth to an order."""
-        wide, rate = self.model.wide, self.corpus.config.base_rate
+    def _fit_direct(self) -> None:
+        """What counts say together, and the linear part with what that and tastes are worth to an order, on the latest training examples."""
+        wide, counts, rate = self.model.wide, self.model.counts, self.corpus.config.base_rate
+        base = math.log(rate / (1 - rate))
+        train, stop = self._wide_rows("train"), self._wide_rows("early_stop")
+        fit_counts(
+            counts,
+            base,
+            CountRows.of(train),
+            CountRows.of(stop),
+            self.options.seed,
+            lambda done, total, note: self.progress("counts", done, total, note),
+        )
         fitted = fit_wide(
             wide,
-            math.log(rate / (1 - rate)),
+            base,
             wide.see(self.corpus.table),
-            self._wide_rows("train"),
-            self._wide_rows("early_stop"),
+            _told_by(counts, train),
+            _told_by(counts, stop),
             lambda done, total, note: self.progress("wide", done, total, note),
         )
-        self.model.affinity.start_worth(torch.tensor(fitted.worth))
+        *tastes, of_counts = fitted.worth
+        counts.scale(of_counts)
+        # Where choices tell little of orders, they should not count much beside them.
+        self.loss.choices_count.copy_(self.model.affinity.start_worth(torch.tensor(tastes)))
 
     def _wide_rows(self, split: str) -> WideRows:
         """The latest examples of a split."""
@@ -618,6 +632,9 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
+        # Another version of the software may have been killed.
+        if any(_shapes(part(f"{name}.")) != _shapes(getattr(self, name).state_dict()) for name in ("model", "loss")):
+            return False
         self.model.load_state_dict(part("model."))
         self.loss.load_state_dict(part("loss."))
         self.ema.load_state_dict(part("ema."))
@@ -630,6 +647,14 @@ class Trainer:
         curves = [dict(zip(metadata["columns"], row, strict=True)) for row in tensors["curves"].tolist()]
         self.state = State(**metadata["state"], curves=curves)
         return True
+
+
+def _told_by(counts: Counts, rows: WideRows) -> WideRows:
+    return replace(rows, told=torch.cat([rows.told, say(counts, CountRows.of(rows))[:, None]], dim=1))
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _descend(

@@ -5,7 +5,7 @@ Shapes: I items, S audience rows, B examples, C values of the crossed item field
 What a price, a count, a store or a weekday does to everybody alike is a sum of numbers, and some hundred steps of Adam through LayerNorms and attention do not find it: a slope that every example
 tells of moves as slowly as a table's row that one example tells of moves fast. A penalised maximum likelihood has no such rates. So a wide part as in wide-and-deep models (Cheng et al. 2016) is
 fitted by L-BFGS in seconds: a number for each category, a slope for each numeric field and a number for each of its buckets, a number for each category of the item with each category of the audience (what
-sells at which hour, in which store), slopes of the principal directions of photos and titles, and what the three pieces of ``Affinity``'s product are worth to an order. Hashed ids have no number: they would be learned
+sells at which hour, in which store), slopes of the principal directions of photos and titles, and what the three pieces of ``Affinity``'s product and the logit of ``Counts`` are worth to an order. Hashed ids have no number: they would be learned
 by heart. The penalty is the one, of some, with the least log loss on the early-stop part.
 """
 
@@ -224,7 +224,7 @@ class WideRows:
     values: Tensor
     buckets: Tensor
     label: Tensor  # float32
-    liked: Tensor  # [B, 3] float32: pieces of the product of tastes
+    told: Tensor  # [B, p] float32: logits that other parts say, the pieces of the product of tastes first
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class Fit:
 
     penalty: float
     loss: float  # mean log loss on the early-stop part
-    worth: tuple[float, ...]  # of the pieces of the product of tastes
+    worth: tuple[float, ...]  # of each of the other parts' logits
 
 
 def fit_wide(
@@ -250,7 +250,7 @@ def fit_wide(
         base: what the rest of the model says, a logit, which the linear part's is added to.
         train, stop: what to fit on, and what to choose the penalty by.
     """
-    worth = torch.zeros(train.liked.shape[1], requires_grad=True, device=train.liked.device)
+    worth = torch.zeros(train.told.shape[1], requires_grad=True, device=train.told.device)
     weights = [*wide.parameters(), worth]
     numbers = (wide.item_numbers, wide.audience_numbers, wide.pair_numbers)
     slopes, buckets = [worth, *(part.slope for part in numbers)], [part.number for part in numbers]
@@ -259,7 +259,7 @@ def fit_wide(
     count = len(train.label)
 
     def loss_of(rows: WideRows) -> Tensor:
-        logits = base + wide.of_examples(catalog, rows) + rows.liked @ worth
+        logits = base + wide.of_examples(catalog, rows) + rows.told @ worth
         return F.binary_cross_entropy_with_logits(logits, rows.label)
 
     best: Fit | None = None
@@ -286,7 +286,7 @@ def fit_wide(
             progress(
                 number + 1 if better else len(PENALTIES),
                 len(PENALTIES),
-                f"penalty {penalty:g}, early-stop log loss {found.loss:.4f}",
+                f"penalty {penalty:g}, early-stop log loss {found.loss:.4f}, tastes worth {found.worth[0]:.2f}",
             )
             if not better:
                 break

@@ -116,7 +116,7 @@ class _Bars:
                 Bar(
                     phase,
                     total,
-                    {"align": "steps", "wide": "penalties"}.get(phase, "examples"),
+                    {"align": "steps", "counts": "passes", "wide": "penalties"}.get(phase, "examples"),
                 )
             )
             self.phase = phase

@@ -35,7 +35,9 @@ FROZEN = "frozen"
 """No model of clicks: maps between the frozen encoders' features, for representation"""
 GATE_SAMPLE = 2_048
 VERSION = 2
-"""Raised by a change that changes figures: of the model, of training, of the baselines, of the city or of how figures are computed. Results of an earlier one are not done."""
+"""Raised by a change that changes all figures: of the city, of shards, of the baselines or of how figures are computed. Results of an earlier one are not done."""
+MODEL_VERSION = 3
+"""The same, of a change that changes CameNN's figures alone: of the model or of how it is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ class Job:
         given = {name: value for name, value in asdict(self).items() if name not in ("threads", "results")}
         encoders = {name: Path(getattr(self.world, name)).name for name in ("image_weights", "text_encoder")}
         of_world = {name: getattr(self.world, name) for name in ("name", "preset", "city", "flags")}
-        return given | encoders | {"world": of_world, "version": VERSION}
+        return given | encoders | {"world": of_world, "version": MODEL_VERSION if self.model in VARIANTS else VERSION}
 
     def done(self) -> bool:
         """Whether the result of this very job is there."""

@@ -99,7 +99,25 @@ def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])
     tokens = layer_norm(part.norm, torch.stack([part.task + extra + sum(groups), *groups, part.position.weight[0]]))
     deep = model.affinity.deep.weight[0] @ F.gelu(linear(model.affinity.deep_hidden, tokens[0]))
-    return tokens, product.sum() + deep + wide_logit(model, batch, pair)
+    return tokens, product.sum() + deep + wide_logit(model, batch, pair) + counts_logit(model, batch, pair)
+
+
+def counts_logit(model: CameNN, batch: Batch, pair: int) -> Tensor:
+    """What the counts of one pair and its audience row say, number by number."""
+    counts, u = model.counts, int(batch.pairs.audience[pair])
+    first = counts.bias.clone()
+    for part, fields, values, buckets in (
+        (counts.audience, model.config.audience_numeric, batch.audience.values[u], batch.audience.buckets[u]),
+        (counts.pairs, model.config.pair_numeric, batch.pairs.values[pair], batch.pairs.buckets[pair]),
+    ):
+        for column, field in enumerate(fields):
+            bucket = int(buckets[column])
+            measures = (0.0, 0.0, 1.0, 0.0)
+            if bucket:
+                measures = (float(values[column]), 2 * bucket / (field.size - 1) - 1, 0.0, float(bucket == 1))
+            for place, measure in enumerate(measures):
+                first += measure * part.weight[place * len(fields) + column]
+    return linear(counts.out, F.gelu(linear(counts.hidden, F.gelu(first))))[0]
 
 
 def wide_logit(model: CameNN, batch: Batch, pair: int) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import pytest
 import torch
 
-from camenn_model.affinity import FACTORS
+from camenn_model.affinity import ENOUGH_WORTH, FACTORS, LEAST_WORTH
+from camenn_model.batch import Batch
 from camenn_model.config import STORE
 from camenn_model.model import CameNN
 from tests.camenn_model.random_batches import awake, random_batch, tiny_config
@@ -78,3 +80,28 @@ def test_choose_is_what_the_whole_forward_pass_says() -> None:
         cats[:, names.index(STORE)] = torch.arange(len(cats)) % 2
         audience = dataclasses.replace(batch.audience, cats=cats)
         assert not torch.equal(model.choose(dataclasses.replace(batch, audience=audience)), alone)
+
+
+@pytest.mark.parametrize("worth", [-0.5, 0.0, 0.1, ENOUGH_WORTH, 2.5])
+def test_tastes_start_as_large_as_they_are_worth_and_hand_both_sides_gradients(worth: float) -> None:
+    model = woken()
+    batch = random_batch(model.config, items=12, audience=6, pairs=30)
+    with torch.no_grad():
+        liked = model.liked(batch)
+        share = float(model.affinity.start_worth(torch.tensor([worth, 0.3, -0.7])))
+    assert share == pytest.approx(min(max(worth / ENOUGH_WORTH, 0.0), 1.0))
+    found = liked_by_orders(model, batch)
+    expected = liked * torch.tensor([max(worth, LEAST_WORTH) * share, 0.3, -0.7])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found[:, 0].sum().backward()
+    given = [model.affinity.audience.out.weight] + ([model.affinity.item.out.weight] if worth > 0 else [])
+    assert all(weight.grad is not None and bool((weight.grad != 0).any()) for weight in given)
+
+
+def liked_by_orders(model: CameNN, batch: Batch) -> torch.Tensor:
+    """Pieces of the product [B, 3] as the CVR logit has them."""
+    items = model.item_tokens(batch.items)
+    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.liked(batch.history))
+    ours, _ = model.affinity.vectors(items.summary, side=0)
+    theirs, _ = model.affinity.vectors(audience.summary, side=1)
+    return model.affinity.pieces(model.affinity.of_orders(ours), theirs, batch.pairs.item, batch.pairs.audience)

@@ -78,6 +78,17 @@ def test_fixed_weighting_adds_up() -> None:
     assert not parts.cvr.requires_grad
 
 
+def test_choices_count_for_a_share_of_their_weight() -> None:
+    sizes = tiny_config()
+    torch.manual_seed(0)
+    output, label = CameNN(sizes)(random_batch(sizes)), random_batch(sizes).pairs.label
+    loss, without = MultiTaskLoss(LossConfig()), MultiTaskLoss(LossConfig(choice=0.0))
+    loss.choices_count.fill_(0.25)
+    parts = loss(output, label)
+    assert torch.allclose(parts.total - without(output, label).total, 0.25 * 0.1 * parts.choice)
+    assert float(parts.choice) > 0
+
+
 def test_loss_without_alignment_is_the_cvr_task_alone() -> None:
     _, _, parts = step(LossConfig(choice=0.0, balance=0.0, z=0.0), with_alignment=False)
     assert float(parts.ita) == float(parts.contrastive) == 0.0

@@ -175,8 +175,8 @@ def test_gradient_reaches_every_parameter() -> None:
     total = output.logits.square().sum() + aligned.ita.square().sum() + aligned.tia.square().sum()
     (total + aligned.similarities.diagonal().sum() + output.choice.square().sum()).backward()
     unreached = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
-    # The linear part and the space of tastes are found before, and stay.
-    found = ("wide.", "item_tokens.tastes.image.", "item_tokens.tastes.text.")
+    # What counts say, the linear part and the space of tastes are found before, and stay.
+    found = ("wide.", "counts.", "item_tokens.tastes.image.", "item_tokens.tastes.text.")
     assert unreached == {name for name, _ in model.named_parameters() if name.startswith(found)}
 
 

@@ -81,14 +81,15 @@ def test_trainer_resumes_to_the_same_bits(shards: str, tmp_path: Path) -> None:
     interrupted = options(shards, tmp_path / "cut", checkpoint_seconds=0.0)
     steps = 0
 
-    def kill(*_: object) -> None:
+    def kill(what: str, *_: object) -> None:
         nonlocal steps
-        steps += 1
+        steps += what == "train"
         if steps == 6:
             raise Killed
 
     with pytest.raises(Killed):
         Trainer(open_corpus(interrupted), interrupted, kill).run()
+    assert load_tensors(tmp_path / "cut" / "checkpoints" / "main.safetensors")[1]["state"]["step"] > 0
     resumed = Trainer(open_corpus(interrupted), interrupted, no_progress)
     resumed.run()
     assert resumed.state.step == whole.state.step > 6
@@ -100,16 +101,30 @@ def test_trainer_resumes_to_the_same_bits(shards: str, tmp_path: Path) -> None:
 def test_train_begins_anew_with_other_options(shards: str, tmp_path: Path) -> None:
     first = options(shards, tmp_path, checkpoint_seconds=0.0)
 
-    def kill(_: str, done: int, *__: object) -> None:
-        if done > 64:
+    def kill(what: str, done: int, *_: object) -> None:
+        if what == "train" and done > 64:
             raise Killed
 
     with pytest.raises(Killed):
         Trainer(open_corpus(first), first, kill).run()
+    again = Trainer(open_corpus(first), first, no_progress)
+    assert again._restore() and again.state.step > 0
     other = options(shards, tmp_path, seed=1)
     trainer = Trainer(open_corpus(other), other, no_progress)
     trainer._restore()
     assert trainer.state.step == 0
+
+
+def test_train_begins_anew_where_another_version_was_killed(shards: str, tmp_path: Path) -> None:
+    given = options(shards, tmp_path, checkpoint_seconds=0.0)
+    trainer = Trainer(open_corpus(given), given, no_progress)
+    trainer._begin()
+    trainer._save()
+    assert Trainer(open_corpus(given), given, no_progress)._restore()
+    tensors, header = load_tensors(trainer.checkpoint_path)
+    del tensors["loss.choices_count"]
+    save_tensors(trainer.checkpoint_path, tensors, header)
+    assert not Trainer(open_corpus(given), given, no_progress)._restore()
 
 
 def test_train_writes_a_package_that_opens(shards: str, tmp_path: Path) -> None:
@@ -358,9 +373,9 @@ def test_training_that_is_not_finite_stops_and_writes_the_batch(shards: str, tmp
     written = json.loads(path.read_text())
     assert len(written["item_id"]) == len(written["label"]) == len(written["session_start"]) > 0
     assert set(written["item_id"]) <= set(trainer.corpus.table.ids.to_pylist())
-    # No step was taken; the linear part, what it says of tastes, and their space come before the first.
+    # No step was taken; the counts, the linear part, the tastes' worth that it finds, and their space come before the first.
     after = trainer.model.state_dict()
-    found = ("wide.", "item_tokens.tastes.")
+    found = ("wide.", "counts.", "item_tokens.tastes.", "affinity.audience.out.")
     fitted = {name, "affinity.worth", *(key for key in before if key.startswith(found))}
     assert all(torch.equal(after[key], value) for key, value in before.items() if key not in fitted)
 
@@ -429,9 +444,10 @@ def test_photos_titles_and_tastes_are_learnt_before_the_first_order(shards: str,
     before = choice_loss()
     trainer._begin()
     assert choice_loss() < 0.95 * before
-    assert list(dict.fromkeys(phase for phase, _, _ in phases)) == ["align", "tastes", "wide"]
+    assert list(dict.fromkeys(phase for phase, _, _ in phases)) == ["align", "tastes", "counts", "wide"]
     assert all(
-        max(d for p, d, _ in phases if p == name) == phases_total(phases, name) for name in ("align", "tastes", "wide")
+        max(d for p, d, _ in phases if p == name) == phases_total(phases, name)
+        for name in ("align", "tastes", "counts", "wide")
     )
     # The network was taught no order yet: what only orders teach is where it was. The linear part was, and stays what it is.
     assert all(torch.equal(dict(trainer.model.named_parameters())[name], p) for name, p in untouched.items())
