@@ -18,10 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from camenn_model.affinity import ENOUGH_WORTH, LEAST_WORTH
 from camenn_model.agreement import FOLDS
 from camenn_model.batch import AlignmentBatch
 from camenn_model.checkpoint import load_tensors, read_package, save_tensors
 from camenn_model.config import LossConfig
+from camenn_model.counts import CountRows, say
 from camenn_model.dataset import (
     AlignmentSampler,
     collate,
@@ -31,8 +33,10 @@ from camenn_model.dataset import (
     split_batch,
     stream_batches,
 )
+from camenn_model.layers import FAST
 from camenn_model.shards import ShardSet
 from camenn_model.train import Corpus, Trainer, TrainOptions, open_corpus, rate_at, train, write_curves
+from camenn_model.wide import Catalog, Fit, Wide, WideRows
 from pipelines import build_shards
 from pipelines.options import run_main
 from schemas.contract import InputError
@@ -116,15 +120,41 @@ def test_train_begins_anew_with_other_options(shards: str, tmp_path: Path) -> No
 
 
 def test_train_begins_anew_where_another_version_was_killed(shards: str, tmp_path: Path) -> None:
-    given = options(shards, tmp_path, checkpoint_seconds=0.0)
-    trainer = Trainer(open_corpus(given), given, no_progress)
+    asked = options(shards, tmp_path, checkpoint_seconds=0.0)
+    trainer = Trainer(open_corpus(asked), asked, no_progress)
     trainer._begin()
     trainer._save()
-    assert Trainer(open_corpus(given), given, no_progress)._restore()
+    assert Trainer(open_corpus(asked), asked, no_progress)._restore()
     tensors, header = load_tensors(trainer.checkpoint_path)
     del tensors["loss.choices_count"]
     save_tensors(trainer.checkpoint_path, tensors, header)
-    assert not Trainer(open_corpus(given), given, no_progress)._restore()
+    assert not Trainer(open_corpus(asked), asked, no_progress)._restore()
+
+
+def test_orders_begin_with_what_each_part_is_worth(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = options(shards, tmp_path)
+    said: list[torch.Tensor] = []
+
+    def fitted(wide: Wide, base: float, catalog: Catalog, train: WideRows, *_: object) -> Fit:
+        said.append(train.told)
+        return Fit(penalty=1.0, loss=0.5, worth=(0.1, 0.3, -0.2, 0.5))
+
+    monkeypatch.setattr("camenn_model.train.fit_wide", fitted)
+    trainer = Trainer(open_corpus(asked), asked, no_progress)
+    trainer._begin()
+    (before,) = said
+    affinity = trainer.model.affinity
+    after = trainer._wide_rows("train")
+    share = 0.1 / ENOUGH_WORTH
+    assert float(trainer.loss.choices_count) == pytest.approx(share)
+    assert torch.allclose(FAST * affinity.worth[:: trainer.model.config.width], torch.tensor([LEAST_WORTH, 0.3, -0.2]))
+    assert before.shape == (len(after.label), 4)
+    assert torch.allclose(after.told[:, 0], share * before[:, 0], atol=1e-6)
+    assert torch.allclose(after.told[:, 1:], before[:, 1:3], atol=1e-6)
+    counts = say(trainer.model.counts, CountRows.of(after))
+    assert torch.allclose(counts, 0.5 * before[:, 3], atol=1e-6) and float(counts.std()) > 0
 
 
 def test_train_writes_a_package_that_opens(shards: str, tmp_path: Path) -> None:
