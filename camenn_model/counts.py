@@ -2,7 +2,7 @@
 
 Shapes: S audience rows, B pairs or examples, n numeric fields, h ``HIDDEN``.
 
-How often something was bought, how long ago, by someone who buys how often: such numbers tell together what none of them tells alone, as trees find and a linear part cannot. A network of a few thousand weights
+How often something was bought, how long ago, by someone who buys how often: such numbers tell together what none of them tells alone, as trees find and a linear part cannot. A network of some 26,000 weights
 finds it too, but not in the single pass over the log that ids and tokens bear before they are learned by heart. Counts of a listing, an audience row and the two are no identity, so they bear as many passes as they need.
 Each enters as its value, as its rank among training values, and as being missing or lowest; a weight for each bucket would be learned by heart again. Of the passes, the one with the least log loss on the
 early-stop part is kept.

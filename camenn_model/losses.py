@@ -76,9 +76,7 @@ class MultiTaskLoss(nn.Module):
     """
 
     log_variances: nn.Parameter | None  # [4]: cvr, ita, tia, contrastive
-    choices_count: (
-        Tensor  # [] float32 in [0, 1]: share of ``LossConfig.choice`` with which the clicked item's loss counts
-    )
+    choices_count: Tensor  # [] float32 in [0, 1], times ``LossConfig.choice``: the weight of the clicked item's loss
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
