@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from camenn_model.batch import AudienceBatch
 from camenn_model.config import FieldSpec, ModelConfig
 from camenn_model.layers import drop
-from camenn_model.optimizer import rate_factor
+from camenn_model.optimizer import OptimizerConfig, build_schedule
 from camenn_model.wide import WideRows
 
 HIDDEN = 128
@@ -30,7 +30,7 @@ DROPOUT = 0.2
 PASSES = 12
 """Over the training examples"""
 BATCH_SIZE = 128
-LEARNING_RATE, WARMUP = 1e-3, 0.1
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 EVALUATED = 65_536
 """Examples at a time without gradients"""
 
@@ -43,7 +43,7 @@ class Measures(nn.Module):
     def __init__(self, fields: tuple[FieldSpec, ...]) -> None:
         super().__init__()
         self.register_buffer("top", torch.tensor([field.size - 1.0 for field in fields]), persistent=False)
-        self.weight = nn.Parameter(torch.empty(MEASURES * len(fields), HIDDEN), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(MEASURES * len(fields), HIDDEN))
 
     def forward(self, values: Tensor, buckets: Tensor) -> Tensor:
         """values [..., n] float32, buckets [..., n] int64, 0 = missing → [..., h] float32."""
@@ -157,8 +157,8 @@ def fit_counts(
     torch.manual_seed(seed)
     counts.requires_grad_(True)
     try:
-        optimizer = torch.optim.AdamW(counts.parameters(), lr=LEARNING_RATE)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, WARMUP))
+        optimizer = torch.optim.AdamW(counts.parameters(), lr=OPTIMIZER.learning_rate)
+        schedule = build_schedule(optimizer, steps, OPTIMIZER)
         for number in range(PASSES):
             order = torch.randperm(len(train)).to(train.label.device)
             for some in order.split(BATCH_SIZE):
