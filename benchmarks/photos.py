@@ -27,11 +27,12 @@ from benchmarks.command import machine, work_directory
 from benchmarks.quality.claims import mean_and_error
 from benchmarks.quality.representation import both_ways, frozen_similarities
 from benchmarks.quality.worlds import World
+from camenn_model.corpus import Corpus, TrainOptions, open_corpus
 from camenn_model.dataset import AlignmentSampler
 from camenn_model.evaluation import content_vectors
 from camenn_model.item_table import Ints
 from camenn_model.model import CameNN
-from camenn_model.train import Corpus, TrainOptions, fit_inputs, open_corpus, train_alignment
+from camenn_model.pretraining import fit_inputs, train_alignment
 from schemas.catalog import CATALOG
 from schemas.contract import conform
 from schemas.events import CLICKS, ORDERS

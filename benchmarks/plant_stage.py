@@ -109,8 +109,9 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
 
     from camenn_model.calibration import PlattScaling
     from camenn_model.checkpoint import save_tensors
+    from camenn_model.corpus import TrainOptions, open_corpus
     from camenn_model.model import CameNN
-    from camenn_model.train import TrainOptions, fit_inputs, open_corpus
+    from camenn_model.pretraining import fit_inputs
 
     corpus = open_corpus(TrainOptions(shards=shards, out=out))
     torch.manual_seed(seed)

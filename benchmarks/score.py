@@ -32,11 +32,11 @@ from benchmarks.processes import run_watched
 from benchmarks.train import prepare
 from camenn_model.batch import AudienceBatch, Batch, HistoryItems, ItemBatch, PairBatch
 from camenn_model.config import PROFILES, ModelConfig
+from camenn_model.corpus import Corpus, TrainOptions, open_corpus
 from camenn_model.dataset import collate
 from camenn_model.model import CameNN
 from camenn_model.scorer import Scorer
 from camenn_model.shortlist import Shortlist
-from camenn_model.train import Corpus, TrainOptions, open_corpus
 from pipelines.manifest import read_latest
 
 PARTS = ("speed", "memory")

@@ -35,10 +35,11 @@ from benchmarks.plant_stage import Job, run_stage
 from camenn_model import metrics
 from camenn_model.batch import Batch
 from camenn_model.config import PROFILES
-from camenn_model.dataset import Rows, list_units, stream_batches
+from camenn_model.corpus import Corpus, TrainOptions, open_corpus
+from camenn_model.dataset import Rows, collate, list_units, stream_batches
 from camenn_model.evaluation import predict
 from camenn_model.item_table import ItemTable
-from camenn_model.train import Corpus, MicroBatch, Share, Trainer, TrainOptions, collate, open_corpus
+from camenn_model.train import MicroBatch, Share, Trainer
 from pipelines.manifest import read_latest
 
 PARTS = ("speed", "mixing")

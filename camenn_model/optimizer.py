@@ -61,6 +61,19 @@ def build_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, total, config.warmup))
 
 
+def rate_at(done: float, warmup: float) -> float:
+    """Factor on the learning rate when the share `done` of the examples is seen: linear up over `warmup` of them, linear down to 0."""
+    return done / warmup if done < warmup else max(0.0, (1.0 - done) / (1.0 - warmup))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, done: float) -> float:
+    """Set the learning rate for the share `done`; returns it."""
+    rate = config.learning_rate * rate_at(done, config.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 class WeightAverage:
     """Exponential moving average of a module's parameters, float32; buffers are the module's own.
 

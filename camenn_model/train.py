@@ -10,9 +10,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from camenn_model.agreement import Agreement
 from camenn_model.batch import AlignmentBatch, Batch
 from camenn_model.checkpoint import load_tensors, save_tensors
-from camenn_model.config import LossConfig, ModelConfig
-from camenn_model.counts import CountRows, Counts, fit_counts, say
-from camenn_model.dataset import (
-    AlignmentSampler,
-    ExampleReader,
-    Rows,
-    collate,
-    cut_batches,
-    list_units,
-    map_ahead,
-    split_batch,
-    stream_batches,
-)
-from camenn_model.directions import PENALTY
+from camenn_model.corpus import Corpus, Progress, TrainOptions, open_corpus
+from camenn_model.dataset import AlignmentSampler, Rows, collate, list_units, map_ahead, split_batch, stream_batches
 from camenn_model.evaluation import (
     CALIBRATED_ON,
     Predictions,
@@ -50,185 +37,15 @@ from camenn_model.evaluation import (
     reliability,
     representation,
 )
-from camenn_model.feature_space import FeatureSpace
-from camenn_model.item_table import ItemTable
-from camenn_model.losses import Losses, MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
+from camenn_model.losses import Losses, MultiTaskLoss
 from camenn_model.model import CameNN
-from camenn_model.optimizer import OptimizerConfig, WeightAverage, build_optimizer
+from camenn_model.optimizer import WeightAverage, build_optimizer, set_rate
+from camenn_model.pretraining import Pretraining, fit_inputs
 from camenn_model.processes import Processes
-from camenn_model.shards import ShardSet
-from camenn_model.taste_space import find_tastes
-from camenn_model.wide import WideRows, fit_wide
 from schemas.contract import InputError
 
-Progress = Callable[[str, int, int, str], None]
-"""(phase, examples done, examples in all, note): called after every step."""
-
-FIT_ROWS = 1_000_000
-"""Training examples that vocabularies and quantiles are fitted on, from whole files, the latest ones."""
-FIT_ITEMS = 512
-"""Listings whose embeddings the input standardisation is fitted on."""
-START_ITEMS = 8_192
-"""Listings whose mean embeddings the projections' first directions are computed from."""
-FITTED_ROWS = 500_000
-"""Training examples that the space of tastes and the linear part are found from, from whole files, the latest ones."""
-CHOICE_CLICKS = 512
-"""Clicks of a step that learns who clicks what: each is told from the other listings of its batch."""
 LISTINGS_PER_PAIR = 4
 """Listings whose photos and titles are told apart in a step with clicks, for each ITA pair of it"""
-ALIGNMENT_PAIRS = 64
-"""ITA pairs, and as many TIA pairs, of a step of alignment alone ..."""
-ALIGNMENT_LISTINGS = 256
-"""... and listings whose photos and titles are told apart in it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """One training run, resolved."""
-
-    shards: str
-    out: str
-    profile: str = "small"
-    attention: str = "prefix"
-    epochs: int = 1
-    batch_size: int = 128
-    """Examples a step, over all processes"""
-    micro_batches: int = 1
-    """Pieces that a step's batch is cut into; the number of processes divides it"""
-    by_store: bool = False
-    """Whether a batch draws from few stores, and so holds fewer distinct listings"""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3, ema_decay=0.99))
-    evaluations: int = 4
-    patience: int = 4
-    seed: int = 0
-    device: str = "cpu"
-    precision: str = "fp32"
-    loss: LossConfig = field(default_factory=LossConfig)
-    alignment: bool = True
-    alignment_passes: int = 8
-    """Times that each listing is seen in the steps of alignment alone, before the clicks, and again at most in the steps with clicks; 0 = never"""
-    choice_passes: int = 4
-    """Times that each click is seen in the steps that learn who clicks what, before what is ordered; 0 = no such steps"""
-    checkpoint_seconds: float = 60.0
-    workers: int = 1
-    """Threads that gather batches"""
-
-    def request(self) -> dict[str, Any]:
-        """What the result depends on: not on how often it is saved, nor on the threads that gather."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", "checkpoint_seconds")}
-
-
-@dataclass
-class Corpus:
-    """What training reads: the shard set, encoded."""
-
-    shards: ShardSet
-    space: FeatureSpace
-    table: ItemTable
-    reader: ExampleReader
-    config: ModelConfig
-
-    def files(self, split: str) -> list[tuple[str, int]]:
-        """(path, rows) of a split."""
-        return self.shards.examples(split)
-
-    def rows(self, split: str) -> int:
-        """Examples of a split."""
-        return sum(rows for _, rows in self.files(split))
-
-
-def open_corpus(options: TrainOptions) -> Corpus:
-    """Open a shard set, fit the feature space on its training part, and size the model.
-
-    Raises:
-        InputError: a part is empty, labels are of one class only, or no listing has a photo or a title.
-    """
-    shards = ShardSet(options.shards)
-    for split in ("train", "early_stop", "calibration", "test"):
-        if not shards.examples(split):
-            raise InputError(
-                f"--shards {options.shards}: part '{split}' is empty: the log is too short to be split by time with a gap of the attribution window. "
-                "Give a longer log, or a smaller --test_share or --attribution_hours to `camenn shards`."
-            )
-    fitted: list[pa.Table] = []
-    for path, _ in reversed(shards.examples("train")):
-        fitted.append(pq.ParquetFile(path).read())
-        if sum(table.num_rows for table in fitted) >= FIT_ROWS:
-            break
-    examples = pa.concat_tables(fitted)
-    base_rate = float(np.mean(examples["label"].to_numpy()))
-    for split in ("early_stop", "calibration", "test"):
-        labels = np.concatenate(
-            [pq.ParquetFile(path).read(columns=["label"])["label"].to_numpy() for path, _ in shards.examples(split)]
-        )
-        _check_classes(options.shards, split, float(labels.mean()))
-    _check_classes(options.shards, "train", base_rate)
-    if not len(shards.images) or not len(shards.titles):
-        missing = "photo" if not len(shards.images) else "title"
-        raise InputError(
-            f"--shards {options.shards}: no listing has a {missing} that could be encoded: CameNN needs both. See the store's `defects`."
-        )
-    table = ItemTable(shards.items, shards.images, shards.titles)
-    likeness = table.fit_likeness()
-    agreement = table.fit_agreement() if options.alignment else Agreement.none()
-    told = table.tell(likeness, agreement)
-    space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, agreement, told)
-    table.encode(space, told)
-    patches, image_width = shards.images.shape
-    tokens, text_width = shards.titles.shape
-    config = ModelConfig.profile(
-        options.profile,
-        fields=space.fields,
-        text_width=text_width,
-        image_width=image_width,
-        base_rate=base_rate,
-        history_length=int(shards.manifest["options"]["history"]),
-        text_tokens=tokens,
-        patch_grid=math.isqrt(patches),
-        attention=options.attention,  # type: ignore[arg-type]
-    )
-    reader = ExampleReader(space, table, shards.users, config.history_length, config.position_size)
-    return Corpus(shards, space, table, reader, config)
-
-
-def _check_classes(root: str, split: str, rate: float) -> None:
-    if rate in (0.0, 1.0):
-        found = "no click was followed by an order" if rate == 0.0 else "every click was followed by an order"
-        raise InputError(
-            f"--shards {root}: part '{split}' has one class only ({found}): there is nothing to learn. "
-            "Check that orders carry the same user_id and item_id as clicks, and that --attribution_hours fits."
-        )
-
-
-def rate_at(done: float, warmup: float) -> float:
-    """Factor on the learning rate when the share `done` of the examples is seen: linear up over `warmup` of them, linear down to 0."""
-    return done / warmup if done < warmup else max(0.0, (1.0 - done) / (1.0 - warmup))
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, done: float) -> float:
-    """Set the learning rate for the share `done`; returns it."""
-    rate = config.learning_rate * rate_at(done, config.warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, aligned: bool = True, penalty: float = PENALTY) -> None:
-    """Standardise the frozen features on a sample of the training listings, and start their projections (see `start_projections`)."""
-    rng = np.random.default_rng([seed, 3])
-    usable = np.flatnonzero(~table.held_out & ((table.image_row >= 0) | (table.title_row >= 0)))
-    with_photo = usable[table.image_row[usable] >= 0]
-    with_title = usable[table.title_row[usable] >= 0]
-    if not len(with_photo) or not len(with_title):
-        with_photo, with_title = (np.flatnonzero(rows >= 0) for rows in (table.image_row, table.title_row))
-    chosen = [rng.choice(rows, min(len(rows), FIT_ITEMS), replace=False) for rows in (with_photo, with_title)]
-    model.fit_features(table.batch(np.unique(np.concatenate(chosen))))
-    both = np.flatnonzero(~table.held_out & table.with_content())
-    both = np.sort(rng.choice(both, min(len(both), START_ITEMS), replace=False))
-    if len(both) >= 2:
-        images = table.pooled_images[table.image_row[both]].astype(np.float32)
-        titles = table.pooled_titles[table.title_row[both]].astype(np.float32)
-        model.start_projections(torch.from_numpy(images), torch.from_numpy(titles), aligned=aligned, penalty=penalty)
 
 
 @dataclass
@@ -376,114 +193,24 @@ class Trainer:
         return max(1, math.ceil(steps * drawn / (options.alignment_passes * len(self.sampler))))
 
     def _begin(self) -> None:
-        """What comes before the first order is predicted: photos and titles find each other, and clicks tell tastes.
-
-        The first process does it, and the others take its weights.
-        """
+        """What comes before the first order is predicted (see `Pretraining`). The first process does it, and the others take its weights."""
         if self.processes.first:
-            if self.sampler is not None:
-                most = max(1, self.total // self.options.batch_size)
-                train_alignment(
-                    self.model,
-                    self.sampler,
-                    self.options,
-                    most,
-                    lambda done, total: self.progress("align", done, total, ""),
-                )
-            self._find_tastes()
-            self._learn_choices()
-            self._fit_direct()
+            self.pretraining().run()
         self.processes.copy_from_first([*self.model.state_dict().values(), *self.loss.state_dict().values()])
         self.ema = WeightAverage(self.model, self.options.optimizer.ema_decay)
 
-    def _find_tastes(self) -> None:
-        """The space of tastes, from the latest training clicks."""
-        table = self.corpus.table
-        pieces = [(rows.item, rows.user, rows.store) for rows in self._latest("train")]
-        item, user, store = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
-        spaces = []
-        for pooled, row in ((table.pooled_images, table.image_row), (table.pooled_titles, table.title_row)):
-            some = row[item] >= 0
-            person, place = (np.unique(codes[some], return_inverse=True)[1] for codes in (user, store))
-            given = (pooled, row[item[some]], person, place, self.corpus.config.width)
-            spaces.append(find_tastes(*given) if some.any() else None)
-        self.model.item_tokens.tastes.start(*spaces)
-
-    def _latest(self, split: str) -> Iterator[Rows]:
-        """Whole files of a split, the latest first, up to `FITTED_ROWS` examples."""
-        count = 0
-        for path, _ in reversed(self.corpus.files(split)):
-            rows = self.corpus.reader.read(path)
-            yield rows
-            count += len(rows)
-            if count >= FITTED_ROWS:
-                return
-
-    def _learn_choices(self) -> None:
-        """Steps on who clicks what alone: many more clicks than orders tell of tastes, and they cost no layer."""
-        options = self.options
-        if not options.loss.choice:
-            return
-        units = list_units(self.corpus.files("train"))
-        self.model.train()
-        optimizer = build_optimizer((self.model,), options.optimizer)
-        total, done = options.choice_passes * self.corpus.rows("train"), 0
-        for number in range(options.choice_passes):
-            rng = np.random.default_rng([options.seed, 6, number])
-            stream = stream_batches(self.corpus.reader, units, CHOICE_CLICKS, rng, by_store=True)
-            for rows, batch in map_ahead(lambda r: (r, collate(r, self.corpus.table)), stream, options.workers):
-                torch.manual_seed(options.seed * 1_000_003 + done)
-                loss = nn.functional.softplus(-self.model.choose(batch.to(self.device))).mean()
-                share = min(1.0, (done + len(rows) / 2) / total)
-                told = _descend(self.model, optimizer, loss, options.optimizer, share, f"tastes, after {done:,} clicks")
-                done += len(rows)
-                self.progress("tastes", done, total, f"loss {told:.4f}")
-
-    def _fit_direct(self) -> None:
-        """What counts say together, and the linear part with what that and tastes are worth to an order, on the latest training examples."""
-        wide, counts, rate = self.model.wide, self.model.counts, self.corpus.config.base_rate
-        base = math.log(rate / (1 - rate))
-        train, stop = self._wide_rows("train"), self._wide_rows("early_stop")
-        fit_counts(
-            counts,
-            base,
-            CountRows.of(train),
-            CountRows.of(stop),
-            self.options.seed,
-            lambda done, total, note: self.progress("counts", done, total, note),
+    def pretraining(self) -> Pretraining:
+        """The phases before training proper, on this trainer's model."""
+        return Pretraining(
+            model=self.model,
+            loss=self.loss,
+            corpus=self.corpus,
+            options=self.options,
+            sampler=self.sampler,
+            steps=max(1, self.total // self.options.batch_size),
+            device=self.device,
+            progress=self.progress,
         )
-        fitted = fit_wide(
-            wide,
-            base,
-            wide.see(self.corpus.table),
-            _told_by(counts, train),
-            _told_by(counts, stop),
-            lambda done, total, note: self.progress("wide", done, total, note),
-        )
-        *tastes, of_counts = fitted.worth
-        counts.scale(of_counts)
-        # Where choices tell little of orders, they should not count much beside them.
-        self.loss.choices_count.copy_(self.model.affinity.start_worth(torch.tensor(tastes)))
-
-    def _wide_rows(self, split: str) -> WideRows:
-        """The latest examples of a split."""
-        self.model.eval()
-        pieces: list[tuple[Tensor, ...]] = []
-        for latest in self._latest(split):
-            for rows in cut_batches(latest, CHOICE_CLICKS, None):
-                with torch.no_grad():
-                    liked = self.model.liked(collate(rows, self.corpus.table).to(self.device))
-                given = (
-                    rows.item,
-                    rows.audience_cats,
-                    rows.audience_values,
-                    rows.audience_buckets,
-                    rows.values,
-                    rows.buckets,
-                    rows.label,
-                )
-                pieces.append((*(torch.from_numpy(column).to(self.device) for column in given), liked))
-        return WideRows(*(torch.cat(columns) for columns in zip(*pieces, strict=True)))
 
     def stream(self) -> Iterator[Share]:
         """This process's share of each step from where the epoch stands, gathered ahead; every draw depends on the seed and the step alone."""
@@ -520,7 +247,7 @@ class Trainer:
             InputError: a loss or the gradient is not finite; the rows are written aside.
         """
         options, state = self.options, self.state
-        rate = _set_rate(self.optimizer, options.optimizer, (state.examples + share.examples / 2) / self.total)
+        rate = set_rate(self.optimizer, options.optimizer, (state.examples + share.examples / 2) / self.total)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         figures = torch.stack([self._backward(piece, piece is share.pieces[-1]) for piece in share.pieces]).sum(dim=0)
@@ -649,70 +376,8 @@ class Trainer:
         return True
 
 
-def _told_by(counts: Counts, rows: WideRows) -> WideRows:
-    return replace(rows, told=torch.cat([rows.told, say(counts, CountRows.of(rows))[:, None]], dim=1))
-
-
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _descend(
-    model: CameNN, optimizer: torch.optim.Optimizer, loss: Tensor, config: OptimizerConfig, done: float, where: str
-) -> float:
-    """One step of an optimiser when the share `done` of its phase is behind; returns the loss.
-
-    Raises:
-        InputError: the loss or its gradient is not finite.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    told, length = torch.stack([loss.detach(), norm]).tolist()
-    if not (math.isfinite(told) and math.isfinite(length)):
-        raise InputError(f"training: the loss or its gradient is not finite ({where}). Lower --learning_rate.")
-    _set_rate(optimizer, config, done)
-    optimizer.step()
-    return float(told)
-
-
-def train_alignment(
-    model: CameNN,
-    sampler: AlignmentSampler,
-    options: TrainOptions,
-    steps_limit: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Train photos and titles to find each other, without clicks: ITA, TIA and the contrastive loss, on batches as large as the latter wants them.
-
-    Args:
-        steps_limit: most steps, whatever `alignment_passes` asks for.
-    """
-    listings = min(ALIGNMENT_LISTINGS, len(sampler))
-    steps = min(steps_limit, math.ceil(options.alignment_passes * len(sampler) / listings))
-    if steps == 0:
-        return
-    model.train()
-    optimizer = build_optimizer((model,), options.optimizer)
-    config = options.loss
-    for step in range(steps):
-        seed = [options.seed, 4, step]
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        batch = sampler.draw(min(ALIGNMENT_PAIRS, listings), listings, np.random.default_rng(seed))
-        assert batch is not None
-        batch = batch.to(options.device)
-        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
-            output = model.align(batch)
-        loss = (
-            config.ita * smoothed_bce(output.ita, batch.ita.label, config.label_smoothing)
-            + config.tia * smoothed_bce(output.tia, batch.tia.label, config.label_smoothing)
-        ) / 2
-        if config.contrastive:
-            loss = loss + contrastive_loss(output.similarities, output.group)
-        for gate in (output.ita_gate, output.tia_gate):
-            loss = loss + config.balance * balance_loss(gate) + config.z * z_loss(gate)
-        _descend(model, optimizer, loss, options.optimizer, (step + 0.5) / steps, f"alignment, step {step}")
-        progress(step + 1, steps)
 
 
 def train(

@@ -133,9 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     shards = require_latest(shards_root, "shards", "--shards")
     import torch
 
+    from camenn_model.corpus import TrainOptions
     from camenn_model.optimizer import OptimizerConfig
     from camenn_model.processes import join_processes, processes_here, started_processes
-    from camenn_model.train import TrainOptions, train
+    from camenn_model.train import train
 
     _, count = started_processes()
     cores = max(1, (os.cpu_count() or 1) // processes_here())

@@ -19,13 +19,14 @@ from benchmarks.quality import representation
 from benchmarks.quality.judge import judge
 from benchmarks.quality.variants import VARIANTS, make_trainer
 from benchmarks.quality.worlds import World, read_keys, read_truth
+from camenn_model.corpus import Corpus, TrainOptions, open_corpus
 from camenn_model.dataset import AlignmentSampler, Rows, collate, concat_rows
 from camenn_model.evaluation import CALIBRATED_ON, Predictions, align_pairs, calibrate, predict
 from camenn_model.experts import GateOutput
 from camenn_model.item_table import ItemTable
 from camenn_model.model import CameNN
 from camenn_model.optimizer import OptimizerConfig
-from camenn_model.train import Corpus, TrainOptions, open_corpus, popularity
+from camenn_model.train import popularity
 from pipelines.files import write_json
 from schemas.contract import InputError
 

@@ -15,10 +15,11 @@ from benchmarks.quality.worlds import World
 from camenn_model.agreement import Agreement
 from camenn_model.batch import AlignmentBatch
 from camenn_model.config import ITEM_HASH, LossConfig
+from camenn_model.corpus import Corpus, TrainOptions
 from camenn_model.dataset import AlignmentSampler, ExampleReader, Rows
 from camenn_model.feature_space import MISSING, NUMERIC_GROUPS, FeatureSpace, Numeric
 from camenn_model.item_table import Ints, ItemTable
-from camenn_model.train import Corpus, Trainer, TrainOptions
+from camenn_model.train import Trainer
 from schemas.training import ITEM_QUALITY
 from simulator.config import TEXT_FACTORS, VISUAL_FACTORS
 

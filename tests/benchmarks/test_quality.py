@@ -29,9 +29,9 @@ from benchmarks.quality.publish import publish
 from benchmarks.quality.variants import VARIANTS, hide, make_trainer, shuffle_images
 from benchmarks.quality.worlds import World, read_keys, read_truth
 from camenn_model import metrics
+from camenn_model.corpus import Corpus, TrainOptions, open_corpus
 from camenn_model.dataset import concat_rows
 from camenn_model.evaluation import Predictions, predict
-from camenn_model.train import Corpus, TrainOptions, open_corpus
 from schemas.contract import InputError
 from simulator.truth import expected_auc
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from camenn_model.train import TrainOptions, train
+from camenn_model.corpus import TrainOptions
+from camenn_model.train import train
 
 
 def main(shards: str, out: str) -> None:

@@ -23,6 +23,7 @@ from camenn_model.agreement import FOLDS
 from camenn_model.batch import AlignmentBatch
 from camenn_model.checkpoint import load_tensors, read_package, save_tensors
 from camenn_model.config import LossConfig
+from camenn_model.corpus import Corpus, TrainOptions, open_corpus
 from camenn_model.counts import CountRows, say
 from camenn_model.dataset import (
     AlignmentSampler,
@@ -34,8 +35,9 @@ from camenn_model.dataset import (
     stream_batches,
 )
 from camenn_model.layers import FAST
+from camenn_model.optimizer import rate_at
 from camenn_model.shards import ShardSet
-from camenn_model.train import Corpus, Trainer, TrainOptions, open_corpus, rate_at, train, write_curves
+from camenn_model.train import Trainer, train, write_curves
 from camenn_model.wide import Catalog, Fit, Wide, WideRows
 from pipelines import build_shards
 from pipelines.options import run_main
@@ -141,12 +143,12 @@ def test_orders_begin_with_what_each_part_is_worth(
         said.append(train.told)
         return Fit(penalty=1.0, loss=0.5, worth=(0.1, 0.3, -0.2, 0.5))
 
-    monkeypatch.setattr("camenn_model.train.fit_wide", fitted)
+    monkeypatch.setattr("camenn_model.pretraining.fit_wide", fitted)
     trainer = Trainer(open_corpus(asked), asked, no_progress)
     trainer._begin()
     (before,) = said
     affinity = trainer.model.affinity
-    after = trainer._wide_rows("train")
+    after = trainer.pretraining().wide_rows("train")
     share = 0.1 / ENOUGH_WORTH
     assert float(trainer.loss.choices_count) == pytest.approx(share)
     assert torch.allclose(FAST * affinity.worth[:: trainer.model.config.width], torch.tensor([LEAST_WORTH, 0.3, -0.2]))

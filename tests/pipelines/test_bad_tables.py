@@ -509,23 +509,23 @@ def test_build_examples_of_nothing() -> None:
 
 
 def test_training_refuses_labels_of_one_class(data: Data) -> None:
-    train = pytest.importorskip("camenn_model.train")
+    corpus = pytest.importorskip("camenn_model.corpus")
     data.tables["orders"] = ORDERS.schema.empty_table()
     assert data.shards("--attribution_hours", "3", "--test_share", "0.3") == 0
     with pytest.raises(
         InputError, match=r"part '\w+' has one class only \(no click was followed by an order\).*--attribution_hours"
     ):
-        train.open_corpus(train.TrainOptions(shards=str(data.root / "shards"), out="unused"))
+        corpus.open_corpus(corpus.TrainOptions(shards=str(data.root / "shards"), out="unused"))
     with pytest.raises(InputError, match="every click was followed by an order"):
-        train._check_classes("shards", "train", 1.0)
+        corpus._check_classes("shards", "train", 1.0)
 
 
 def test_training_refuses_a_log_that_is_too_short(data: Data) -> None:
-    train = pytest.importorskip("camenn_model.train")
+    corpus = pytest.importorskip("camenn_model.corpus")
     data.tables["clicks"] = data.tables["clicks"].slice(0, 6)
     assert data.shards() == 0
     with pytest.raises(InputError, match=r"part '\w+' is empty: the log is too short .*Give a longer log"):
-        train.open_corpus(train.TrainOptions(shards=str(data.root / "shards"), out="unused"))
+        corpus.open_corpus(corpus.TrainOptions(shards=str(data.root / "shards"), out="unused"))
 
 
 @pytest.mark.parametrize(

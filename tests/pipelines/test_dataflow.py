@@ -22,8 +22,8 @@ from apache_beam.runners.portability.fn_api_runner import translations
 from safetensors.numpy import save_file
 
 from camenn_model.calibration import PlattScaling
+from camenn_model.corpus import TrainOptions, open_corpus
 from camenn_model.shards import ShardSet
-from camenn_model.train import TrainOptions, open_corpus
 from pipelines import build_shards, cli, embed_catalog, score_catalog
 from pipelines.manifest import Manifest, publish, read_latest
 from pipelines.options import DryRun

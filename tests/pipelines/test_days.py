@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from camenn_model.corpus import TrainOptions, open_corpus
 from camenn_model.hashing import stable_hash
 from camenn_model.shards import ShardSet
-from camenn_model.train import TrainOptions, open_corpus
 from pipelines import build_shards, days
 from pipelines.attribution import DAY_US, HOUR_US, day_of
 from pipelines.clock import EARLIEST, latest_time
