@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from camenn_model.encoder_spec import ImageSpec, TextSpec
-from pipelines import embed_catalog
+from pipelines import embed_catalog, embed_contents
 from pipelines.inference import (
     EncodedImages,
     EncodedTitles,
@@ -58,7 +58,7 @@ def main(data: str, store: str, log: str, chunk: str, weights: str) -> None:
     """Run to the end, or until somebody kills it. All paths; `chunk` is a number."""
     global LOG
     LOG = log
-    embed_catalog.CHUNK = int(chunk)
+    embed_contents.CHUNK = int(chunk)
     image = ImageSpec.resolve(weights, grid=1, patch_size=75, device="cpu", precision="auto", compile="off")
     text = TextSpec.resolve(minilm(), max_tokens=8, device="cpu")
     options = embed_catalog.EmbedOptions(
