@@ -47,8 +47,8 @@ def _figure(result: Result, path: tuple[str, ...]) -> Any:
 
 
 def over_truth(results: list[Result], stratum: str) -> list[float]:
-    """Expected AUC over that of the true probabilities, result by result; those without both labels in the stratum are left out."""
-    strata = (result["expected"]["strata"][stratum] for result in results)
+    """Expected AUC over that of the true probabilities, result by result; those with too few examples of the stratum, or from before it was reported, are left out."""
+    strata = (result["expected"]["strata"].get(stratum, {"auc": None}) for result in results)
     return [found["auc"] / found["auc_of_truth"] for found in strata if found["auc"] is not None]
 
 

@@ -31,6 +31,7 @@ def expected_ece(p: Floats, probability: Floats, bins: int = BINS) -> float:
 
 def strata(truth: Truth, prior_clicks: Floats) -> dict[str, NDArray[np.bool_]]:
     """Parts of the test examples that are reported apart, bool [n] each. Every click is from a listing that was shown; `uniform` ones were shown at random."""
+    uncorrupted = truth.image_ok & truth.text_ok
     return {
         "uniform_sessions": truth.uniform,
         "cold_start": truth.cold,
@@ -38,9 +39,14 @@ def strata(truth: Truth, prior_clicks: Floats) -> dict[str, NDArray[np.bool_]]:
         "no_prior_click": prior_clicks == 0,
         "few_prior_clicks": (prior_clicks > 0) & (prior_clicks <= FEW_CLICKS),
         "more_prior_clicks": prior_clicks > FEW_CLICKS,
-        "uncorrupted": truth.image_ok & truth.text_ok,
-        "corrupted": ~(truth.image_ok & truth.text_ok),
+        "uncorrupted": uncorrupted,
+        "corrupted": ~uncorrupted,
         "mismatched": truth.mismatched,
+        # What a new listing does not show, nobody knows yet; of an old one its clicks and orders have told.
+        "cold_start_uncorrupted": truth.cold & uncorrupted,
+        "cold_start_corrupted": truth.cold & ~uncorrupted,
+        "warm_uncorrupted": ~truth.cold & uncorrupted,
+        "warm_corrupted": ~truth.cold & ~uncorrupted,
     }
 
 
