@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from benchmarks.quality import representation
-from benchmarks.quality.judge import judge
+from benchmarks.quality.judge import Prior, judge
 from benchmarks.quality.variants import VARIANTS, make_trainer
 from benchmarks.quality.worlds import World, read_keys, read_truth
 from camenn_model.corpus import Corpus, TrainOptions, open_corpus
@@ -128,10 +129,9 @@ def say(text: str) -> None:
     print(f"quality: {text}", file=sys.stderr, flush=True)
 
 
-def _prior_clicks(files: list[tuple[str, int]]) -> NDArray[np.float64]:
-    return np.concatenate(
-        [pq.ParquetFile(path).read(columns=["item_clicks"])["item_clicks"].to_numpy() for path, _ in files]
-    ).astype(np.float64)
+def _prior(files: list[tuple[str, int]]) -> Prior:
+    counts = pa.concat_tables([pq.ParquetFile(path).read(columns=["item_clicks", "pair_clicks"]) for path, _ in files])
+    return Prior(*(column.to_numpy().astype(np.float64) for column in counts.columns))
 
 
 def held_out(world: World, corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64], representation.Held]:
@@ -300,7 +300,7 @@ def run(job: Job) -> dict[str, Any]:
         found, more = run_camenn(job, corpus) if job.model in VARIANTS else run_baseline(job, corpus)
         files = corpus.files("test")
         truth = read_truth(job.world, read_keys(files)) if job.world.truth is not None else None
-        result |= judge(found["test"], calibrate(found), corpus.config.base_rate, truth, _prior_clicks(files)) | more
+        result |= judge(found["test"], calibrate(found), corpus.config.base_rate, truth, _prior(files)) | more
     result["seconds"] = round(time.monotonic() - started, 1)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1, allow_nan=False))

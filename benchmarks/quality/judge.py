@@ -3,7 +3,7 @@
 Shapes: n examples of the test part.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,14 @@ FEW_CLICKS = 10
 """Up to so many clicks before the session a listing counts as hardly known."""
 
 
+class Prior(NamedTuple):
+    """Clicks before the session, float64 [n] each"""
+
+    of_listing: Floats
+    of_pair: Floats
+    """By this user on this listing"""
+
+
 def expected_ece(p: Floats, probability: Floats, bins: int = BINS) -> float:
     """Expected calibration error against true probabilities p [n]: mean over equal-mass bins of |mean probability − mean p|."""
     order = np.argsort(probability, kind="stable")
@@ -29,16 +37,16 @@ def expected_ece(p: Floats, probability: Floats, bins: int = BINS) -> float:
     )
 
 
-def strata(truth: Truth, prior_clicks: Floats) -> dict[str, NDArray[np.bool_]]:
+def strata(truth: Truth, prior: Prior) -> dict[str, NDArray[np.bool_]]:
     """Parts of the test examples that are reported apart, bool [n] each. Every click is from a listing that was shown; `uniform` ones were shown at random."""
     uncorrupted = truth.image_ok & truth.text_ok
     return {
         "uniform_sessions": truth.uniform,
         "cold_start": truth.cold,
         "warm": ~truth.cold,
-        "no_prior_click": prior_clicks == 0,
-        "few_prior_clicks": (prior_clicks > 0) & (prior_clicks <= FEW_CLICKS),
-        "more_prior_clicks": prior_clicks > FEW_CLICKS,
+        "no_prior_click": prior.of_listing == 0,
+        "few_prior_clicks": (prior.of_listing > 0) & (prior.of_listing <= FEW_CLICKS),
+        "more_prior_clicks": prior.of_listing > FEW_CLICKS,
         "uncorrupted": uncorrupted,
         "corrupted": ~uncorrupted,
         "mismatched": truth.mismatched,
@@ -47,10 +55,13 @@ def strata(truth: Truth, prior_clicks: Floats) -> dict[str, NDArray[np.bool_]]:
         "cold_start_corrupted": truth.cold & ~uncorrupted,
         "warm_uncorrupted": ~truth.cold & uncorrupted,
         "warm_corrupted": ~truth.cold & ~uncorrupted,
+        # Who has clicked a listing before has told what it is to them, which a new listing has had little time for.
+        "cold_start_first_click": truth.cold & (prior.of_pair == 0),
+        "warm_first_click": ~truth.cold & (prior.of_pair == 0),
     }
 
 
-def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, prior_clicks: Floats) -> dict[str, Any]:
+def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, prior: Prior) -> dict[str, Any]:
     """Expected AUC, PCOC and ECE, of all and by stratum; None where a stratum has fewer than a hundred examples."""
     p, probability = truth.p_order, calibration(found.logits)
     ladder = truth.ladder["test"]
@@ -62,7 +73,7 @@ def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, pri
             "auc": expected_auc(p[rows], found.logits[rows]) if rows.sum() >= 100 else None,
             "auc_of_truth": expected_auc(p[rows], p[rows]) if rows.sum() >= 100 else None,
         }
-        for name, rows in strata(truth, prior_clicks).items()
+        for name, rows in strata(truth, prior).items()
     }
     return {
         "auc": auc,
@@ -85,14 +96,14 @@ def judge(
     calibration: PlattScaling,
     base_rate: float,
     truth: Truth | None,
-    prior_clicks: Floats,
+    prior: Prior,
 ) -> dict[str, Any]:
     """All figures of one model on one test part."""
     figures = {"test": cvr_metrics(found, calibration, base_rate)}
     if truth is None:
         figures["test"] |= of_draws(found)
     else:
-        figures["expected"] = under_truth(found, calibration, truth, prior_clicks)
+        figures["expected"] = under_truth(found, calibration, truth, prior)
     return figures
 
 
