@@ -17,6 +17,8 @@ EXPERTS = ("#1d4ed8", "#60a5fa", "#0f766e", "#5eead4", "#b45309", "#fbbf24", "#7
 STRATA = {
     "warm": "warm listings",
     "cold_start": "cold start",
+    "warm_first_click": "warm, user's first click",
+    "cold_start_first_click": "cold, user's first click",
     "no_prior_click": "no click before",
     "uncorrupted": "uncorrupted",
     "corrupted": "corrupted",

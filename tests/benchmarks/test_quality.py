@@ -27,7 +27,7 @@ from benchmarks.quality import job as quality_job
 from benchmarks.quality.job import Job, held_out, run
 from benchmarks.quality.publish import publish
 from benchmarks.quality.variants import VARIANTS, hide, make_trainer, shuffle_images
-from benchmarks.quality.worlds import World, read_keys, read_truth
+from benchmarks.quality.worlds import Truth, World, read_keys, read_truth
 from camenn_model import metrics
 from camenn_model.corpus import Corpus, TrainOptions, open_corpus
 from camenn_model.dataset import concat_rows
@@ -198,6 +198,33 @@ def test_expected_ece_by_hand() -> None:
     # Two bins: of mean 0.2 against 0.3, and 0.7 against 0.6.
     assert judge.expected_ece(p, np.array([0.25, 0.35, 0.55, 0.65]), bins=2) == pytest.approx(0.1)
     assert judge.expected_ece(p, p) == 0
+
+
+def test_strata_by_hand() -> None:
+    """Warm and cold, each whole, with a spoilt photo, and clicked by this user before."""
+    flags = np.array([[cold, spoilt, met] for cold in (0, 1) for spoilt in (0, 1) for met in (0, 1)], dtype=bool)
+    cold, spoilt, met = flags.T
+    truth = Truth(
+        p_order=np.full(8, 0.5), uniform=cold, cold=cold, image_ok=~spoilt, text_ok=~np.zeros(8, bool), mismatched=spoilt & met, ladder={}
+    )  # fmt: skip
+    found = judge.strata(truth, judge.Prior(np.array([0.0, 1, 5, 10, 11, 12, 0, 30]), met.astype(float)))
+    assert {name: np.flatnonzero(rows).tolist() for name, rows in found.items()} == {
+        "uniform_sessions": [4, 5, 6, 7],
+        "cold_start": [4, 5, 6, 7],
+        "warm": [0, 1, 2, 3],
+        "no_prior_click": [0, 6],
+        "few_prior_clicks": [1, 2, 3],
+        "more_prior_clicks": [4, 5, 7],
+        "uncorrupted": [0, 1, 4, 5],
+        "corrupted": [2, 3, 6, 7],
+        "mismatched": [3, 7],
+        "cold_start_uncorrupted": [4, 5],
+        "cold_start_corrupted": [6, 7],
+        "warm_uncorrupted": [0, 1],
+        "warm_corrupted": [2, 3],
+        "cold_start_first_click": [4, 6],
+        "warm_first_click": [0, 2],
+    }
 
 
 def test_draws_of_users_against_a_plain_bootstrap() -> None:
