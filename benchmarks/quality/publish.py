@@ -63,6 +63,7 @@ def _city(found: Results) -> list[str]:
     ]
     lines = [f"Expected AUC of the true probabilities: {shown(truth)}.", "", *_table(head, rows)]
     strata_rows = []
+    # Results from before a stratum was reported lack it.
     for name in max((result["expected"]["strata"] for model in models for result in found["city", model]), key=len):
         row = [name.replace("_", " ")]
         for model in models:
