@@ -83,13 +83,7 @@ class Corpus:
 
     def latest(self, split: str) -> Iterator[Rows]:
         """Whole files of a split, the latest first, up to `LATEST_ROWS` examples."""
-        count = 0
-        for path, _ in reversed(self.files(split)):
-            rows = self.reader.read(path)
-            yield rows
-            count += len(rows)
-            if count >= LATEST_ROWS:
-                return
+        return map(self.reader.read, _latest_files(self.files(split), LATEST_ROWS))
 
 
 def open_corpus(options: TrainOptions) -> Corpus:
@@ -105,12 +99,9 @@ def open_corpus(options: TrainOptions) -> Corpus:
                 f"--shards {options.shards}: part '{split}' is empty: the log is too short to be split by time with a gap of the attribution window. "
                 "Give a longer log, or a smaller --test_share or --attribution_hours to `camenn shards`."
             )
-    fitted: list[pa.Table] = []
-    for path, _ in reversed(shards.examples("train")):
-        fitted.append(pq.ParquetFile(path).read())
-        if sum(table.num_rows for table in fitted) >= FIT_ROWS:
-            break
-    examples = pa.concat_tables(fitted)
+    examples = pa.concat_tables(
+        [pq.ParquetFile(path).read() for path in _latest_files(shards.examples("train"), FIT_ROWS)]
+    )
     base_rate = float(np.mean(examples["label"].to_numpy()))
     for split in ("early_stop", "calibration", "test"):
         labels = np.concatenate(
@@ -144,6 +135,16 @@ def open_corpus(options: TrainOptions) -> Corpus:
     )
     reader = ExampleReader(space, table, shards.users, config.history_length, config.position_size)
     return Corpus(shards, space, table, reader, config)
+
+
+def _latest_files(files: list[tuple[str, int]], most: int) -> Iterator[str]:
+    """Paths of (path, rows), the last one first, until they hold `most` rows or there are no more."""
+    count = 0
+    for path, rows in reversed(files):
+        yield path
+        count += rows
+        if count >= most:
+            return
 
 
 def _check_classes(root: str, split: str, rate: float) -> None:
