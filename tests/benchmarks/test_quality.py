@@ -493,7 +493,10 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     def expected(auc: float) -> dict[str, Any]:
         strata = {
             name: {"rows": 500, "auc": auc, "auc_of_truth": 0.8}
-            for name in ("uniform_sessions", "cold_start", "warm", "no_prior_click", "uncorrupted", "corrupted")
+            for name in (
+                *("uniform_sessions", "no_prior_click", "uncorrupted", "corrupted"),
+                *(f"{part}{which}" for part in ("cold_start", "warm") for which in ("", "_first_click")),
+            )
         }
         return {
             "auc": auc, "auc_of_truth": 0.8, "attainable_share": 0.5, "pcoc": 1.0, "ece": 0.005, "strata": strata, "ladder": {},
@@ -566,7 +569,7 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     publish(small, tmp_path, docs=False)
     told = json.loads((tmp_path / "claims.json").read_text())
-    assert len(told) >= 25 and all(claim["holds"] and claim["seeds"] >= 3 for claim in told.values()), told
+    assert len(told) >= 28 and all(claim["holds"] and claim["seeds"] >= 3 for claim in told.values()), told
     # 2 · 0.001 / √2: the seeds' differences are the same.
     assert (
         told["real log: AUC above mmoe by 2 SE of seeds and users"]["figure"] == "0.0100 ± 0.0000, must exceed 0.0014"
