@@ -103,13 +103,14 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
         rows = to_frame(table.take(pa.array(order)), ["user_id", "exposure_id", "item_id"])
         again = rows.duplicated(["user_id", "exposure_id"]).to_numpy()
         if again.any():
-            exposures = rows.loc[again, "exposure_id"].tolist()
-            items = rows.loc[again, "item_id"].tolist()
+            # Which file it came from is not known here: kept logs are of row groups, whichever file they lie in. User, item and time find the row.
+            left_out = rows[again].assign(at=times[order[again]].view("datetime64[us]"))
             details = [
-                f"table 'clicks': column 'exposure_id': '{exposure}' (item_id '{item}') stands on another, different click. Give each exposure its own id."
-                for exposure, item in zip(exposures, items, strict=True)
+                f"table 'clicks': column 'exposure_id': '{row.exposure_id}' stands on different clicks of user_id '{row.user_id}'. "
+                f"Left out is the one on item_id '{row.item_id}' at {row.at.isoformat()}. Give each exposure its own id."
+                for row in left_out.itertuples()
             ]
-            keys = [f"clicks:{exposure}" for exposure in exposures]
+            keys = [f"clicks:{exposure}" for exposure in left_out["exposure_id"]]
             rejects = make_rejects(stage, keys, "duplicate_exposure_id", details)
             order = order[~again]
     columns: dict[str, Any] = {}

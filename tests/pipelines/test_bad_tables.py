@@ -458,13 +458,15 @@ def test_exposures_of_two_users_are_not_compared() -> None:
 
 def test_a_conflicting_exposure_is_rejected_by_name(data: Data) -> None:
     clicks, _ = plain_events()
-    data.tables["clicks"] = event_table([*clicks, clicks[7] | {"clicked_at": clicks[7]["clicked_at"] + 1}], CLICKS)
+    again = clicks[7] | {"clicked_at": clicks[7]["clicked_at"] + 1}
+    data.tables["clicks"] = event_table([*clicks, again], CLICKS)
     assert data.shards("--max_reject_rate", "0.1") == 0
     (reject,) = data.rejects()
     assert (reject["key"], reject["reason"]) == ("clicks:e7", "duplicate_exposure_id")
-    assert (
-        reject["detail"]
-        == "table 'clicks': column 'exposure_id': 'e7' (item_id 'i9') stands on another, different click. Give each exposure its own id."
+    at = (datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=again["clicked_at"])).isoformat()
+    assert reject["detail"] == (
+        f"table 'clicks': column 'exposure_id': 'e7' stands on different clicks of user_id '{again['user_id']}'. "
+        f"Left out is the one on item_id 'i9' at {at}. Give each exposure its own id."
     )
 
 
