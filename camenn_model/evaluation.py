@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camenn_model import metrics
-from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch
+from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch, ItemBatch
 from camenn_model.calibration import PlattScaling, fit_platt
 from camenn_model.dataset import ExampleReader, Rows, collate, cut_batches, prefetch
 from camenn_model.item_table import Ints, ItemTable
@@ -169,14 +169,25 @@ def align_pairs(model: CameNN, table: ItemTable, image_of: Ints, text_of: Ints) 
 
 
 def content_vectors(model: CameNN, table: ItemTable, rows: Ints) -> tuple[Tensor, Tensor]:
-    """Unit vectors of photos and titles of listings, two [n, d] float32 on the CPU."""
+    """Unit vectors of photos and titles of listings, two [n, e] float32 on the CPU."""
+    return _of_listings(model.content_vectors, model, table, rows)
+
+
+def modality_states(model: CameNN, table: ItemTable, rows: Ints) -> tuple[Tensor, Tensor]:
+    """``[IMG]`` and ``[TXT]`` of listings out of the shared bottom, two [n, d] float32 on the CPU."""
+    return _of_listings(model.modality_states, model, table, rows)
+
+
+def _of_listings(
+    of: Callable[[ItemBatch], tuple[Tensor, Tensor]], model: CameNN, table: ItemTable, rows: Ints
+) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     images, texts = [], []
     with torch.inference_mode():
         for start in range(0, len(rows), 512):
-            image, text = model.content_vectors(table.batch(rows[start : start + 512], content_only=True).to(device))
-            images.append(image.cpu())
-            texts.append(text.cpu())
+            image, text = of(table.batch(rows[start : start + 512], content_only=True).to(device))
+            images.append(image.float().cpu())
+            texts.append(text.float().cpu())
     return torch.cat(images), torch.cat(texts)
 
 

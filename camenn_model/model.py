@@ -209,6 +209,10 @@ class CameNN(nn.Module):
         """
         return self._states(items, self.item_tokens.content(items))
 
+    def modality_states(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
+        """``[IMG]`` and ``[TXT]`` of each item out of the shared bottom, two [I, d], each from its own modality alone. Absent ones as in `content_vectors`."""
+        return self._alone(self.item_tokens.content(items))
+
     def _match(
         self,
         task: int,
@@ -230,13 +234,18 @@ class CameNN(nn.Module):
 
     def _states(self, items: ItemBatch, content: Content) -> tuple[Tensor, Tensor]:
         """Photo and title of each item as unit vectors [I, e], each from its own modality alone: ``[IMG]`` and ``[TXT]`` out of the shared bottom, and the frozen features."""
-        image, text = content.image, content.text
-        for layer in layers_of(self.shared):
-            image, text = layer.own(image, content.image_mask)[0], layer.own(text, content.text_mask)[0]
+        image, text = self._alone(content)
         seen = items.has_image[:, None], (items.text_mask & items.has_text[:, None])
         patches = items.patches.float().mean(1) * seen[0]
         tokens = masked_mean(items.text.float(), seen[1])
-        return self.contrastive(image[:, 0], text[:, 0], patches, tokens, seen[0], seen[1].any(1, keepdim=True))
+        return self.contrastive(image, text, patches, tokens, seen[0], seen[1].any(1, keepdim=True))
+
+    def _alone(self, content: Content) -> tuple[Tensor, Tensor]:
+        """``[IMG]`` and ``[TXT]`` out of the shared bottom, two [I, d]."""
+        image, text = content.image, content.text
+        for layer in layers_of(self.shared):
+            image, text = layer.own(image, content.image_mask)[0], layer.own(text, content.text_mask)[0]
+        return image[:, 0], text[:, 0]
 
     def _bottom_and_experts(self, sides: tuple[Side, ...], x: Tensor, gate: GateOutput) -> Mixed:
         """Shared layers, experts and mixture under either kind of attention; x [B, X, d] starts with the task token."""

@@ -142,6 +142,7 @@ def city_claims(found: Results) -> dict[str, Claim]:
         ),
     )
     _representation_claims(claims, found)
+    _alignment_claims(claims, found)
     _real_claims(claims, found)
     _control_claims(claims, found)
     return claims
@@ -219,6 +220,27 @@ def _representation_claims(claims: _Claims, found: Results) -> None:
         at_least(0.9),
         lambda values: f"{shown(values, 3)}; of the twentieth that is judged worst {shown(shares, 3)} are mismatched",
     )
+
+
+def _alignment_claims(claims: _Claims, found: Results) -> None:
+    """What alignment does for representation, in the smaller city: of what the model compares by, and of its `[IMG]` and `[TXT]` compared by a map that is fitted to them."""
+    told = {
+        model: [r for r in found.get(("small", model), []) if "states" in (r.get("representation") or {})]
+        for model in ("full", "no_alignment")
+    }
+    of_small = {("small", model): results for model, results in told.items()}
+    for of, about in (((), ""), (("states",), ", states by a fitted map")):
+        for name, path in (
+            ("R@1 image_to_text", ("image_to_text", "r_at_1")),
+            ("R@1 text_to_image", ("text_to_image", "r_at_1")),
+            ("mismatch AUC", ("mismatch_auc",)),
+        ):
+            claims.judge(
+                f"alignment: {name} above the model without it by 3 SE{about}",
+                paired(of_small, "small", "full", "no_alignment", "representation", *of, *path),
+                surely_above,
+                partial(shown, digits=3),
+            )
 
 
 def _real_claims(claims: _Claims, found: Results) -> None:

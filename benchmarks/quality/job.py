@@ -245,10 +245,12 @@ def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[s
         },
         **gate_use(trainer.model, test, job.seed),
     }
-    if trainer.sampler is not None:
-        train, _, held = held_out(job.world, corpus)
+    if not variant.displayed and not variant.hides:
+        train, classes, held = held_out(job.world, corpus)
         if len(held.rows) >= 10:
-            more["representation"] = representation.of_model(trainer.model, corpus.table, train, held, job.seed)
+            more["representation"] = representation.of_model(
+                trainer.model, corpus.table, train, classes, held, job.seed
+            )
             more["listing_quality"] = representation.of_listing_quality(
                 corpus.table, trainer.corpus.space.agreement, held
             )

@@ -14,6 +14,9 @@ from camenn_model.calibration import PlattScaling
 from camenn_model.evaluation import Predictions, cvr_metrics
 from simulator.truth import expected_auc
 
+LEAST_GAP = 1e-6
+"""Of two expected AUCs. Less is rounding."""
+
 Floats = NDArray[np.float64]
 BINS = 15
 FEW_CLICKS = 10
@@ -66,7 +69,6 @@ def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, pri
     p, probability = truth.p_order, calibration(found.logits)
     ladder = truth.ladder["test"]
     auc = expected_auc(p, found.logits)
-    context, displayed = ladder["class_context"], ladder["as_displayed"]
     by_stratum = {
         name: {
             "rows": int(rows.sum()),
@@ -78,12 +80,18 @@ def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, pri
     return {
         "auc": auc,
         "auc_of_truth": expected_auc(p, p),
-        "attainable_share": (auc - context) / (displayed - context),
+        "attainable_share": attainable_share(auc, ladder["class_context"], ladder["as_displayed"]),
         "pcoc": float(probability.sum() / p.sum()),
         "ece": expected_ece(p, probability),
         "strata": by_stratum,
         "ladder": ladder,
     }
+
+
+def attainable_share(auc: float, context: float, displayed: float) -> float | None:
+    """How much a model finds of what displayed content adds to class and context; None where it adds nothing, as in the control of worthless content."""
+    gap = displayed - context
+    return (auc - context) / gap if gap > LEAST_GAP else None
 
 
 def content_efficiency(model: float, without_content: float, displayed: float) -> float:

@@ -14,6 +14,7 @@ from pipelines.files import write_json
 HOLDS = {True: "yes", False: "**no**", None: "-"}
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 LEARNED = ("photo → title R@1", "title → photo R@1", "mismatch AUC")
+SMALL = ("full", "no_alignment")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -79,15 +80,20 @@ def _city(found: Results) -> list[str]:
     return [*lines, "Expected AUC, seed by seed:", "", *_table(["model", *map(str, seeds)], seed_rows)]
 
 
-def _representation(found: Results, kind: str) -> list[str]:
+def _representation(found: Results, kind: str, models: tuple[str, ...] = ()) -> list[str]:
+    """`models`: all where none is named."""
     rows = []
-    for model in [m for k, m in found if k == kind]:
+    for model in [m for k, m in found if k == kind and m in (models or (m,))]:
         results = [r["representation"] for r in found[kind, model] if r.get("representation")]
         if not results:
             continue
-        parts = {"": results} if model != FROZEN else {name: [r[name] for r in results] for name in ("ridge", "cca")}
+        parts = {"": results}
+        if model == FROZEN:
+            parts = {f" {name}": [r[name] for r in results] for name in ("ridge", "cca")}
+        if states := [r["states"] for r in results if "states" in r]:
+            parts[", states by a fitted map"] = states
         for part, pieces in parts.items():
-            row = [f"{model} {part}".strip()]
+            row = [f"{model}{part}"]
             for way in ("image_to_text", "text_to_image"):
                 row += [shown([piece[way][f"r_at_{k}"] for piece in pieces], 3) for k in (1, 5)]
             for name in ("mismatch_auc", "swap_auc"):
@@ -167,6 +173,7 @@ def publish(results: list[Result], work: Path, *, docs: bool) -> None:
         ("The real log", _real(found)),
         ("Representation, held-out listings of the real log", _representation(found, "real")),
         ("Ablations and controls, a city of 60,000 clicks", _ablations(found)),
+        ("Representation in that city, with and without alignment", _representation(found, "small", SMALL)),
         ("Mean weights of the experts", _gates(found)),
     ):
         if part:

@@ -3,6 +3,7 @@
 Shapes: n listings, classes as integers [n]; a hit is a listing of the query's class.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from camenn_model import metrics
 from camenn_model.agreement import Agreement
 from camenn_model.directions import canonical_directions
-from camenn_model.evaluation import content_vectors, match_scores
+from camenn_model.evaluation import content_vectors, match_scores, modality_states
 from camenn_model.item_table import Ints, ItemTable
 from camenn_model.model import CameNN
 
@@ -86,31 +87,28 @@ def frozen_features(table: ItemTable, rows: Ints) -> tuple[Floats, Floats]:
     )
 
 
-def frozen_similarities(table: ItemTable, train: Ints, train_classes: Ints, test: Ints, seed: int) -> dict[str, Floats]:
-    """Similarities [photos, titles] of the listings `test` by the best ridge map and the best CCA map between mean patch features and mean token states.
+def mapped_similarities(
+    kind: str, train: tuple[Floats, Floats], train_classes: Ints, test: tuple[Floats, Floats], seed: int
+) -> Floats:
+    """Similarities [photos, titles] by the best `ridge` or `cca` map between photos' and titles' features [n, p] and [n, q], fitted on `train`.
 
     Settings are chosen by R@1 of both ways on a part of the training listings.
     """
-
-    order = np.random.default_rng([seed, 13]).permutation(len(train))
-    cut = int(VALIDATION * len(train))
-    inner, outer = train[order[cut:]], train[order[:cut]]
-    found = {}
-    pairs = [
-        standardise(a, b) for a, b in zip(frozen_features(table, inner), frozen_features(table, outer), strict=True)
-    ]
+    order = np.random.default_rng([seed, 13]).permutation(len(train_classes))
+    cut = int(VALIDATION * len(order))
+    pairs = [standardise(side[order[cut:]], side[order[:cut]]) for side in train]
     fit, check = (pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1])
-    whole = [
-        standardise(a, b) for a, b in zip(frozen_features(table, train), frozen_features(table, test), strict=True)
-    ]
-    for kind, settings in (
-        ("ridge", [(penalty, 0) for penalty in PENALTIES]),
-        ("cca", [(penalty, size) for penalty in PENALTIES for size in DIMENSIONS]),
-    ):
-        scores = {s: _mean_first(_similarities(kind, s, fit, check), train_classes[order[:cut]]) for s in settings}
-        best = max(scores, key=lambda setting: scores[setting])
-        found[kind] = _similarities(kind, best, (whole[0][0], whole[1][0]), (whole[0][1], whole[1][1]))
-    return found
+    whole = [standardise(a, b) for a, b in zip(train, test, strict=True)]
+    settings = [(penalty, size) for penalty in PENALTIES for size in (DIMENSIONS if kind == "cca" else (0,))]
+    scores = {s: _mean_first(_similarities(kind, s, fit, check), train_classes[order[:cut]]) for s in settings}
+    best = max(scores, key=lambda setting: scores[setting])
+    return _similarities(kind, best, (whole[0][0], whole[1][0]), (whole[0][1], whole[1][1]))
+
+
+def frozen_similarities(table: ItemTable, train: Ints, train_classes: Ints, test: Ints, seed: int) -> dict[str, Floats]:
+    """Similarities [photos, titles] of the listings `test` by the best ridge map and the best CCA map between mean patch features and mean token states."""
+    known, asked = frozen_features(table, train), frozen_features(table, test)
+    return {kind: mapped_similarities(kind, known, train_classes, asked, seed) for kind in ("ridge", "cca")}
 
 
 def swapped_pairs(held: Held, seed: int) -> tuple[Ints, Ints]:
@@ -153,20 +151,34 @@ def probe(train: Floats, train_groups: Ints, test: Floats, test_groups: Ints) ->
     return float(np.mean(groups[(test @ weights + onto.mean(axis=0)).argmax(axis=1)] == test_groups))
 
 
-def of_model(model: CameNN, table: ItemTable, train: Ints, held: Held, seed: int) -> dict[str, Any]:
-    """The model's figures, with linear probes of the subcategory."""
+def of_model(
+    model: CameNN, table: ItemTable, train: Ints, train_classes: Ints, held: Held, seed: int
+) -> dict[str, Any]:
+    """The model's figures, with linear probes of the subcategory.
+
+    `states`: the same of what the shared bottom says of a photo and of a title, `[IMG]` and `[TXT]`, by the best CCA map between them that is fitted on the training listings: a model
+    that was never taught to compare has these.
+    """
     image, text = (vectors.numpy() for vectors in content_vectors(model, table, held.rows))
     ita, tia = match_scores(model, table, held.rows, held.rows)
     photos, titles = swapped_pairs(held, seed)
     swap_ita, swap_tia = match_scores(model, table, held.rows[photos], held.rows[titles])
     found = figures(image @ text.T, (ita + tia) / 2, (swap_ita + swap_tia) / 2, held)
-    train_image, train_text = (vectors.numpy() for vectors in content_vectors(model, table, train))
-    groups = table.subcategory
-    found["probe"] = {
-        "image": probe(train_image, groups[train], image, groups[held.rows]),
-        "text": probe(train_text, groups[train], text, groups[held.rows]),
-    }
+    found["probe"] = _probes(table, train, content_vectors(model, table, train), held, (image, text))
+    known, asked = (tuple(s.numpy() for s in modality_states(model, table, rows)) for rows in (train, held.rows))
+    mapped = mapped_similarities("cca", known, train_classes, asked, seed)
+    found["states"] = figures(mapped, mapped.diagonal(), mapped[photos, titles], held)
+    found["states"]["probe"] = _probes(table, train, known, held, asked)
     return found
+
+
+def _probes(
+    table: ItemTable, train: Ints, known: Iterable[Any], held: Held, asked: Iterable[Floats]
+) -> dict[str, float]:
+    """`probe` of the subcategory, by modality."""
+    groups = table.subcategory
+    sides = zip(("image", "text"), known, asked, strict=True)
+    return {name: probe(np.asarray(a), groups[train], b, groups[held.rows]) for name, a, b in sides}
 
 
 def of_listing_quality(table: ItemTable, agreement: Agreement, held: Held) -> dict[str, float] | None:
@@ -189,7 +201,5 @@ def of_frozen(table: ItemTable, train: Ints, train_classes: Ints, held: Held, se
     maps = frozen_similarities(table, train, train_classes, held.rows, seed)
     photos, titles = swapped_pairs(held, seed)
     found: dict[str, Any] = {name: figures(s, s.diagonal(), s[photos, titles], held) for name, s in maps.items()}
-    groups = table.subcategory
-    vectors = zip(("image", "text"), frozen_features(table, train), frozen_features(table, held.rows), strict=True)
-    found["probe"] = {name: probe(a, groups[train], b, groups[held.rows]) for name, a, b in vectors}
+    found["probe"] = _probes(table, train, frozen_features(table, train), held, frozen_features(table, held.rows))
     return found

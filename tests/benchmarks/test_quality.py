@@ -227,6 +227,11 @@ def test_strata_by_hand() -> None:
     }
 
 
+def test_share_of_a_gap_that_is_none() -> None:
+    assert judge.attainable_share(0.7, 0.6, 0.8) == pytest.approx(0.5)
+    assert judge.attainable_share(0.7, 0.6, 0.6) is None, "content that is worth nothing"
+
+
 def test_draws_of_users_against_a_plain_bootstrap() -> None:
     rng = np.random.default_rng(0)
     users = rng.integers(0, 60, 1_500)
@@ -552,14 +557,14 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
             results.append({"world": "real", "model": model, "seed": seed, "test": on_test})
     for result in results:
         if result["model"] == "full":
-            result |= {"gates": {"cvr": [0.4, 0.6], "ita": [0.6, 0.4]}, "representation": learned}
+            result |= {"gates": {"cvr": [0.4, 0.6], "ita": [0.6, 0.4]}, "representation": learned | {"states": learned}}
             result |= {"listing_quality": {"mismatch_auc": 0.95, "worst_twentieth": 0.8}}
             result |= {"gates_apart": {"cvr_ita": 0.5, "ita_tia": 0.4, "cvr_users": 0.1}}
         if result["model"] == "shuffled_alignment":
             result |= {"representation": learned | {"swap_auc": 0.51}}
         if result["model"] == "no_alignment":
             # ITA's and TIA's gates are not trained: as they begin, they choose the first expert.
-            result |= {"gates": {"cvr": [0.3, 0.7], "ita": [1.0, 0.0]}}
+            result |= {"gates": {"cvr": [0.3, 0.7], "ita": [1.0, 0.0]}, "representation": mapped | {"states": learned}}
         if result["model"] in ("lightgbm_content", "mmoe") and "expected" in result:
             result["expected"]["auc"] += result["seed"] * 1e-3
         if result["model"] == "displayed":
@@ -571,7 +576,10 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     publish(small, tmp_path, docs=False)
     told = json.loads((tmp_path / "claims.json").read_text())
-    assert len(told) >= 28 and all(claim["holds"] and claim["seeds"] >= 3 for claim in told.values()), told
+    # States of both are made up to be alike.
+    alike = {name for name in told if name.endswith("states by a fitted map")}
+    assert len(told) >= 34 and all(claim["seeds"] >= 3 for claim in told.values()), told
+    assert len(alike) == 3 and {name for name, claim in told.items() if not claim["holds"]} == alike, told
     # 2 · 0.001 / √2: the seeds' differences are the same.
     assert (
         told["real log: AUC above mmoe by 2 SE of seeds and users"]["figure"] == "0.0100 ± 0.0000, must exceed 0.0014"
@@ -581,6 +589,7 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     assert "(0.450 to 0.600), 0.5 is asked for" in told["content efficiency ≥ 0.65"]["figure"], "by their mean"
     text = (tmp_path / "quality.md").read_text()
+    assert "| no_alignment, states by a fitted map | 0.500" in text
     assert "| no_ids | 0.7400 | 0.7410 | 0.7420 |" in text, "seed by seed"
     assert "0.7510 ± 0.0006" in text and "content efficiency" in text and "listing quality of full" in text
     for result in small:
@@ -609,7 +618,9 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     publish(city, tmp_path, docs=False)
     told = json.loads((tmp_path / "claims.json").read_text())
     missing = {name for name, claim in told.items() if claim["holds"] is None}
-    assert {name for name in told if name.startswith(("control", "real"))} | {"content efficiency ≥ 0.65"} == missing
+    assert {name for name in told if name.startswith(("control", "real", "alignment:"))} | {
+        "content efficiency ≥ 0.65"
+    } == missing
     assert "| content efficiency ≥ 0.65 | - | not measured | 0 |" in (tmp_path / "quality.md").read_text()
     with Image.open(tmp_path / "quality.png") as picture:
         assert full[0] == picture.size[0] and full[1] > picture.size[1] > 500
