@@ -179,24 +179,21 @@ def least_used(result: Result) -> float:
     return min(min(gates[task]) for task in trained)
 
 
-def _shown_with_ridge(of_ridge: list[float], closed: list[float]) -> str:
-    return f"{shown(closed, 3)} of the better map's, {shown(of_ridge, 3)} of the ridge map's"
-
-
 def _representation_claims(claims: _Claims, found: Results) -> None:
     models = {r["seed"]: r["representation"] for r in found.get(("city", "full"), []) if "representation" in r}
     frozen = {r["seed"]: r["representation"] for r in found.get(("city", "frozen"), [])}
     seeds = sorted(models.keys() & frozen.keys())
-    for way in ("image_to_text", "text_to_image"):
-        rates = {kind: [frozen[seed][kind][way]["r_at_1"] for seed in seeds] for kind in ("ridge", "cca")}
-        reached = [models[seed][way]["r_at_1"] for seed in seeds]
-        closed = [(r - max(maps)) / (1 - max(maps)) for r, *maps in zip(reached, *rates.values(), strict=True)]
-        of_ridge = [(r - ridge) / (1 - ridge) for r, ridge in zip(reached, rates["ridge"], strict=True)]
+
+    def close_gap(way: str) -> None:
+        def closed(*kinds: str) -> list[float]:
+            best = [max(frozen[seed][kind][way]["r_at_1"] for kind in kinds) for seed in seeds]
+            return [(models[seed][way]["r_at_1"] - rate) / (1 - rate) for seed, rate in zip(seeds, best, strict=True)]
+
         claims.judge(
             f"R@1 {way} closes 30 % of the gap",
-            closed,
+            closed("ridge", "cca"),
             at_least(0.3),
-            partial(_shown_with_ridge, of_ridge),
+            lambda values: f"{shown(values, 3)} of the better map's, {shown(closed('ridge'), 3)} of the ridge map's",
         )
 
     def compare(name: str, bar: float) -> None:
@@ -210,6 +207,8 @@ def _representation_claims(claims: _Claims, found: Results) -> None:
             ),
         )
 
+    close_gap("image_to_text")
+    close_gap("text_to_image")
     compare("mismatch_auc", 0.90)
     compare("swap_auc", 0.95)
     judged = [r["listing_quality"] for r in found.get(("city", "full"), []) if r.get("listing_quality")]
@@ -224,11 +223,10 @@ def _representation_claims(claims: _Claims, found: Results) -> None:
 
 def _alignment_claims(claims: _Claims, found: Results) -> None:
     """What alignment does for representation, in the smaller city: of what the model compares by, and of its `[IMG]` and `[TXT]` compared by a map that is fitted to them."""
-    told = {
-        model: [r for r in found.get(("small", model), []) if "states" in (r.get("representation") or {})]
-        for model in ("full", "no_alignment")
+    judged = {
+        key: [result for result in found.get(key, []) if "states" in result.get("representation", {})]
+        for key in (("small", "full"), ("small", "no_alignment"))
     }
-    of_small = {("small", model): results for model, results in told.items()}
     for of, about in (((), ""), (("states",), ", states by a fitted map")):
         for name, path in (
             ("R@1 image_to_text", ("image_to_text", "r_at_1")),
@@ -237,7 +235,7 @@ def _alignment_claims(claims: _Claims, found: Results) -> None:
         ):
             claims.judge(
                 f"alignment: {name} above the model without it by 3 SE{about}",
-                paired(of_small, "small", "full", "no_alignment", "representation", *of, *path),
+                paired(judged, "small", "full", "no_alignment", "representation", *of, *path),
                 surely_above,
                 partial(shown, digits=3),
             )

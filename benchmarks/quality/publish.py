@@ -14,7 +14,6 @@ from pipelines.files import write_json
 HOLDS = {True: "yes", False: "**no**", None: "-"}
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 LEARNED = ("photo → title R@1", "title → photo R@1", "mismatch AUC")
-SMALL = ("full", "no_alignment")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -80,10 +79,9 @@ def _city(found: Results) -> list[str]:
     return [*lines, "Expected AUC, seed by seed:", "", *_table(["model", *map(str, seeds)], seed_rows)]
 
 
-def _representation(found: Results, kind: str, models: tuple[str, ...] = ()) -> list[str]:
-    """`models`: all where none is named."""
+def _representation(found: Results, kind: str) -> list[str]:
     rows = []
-    for model in [m for k, m in found if k == kind and m in (models or (m,))]:
+    for model in [m for k, m in found if k == kind]:
         results = [r["representation"] for r in found[kind, model] if r.get("representation")]
         if not results:
             continue
@@ -162,6 +160,7 @@ def publish(results: list[Result], work: Path, *, docs: bool) -> None:
     """WORK/quality.md, quality.png and claims.json; with `docs` the tables between two marks of docs/results.md, and the picture beside it."""
     found = by_model(results)
     claims = city_claims(found)
+    aligned_or_not = {key: results for key, results in found.items() if key[1] in ("full", "no_alignment")}
     lines = ["![Figures of the models](quality.png)", "", "### Claims", ""]
     lines += _table(
         ["claim", "holds", "figure", "seeds"],
@@ -173,7 +172,7 @@ def publish(results: list[Result], work: Path, *, docs: bool) -> None:
         ("The real log", _real(found)),
         ("Representation, held-out listings of the real log", _representation(found, "real")),
         ("Ablations and controls, a city of 60,000 clicks", _ablations(found)),
-        ("Representation in that city, with and without alignment", _representation(found, "small", SMALL)),
+        ("Representation in that city, with and without alignment", _representation(aligned_or_not, "small")),
         ("Mean weights of the experts", _gates(found)),
     ):
         if part:

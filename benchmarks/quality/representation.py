@@ -3,12 +3,13 @@
 Shapes: n listings, classes as integers [n]; a hit is a listing of the query's class.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from camenn_model import metrics
 from camenn_model.agreement import Agreement
@@ -159,13 +160,18 @@ def of_model(
     `states`: the same of what the shared bottom says of a photo and of a title, `[IMG]` and `[TXT]`, by the best CCA map between them that is fitted on the training listings: a model
     that was never taught to compare has these.
     """
-    image, text = (vectors.numpy() for vectors in content_vectors(model, table, held.rows))
+
+    def told(by: Callable[[CameNN, ItemTable, Ints], tuple[Tensor, Tensor]], rows: Ints) -> tuple[Floats, Floats]:
+        image, text = by(model, table, rows)
+        return image.numpy(), text.numpy()
+
+    image, text = told(content_vectors, held.rows)
     ita, tia = match_scores(model, table, held.rows, held.rows)
     photos, titles = swapped_pairs(held, seed)
     swap_ita, swap_tia = match_scores(model, table, held.rows[photos], held.rows[titles])
     found = figures(image @ text.T, (ita + tia) / 2, (swap_ita + swap_tia) / 2, held)
-    found["probe"] = _probes(table, train, content_vectors(model, table, train), held, (image, text))
-    known, asked = (tuple(s.numpy() for s in modality_states(model, table, rows)) for rows in (train, held.rows))
+    found["probe"] = _probes(table, train, told(content_vectors, train), held, (image, text))
+    known, asked = told(modality_states, train), told(modality_states, held.rows)
     mapped = mapped_similarities("cca", known, train_classes, asked, seed)
     found["states"] = figures(mapped, mapped.diagonal(), mapped[photos, titles], held)
     found["states"]["probe"] = _probes(table, train, known, held, asked)
@@ -173,12 +179,12 @@ def of_model(
 
 
 def _probes(
-    table: ItemTable, train: Ints, known: Iterable[Any], held: Held, asked: Iterable[Floats]
+    table: ItemTable, train: Ints, known: tuple[Floats, Floats], held: Held, asked: tuple[Floats, Floats]
 ) -> dict[str, float]:
     """`probe` of the subcategory, by modality."""
     groups = table.subcategory
     sides = zip(("image", "text"), known, asked, strict=True)
-    return {name: probe(np.asarray(a), groups[train], b, groups[held.rows]) for name, a, b in sides}
+    return {name: probe(a, groups[train], b, groups[held.rows]) for name, a, b in sides}
 
 
 def of_listing_quality(table: ItemTable, agreement: Agreement, held: Held) -> dict[str, float] | None:
