@@ -23,8 +23,9 @@ WORTHLESS: dict[str, Any] = {
     "order_mismatch": 0.0,
     "click_bad_image": 0.0,
     "click_bad_text": 0.0,
+    "classes": 42,
 }
-"""What photos and titles show or spoil changes no click and no order."""
+"""What photos and titles show or spoil changes no click and no order, and a class is a subcategory, which every model knows: of more classes, photos and titles would tell which."""
 HISTORY = 50
 """Entries of a history, for all models: people have more than a hundred clicks each"""
 QUICK_CITY: dict[str, Any] = {}
