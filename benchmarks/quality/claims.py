@@ -274,7 +274,14 @@ def _control_claims(claims: _Claims, found: Results) -> None:
     def compare(claim: str, kind: str, one: str, other: str, holds: Callable[[list[float]], bool]) -> None:
         claims.judge(f"control: {claim}", paired(found, kind, one, other, "expected", "auc"), holds)
 
-    compare("content that is worth nothing wins nothing", "worthless", "full", "no_content", nothing)
+    # It may cost something: a model that learns chance from it loses.
+    compare(
+        "content that is worth nothing wins nothing",
+        "worthless",
+        "full",
+        "no_content",
+        lambda d: statistics.mean(d) < NOTHING,
+    )
     compare("without corruption, alignment adds nothing", "clean", "full", "no_alignment", nothing)
     compare("photos of other listings cost AUC", "small", "full", "shuffled_patches", lambda d: min(d) > NOTHING)
     # What noise teaches is a direction by chance, and truth lies along few of them: 0.5 holds for the mean of many seeds only.
