@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from benchmarks.quality.worlds import World
 from camenn_model.agreement import Agreement
-from camenn_model.batch import AlignmentBatch
 from camenn_model.config import ITEM_HASH, LossConfig
 from camenn_model.corpus import Corpus, TrainOptions
-from camenn_model.dataset import AlignmentSampler, ExampleReader, Rows
+from camenn_model.dataset import ExampleReader, Rows
 from camenn_model.feature_space import MISSING, NUMERIC_GROUPS, FeatureSpace, Numeric
 from camenn_model.item_table import Ints, ItemTable
 from camenn_model.train import Trainer
@@ -160,25 +159,6 @@ def _permute(rows: Rows) -> Rows:
     return replace(rows, label=np.random.default_rng(len(rows)).permutation(rows.label))
 
 
-class _ShuffledLabels(AlignmentSampler):
-    """A sampler whose pairs' labels belong to other pairs."""
-
-    def __init__(self, sampler: AlignmentSampler) -> None:
-        vars(self).update(vars(sampler))
-
-    def draw(self, pairs: int, listings: int, rng: np.random.Generator) -> AlignmentBatch | None:
-        """As the sampler's, with the labels of each task in another order."""
-        batch = super().draw(pairs, listings, rng)
-        if batch is None:
-            return None
-        order = torch.from_numpy(rng.permutation(len(batch.ita.label)))
-        return replace(
-            batch,
-            ita=replace(batch.ita, label=batch.ita.label[order]),
-            tia=replace(batch.tia, label=batch.tia.label[order]),
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One model. What is not named is as in `full`."""
@@ -197,6 +177,7 @@ class Variant:
     displayed: bool = False
     gate_mask: bool = False
     shuffled_alignment: bool = False
+    """Whether alignment is taught other listings' photos"""
     shuffled_images: bool = False
     """Whether the test part sees other listings' photos"""
 
@@ -233,8 +214,7 @@ VARIANTS: dict[str, Variant] = {
     "permuted_labels": Variant(about="control: training labels permuted", train_reader=_permute),
     "shuffled_patches": Variant(about="control: at test, photos belong to other listings", shuffled_images=True),
     "shuffled_alignment": Variant(
-        about="control: alignment labels shuffled",
-        options=_loss(contrastive=0.0),
+        about="control: alignment is taught photos that belong to other listings",
         hides_agreement=True,
         shuffled_alignment=True,
     ),
@@ -263,15 +243,14 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
     elif not options.alignment or variant.hides_agreement:
         corpus = without_agreement(corpus)
     corpus = replace(corpus, config=replace(corpus.config, attention=options.attention, **variant.config))
-    # The projections start from what photos tell of titles: the control of shuffled labels has that of shuffled photos.
-    begun = (
+    # Whose photo is whose is what alignment learns from. The control has it of shuffled photos, the start of the projections too;
+    # orders, and all that is measured, see each listing's own.
+    aligned = (
         replace(corpus, table=shuffle_images(corpus.table, corpus.space, options.seed))
         if variant.shuffled_alignment
         else corpus
     )
-    trainer = Trainer(begun, options, lambda *_: None)
-    if trainer.sampler is not None:
-        trainer.sampler = AlignmentSampler(corpus.table)
+    trainer = Trainer(aligned, options, lambda *_: None)
     if variant.hides:
         corpus = replace(corpus, table=hide(corpus.table, corpus.space, **dict.fromkeys(variant.hides, True)))
     if variant.hides_ids:
@@ -283,8 +262,6 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
         trainer.corpus = replace(corpus, reader=_ChangedReader(corpus.reader, variant.train_reader))
     if variant.gate_mask:
         _mask_gate(trainer)
-    if variant.shuffled_alignment and trainer.sampler is not None:
-        trainer.sampler = _ShuffledLabels(trainer.sampler)
     test = (
         replace(corpus, table=shuffle_images(corpus.table, corpus.space, options.seed))
         if variant.shuffled_images

@@ -180,6 +180,17 @@ def test_permuted_labels_are_those_of_training_alone(world: World, corpus: Corpu
     assert np.array_equal(test.reader.read(path).label, plain.label)
 
 
+def test_shuffled_alignment_alone_is_taught_other_photos(world: World, corpus: Corpus, tmp_path: Path) -> None:
+    trainer, test = make_trainer(corpus, VARIANTS["shuffled_alignment"], options(world, tmp_path), world)
+    assert trainer.sampler is not None
+    taught, own = trainer.sampler.table.image_row, corpus.table.image_row
+    assert (taught != own).mean() > 0.5 and np.array_equal(np.sort(taught), np.sort(own))
+    for table in (trainer.corpus.table, test.table):
+        assert np.array_equal(table.image_row, own)
+    usual, _ = make_trainer(corpus, VARIANTS["no_agreement"], options(world, tmp_path), world)
+    assert usual.sampler is not None and np.array_equal(usual.sampler.table.image_row, own)
+
+
 def test_truth_is_that_of_the_examples(world: World, corpus: Corpus) -> None:
     files = corpus.files("test")
     keys = read_keys(files)
