@@ -1,7 +1,7 @@
 """The report's figures about the model: metrics beside baselines, training curves, drift."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,17 +20,21 @@ _CALM_PSI = 0.1
 class MetricRow:
     """One metric of the model and of each baseline; `best` is the index of the best value, None where there is nothing to compare."""
 
+    DIGITS: ClassVar = 4
+    """Decimals that values are printed with"""
     metric: Metric
     values: list[float | None]
     best: int | None
 
 
 def _best(metric: Metric, values: list[float | None]) -> int | None:
-    """Index of the best value; None where there are fewer than two, or several share it."""
+    """Index of the best value; None where there are fewer than two, or several share it as it is printed."""
     badness = {"high": lambda value: -value, "low": lambda value: value, "one": lambda value: abs(value - 1)}[
         metric.best
     ]
-    known = sorted((badness(value), place) for place, value in enumerate(values) if value is not None)
+    known = sorted(
+        (round(badness(value), MetricRow.DIGITS), place) for place, value in enumerate(values) if value is not None
+    )
     return known[0][1] if len(known) > 1 and known[0][0] < known[1][0] else None
 
 
@@ -88,10 +92,13 @@ def quality_words(aucs: list[tuple[str, float]], rows: list[MetricRow], test: di
     if compared:
         found.append(f"It has the best value in {sum(row.best == 0 for row in compared)} of {len(compared)} measures.")
     if test.get("pcoc") is not None:
-        excess = test["pcoc"] - 1
-        found.append(
-            f"In all, it predicts {abs(excess):.1%} {'more' if excess >= 0 else 'fewer'} purchases than there were."
+        excess = round(test["pcoc"] - 1, 3)
+        much = (
+            f"{abs(excess):.1%} {'more' if excess > 0 else 'fewer'} purchases than"
+            if excess
+            else "as many purchases as"
         )
+        found.append(f"In all, it predicts {much} there were.")
     return found
 
 

@@ -212,6 +212,19 @@ def test_quality_marks_the_better_value_by_each_metrics_direction(work: Path) ->
     assert result["words"][1] == "It has the best value in 6 of 9 measures."
 
 
+def test_quality_prefers_none_of_values_that_look_alike(work: Path) -> None:
+    found = read_work(str(work))
+    assert found.metrics is not None
+    test, baselines = found.metrics["test"], found.metrics["baselines"]
+    for pcoc, words in ((1.00021, "as many purchases as"), (0.96, "4.0% fewer purchases than")):
+        test["pcoc"] = pcoc
+        for column in baselines.values():
+            column["pcoc"] = pcoc + 1e-6
+        result = quality(found)
+        assert result is not None and result["words"][-1] == f"In all, it predicts {words} there were."
+        assert [row.best for row in result["rows"] if row.metric.name == "pcoc"] == [None]
+
+
 def test_quality_without_baselines_marks_nothing(work: Path) -> None:
     found = read_work(str(work))
     assert found.metrics is not None
