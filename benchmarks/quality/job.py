@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -129,9 +130,11 @@ def say(text: str) -> None:
     print(f"quality: {text}", file=sys.stderr, flush=True)
 
 
-def _prior(files: list[tuple[str, int]]) -> Prior:
-    counts = pa.concat_tables([pq.ParquetFile(path).read(columns=["item_clicks", "pair_clicks"]) for path, _ in files])
-    return Prior(*(column.to_numpy().astype(np.float64) for column in counts.columns))
+def _prior(files: list[tuple[str, int]], table: ItemTable) -> Prior:
+    names = ["item_clicks", "pair_clicks", "pair_orders"]
+    known = pa.concat_tables([pq.ParquetFile(path).read(columns=[*names, "item_id"]) for path, _ in files])
+    places = pc.index_in(known["item_id"], value_set=table.ids).to_numpy()
+    return Prior(*(known[name].to_numpy().astype(np.float64) for name in names), has_photo=table.image_row[places] >= 0)
 
 
 def held_out(world: World, corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64], representation.Held]:
@@ -302,7 +305,9 @@ def run(job: Job) -> dict[str, Any]:
         found, more = run_camenn(job, corpus) if job.model in VARIANTS else run_baseline(job, corpus)
         files = corpus.files("test")
         truth = read_truth(job.world, read_keys(files)) if job.world.truth is not None else None
-        result |= judge(found["test"], calibrate(found), corpus.config.base_rate, truth, _prior(files)) | more
+        result |= (
+            judge(found["test"], calibrate(found), corpus.config.base_rate, truth, _prior(files, corpus.table)) | more
+        )
     result["seconds"] = round(time.monotonic() - started, 1)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1, allow_nan=False))

@@ -21,14 +21,20 @@ Floats = NDArray[np.float64]
 BINS = 15
 FEW_CLICKS = 10
 """Up to so many clicks before the session a listing counts as hardly known."""
+FEWEST = 100
+"""Examples of a stratum that has an AUC"""
 
 
 class Prior(NamedTuple):
-    """Clicks before the session, float64 [n] each"""
+    """What is known of each example before its session: counts, float64 [n], and whether there is a photo, bool [n]."""
 
     of_listing: Floats
+    """Clicks by anybody"""
     of_pair: Floats
-    """By this user on this listing"""
+    """Clicks by this user on this listing"""
+    orders_of_pair: Floats
+    """Orders of this listing by this user"""
+    has_photo: NDArray[np.bool_]
 
 
 def expected_ece(p: Floats, probability: Floats, bins: int = BINS) -> float:
@@ -64,6 +70,33 @@ def strata(truth: Truth, prior: Prior) -> dict[str, NDArray[np.bool_]]:
     }
 
 
+def known_strata(prior: Prior) -> dict[str, NDArray[np.bool_]]:
+    """Parts of the test examples by what is known of them, bool [n] each: the first three are of the pair, and disjoint."""
+    ordered = prior.orders_of_pair > 0
+    clicked = ~ordered & (prior.of_pair > 0)
+    return {
+        "pair_ordered_before": ordered,
+        "pair_clicked_before": clicked,
+        "pair_first_click": ~ordered & ~clicked,
+        "with_photo": prior.has_photo,
+        "without_photo": ~prior.has_photo,
+    }
+
+
+def as_observed(found: Predictions, prior: Prior) -> dict[str, dict[str, Any]]:
+    """Rows, orders and AUC by stratum of a log of which nobody knows the truth; AUC is None where a stratum has fewer than a hundred examples or one class."""
+    by_stratum = {}
+    for name, rows in known_strata(prior).items():
+        labels = found.labels[rows]
+        enough = len(labels) >= FEWEST and 0 < labels.sum() < len(labels)
+        by_stratum[name] = {
+            "rows": len(labels),
+            "orders": int(labels.sum()),
+            "auc": metrics.auc(labels, found.logits[rows]) if enough else None,
+        }
+    return by_stratum
+
+
 def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, prior: Prior) -> dict[str, Any]:
     """Expected AUC, PCOC and ECE, of all and by stratum; None where a stratum has fewer than a hundred examples."""
     p, probability = truth.p_order, calibration(found.logits)
@@ -72,8 +105,8 @@ def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, pri
     by_stratum = {
         name: {
             "rows": int(rows.sum()),
-            "auc": expected_auc(p[rows], found.logits[rows]) if rows.sum() >= 100 else None,
-            "auc_of_truth": expected_auc(p[rows], p[rows]) if rows.sum() >= 100 else None,
+            "auc": expected_auc(p[rows], found.logits[rows]) if rows.sum() >= FEWEST else None,
+            "auc_of_truth": expected_auc(p[rows], p[rows]) if rows.sum() >= FEWEST else None,
         }
         for name, rows in strata(truth, prior).items()
     }
@@ -109,7 +142,7 @@ def judge(
     """All figures of one model on one test part."""
     figures = {"test": cvr_metrics(found, calibration, base_rate)}
     if truth is None:
-        figures["test"] |= of_draws(found)
+        figures["test"] |= of_draws(found) | {"strata": as_observed(found, prior)}
     else:
         figures["expected"] = under_truth(found, calibration, truth, prior)
     return figures

@@ -218,7 +218,8 @@ def test_strata_by_hand() -> None:
     truth = Truth(
         p_order=np.full(8, 0.5), uniform=cold, cold=cold, image_ok=~spoilt, text_ok=~np.zeros(8, bool), mismatched=spoilt & met, ladder={}
     )  # fmt: skip
-    found = judge.strata(truth, judge.Prior(np.array([0.0, 1, 5, 10, 11, 12, 0, 30]), met.astype(float)))
+    prior = judge.Prior(np.array([0.0, 1, 5, 10, 11, 12, 0, 30]), met.astype(float), np.zeros(8), ~spoilt)
+    found = judge.strata(truth, prior)
     assert {name: np.flatnonzero(rows).tolist() for name, rows in found.items()} == {
         "uniform_sessions": [4, 5, 6, 7],
         "cold_start": [4, 5, 6, 7],
@@ -236,6 +237,31 @@ def test_strata_by_hand() -> None:
         "cold_start_first_click": [4, 6],
         "warm_first_click": [0, 2],
     }
+
+
+def test_strata_of_what_is_known_by_hand() -> None:
+    # Ordered with clicks and without any that the log knows, clicked, and neither; each with a photo and without.
+    orders, clicks = np.repeat([[2.0, 3], [1, 0], [0, 4], [0, 0]], 2, axis=0).T
+    prior = judge.Prior(np.full(8, 9.0), clicks, orders, np.arange(8) % 2 == 0)
+    rows = {name: np.flatnonzero(rows).tolist() for name, rows in judge.known_strata(prior).items()}
+    assert rows == {
+        "pair_ordered_before": [0, 1, 2, 3],
+        "pair_clicked_before": [4, 5],
+        "pair_first_click": [6, 7],
+        "with_photo": [0, 2, 4, 6],
+        "without_photo": [1, 3, 5, 7],
+    }
+    # Those who ordered before are ranked the right way round, the others the wrong way; too few and one class have no AUC.
+    n = 300
+    labels = np.tile([1.0, 0], n // 2)
+    ordered, clicked = np.arange(n) < 100, (np.arange(n) >= 100) & (np.arange(n) < 199)
+    scores = np.where(ordered, labels, -labels)
+    prior = judge.Prior(np.ones(n), clicked.astype(float), ordered.astype(float), labels == 1)
+    found = judge.as_observed(Predictions(scores, labels, np.arange(n), np.arange(n)), prior)
+    assert found["pair_ordered_before"] == {"rows": 100, "orders": 50, "auc": 1.0}
+    assert found["pair_clicked_before"] == {"rows": 99, "orders": 50, "auc": None}
+    assert found["pair_first_click"] == {"rows": 101, "orders": 50, "auc": 0.0}
+    assert found["with_photo"] == {"rows": 150, "orders": 150, "auc": None}
 
 
 def test_share_of_a_gap_that_is_none() -> None:
@@ -564,7 +590,10 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
         )
         for model, auc in {"full": 0.7, "lightgbm": 0.68, "lightgbm_content": 0.67, "mmoe": 0.69}.items():
             drawn = {f"{name}_of_draws": [auc - 0.001 * (model == "mmoe"), auc] for name in ("auc", "session_auc")}
-            on_test = test | {"auc": auc, "session_auc": auc} | drawn
+            on_test = test | {"auc": auc, "session_auc": auc, "rows": 1_000, "positives": 180} | drawn
+            if model != "mmoe":
+                few = {"rows": 50, "orders": 9, "auc": None}
+                on_test["strata"] = {"pair_first_click": {"rows": 900, "orders": 90, "auc": auc}, "with_photo": few}
             results.append({"world": "real", "model": model, "seed": seed, "test": on_test})
     for result in results:
         if result["model"] == "full":
@@ -602,6 +631,9 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     text = (tmp_path / "quality.md").read_text()
     assert "| no_alignment, states by a fitted map | 0.500" in text
     assert "| no_ids | 0.7400 | 0.7410 | 0.7420 |" in text, "seed by seed"
+    assert "| AUC by what is known | of the clicks | of the orders | full | lightgbm | lightgbm_content |\n" in text
+    assert "| pair first click | 90.0% | 50.0% | 0.7000 ± 0.0000 | 0.6800 ± 0.0000 |" in text
+    assert "| with photo | 5.0% | 5.0% | - | - | - |" in text
     assert "0.7510 ± 0.0006" in text and "content efficiency" in text and "listing quality of full" in text
     for result in small:
         if result["model"] == "full" and "expected" in result:
