@@ -1,7 +1,7 @@
 """The report's figures about the model: metrics beside baselines, training curves, drift."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ from pipelines import report_plots as plots
 from pipelines.gates import MOST_PSI
 from pipelines.report_data import Work
 from pipelines.report_scores import Drift
-from pipelines.report_words import BASELINE_TITLES, METRICS, Metric, phrase
+from pipelines.report_words import BASELINE_TITLES, DIGITS, METRICS, Metric, phrase
 
 _CALM_PSI = 0.1
 """Below it a distribution is read as unchanged; above MOST_PSI a night is held back."""
@@ -20,8 +20,6 @@ _CALM_PSI = 0.1
 class MetricRow:
     """One metric of the model and of each baseline; `best` is the index of the best value, None where there is nothing to compare."""
 
-    DIGITS: ClassVar = 4
-    """Decimals that values are printed with"""
     metric: Metric
     values: list[float | None]
     best: int | None
@@ -32,9 +30,7 @@ def _best(metric: Metric, values: list[float | None]) -> int | None:
     badness = {"high": lambda value: -value, "low": lambda value: value, "one": lambda value: abs(value - 1)}[
         metric.best
     ]
-    known = sorted(
-        (round(badness(value), MetricRow.DIGITS), place) for place, value in enumerate(values) if value is not None
-    )
+    known = sorted((round(badness(value), DIGITS), place) for place, value in enumerate(values) if value is not None)
     return known[0][1] if len(known) > 1 and known[0][0] < known[1][0] else None
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+DIGITS = 4
+"""Decimals of a metric, where nothing else is asked for"""
 OUTCOMES = {
     "rejected": "cannot be used: a required value is missing or contradicts another",
     "duplicates": "exact copies of another row",
@@ -94,12 +96,12 @@ def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def number(value: float | None, digits: int = DIGITS) -> str:
     """A number with fixed decimals, or a dash."""
     return "–" if value is None or value != value else f"{value:,.{digits}f}"
 
 
-def signed(value: float, digits: int = 4) -> str:
+def signed(value: float, digits: int = DIGITS) -> str:
     """A difference, with its sign."""
     return f"{value:+.{digits}f}".replace("-", "−")
 

@@ -305,9 +305,8 @@ def run(job: Job) -> dict[str, Any]:
         found, more = run_camenn(job, corpus) if job.model in VARIANTS else run_baseline(job, corpus)
         files = corpus.files("test")
         truth = read_truth(job.world, read_keys(files)) if job.world.truth is not None else None
-        result |= (
-            judge(found["test"], calibrate(found), corpus.config.base_rate, truth, _prior(files, corpus.table)) | more
-        )
+        prior = _prior(files, corpus.table)
+        result |= judge(found["test"], calibrate(found), corpus.config.base_rate, truth, prior) | more
     result["seconds"] = round(time.monotonic() - started, 1)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1, allow_nan=False))

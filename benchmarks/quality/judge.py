@@ -84,7 +84,7 @@ def known_strata(prior: Prior) -> dict[str, NDArray[np.bool_]]:
 
 
 def as_observed(found: Predictions, prior: Prior) -> dict[str, dict[str, Any]]:
-    """Rows, orders and AUC by stratum of a log of which nobody knows the truth; AUC is None where a stratum has fewer than a hundred examples or one class."""
+    """Rows, orders and AUC by stratum of a log of which nobody knows the truth; AUC is None where a stratum has fewer than `FEWEST` examples or one class."""
     by_stratum = {}
     for name, rows in known_strata(prior).items():
         labels = found.labels[rows]
@@ -98,7 +98,7 @@ def as_observed(found: Predictions, prior: Prior) -> dict[str, dict[str, Any]]:
 
 
 def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, prior: Prior) -> dict[str, Any]:
-    """Expected AUC, PCOC and ECE, of all and by stratum; None where a stratum has fewer than a hundred examples."""
+    """Expected AUC, PCOC and ECE, of all and by stratum; None where a stratum has fewer than `FEWEST` examples."""
     p, probability = truth.p_order, calibration(found.logits)
     ladder = truth.ladder["test"]
     auc = expected_auc(p, found.logits)

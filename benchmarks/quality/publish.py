@@ -120,17 +120,25 @@ def _real(found: Results) -> list[str]:
 
 def _real_strata(found: Results, models: list[str]) -> list[str]:
     # Results from before strata were reported have none.
-    tests = {model: [r["test"] for r in found["real", model] if "strata" in r["test"]] for model in models}
-    tests = {model: of_seeds for model, of_seeds in tests.items() if of_seeds}
+    tests = {
+        model: of_seeds
+        for model in models
+        if (of_seeds := [result["test"] for result in found["real", model] if "strata" in result["test"]])
+    }
     if not tests:
         return []
     any_test = next(iter(tests.values()))[0]
     rows = []
     for name, stratum in any_test["strata"].items():
         aucs = [[test["strata"][name]["auc"] for test in of_seeds] for of_seeds in tests.values()]
-        row = [name.replace("_", " "), f"{stratum['rows'] / any_test['rows']:.1%}"]
-        row.append(f"{stratum['orders'] / any_test['positives']:.1%}")
-        rows.append([*row, *("-" if None in each else shown(each) for each in aucs)])
+        rows.append(
+            [
+                name.replace("_", " "),
+                f"{stratum['rows'] / any_test['rows']:.1%}",
+                f"{stratum['orders'] / any_test['positives']:.1%}",
+                *("-" if None in each else shown(each) for each in aucs),
+            ]
+        )
     return _table(["AUC by what is known", "of the clicks", "of the orders", *tests], rows)
 
 

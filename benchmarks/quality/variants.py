@@ -67,6 +67,11 @@ def shuffle_images(table: ItemTable, space: FeatureSpace, seed: int) -> ItemTabl
     return shuffled.encode(space)
 
 
+def with_shuffled_images(corpus: Corpus, seed: int) -> Corpus:
+    """The corpus of which items have each other's photos."""
+    return replace(corpus, table=shuffle_images(corpus.table, corpus.space, seed))
+
+
 class _Arrays:
     """In the place of mapped embeddings: one vector for each row."""
 
@@ -245,11 +250,7 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
     corpus = replace(corpus, config=replace(corpus.config, attention=options.attention, **variant.config))
     # Whose photo is whose is what alignment learns from. The control has it of shuffled photos, the start of the projections too;
     # orders, and all that is measured, see each listing's own.
-    aligned = (
-        replace(corpus, table=shuffle_images(corpus.table, corpus.space, options.seed))
-        if variant.shuffled_alignment
-        else corpus
-    )
+    aligned = with_shuffled_images(corpus, options.seed) if variant.shuffled_alignment else corpus
     trainer = Trainer(aligned, options, lambda *_: None)
     if variant.hides:
         corpus = replace(corpus, table=hide(corpus.table, corpus.space, **dict.fromkeys(variant.hides, True)))
@@ -262,9 +263,5 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
         trainer.corpus = replace(corpus, reader=_ChangedReader(corpus.reader, variant.train_reader))
     if variant.gate_mask:
         _mask_gate(trainer)
-    test = (
-        replace(corpus, table=shuffle_images(corpus.table, corpus.space, options.seed))
-        if variant.shuffled_images
-        else corpus
-    )
+    test = with_shuffled_images(corpus, options.seed) if variant.shuffled_images else corpus
     return trainer, test
