@@ -10,54 +10,86 @@ MODEL/checkpoints/*.safetensors       where a killed training goes on; removed w
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from camenn_model.calibration import PlattScaling
 from camenn_model.config import ModelConfig
 from camenn_model.feature_space import FeatureSpace
+from camenn_model.integrity import DamagedError
 from camenn_model.model import CameNN
+from camenn_model.published import check_table_files, read_manifest, read_published
 from schemas.contract import InputError
+from schemas.manifest import MANIFEST, RUNS
 
 VERSIONED = (
-    "model.safetensors", "config.json", "features.json", "likeness.safetensors", "agreement.safetensors", "calibration.json",
-)  # fmt: skip
+    "model.safetensors",
+    "config.json",
+    "features.json",
+    "likeness.safetensors",
+    "agreement.safetensors",
+    "calibration.json",
+)
 """Files that what a model says depends on"""
+
+_METADATA, _SHA256 = "camenn", "sha256"
+"""Keys of a safetensors header: metadata as JSON; checksum of it and of the tensors"""
+_REMEDY = "Run `camenn train --rerun`, or `camenn rollback` to the model of before."
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
     """Write one safetensors file atomically; `metadata` is kept as JSON in its header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    header = {"camenn": json.dumps(metadata or {})}
+    temporary = path.with_name(f"{path.name}.tmp")
     # Tied or sliced tensors would share storage, which safetensors refuses: each entry gets its own.
-    save_file(
-        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
-        temporary,
-        metadata=header,
-    )
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    header = {_METADATA: json.dumps(metadata or {})}
+    header[_SHA256] = _digest(own, header[_METADATA])
+    with open(temporary, "wb") as handle:
+        mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
+    save_file(own, temporary, metadata=header)
+    # safetensors lets nobody else read what it writes, whatever the umask: others may score with the model as well as read the scores.
+    os.chmod(temporary, mode)
     os.replace(temporary, path)
+
+
+def _digest(tensors: dict[str, Tensor], metadata: str) -> str:
+    """SHA-256 over metadata and over names, types, shapes and bytes of tensors, 64 hex digits."""
+    digest = hashlib.sha256(metadata.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, metadata) of a file that `save_tensors` wrote.
 
     Raises:
-        InputError: the file is missing or damaged.
+        DamagedError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as handle:
-            metadata = json.loads((handle.metadata() or {}).get("camenn", "{}"))
-            return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118 - not a dict
-    except (OSError, ValueError) as error:
-        raise InputError(
+            header = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+            metadata = json.loads(header.get(_METADATA, "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedError(
             f"{path}: cannot be read as safetensors ({error}). Train again, or give another directory."
         ) from error
+    whole = not header.keys() - {_METADATA, _SHA256} and (
+        _SHA256 not in header or header[_SHA256] == _digest(tensors, header.get(_METADATA, ""))
+    )
+    if not whole:
+        raise DamagedError(f"{path}: is not what was written (its checksum differs). Remove it, and train again.")
+    return tensors, metadata
 
 
 @dataclass(frozen=True)
@@ -111,17 +143,8 @@ def open_package(root: str) -> Package:
     Raises:
         InputError: nothing is published there, or something else than a model.
     """
-    pointer = Path(root) / "latest.json"
-    if not pointer.exists():
-        raise InputError(
-            f"--model {root}: nothing is published there (no latest.json). Run `camenn train` into it first."
-        )
-    latest = json.loads(pointer.read_text())
-    if latest["stage"] != "train":
-        raise InputError(
-            f"--model {root}: holds the output of `camenn {latest['stage']}`, not of `camenn train`. Give another directory."
-        )
-    return read_package(Path(root) / "runs" / latest["run"])
+    latest = read_published(root, "train", "--model")
+    return read_package(Path(root) / RUNS / latest["run"])
 
 
 def read_package(directory: Path) -> Package:
@@ -129,7 +152,10 @@ def read_package(directory: Path) -> Package:
 
     Raises:
         InputError: another version of camenn wrote it.
+        DamagedError: a file of a finished run is lost or damaged.
     """
+    if (directory / MANIFEST).exists():
+        check_table_files(directory.parents[1], read_manifest(directory), None, _REMEDY)
     meta = json.loads((directory / "config.json").read_text())
     return Package(
         directory=directory,

@@ -1,6 +1,5 @@
 """A shard set, opened: its items, users and example files, and the embeddings mapped into memory. Nothing here imports torch or Beam."""
 
-import json
 import mmap
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from camenn_model.published import check_table_files, read_manifest, read_published
 from schemas.contract import InputError
 from schemas.embeddings import embedding_shape
+from schemas.manifest import RUNS
 
 MEANS_AT_A_TIME = 4_096
 """Contents that are read at a time where the means of all are kept"""
+_REMEDY = "Run `camenn shards --rebuild`, or `camenn rollback` to the shard set of before."
+_CONTENTS_REMEDY = "Run `camenn shards --rerun`: they are copied again from the store."
 
 
 class Contents:
@@ -139,20 +142,20 @@ class ShardSet:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """The published run's manifest."""
-        pointer = Path(self.root) / "latest.json"
-        if not pointer.exists():
-            raise InputError(
-                f"--shards {self.root}: nothing is published there (no latest.json). Run `camenn shards` into it first."
-            )
-        latest = json.loads(pointer.read_text())
-        if latest["stage"] != "shards":
-            raise InputError(
-                f"--shards {self.root}: holds the output of `camenn {latest['stage']}`, not of `camenn shards`. Give another directory."
-            )
-        return dict(json.loads((Path(self.root) / latest["manifest"]).read_text()))
+        latest = read_published(self.root, "shards", "--shards")
+        return read_manifest(Path(self.root) / RUNS / latest["run"])
+
+    def _check(self, table: str) -> None:
+        remedy = _CONTENTS_REMEDY if table.startswith("contents_") else _REMEDY
+        check_table_files(Path(self.root), self.manifest, table, remedy)
 
     def files(self, table: str) -> list[tuple[str, int]]:
-        """(path, rows) of a table's files, ordered by path."""
+        """(path, rows) of a table's files, ordered by path.
+
+        Raises:
+            DamagedError: one of them is lost or damaged.
+        """
+        self._check(table)
         entries = self.manifest["tables"].get(table, {}).get("files", [])
         return sorted((str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries)
 
@@ -161,7 +164,9 @@ class ShardSet:
 
         Raises:
             InputError: the shard set was written by a version that filed splits by folder.
+            DamagedError: a file of any split is lost or damaged.
         """
+        self._check("examples")
         entries = self.manifest["tables"].get("examples", {}).get("files", [])
         if any("split" not in entry for entry in entries):
             raise InputError(

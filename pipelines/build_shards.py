@@ -64,6 +64,7 @@ from pipelines.manifest import (
     require_latest,
 )
 from pipelines.options import add_common_flags, is_local_run, new_parser, open_pipeline, parse_with_beam, run_main
+from pipelines.outputs import hold_output
 from pipelines.parcels import Packer, Parcel, unpack
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable, write_table
 from schemas.catalog import CATALOG
@@ -340,7 +341,8 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
     inputs = {name: source.fingerprint for name, source in sources.items() if source is not None}
     inputs["store"] = store.request
     request = request_fingerprint(inputs, {**asdict(options), "features": FEATURES_VERSION})
-    with files.single_writer(out):
+    given = {"--data": options.data, "--store": options.store}
+    with files.reading(options.store), hold_output(out, "--out", STAGE, given):
         latest = read_latest(out)
         if latest is not None and latest.request == request and not (rerun or rebuild):
             print(

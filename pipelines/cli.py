@@ -18,6 +18,7 @@ COMMANDS = {
     "publish": ("pipelines.publish_run", "let readers see a finished run that is not the published one"),
     "rollback": ("pipelines.roll_back", "let readers see the run that was published before"),
     "gc": ("pipelines.collect_garbage", "remove files that no kept run refers to"),
+    "fsck": ("pipelines.fsck", "compare every file with its checksum; say what to run again; repair"),
     "doctor": ("pipelines.doctor", "look at this machine: versions, devices, weights, disk; say what to do"),
 }
 

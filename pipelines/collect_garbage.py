@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from pipelines.console import closing_table
+from pipelines.garbage import KEEP, collect
 from pipelines.options import add_json_flag, run_main
-from pipelines.publication import KEEP, collect
 
 
 def build_parser() -> argparse.ArgumentParser:

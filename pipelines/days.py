@@ -50,8 +50,8 @@ def read_starts(record: FileRecord) -> np.ndarray:
 def write_part(directory: str, date: str, name: str, split: str, rows: pa.Table) -> FileRecord:
     """Write some of a day's examples, which belong to one split."""
     path = files.join(directory, f"date={date}", f"part-{name}.parquet")
-    size = files.write_parquet(path, check_output(rows, EXAMPLES), row_group_size=ROW_GROUP)
-    return FileRecord("examples", path, rows.num_rows, size, split)
+    written = files.write_parquet(path, check_output(rows, EXAMPLES), row_group_size=ROW_GROUP)
+    return FileRecord.of("examples", path, rows.num_rows, written, split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
         late: microseconds after a day's end until it is final: attribution window and late orders.
 
     Raises:
-        InputError: rows of this run would not fit those of the published one.
+        InputError: rows of this run would not fit those of the published one, or one of its files is lost or damaged.
     """
     if latest is None:
         return Kept()
@@ -101,6 +101,8 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
         raise InputError(
             f"--as_of {np.datetime64(as_of, 'us')}: the days in {out} were built as of {np.datetime64(before, 'us')}, which is later. {remedy}"
         )
+    # All of them, also those that this run does not read: it publishes them again.
+    latest.check("examples")
     frozen_before = (before - late) // DAY_US * DAY_US
     final: list[FileRecord] = []
     open_paths: dict[str, list[str]] = {}

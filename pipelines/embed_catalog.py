@@ -23,11 +23,13 @@ import pyarrow.parquet as pq
 
 from camenn_model.encoder_spec import ImageSpec, TextSpec
 from camenn_model.hashing import stable_hash
+from camenn_model.integrity import DamagedError
 from pipelines import files
 from pipelines.console import closing_table, watch
 from pipelines.embed_contents import EncodeContents
 from pipelines.embed_items import CleanRows, ResolveItems
 from pipelines.embed_job import STAGE, EmbedJob, EmbedOptions, store_place
+from pipelines.garbage import KEEP
 from pipelines.inference import MakeHandler, chunk_handler, measure_pace
 from pipelines.manifest import (
     FinishRun,
@@ -54,7 +56,8 @@ from pipelines.options import (
     run_main,
     worker_threads,
 )
-from pipelines.publication import KEEP, published_manifests
+from pipelines.outputs import check_output, hold_output
+from pipelines.publication import published_manifests
 from pipelines.store import IMAGES, TITLES, Part, drop_replaced, list_parts, merge_parts, plan_merges
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable
 from schemas.catalog import CATALOG
@@ -165,7 +168,7 @@ def write_defects(run_directory: str, item_files: list[str], failures: dict[str,
         {"stage": [STAGE] * len(keys), "key": keys, "reason": reasons, "detail": details}, schema=DEFECTS.schema
     ).sort_by("key")
     path = files.join(run_directory, "defects", "part-0.parquet")
-    return [FileRecord("defects", path, defects.num_rows, files.write_parquet(path, defects))]
+    return [FileRecord.of("defects", path, defects.num_rows, files.write_parquet(path, defects))]
 
 
 def content_request(options: EmbedOptions, item_files: list[str], failures: Iterable[str]) -> str:
@@ -193,8 +196,12 @@ def describe_options(options: EmbedOptions) -> dict[str, Any]:
 
 
 def _items_of(latest: Manifest | None) -> Source | None:
-    """Items of the published run, if there are any."""
-    paths = latest.paths("items") if latest else []
+    """Items of the published run, if there are any that can be read: without, photos are read again to know them."""
+    try:
+        paths = latest.paths("items") if latest else []
+    except DamagedError as error:
+        print(f"embed: {error} Until then every photo counts as new.", file=sys.stderr)
+        return None
     if not latest or not paths:
         return None
     return Source(contract=EMBEDDED_ITEMS, files=tuple(paths), rows=latest.rows("items"), fingerprint="")
@@ -228,8 +235,13 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
     """Run the stage and publish; returns the closing table."""
     started = time.monotonic()
     source = Source.find(options.data, CATALOG)
-    with files.single_writer(options.store):
+    inputs = {"--data": options.data, "--image_root": options.image_root}
+    with hold_output(options.store, "--store", STAGE, inputs):
         latest = read_latest(options.store)
+        for kind in (IMAGES, TITLES):
+            directory = store_place(options, kind)[0]
+            files.make_directory(directory)
+            files.mark_own(directory)
         before = {kind: {part.path for part in found} for kind, found in _list_parts(options).items()}
         run_name, run_directory = new_run(options.store)
         with watch("embed", None, "contents", is_local_run(beam_flags)) as progress:
@@ -274,7 +286,7 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             )
         }
         stored = [
-            FileRecord(f"{kind[:-1]}_embeddings", part.path, part.rows, part.bytes)
+            FileRecord(f"{kind[:-1]}_embeddings", part.path, part.rows, part.bytes, sha256=part.sha256)
             for kind, found in parts.items()
             for part in found
         ]
@@ -306,7 +318,7 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             path
             for manifest in published_manifests(options.store, KEEP)
             for name in ("image_embeddings", "title_embeddings")
-            for path in manifest.paths(name)
+            for path in manifest.listed(name)
         }
         for kind in (IMAGES, TITLES):
             # Parts that were written and merged tonight were never listed.
@@ -318,6 +330,7 @@ def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
     """What `run` would have to do; returns the closing table. Photos that are new or changed are read, nothing is encoded or published."""
     started = time.monotonic()
     threads = worker_threads(beam_flags)
+    check_output(options.store, "--store", STAGE, {"--data": options.data, "--image_root": options.image_root})
     _, run_directory = new_run(options.store)
     try:
         job = EmbedJob(

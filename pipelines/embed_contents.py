@@ -38,6 +38,8 @@ class ReadKeys(beam.DoFn):
 
     def process(self, part: Part) -> Iterator[pa.Table]:
         keys = pa.chunked_array([[key for key, _, _ in part.failures]], pa.string())
+        # Also where nothing is read of it: the run that is published names it.
+        part.check()
         if part.rows:
             with files.open_read(part.path) as handle:
                 stored = pq.read_table(handle, columns=[self.column])[self.column]
@@ -123,7 +125,9 @@ def _report(contract: Contract, part: Part) -> Iterator[beam.pvalue.TaggedOutput
         yield beam.pvalue.TaggedOutput(
             "unread", pa.table([[STAGE] * len(keys), keys, reasons, details], schema=DEFECTS.schema)
         )
-    yield beam.pvalue.TaggedOutput("files", FileRecord(contract.name, part.path, part.rows, part.bytes))
+    yield beam.pvalue.TaggedOutput(
+        "files", FileRecord(contract.name, part.path, part.rows, part.bytes, sha256=part.sha256)
+    )
 
 
 class SkipCommitted(beam.DoFn):

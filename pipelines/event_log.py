@@ -10,7 +10,6 @@ Files are Arrow IPC streams, texts dictionary-encoded, in order of time; their s
 
 import hashlib
 import json
-import os
 import sys
 import uuid
 from collections.abc import Iterable
@@ -21,10 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from camenn_model.integrity import DamagedError
 from pipelines import files
 from pipelines.attribution import DAY_US, Ints, day_of
 from pipelines.clock import EARLIEST, latest_time
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, check_records
 from pipelines.parcels import Parcel
 from pipelines.tables import FileRecord, Slice, Source
 from schemas.contract import TIMESTAMP, Contract
@@ -259,15 +259,12 @@ def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: in
         table = log["tables"].get(name)
         if table is None or table["contract"] != contract.fingerprint():
             return None
-        parts = []
-        for record in latest.records(kept_table(contract)):
-            if not os.path.isfile(record.path) or os.path.getsize(record.path) != record.bytes:
-                print(
-                    f"shards: {record.path} is not the file that its run wrote; the whole log is read again",
-                    file=sys.stderr,
-                )
-                return None
-            parts.append(Part.read(record))
+        try:
+            check_records(latest.records(kept_table(contract)), "The whole log is read again.")
+        except DamagedError as error:
+            print(f"shards: {error}", file=sys.stderr)
+            return None
+        parts = [Part.read(record) for record in latest.records(kept_table(contract))]
         groups = {key: RowGroup(*values) for key, values in table["groups"].items()}
         tables[name] = {"groups": groups, "next": table["next"], "parts": parts}
     return {"buckets": int(log["buckets"]), "tables": tables}
@@ -313,11 +310,10 @@ def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table)
     slices = {str(number): int(count) for number, count in zip(numbers, rows, strict=True)}
     table = table.replace_schema_metadata({"bucket": str(bucket), "slices": json.dumps(slices)})
     path = files.join(directory, kept_table(contract), f"bucket-{bucket}-{uuid.uuid4().hex}.arrows")
-    with files.atomic_write(path) as handle:
-        with pa.ipc.new_stream(handle, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
-            writer.write_table(table)
-        size = handle.tell()
-    return FileRecord(kept_table(contract), path, table.num_rows, size)
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with files.atomic_write(path) as handle, pa.ipc.new_stream(handle, table.schema, options=options) as writer:
+        writer.write_table(table)
+    return FileRecord.of(kept_table(contract), path, table.num_rows, handle.written)
 
 
 def plain_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -1,6 +1,7 @@
 """Files through Beam's FileSystems: local paths, gs:// and s3:// alike. Every write is atomic: a unique temporary name, then the final one."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -8,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from camenn_model.integrity import dump_document, parse_document
+from pipelines import clock
 from schemas.contract import InputError
 
 
@@ -114,25 +117,141 @@ def delete(paths: Sequence[str]) -> None:
         FileSystems.delete(remote)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a finished file holds: its size in bytes and the SHA-256 of them, 64 hex digits."""
+
+    bytes: int
+    sha256: str
+
+
+class Sink:
+    """A binary handle that computes the checksum of what is written through it, from the first byte to the last."""
+
+    closed = False
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle = handle
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: Any) -> int:
+        """Write bytes; returns how many."""
+        self._digest.update(data)
+        self._bytes += memoryview(data).nbytes
+        return self._handle.write(data)
+
+    def tell(self) -> int:
+        """Return the bytes written so far."""
+        return self._bytes
+
+    def flush(self) -> None:
+        """Hand everything to the file system."""
+        self._handle.flush()
+
+    def close(self) -> None:
+        """Do nothing: who opened the file closes it (Arrow closes what it is given)."""
+
+    def readable(self) -> bool:
+        """Say that nothing is read."""
+        return False
+
+    def writable(self) -> bool:
+        """Say that bytes are written."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that bytes are written in order."""
+        return False
+
+    @property
+    def written(self) -> Written:
+        """Size and checksum of all that was written."""
+        return Written(self._bytes, self._digest.hexdigest())
+
+
 @contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[BinaryIO]:
-    """Yield a binary handle; `path` appears, whole, when the block ends without an error, and not at all otherwise.
+def atomic_write(path: str, *, durable: bool = False) -> Iterator[Sink]:
+    """Yield a sink; `path` appears, whole, when the block ends without an error.
 
     On object stores an object appears only when it is complete, so it is written under its own name at once: a rename would copy it.
+
+    Args:
+        path: of the file.
+        durable: whether it must outlast a power cut from the moment that it appears. It costs a wait for the disk.
     """
     if not is_local(path):
         with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as handle:
-            yield handle
+            yield Sink(handle)
         return
-    make_directory(os.path.dirname(path) or os.curdir)
+    directory = os.path.dirname(path) or os.curdir
+    make_directory(directory)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as handle:
-            yield handle
+            yield Sink(handle)
+            if durable:
+                handle.flush()
+                _sync(handle.fileno())
         os.replace(temporary, path)
+        if durable:
+            sync_directory(directory)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+_FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+"""macOS: fsync alone leaves bytes in the drive's own memory"""
+
+
+def _sync(descriptor: int) -> None:
+    if _FULL_SYNC is not None:
+        fcntl.fcntl(descriptor, _FULL_SYNC)
+    else:
+        os.fsync(descriptor)
+
+
+def sync_file(path: str) -> None:
+    """Wait until a local file's bytes are on the disk, whoever wrote them."""
+    if not is_local(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: str) -> None:
+    """Wait until a local directory's names are on the disk: a new file's name is none of its bytes."""
+    if not is_local(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a directory, and need not: a name is on the server when it is given.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: str, paths: Iterable[str]) -> None:
+    """Wait until local files below `root`, and all names on the way to them, are on the disk."""
+    if not is_local(root):
+        return
+    directories = {root}
+    for path in paths:
+        sync_file(path)
+        directory = os.path.dirname(path)
+        while directory.startswith(root) and directory not in directories:
+            directories.add(directory)
+            directory = os.path.dirname(directory)
+    # Deepest first: a name is worth nothing before what it names.
+    for directory in sorted(directories, key=len, reverse=True):
+        sync_directory(directory)
 
 
 def write_json(path: str, value: Any) -> None:
@@ -141,11 +260,32 @@ def write_json(path: str, value: Any) -> None:
         handle.write(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
 
 
-def write_parquet(path: str, table: pa.Table, *, row_group_size: int = 65_536) -> int:
-    """Write `table` atomically (zstd, dictionary-encoded strings); returns its size in bytes."""
-    with atomic_write(path) as handle:
-        pq.write_table(table, handle, compression="zstd", row_group_size=row_group_size)
-        return handle.tell()
+def write_document(path: str, value: dict[str, Any], *, durable: bool = False) -> None:
+    """Write a JSON object with its own checksum, atomically; `read_document` reads it."""
+    with atomic_write(path, durable=durable) as handle:
+        handle.write(dump_document(value))
+
+
+def read_document(path: str, fields: Collection[str], remedy: str) -> dict[str, Any]:
+    """Read a JSON object that `write_document` wrote.
+
+    Args:
+        path: of the file.
+        fields: every key that it may have.
+        remedy: sentence for the message: what to do where it cannot be used.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    with open_read(path) as handle:
+        return parse_document(handle.read(), path, fields, remedy)
+
+
+def write_parquet(path: str, table: pa.Table, *, row_group_size: int = 65_536, durable: bool = False) -> Written:
+    """Write a table atomically: zstd, dictionary-encoded strings, a checksum for every page."""
+    with atomic_write(path, durable=durable) as handle:
+        pq.write_table(table, handle, compression="zstd", row_group_size=row_group_size, write_page_checksum=True)
+    return handle.written
 
 
 def list_parquet(path: str, table: str) -> list[str]:
@@ -172,6 +312,10 @@ def fingerprint(paths: list[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
+LOCK = ".lock"
+"""Name of the file in an output that a writer holds locked"""
+
+
 class InUseError(InputError):
     """Another process writes to an output."""
 
@@ -182,20 +326,84 @@ def single_writer(root: str) -> Iterator[None]:
 
     Raises:
         InUseError: another process writes there now.
+        InputError: nothing can be written there, or its file system has no locks.
     """
     if not is_local(root):
         # An object store offers no lock to hold; two writers make two runs, and the later latest.json wins whole.
         yield
         return
-    make_directory(root)
-    with open(os.path.join(root, ".lock"), "w") as handle:
+    try:
+        make_directory(root)
+        handle = open(os.path.join(root, LOCK), "w")  # noqa: SIM115 - closed below, after the lock is given back
+    except OSError as error:
+        raise InputError(
+            f"{root}: cannot be written to ({error.strerror}). Give another output, or mend its permissions."
+        ) from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InUseError(
                 f"{root}: another camenn process is writing there. Wait for it to end, or choose another output."
             ) from error
+        except OSError as error:
+            raise InputError(
+                f"{root}: its file system has no locks ({error.strerror}), and two runs at once would harm each other. "
+                "Mount it with locks (NFS 4, or without `nolock`), or give an output on another disk."
+            ) from error
         yield
+
+
+READING = ".reading"
+"""Name of the file in an output that readers hold locked together, and `camenn gc` alone"""
+
+
+@contextlib.contextmanager
+def reading(*roots: str) -> Iterator[None]:
+    """Keep `camenn gc` from removing files of some outputs while the block reads them.
+
+    An output that cannot be written to is read without: nothing can be removed from it by this user either.
+    """
+    with contextlib.ExitStack() as stack:
+        for root in filter(is_local, roots):
+            with contextlib.suppress(OSError):
+                handle = stack.enter_context(open(os.path.join(root, READING), "a"))
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+@contextlib.contextmanager
+def no_readers(root: str) -> Iterator[None]:
+    """Hold an output while nobody reads it.
+
+    Raises:
+        InUseError: a command is reading it.
+    """
+    if not is_local(root):
+        yield
+        return
+    with open(os.path.join(root, READING), "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InUseError(f"{root}: another camenn process is reading it. Wait for it to end.") from error
+        yield
+
+
+OWN = ".camenn"
+"""Name of the record in a directory that camenn made"""
+
+
+def mark_own(directory: str) -> None:
+    """Record in a directory that camenn made it: `camenn gc` removes nothing from others."""
+    path = join(directory, OWN)
+    if not exists(path):
+        write_document(path, {"made_at": clock.utc_stamp()})
+
+
+def is_own(directory: str) -> bool:
+    """Tell whether a directory says that camenn made it."""
+    return exists(join(directory, OWN))
 
 
 def ipc_bytes(table: pa.Table, compression: str = "lz4") -> bytes:

@@ -1,6 +1,7 @@
 """The catalog joined with its embeddings' keys and quality figures: the `items` table that shards and score share."""
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from camenn_model.encoder_spec import normalise_title
+from camenn_model.integrity import DamagedError
 from pipelines import files
 from pipelines.catalog import read_catalog
 from pipelines.inference import content_key
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, check_records
 from pipelines.store import CONTENTS
 from pipelines.tables import FileRecord, Source
 from schemas.contract import InputError
@@ -212,8 +214,7 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
             rows += table.num_rows
         if writer is not None:
             writer.close()
-        size = handle.tell()
-    return FileRecord(f"contents_{job.kind}", path, rows, size)
+    return FileRecord.of(f"contents_{job.kind}", path, rows, handle.written)
 
 
 @dataclass(frozen=True)
@@ -248,10 +249,12 @@ def contents_jobs(
     for kind in ("images", "titles"):
         generation = str(store.options["image" if kind == "images" else "text"]["fingerprint"])
         directory = files.join(root, CONTENTS, kind, generation)
+        files.make_directory(directory)
+        files.mark_own(directory)
         present = [
             record
             for record in (latest.records(f"contents_{kind}") if latest else [])
-            if record.path.startswith(directory)
+            if record.path.startswith(directory) and _is_whole(record)
         ]
         kept += present
         jobs += [
@@ -265,6 +268,16 @@ def contents_jobs(
             )
         ]
     return jobs, kept
+
+
+def _is_whole(record: FileRecord) -> bool:
+    """Tell whether a contents file can stay in use; what was in one that cannot is copied from the store again."""
+    try:
+        check_records([record], "Its embeddings are copied again from the store.")
+    except DamagedError as error:
+        print(f"{error}", file=sys.stderr)
+        return False
+    return True
 
 
 def local_only(path: str, flag: str) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,14 +14,23 @@ import apache_beam as beam
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from camenn_model.integrity import DamagedError, check_files
 from pipelines import clock, files
 from pipelines.tables import FileRecord
 from schemas.contract import SCHEMA_VERSION, InputError
+from schemas.manifest import (
+    LATEST,
+    LATEST_FIELDS,
+    MANIFEST,
+    MANIFEST_FIELDS,
+    PUBLISHED,
+    PUBLISHED_FIELDS,
+    RUNS,
+)
 
-LATEST = "latest.json"
-MANIFEST = "manifest.json"
-PUBLISHED = "published"
-_FINISHED = "finished.json"
+FINISHED = "finished.json"
+RUN_NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
+"""What `new_run` calls a run"""
 
 
 @dataclass(frozen=True)
@@ -52,20 +62,70 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
+    def listed(self, table: str) -> list[str]:
+        """Return the paths of a table's files, whether they are there or not."""
+        return [record.path for record in self.records(table)]
+
     def paths(self, table: str) -> list[str]:
-        """Paths of a table's files."""
-        return [entry["path"] for entry in self.tables.get(table, {}).get("files", [])]
+        """Return the paths of a table's files, each of them whole.
+
+        Raises:
+            DamagedError: one is gone, or is not what was written.
+        """
+        self.check(table)
+        return self.listed(table)
+
+    def check(self, table: str) -> None:
+        """Check that a table's files are what was written; object stores check what they send themselves.
+
+        Raises:
+            DamagedError: see `camenn_model.integrity.check_file`.
+        """
+        check_records(self.records(table), remedy(self.stage, table))
 
     def records(self, table: str) -> list[FileRecord]:
         """A table's files as the records that a job emitted."""
         return [
-            FileRecord(table, entry["path"], entry["rows"], entry["bytes"], entry.get("split", ""))
+            FileRecord(
+                table, entry["path"], entry["rows"], entry["bytes"], entry.get("split", ""), entry.get("sha256", "")
+            )
             for entry in self.tables.get(table, {}).get("files", [])
         ]
 
     def rows(self, table: str) -> int:
         """Rows of a table."""
         return sum(entry["rows"] for entry in self.tables.get(table, {}).get("files", []))
+
+
+def check_records(records: Iterable[FileRecord], remedy: str) -> None:
+    """Check that local files are what was written, see `camenn_model.integrity.check_file`."""
+    local = [record for record in records if files.is_local(record.path)]
+    check_files([(record.path, record.bytes, record.sha256) for record in local], remedy)
+
+
+def remedy(stage: str, table: str) -> str:
+    """Return what to run where a file of a table is lost or damaged."""
+    if stage == "embed" and table.endswith("_embeddings"):
+        return (
+            "Run `camenn fsck --repair` on this store, which sets the part aside, and then `camenn embed`: "
+            "it encodes what is missing again."
+        )
+    if stage == "embed":
+        return "Run `camenn embed` again."
+    if stage == "shards" and table.startswith(("contents_", "kept_")):
+        return "Run `camenn shards --rerun`: it is made again from the store and the logs."
+    if stage == "shards":
+        return "Run `camenn shards --rebuild`, or `camenn rollback` to the shard set of before."
+    if stage == "train":
+        return "Run `camenn train --rerun`, or `camenn rollback` to the model of before."
+    if table.startswith("contents_"):
+        return "Run `camenn score --rerun`: it is copied again from the store."
+    return "Run `camenn score --rerun`, or `camenn rollback` to the scores of before."
+
+
+def repair_hint(root: str) -> str:
+    """Return what to run where a document of an output cannot be read."""
+    return f"`camenn fsck --out {root} --repair` lets readers see the newest run that is whole."
 
 
 def request_fingerprint(inputs: dict[str, str], options: dict[str, Any]) -> str:
@@ -78,8 +138,9 @@ def new_run(root: str) -> tuple[str, str]:
     """Name and directory of a run that does not exist yet: names sort by time."""
     stamp = clock.utc_now().strftime("%Y%m%dT%H%M%S")
     run = f"{stamp}-{secrets.token_hex(3)}"
-    directory = files.join(root, "runs", run)
+    directory = files.join(root, RUNS, run)
     files.make_directory(directory)
+    files.mark_own(directory)
     return run, directory
 
 
@@ -95,17 +156,41 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine(), **found}
 
 
+def read_pointer(root: str) -> dict[str, Any] | None:
+    """Read `latest.json`: {run, stage, manifest}, or None where nothing was ever published.
+
+    Raises:
+        DamagedError: it is damaged, or gone although runs were published.
+    """
+    path = files.join(root, LATEST)
+    if files.exists(path):
+        return files.read_document(path, LATEST_FIELDS, repair_hint(root))
+    # The very first publication may have been cut off between its record and the pointer.
+    if len(published_files(root)) > 1:
+        raise DamagedError(f"{path}: this file is gone, although runs were published here. {repair_hint(root)}")
+    return None
+
+
 def read_latest(root: str) -> Manifest | None:
-    """Manifest of the published run, or None where nothing was published. Its paths are made absolute under `root`."""
-    pointer = files.join(root, LATEST)
-    if not files.exists(pointer):
-        return None
-    return read_run(root, files.read_json(pointer)["run"])
+    """Manifest of the published run, or None where nothing was published. Its paths are made absolute under `root`.
+
+    Raises:
+        DamagedError: `latest.json` or the manifest is lost or damaged.
+    """
+    pointer = read_pointer(root)
+    return None if pointer is None else read_run(root, pointer["run"])
 
 
 def read_run(root: str, run: str) -> Manifest:
-    """Manifest of one run; paths are made absolute under `root`."""
-    manifest = Manifest(**files.read_json(files.join(root, "runs", run, MANIFEST)))
+    """Manifest of one run; paths are made absolute under `root`.
+
+    Raises:
+        DamagedError: it is lost or damaged.
+    """
+    path = files.join(root, RUNS, run, MANIFEST)
+    if "/" in run or not files.exists(path):
+        raise DamagedError(f"{path}: this file is gone: run {run} cannot be read. {repair_hint(root)}")
+    manifest = Manifest(**files.read_document(path, MANIFEST_FIELDS, repair_hint(root)))
     if manifest.schema_version > SCHEMA_VERSION:
         raise InputError(
             f"{root}: run {run} has schema version {manifest.schema_version}, this camenn reads up to {SCHEMA_VERSION}. Install the newer camenn."
@@ -141,9 +226,10 @@ def publish(root: str, manifest: Manifest) -> None:
 
 
 def write_manifest(root: str, manifest: Manifest) -> None:
-    """Write a finished run's manifest; readers do not see the run yet."""
+    """Write a finished run's manifest, after all that it names is on the disk. Readers do not see the run yet."""
     manifest.created_at = clock.utc_stamp()
     manifest.versions = versions()
+    files.sync_tree(root, _new_files(root, manifest))
     record = asdict(manifest)
     prefix = root.rstrip("/") + "/"
     for table in record["tables"].values():
@@ -151,12 +237,23 @@ def write_manifest(root: str, manifest: Manifest) -> None:
             # Relative paths, so that a directory can be moved or copied whole.
             entry["path"] = entry["path"].removeprefix(prefix)
         table["files"].sort(key=lambda entry: entry["path"])
-    files.write_json(files.join(root, "runs", manifest.run, MANIFEST), record)
+    files.write_document(files.join(root, RUNS, manifest.run, MANIFEST), record, durable=True)
+
+
+def _new_files(root: str, manifest: Manifest) -> list[str]:
+    """Files of a run that the published one does not name: those that may be in memory only."""
+    try:
+        latest = read_latest(root)
+    except DamagedError:
+        # Whatever it named, what is named now must be on the disk.
+        latest = None
+    synced = {path for table in latest.tables for path in latest.listed(table)} if latest else set()
+    return [path for table in manifest.tables for path in manifest.listed(table) if path not in synced]
 
 
 def point_to(root: str, manifest: Manifest, **why: str) -> None:
     """Let `latest.json` point to a run whose manifest is written; `why` is kept beside the time in `published/`."""
-    numbers = [number for number, _ in _published_files(root)]
+    numbers = [number for number, _ in published_files(root)]
     entry = {
         "run": manifest.run,
         "stage": manifest.stage,
@@ -164,17 +261,19 @@ def point_to(root: str, manifest: Manifest, **why: str) -> None:
         **why,
     }
     # Numbered, not named by time: a clock that is set back must not change the order.
-    files.write_json(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry)
-    files.write_json(
+    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
+    files.write_document(
         files.join(root, LATEST),
-        {"run": manifest.run, "stage": manifest.stage, "manifest": f"runs/{manifest.run}/{MANIFEST}"},
+        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
+        durable=True,
     )
 
 
-def _published_files(root: str) -> list[tuple[int, str]]:
-    """(number, path) of each entry of `published/`, oldest first."""
+def published_files(root: str) -> list[tuple[int, str]]:
+    """(number, path) of each entry of `published/`, oldest first; other files there are not ours."""
     found = files.match(files.join(root, PUBLISHED), "*.json")
-    return sorted((int(file.path.rpartition("/")[2].removesuffix(".json")), file.path) for file in found)
+    names = ((file.path.rpartition("/")[2].removesuffix(".json"), file.path) for file in found)
+    return sorted((int(name), path) for name, path in names if re.fullmatch(r"\d{8}", name))
 
 
 def publications(root: str, last: int | None = None) -> list[dict[str, str]]:
@@ -182,8 +281,9 @@ def publications(root: str, last: int | None = None) -> list[dict[str, str]]:
 
     The latest one may be of a publication that was cut off: `latest.json` alone tells what is published.
     """
-    entries = _published_files(root)
-    return [files.read_json(path) for _, path in entries[-last if last else None :]]
+    entries = published_files(root)
+    hint = repair_hint(root)
+    return [files.read_document(path, PUBLISHED_FIELDS, hint) for _, path in entries[-last if last else None :]]
 
 
 def add_files(manifest: Manifest, contracts: dict[str, str], records: Iterable[FileRecord]) -> None:
@@ -192,6 +292,8 @@ def add_files(manifest: Manifest, contracts: dict[str, str], records: Iterable[F
         manifest.tables.setdefault(name, {"fingerprint": contract_fingerprint, "files": []})
     for record in records:
         entry: dict[str, Any] = {"path": record.path, "rows": record.rows, "bytes": record.bytes}
+        if record.sha256:
+            entry["sha256"] = record.sha256
         if record.split:
             entry["split"] = record.split
         manifest.tables[record.table]["files"].append(entry)
@@ -202,12 +304,12 @@ class _WriteFinished(beam.DoFn):
         self.directory = directory
 
     def process(self, _: None, records: list[FileRecord], counts: list[tuple[tuple[str, str], int]]) -> Iterator[str]:
-        path = files.join(self.directory, _FINISHED)
+        path = files.join(self.directory, FINISHED)
         value = {
             "files": [asdict(record) for record in records],
             "counts": [[table, where, rows] for (table, where), rows in counts],
         }
-        files.write_json(path, value)
+        files.write_document(path, value)
         yield path
 
 
@@ -239,7 +341,9 @@ class FinishRun(beam.PTransform):
 
 def read_finished(directory: str) -> tuple[list[FileRecord], dict[str, dict[str, int]]]:
     """What `FinishRun` wrote: file records, and counts as {table: {where: rows}}."""
-    value = files.read_json(files.join(directory, _FINISHED))
+    value = files.read_document(
+        files.join(directory, FINISHED), ("files", "counts"), "Run the command again: nothing was published."
+    )
     counts: dict[str, dict[str, int]] = {}
     for table, where, rows in value["counts"]:
         counts.setdefault(table, {})[where] = rows

@@ -1,7 +1,7 @@
 """What a night leaves behind: `WORK/nights/00000031/record.json` and `log.txt`, written as it goes, so that a night that was killed tells how far it came."""
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pipelines import clock, files
@@ -52,7 +52,7 @@ class Night:
     def write(self) -> None:
         """Write the record as it stands. A disk that is full must not keep a night from ending as it should, so that is said and no more."""
         try:
-            files.write_json(self.path, asdict(self) | {"versions": versions()})
+            files.write_document(self.path, asdict(self) | {"versions": versions()})
         except OSError as error:
             _say(f"{self.path} cannot be written: {error}")
 
@@ -75,7 +75,17 @@ def _say(text: str) -> str:
 def read_nights(work: str) -> list[dict[str, Any]]:
     """Records of all nights, oldest first; a night that was cut off while it wrote its first one is left out."""
     found = sorted(files.match(files.join(work, NIGHTS), f"*/{RECORD}"), key=lambda file: file.path)
-    return [files.read_json(file.path) for file in found]
+    return [read_night(file.path) for file in found]
+
+
+def read_night(path: str) -> dict[str, Any]:
+    """Read one night's record.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    names = (*(entry.name for entry in fields(Night)), "versions")
+    return files.read_document(path, names, "Remove the folder of that night: it only tells what happened.")
 
 
 def new_night(work: str, config: dict[str, Any]) -> tuple[Night, dict[str, Any] | None]:

@@ -20,12 +20,12 @@ from typing import Any
 
 from pipelines import clock, files
 from pipelines.console import closing_table
+from pipelines.garbage import collect
 from pipelines.gates import HeldBack
 from pipelines.manifest import publications, read_latest
 from pipelines.night_record import DONE, FAILED, HELD, NOT_DUE, UNCHANGED, Night, StageRecord, new_night
 from pipelines.nightly_config import STAGES, NightlyConfig, describe, example, read_config
 from pipelines.options import HELD_BACK, MENDABLE, add_json_flag, input_error_behind, run_main
-from pipelines.publication import collect
 from pipelines.retraining import decide
 from schemas.contract import InputError
 

@@ -282,7 +282,7 @@ def input_error_behind(error: BaseException) -> InputError | None:
         seen = seen.__cause__ or seen.__context__
     # A runner may flatten a worker's exception to text.
     text = str(error)
-    for marker in ("InputError: ", "WeightsError: ", "DeviceError: "):
+    for marker in ("InputError: ", "DamagedError: ", "WeightsError: ", "DeviceError: "):
         if marker in text:
             return InputError(text.split(marker)[-1].split(" [while running")[0].strip().strip("'\""))
     for number in FULL:

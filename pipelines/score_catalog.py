@@ -46,6 +46,7 @@ from pipelines.options import (
     run_main,
     use_all_cores,
 )
+from pipelines.outputs import hold_output
 from pipelines.publication import published_manifests
 from pipelines.score_inputs import (
     STAGE,
@@ -103,7 +104,9 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
     out = local_only(options.out, "--out")
     inputs = open_inputs(options)
     package = inputs.package
-    with files.single_writer(out):
+    given = {"--data": options.data, "--store": options.store, "--model": options.model, "--shards": options.shards}
+    read = [path for path in (options.store, options.model, options.shards) if path is not None]
+    with files.reading(*read), hold_output(out, "--out", STAGE, given):
         latest = read_latest(out)
         if latest is not None and latest.request == inputs.request and not rerun:
             print(

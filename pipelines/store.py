@@ -23,9 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from camenn_model.integrity import check_file
 from pipelines import clock, files
 from schemas.contract import Contract, check_output
 from schemas.embeddings import stamp_embeddings
+from schemas.manifest import MARKER_FIELDS
 
 IMAGES, TITLES = "images", "titles"
 CONTENTS = "contents"
@@ -42,6 +44,12 @@ ROW_GROUP = 256
 _READ_THREADS = 8
 
 
+REMEDY = (
+    "Run `camenn fsck --repair` on this store, which sets the part aside, and then `camenn embed`: "
+    "it encodes what is missing again."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """A committed part of a generation."""
@@ -49,6 +57,8 @@ class Part:
     path: str
     rows: int
     bytes: int
+    sha256: str = ""
+    """64 hex digits over its bytes; '' where an earlier version of camenn wrote it"""
     failures: tuple[tuple[str, str, str], ...] = ()
     """(content key, reason, detail) of contents in the chunk that could not be encoded."""
     unread: tuple[tuple[str, str, str], ...] = ()
@@ -61,6 +71,15 @@ class Part:
     """Names of the parts that were merged into this one."""
     written_at: str = ""
     """ISO time, UTC"""
+
+    def check(self) -> None:
+        """Check that the part is what was written.
+
+        Raises:
+            DamagedError: it is gone, or has another size or other bytes than its marker says.
+        """
+        if files.is_local(self.path):
+            check_file(self.path, self.bytes, self.sha256, REMEDY)
 
     @property
     def name(self) -> str:
@@ -88,7 +107,7 @@ def _all_parts(directory: str) -> list[Part]:
 
 def read_marker(path: str) -> Part:
     """The part that a commit marker vouches for."""
-    value = files.read_json(path)
+    value = files.read_document(path, MARKER_FIELDS, REMEDY)
     failures, unread = (
         tuple((key, reason, detail) for key, reason, detail in value[name]) for name in ("failures", "unread")
     )
@@ -96,6 +115,7 @@ def read_marker(path: str) -> Part:
         path=path.removesuffix(".json") + ".parquet",
         rows=value["rows"],
         bytes=value["bytes"],
+        sha256=value.get("sha256", ""),
         failures=failures,
         unread=unread,
         kernels=value["kernels"],
@@ -138,11 +158,12 @@ def commit_part(
     """Write a part and then its marker: from that moment on its contents are never encoded again."""
     stamped = stamp_embeddings(check_output(table, contract), shape, kernels)
     path = files.join(directory, f"part-{name}.parquet")
-    size = files.write_parquet(path, stamped, row_group_size=ROW_GROUP)
+    written = files.write_parquet(path, stamped, row_group_size=ROW_GROUP, durable=True)
     part = Part(
         path=path,
         rows=table.num_rows,
-        bytes=size,
+        bytes=written.bytes,
+        sha256=written.sha256,
         failures=tuple(failures),
         unread=tuple(unread),
         kernels=kernels,
@@ -152,11 +173,13 @@ def commit_part(
 
 
 def _write_marker(part: Part) -> Part:
-    files.write_json(
+    # Durable, and after its part: what it vouches for is never encoded again.
+    files.write_document(
         part.path.removesuffix(".parquet") + ".json",
         {
             "rows": part.rows,
             "bytes": part.bytes,
+            "sha256": part.sha256,
             "kernels": part.kernels,
             "seconds": round(part.seconds, 3),
             "failures": part.failures,
@@ -164,6 +187,7 @@ def _write_marker(part: Part) -> Part:
             "replaces": part.replaces,
             "written_at": clock.utc_stamp(),
         },
+        durable=True,
     )
     return part
 
@@ -205,19 +229,21 @@ def merge_parts(directory: str, group: list[Part]) -> Part:
         there = {part.name for part in _all_parts(directory)}
         names += [name for name in older if name in there]
     path = files.join(directory, f"part-{name}.parquet")
-    with files.atomic_write(path) as sink:
+    for part in group:
+        part.check()
+    with files.atomic_write(path, durable=True) as sink:
         with files.open_read(group[0].path) as handle:
             schema = pq.ParquetFile(handle).schema_arrow
         # The writer closes only what it opened itself.
-        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
             for table in _row_groups(group):
                 writer.write_table(table, row_group_size=ROW_GROUP)
-        size = sink.tell()
     return _write_marker(
         Part(
             path=path,
             rows=sum(part.rows for part in group),
-            bytes=size,
+            bytes=sink.written.bytes,
+            sha256=sink.written.sha256,
             failures=tuple(sorted({failure for part in group for failure in part.failures})),
             kernels=group[0].kernels,
             seconds=sum(part.seconds for part in group),

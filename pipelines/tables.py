@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from camenn_model.hashing import stable_hash
-from pipelines.files import fingerprint, join, list_parquet, open_read, write_parquet
+from pipelines.files import Written, fingerprint, join, list_parquet, open_read, write_parquet
 from pipelines.parcels import Packer, Parcel, unpack
 from schemas.contract import Contract, InputError, check_output, conform
 from schemas.rejects import REJECTS
@@ -140,6 +140,13 @@ class FileRecord:
     bytes: int
     split: str = ""
     """Part of the log, of example files"""
+    sha256: str = ""
+    """64 hex digits over its bytes; '' where an earlier version of camenn wrote it"""
+
+    @classmethod
+    def of(cls, table: str, path: str, rows: int, written: Written, split: str = "") -> "FileRecord":
+        """Return the record of a file that was just written."""
+        return cls(table, path, rows, written.bytes, split, written.sha256)
 
 
 class _WriteTables(beam.DoFn):
@@ -159,10 +166,10 @@ class _WriteTables(beam.DoFn):
         started = time.monotonic()
         table = check_output(pa.concat_tables(self.buffer), self.contract)
         path = join(self.directory, f"part-{uuid.uuid4().hex}.parquet")
-        size = write_parquet(path, table)
+        written = write_parquet(path, table)
         self.write_msec.inc(int(1000 * (time.monotonic() - started)))
         self.buffer, self.buffered = [], 0
-        return FileRecord(self.contract.name, path, table.num_rows, size)
+        return FileRecord.of(self.contract.name, path, table.num_rows, written)
 
     def process(self, table: pa.Table) -> Iterator[FileRecord]:
         if table.num_rows == 0:
@@ -192,7 +199,7 @@ class WriteTable(beam.PTransform):
 def write_table(directory: str, name: str, table: pa.Table) -> FileRecord:
     """Write a small table from the submitting process, as DIRECTORY/NAME/part-0.parquet."""
     path = join(directory, name, "part-0.parquet")
-    return FileRecord(name, path, table.num_rows, write_parquet(path, table))
+    return FileRecord.of(name, path, table.num_rows, write_parquet(path, table))
 
 
 def hash_buckets(column: pa.ChunkedArray, buckets: int) -> np.ndarray:

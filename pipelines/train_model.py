@@ -11,12 +11,14 @@ from typing import Any
 
 from camenn_model.config import PROFILES, LossConfig
 from camenn_model.encoder_spec import resolve_device_precision
+from camenn_model.integrity import file_sha256
 from pipelines import files
 from pipelines.console import Bar, closing_table
 from pipelines.gates import Gate, HeldBack
 from pipelines.items import local_only
 from pipelines.manifest import (
     Manifest,
+    add_files,
     new_run,
     publish,
     read_latest,
@@ -25,6 +27,8 @@ from pipelines.manifest import (
     write_manifest,
 )
 from pipelines.options import add_json_flag, run_main
+from pipelines.outputs import hold_output
+from pipelines.tables import FileRecord
 from schemas.contract import InputError
 
 STAGE = "train"
@@ -166,7 +170,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     inputs = {"shards": shards.request}
     request = request_fingerprint(inputs, options.request())
-    with join_processes(device) as processes, files.single_writer(out) if processes.first else nullcontext():
+    with (
+        join_processes(device) as processes,
+        files.reading(shards_root),
+        hold_output(out, "--out", STAGE, {"--shards": shards_root}) if processes.first else nullcontext(),
+    ):
         latest = read_latest(out)
         unchanged = (
             latest is not None
@@ -193,12 +201,12 @@ def main(argv: list[str] | None = None) -> int:
             options=options.request(),
             seconds=time.monotonic() - started,
         )
-        for name in sorted(os.listdir(directory)):
-            path = os.path.join(directory, name)
-            manifest.tables[name] = {
-                "fingerprint": "",
-                "files": [{"path": path, "rows": 0, "bytes": os.path.getsize(path)}],
-            }
+        names = [name for name in sorted(os.listdir(directory)) if not name.startswith(".")]
+        paths = {name: os.path.join(directory, name) for name in names}
+        records = [
+            FileRecord(name, path, 0, os.path.getsize(path), sha256=file_sha256(path)) for name, path in paths.items()
+        ]
+        add_files(manifest, dict.fromkeys(names, ""), records)
         manifest.summary = _summary(metrics, shards, manifest, out)
         if arguments.challenge and latest is not None:
             challenge(manifest, latest.run, out, shards_root)

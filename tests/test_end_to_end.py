@@ -17,6 +17,7 @@ import pytest
 from pipelines import cli
 from pipelines.manifest import read_latest
 from tests.camenn_model.encoder_sources import minilm
+from tests.pipelines.documents import vouch_for
 
 
 class City:
@@ -446,6 +447,7 @@ def test_a_model_of_full_attention_is_refused(city: City, tmp_path: Path, capfd:
     meta = json.loads(config.read_text())
     meta["model"]["attention"] = "full"
     config.write_text(json.dumps(meta))
+    vouch_for(config)
     flags = city.score_flags("refused")
     flags[flags.index("--model") + 1] = str(tmp_path / "model")
     assert cli.main(["score", *flags]) == 2

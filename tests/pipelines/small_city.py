@@ -305,7 +305,7 @@ def write_store(root: Path, catalog: pa.Table, *, run: str = "20240101T000000-aa
                 table.slice(first, 2),
                 kernels="fake",
             )
-            records.append(FileRecord(contract.name, part.path, part.rows, part.bytes))
+            records.append(FileRecord(contract.name, part.path, part.rows, part.bytes, sha256=part.sha256))
     items = [
         {
             "item_id": row["item_id"],

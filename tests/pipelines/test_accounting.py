@@ -208,16 +208,16 @@ def test_a_killed_run_changes_nothing_that_is_published(
 ) -> None:
     before = read_published(city.out)
     pointer = (city.out / "latest.json").read_bytes()
-    write_json = files.write_json
+    write_document = files.write_document
     victim = manifest.MANIFEST if moment == "before the manifest" else manifest.LATEST
 
-    def die(path: str, value: Any) -> None:
+    def die(path: str, value: Any, **flags: Any) -> None:
         if path.endswith(victim):
             raise KeyboardInterrupt
-        write_json(path, value)
+        write_document(path, value, **flags)
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest.files, "write_json", die)
+        patch.setattr(manifest.files, "write_document", die)
         with pytest.raises(KeyboardInterrupt):
             city.build("data", "shards", rerun=True)
     assert (city.out / "latest.json").read_bytes() == pointer

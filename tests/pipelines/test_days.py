@@ -25,6 +25,7 @@ from pipelines.tables import Source, list_slices
 from schemas.contract import TIMESTAMP, InputError
 from schemas.events import CLICKS
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, PAIR_COUNTS, SPLITS
+from tests.pipelines.documents import edit_document
 from tests.pipelines.shard_reference import Row
 from tests.pipelines.small_city import CATALOG_ROWS, START, by_key, catalog_table, random_city, write_data, write_store
 from tests.pipelines.test_examples import shard_options
@@ -203,11 +204,13 @@ def test_shard_sets_of_before_are_refused(tmp_path: Path) -> None:
     nights = Nights(tmp_path)
     nights.build(8)
     path = manifest_of(tmp_path / "shards")
-    manifest = json.loads(path.read_text())
-    del manifest["options"]["days"]
-    for entry in manifest["tables"]["examples"]["files"]:
-        del entry["split"]
-    path.write_text(json.dumps(manifest))
+
+    def as_before(manifest: dict[str, Any]) -> None:
+        del manifest["options"]["days"]
+        for entry in manifest["tables"]["examples"]["files"]:
+            del entry["split"]
+
+    edit_document(path, as_before)
     with pytest.raises(InputError, match="an earlier version of camenn.*--rebuild"):
         ShardSet(str(tmp_path / "shards")).examples("train")
     with pytest.raises(InputError, match="another version of camenn.*--rebuild"):

@@ -42,7 +42,7 @@ def draw_photos(directory: Path, count: int) -> list[str]:
 def _write(root: Path, run: str, contract: Contract, table: pa.Table, folder: str | None = None) -> FileRecord:
     path = root / "runs" / run / (folder or contract.name) / "part-0.parquet"
     checked = check_output(table, contract)
-    return FileRecord(contract.name, str(path), table.num_rows, write_parquet(str(path), checked))
+    return FileRecord.of(contract.name, str(path), table.num_rows, write_parquet(str(path), checked))
 
 
 def _publish(root: Path, manifest: Manifest, records: list[FileRecord]) -> None:
