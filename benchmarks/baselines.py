@@ -20,7 +20,7 @@ from camenn_model.evaluation import Predictions, cvr_metrics
 from camenn_model.feature_space import FeatureSpace
 from camenn_model.item_table import ItemTable
 from camenn_model.shards import ShardSet
-from pipelines.files import write_json
+from pipelines.files import write_document
 
 PARAMETERS = {
     "objective": "binary",
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     metrics = dict(open_package(arguments.model).metrics)
     metrics["baselines"] = metrics["baselines"] | {"lightgbm": run(arguments.shards, arguments.model)}
-    write_json(arguments.out, metrics)
+    write_document(arguments.out, metrics)
     lines = {
         name: {key: figures[key] for key in ("auc", "gauc", "log_loss", "ne", "pcoc")}
         for name, figures in {"camenn": metrics["test"], **metrics["baselines"]}.items()

@@ -41,6 +41,7 @@ VERSIONED = (
 
 _METADATA, _SHA256 = "camenn", "sha256"
 """Keys of a safetensors header: metadata as JSON; checksum of it and of the tensors"""
+_REMEDY_FILE = "Remove it and run `camenn train` again: a training that goes on from it begins anew."
 _REMEDY = "Run `camenn train --rerun`, or `camenn rollback` to the model of before."
 
 
@@ -81,14 +82,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
             metadata = json.loads(header.get(_METADATA, "{}"))
     except (OSError, ValueError, SafetensorError) as error:
-        raise DamagedError(
-            f"{path}: cannot be read as safetensors ({error}). Train again, or give another directory."
-        ) from error
+        raise DamagedError(f"{path}: cannot be read as safetensors ({error}). {_REMEDY_FILE}") from error
     whole = not header.keys() - {_METADATA, _SHA256} and (
         _SHA256 not in header or header[_SHA256] == _digest(tensors, header.get(_METADATA, ""))
     )
     if not whole:
-        raise DamagedError(f"{path}: is not what was written (its checksum differs). Remove it, and train again.")
+        raise DamagedError(f"{path}: is not what was written (its checksum differs). {_REMEDY_FILE}")
     return tensors, metadata
 
 

@@ -297,7 +297,7 @@ def run(options: ReportOptions) -> dict[str, Any]:
     context, missing = build_context(work, photos)
     page = render(context).encode()
     path = files.join(options.out, PAGE)
-    with files.atomic_write(path) as handle:
+    with files.atomic_write(path, durable=True) as handle:
         handle.write(page)
     return {
         **NO_ROWS,

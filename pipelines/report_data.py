@@ -1,6 +1,5 @@
 """What the report reads: the manifests, metrics, curves and tables of a working directory. Every one of them may be absent."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,17 @@ from schemas.contract import InputError
 STAGES = (("embed", "store"), ("shards", "shards"), ("train", "model"), ("score", "scores"))
 """Stage and the folder of the working directory that it publishes in."""
 
+_FIELDS = (
+    "baselines",
+    "early_stop_log_loss",
+    "queries",
+    "reliability",
+    "representation",
+    "seconds",
+    "test",
+    "train",
+)
+"""Keys of metrics.json and retrieval.json"""
 _ITEM_COLUMNS = ("item_id", "title", "subcategory", "image_uri", "store_id", "price", "product_key")
 
 
@@ -77,6 +87,8 @@ def read_work(root: str) -> Work:
     places = [files.join(root, "metrics.json")]
     if model is not None:
         directory = files.join(root, "model", "runs", model.run)
+        for name in model.tables:
+            model.check(name)
         curves = _read_curves(files.join(directory, "curves.csv"))
         retrieval = _read_object(files.join(directory, "retrieval.json"))
         places.append(files.join(directory, "metrics.json"))
@@ -95,13 +107,7 @@ def read_work(root: str) -> Work:
 def _read_object(path: str) -> dict[str, Any] | None:
     if not files.exists(path):
         return None
-    try:
-        value = files.read_json(path)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error}). Write it again, or remove it.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, expected an object. Write it again, or remove it.")
-    return value
+    return files.read_document(path, _FIELDS, "Write it again, or remove it.")
 
 
 def _read_curves(path: str) -> pd.DataFrame | None:

@@ -146,7 +146,7 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
 
 def test_broken_metrics_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(InputError, match=r"metrics\.json: not JSON"):
+    with pytest.raises(InputError, match=r"metrics\.json: it is not JSON"):
         main(["--run", str(tmp_path)])
 
 
