@@ -14,7 +14,7 @@ import apache_beam as beam
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from camenn_model.integrity import DamagedError, check_files
+from camenn_model.integrity import DamagedError, check_files, file_sha256
 from pipelines import clock, files
 from pipelines.tables import FileRecord
 from schemas.contract import SCHEMA_VERSION, InputError
@@ -234,6 +234,9 @@ def write_manifest(root: str, manifest: Manifest) -> None:
     prefix = root.rstrip("/") + "/"
     for table in record["tables"].values():
         for entry in table["files"]:
+            if "sha256" not in entry and files.is_local(entry["path"]):
+                # An earlier version of camenn wrote the file: from now on it must stay as it is.
+                entry["sha256"] = file_sha256(entry["path"])
             # Relative paths, so that a directory can be moved or copied whole.
             entry["path"] = entry["path"].removeprefix(prefix)
         table["files"].sort(key=lambda entry: entry["path"])

@@ -137,7 +137,8 @@ def test_whole_way_once(city: City, capfd: pytest.CaptureFixture[str]) -> None:
     trained = city.train(capfd)
     assert 0 < trained["test_log_loss"] < 1
     package = next((city.work / "model" / "runs").iterdir())
-    assert {path.suffix for path in package.iterdir()} <= {".safetensors", ".json", ".csv"}
+    files = [path for path in package.iterdir() if path.name != ".camenn"]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".csv"}
 
     scored = city.score(capfd)
     assert scored["rows_out"] == scored["rows_in"] * 10
@@ -452,3 +453,65 @@ def test_a_model_of_full_attention_is_refused(city: City, tmp_path: Path, capfd:
     flags[flags.index("--model") + 1] = str(tmp_path / "model")
     assert cli.main(["score", *flags]) == 2
     assert "Train with --attention prefix" in capfd.readouterr().err
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "a store part": ("store/images/*/part-*.parquet", "shards", "fsck --repair"),
+    "the store's items": ("store/runs/*/items/*", "score", "Run `camenn embed` again"),
+    "an example file": ("shards/runs/*/examples/*/*", "train", "shards --rebuild"),
+    "the weights": ("model/runs/*/model.safetensors", "score", "camenn train --rerun"),
+    "the vocabulary": ("model/runs/*/features.json", "score", "camenn train --rerun"),
+    "a pointer": ("shards/latest.json", "train", "fsck --out"),
+    "a manifest": ("scores/runs/*/manifest.json", "score", "fsck --out"),
+    "published scores": ("scores/runs/*/scores/*/*", "report", "score --rerun"),
+}
+"""File → the command that reads it, and what it says is to be run"""
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_one_line_that_says_what_to_run(
+    city: City, tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: str
+) -> None:
+    pattern, command, remedy = DAMAGES[damage]
+    copy = City(tmp_path)
+    copy.data = city.data
+    shutil.copytree(city.work, copy.work)
+    path = max(copy.work.glob(pattern))
+    flip(path)
+    flags = {
+        "shards": ["--data", str(copy.data), "--store", f"{copy.work}/store", "--out", f"{copy.work}/other"],
+        "train": ["--shards", f"{copy.work}/shards", "--out", f"{copy.work}/other"],
+        "score": [*copy.score_flags("scores"), "--rerun"],
+        "report": ["--run", str(copy.work)],
+    }
+    capfd.readouterr()
+    assert cli.main([command, *flags[command]]) == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("camenn: error: ")]
+    assert len(told) == 1 and path.name in told[0] and remedy in told[0], told
+    assert cli.main(["fsck", "--work", str(copy.work)]) == 2
+    assert path.name in capfd.readouterr().err
+
+
+def test_damaged_copies_are_made_again(city: City, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Embeddings that shards and scores keep, and the kept log, are in the store and the logs too."""
+    copy = City(tmp_path)
+    copy.data = city.data
+    shutil.copytree(city.work, copy.work)
+    before = {name: table(copy.work / root, name) for root, name in (("scores", "scores"), ("shards", "examples"))}
+    flip(max(copy.work.glob("scores/contents/images/*/part-*")))
+    for path in copy.work.glob("scores/contents/titles/*/part-*"):
+        path.unlink()
+    for pattern in ("shards/contents/titles/*/part-*", "shards/runs/*/kept_clicks/*"):
+        flip(max(copy.work.glob(pattern)))
+    assert copy.score(capfd, "--rerun")["rows_out"] == len(before["scores"])
+    copy.shards(capfd, "--rerun")
+    pd.testing.assert_frame_equal(table(copy.work / "scores", "scores"), before["scores"])
+    pd.testing.assert_frame_equal(table(copy.work / "shards", "examples"), before["examples"])
+    copy.run(capfd, "fsck", "--work", str(copy.work))
