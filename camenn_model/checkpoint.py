@@ -39,8 +39,10 @@ VERSIONED = (
 )
 """Files that what a model says depends on"""
 
-_METADATA, _SHA256 = "camenn", "sha256"
-"""Keys of a safetensors header: metadata as JSON; checksum of it and of the tensors"""
+_HEADER = "camenn.document"
+"""Key of a safetensors header: metadata, and the checksum of it and of the tensors, as JSON. One key, as several come in another order each time"""
+_METADATA_OF_BEFORE = "camenn"
+"""Key of the metadata alone, without a checksum, as earlier versions of camenn wrote it"""
 _REMEDY_FILE = "Remove it and run `camenn train` again: a training that goes on from it begins anew."
 _REMEDY = "Run `camenn train --rerun`, or `camenn rollback` to the model of before."
 
@@ -51,8 +53,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     temporary = path.with_name(f"{path.name}.tmp")
     # Tied or sliced tensors would share storage, which safetensors refuses: each entry gets its own.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    header = {_METADATA: json.dumps(metadata or {})}
-    header[_SHA256] = _digest(own, header[_METADATA])
+    given = metadata or {}
+    header = {_HEADER: json.dumps({"metadata": given, "sha256": _digest(own, given)}, sort_keys=True)}
     with open(temporary, "wb") as handle:
         mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
     save_file(own, temporary, metadata=header)
@@ -61,9 +63,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     os.replace(temporary, path)
 
 
-def _digest(tensors: dict[str, Tensor], metadata: str) -> str:
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     """SHA-256 over metadata and over names, types, shapes and bytes of tensors, 64 hex digits."""
-    digest = hashlib.sha256(metadata.encode())
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -80,11 +82,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-            metadata = json.loads(header.get(_METADATA, "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
+            given = json.loads(header.get(_HEADER) or "{}")
+            metadata = given["metadata"] if _HEADER in header else json.loads(header.get(_METADATA_OF_BEFORE, "{}"))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DamagedError(f"{path}: cannot be read as safetensors ({error}). {_REMEDY_FILE}") from error
-    whole = not header.keys() - {_METADATA, _SHA256} and (
-        _SHA256 not in header or header[_SHA256] == _digest(tensors, header.get(_METADATA, ""))
+    whole = not header.keys() - {_HEADER, _METADATA_OF_BEFORE} and (
+        _HEADER not in header or given.get("sha256") == _digest(tensors, metadata)
     )
     if not whole:
         raise DamagedError(f"{path}: is not what was written (its checksum differs). {_REMEDY_FILE}")

@@ -44,6 +44,8 @@ class Findings:
     """Files that an earlier version of camenn wrote, without a checksum: only their size is compared"""
     damaged: dict[str, str] = field(default_factory=dict)
     """Path → what is wrong with it, and what to do"""
+    earlier: dict[str, str] = field(default_factory=dict)
+    """The same of files that only earlier runs need: those cannot be published again"""
     repaired: list[str] = field(default_factory=list)
 
     def document(self, path: str, error: DamagedError | None = None) -> None:
@@ -54,18 +56,19 @@ class Findings:
         if error is not None:
             self.damaged[path] = str(error)
 
-    def file(self, path: str, size: int, sha256: str, advice: str) -> None:
+    def file(self, entry: "Check") -> None:
         """Compare one file with what was written."""
+        path, advice = entry.path, entry.advice
         self.files += 1
-        self.bytes += size
-        self.unproven += not sha256
+        self.bytes += entry.bytes
+        self.unproven += not entry.sha256
         try:
-            check_file(path, size, "", advice)
+            check_file(path, entry.bytes, "", advice)
             # Not through what is remembered: whoever asks wants the disk to be read.
-            if sha256 and file_sha256(path) != sha256:
+            if entry.sha256 and file_sha256(path) != entry.sha256:
                 raise DamagedError(f"{path}: its bytes are not those that were written (SHA-256 differs). {advice}")
         except DamagedError as error:
-            self.damaged[path] = str(error)
+            (self.damaged if entry.published else self.earlier)[path] = str(error)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ class Check:
     bytes: int
     sha256: str
     advice: str
+    published: bool = True
+    """Whether the published run needs it, or the next one reads it"""
+
+
+_EARLIER = "Only runs of before name it: they cannot be published again, and `camenn gc` removes them in time."
 
 
 def find_outputs(work: str) -> list[str]:
@@ -123,9 +131,10 @@ def check_output(root: str, found: Findings) -> list[Check]:
         for table in manifest.tables:
             for record in manifest.records(table):
                 # Of runs that are not kept, `camenn gc` may have removed files.
-                if run in kept or os.path.exists(record.path):
-                    advice = remedy(manifest.stage, table)
-                    checks.setdefault(record.path, Check(record.path, record.bytes, record.sha256, advice))
+                published = pointer is not None and run == pointer["run"]
+                if published or (record.path not in checks and (run in kept or os.path.exists(record.path))):
+                    advice = remedy(manifest.stage, table) if published else _EARLIER
+                    checks[record.path] = Check(record.path, record.bytes, record.sha256, advice, published)
     if pointer is not None and pointer["run"] in kept:
         latest = files.join(root, RUNS, pointer["run"], MANIFEST)
         if not os.path.exists(latest):
@@ -251,10 +260,10 @@ def check(roots: list[str], work: str | None, *, repairs: bool) -> tuple[dict[st
     with Bar("fsck", sum(entry.bytes for entry in waiting), "bytes") as bar:
         done = 0
         for entry in waiting:
-            found.file(entry.path, entry.bytes, entry.sha256, entry.advice)
+            found.file(entry)
             done += entry.bytes
             bar.update(done)
-    for words in found.damaged.values():
+    for words in [*found.damaged.values(), *found.earlier.values()]:
         print(f"fsck: {words}", file=sys.stderr)
     if repairs:
         for root in roots:
@@ -268,6 +277,7 @@ def check(roots: list[str], work: str | None, *, repairs: bool) -> tuple[dict[st
         "megabytes": round(found.bytes / 1e6, 1),
         "without_checksum": found.unproven,
         "damaged": len(found.damaged),
+        "damaged_of_earlier_runs": len(found.earlier),
         "repaired": len(found.repaired),
         "seconds": round(time.monotonic() - started, 1),
         "out": work or roots[0],
