@@ -20,11 +20,12 @@ from typing import Any
 
 from pipelines import clock, files
 from pipelines.console import closing_table
+from pipelines.errors import input_error_behind
 from pipelines.gates import HeldBack
 from pipelines.manifest import publications, read_latest
 from pipelines.night_record import DONE, FAILED, HELD, NOT_DUE, UNCHANGED, Night, StageRecord, new_night
 from pipelines.nightly_config import STAGES, NightlyConfig, describe, example, read_config
-from pipelines.options import HELD_BACK, MENDABLE, add_json_flag, input_error_behind, run_main
+from pipelines.options import HELD_BACK, MENDABLE, add_json_flag, run_main
 from pipelines.publication import collect
 from pipelines.retraining import decide
 from schemas.contract import InputError
@@ -94,7 +95,7 @@ class _Nightly:
                 # A challenger that lost is an answer, not a failure.
                 self.fail(HELD_BACK, stage, record.words)
         except Exception as error:
-            mendable = input_error_behind(error)
+            mendable = input_error_behind(error, self.config.words)
             record.status = FAILED
             record.words = str(mendable) if mendable else f"{type(error).__name__}: {error}"
             if mendable is None:

@@ -1,6 +1,5 @@
 """What the report reads: the manifests, metrics, curves and tables of a working directory. Every one of them may be absent."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,10 +94,7 @@ def read_work(root: str) -> Work:
 def _read_object(path: str) -> dict[str, Any] | None:
     if not files.exists(path):
         return None
-    try:
-        value = files.read_json(path)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error}). Write it again, or remove it.") from error
+    value = files.read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, expected an object. Write it again, or remove it.")
     return value
