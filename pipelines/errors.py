@@ -54,7 +54,7 @@ PROGRAMMING = (
 """Never the user's to mend, whatever was being handled when one of them was raised"""
 
 _STEP = re.compile(r" ?\[while running [^\n]*")
-_RAISED = re.compile(r"(?:[\w.<>]+\.)?(\w+)(?:: |$)")
+_RAISED = re.compile(r"(?:[\w.<>]+\.)?(\w+)(?=:|\s|$)")
 _NUMBERED = re.compile(r"\[Errno (\d+)\] ([^\n]*)")
 _QUOTED = re.compile(r"'([^']+)'")
 _MARKERS = ("InputError: ", "WeightsError: ", "DeviceError: ")
@@ -137,6 +137,8 @@ def _told_in_text(text: str, given: Sequence[str]) -> InputError | None:
     # What was raised last stands below the last frames.
     lines = text.rpartition("Traceback (most recent call last):")[2].splitlines()
     raised = next((line for line in lines if line.strip() and not line.startswith(" ")), "")
+    # Beam's workers put what they cannot raise again into a RuntimeError.
+    raised = raised.removeprefix("RuntimeError: ")
     name = _RAISED.match(raised)
     if name and name[1] in _PROGRAMMING_NAMES:
         return None

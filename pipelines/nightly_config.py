@@ -137,6 +137,8 @@ def read_config(path: str) -> NightlyConfig:
     for name in ("data", "work"):
         if not given.get(name):
             raise InputError(f"--config {path}: '{name}' is missing. `camenn nightly --init` shows what it is.")
+        if "\0" in given[name]:
+            raise InputError(f"--config {path}: '{name}' has a NUL character, which no path can have. Remove it.")
     if not files.is_local(given["work"]):
         raise InputError(
             f"--config {path}: 'work' must be on a local disk: models and embeddings are mapped into memory there."
@@ -171,7 +173,7 @@ def _parse(path: str) -> dict[str, Any]:
     if not os.path.lexists(path):
         raise InputError(f"--config {path}: no such file. `camenn nightly --init > {path}` writes one to start from.")
     remedy = "`camenn nightly --init` prints a config to start from."
-    with reading(f"--config {path}", "not TOML", remedy=remedy), open(path, "rb") as handle:
+    with reading(path, "not TOML", remedy=remedy), open(path, "rb") as handle:
         data = handle.read(LARGEST + 1)
         # Of a table of keys that nobody knows the parser alone would take minutes.
         if len(data) > LARGEST:
