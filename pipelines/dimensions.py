@@ -101,7 +101,8 @@ def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | No
     zones = dict(zip(table["store_id"].to_pylist(), table["timezone"].to_pylist(), strict=True))
     for store, zone in zones.items():
         if zone not in known:
+            wrong = "is null or blank" if zone is None else f"'{zone}' is not an IANA zone"
             raise InputError(
-                f"{source.files[0]}: store_id '{store}': column 'timezone': '{zone}' is not an IANA zone. Use a name such as Asia/Shanghai."
+                f"{source.files[0]}: store_id '{store}': column 'timezone': {wrong}. Use an IANA name such as Asia/Shanghai."
             )
     return zones, source

@@ -307,7 +307,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.config is None:
         raise InputError("--config is missing. `camenn nightly --init` prints a config to start from.")
-    return run_night(read_config(arguments.config), arguments.json)
+    config = read_config(arguments.config)
+    try:
+        return run_night(config, arguments.json)
+    except OSError as error:
+        told = input_error_behind(error, config.words)
+        if told is None:
+            raise
+        raise told from error
 
 
 if __name__ == "__main__":

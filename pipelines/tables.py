@@ -61,7 +61,7 @@ class Source:
                 wrong = find_not_utf8(column)
                 if wrong is not None:
                     row = pc.index(wrong, value=True).as_py()
-                    raise InputError(f"{path}: row {row}: {tell_not_utf8(name, column[row])} Or leave the row out.")
+                    raise InputError(f"{path}: row {row}: {tell_not_utf8(name, column[row])}")
             tables.append(table)
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
@@ -354,7 +354,7 @@ class Fault:
 
 def tell_not_utf8(name: str, text: pa.StringScalar) -> str:
     """Return column, value (foreign bytes as \\xe9) and remedy of a text that is not UTF-8."""
-    return f"column '{name}' is not UTF-8: '{_shown(text)}'. Convert the text to UTF-8 (from Latin-1, perhaps)."
+    return f"column '{name}' is not UTF-8: '{_shown(text)}'. Convert the text to UTF-8 (from Latin-1, perhaps), or leave the row out."
 
 
 def _shown(text: pa.StringScalar) -> str:
@@ -372,7 +372,7 @@ def find_unusable(table: pa.Table, contract: Contract) -> list[Fault]:
                 Fault(
                     "not_utf8",
                     wrong.to_numpy(zero_copy_only=False),
-                    lambda row, name=column.name: f"{tell_not_utf8(name, table[name][row])} Or leave the row out.",
+                    lambda row, name=column.name: tell_not_utf8(name, table[name][row]),
                 )
             )
     return faults + [

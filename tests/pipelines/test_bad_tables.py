@@ -192,7 +192,7 @@ BAD: dict[str, tuple[Callable[[Data], Any], list[str], list[str]]] = {
     "null zone": (
         lambda data: data.tables.update(stores=pa.table({"store_id": ["s0"], "timezone": pa.nulls(1, pa.string())})),
         [],
-        ["stores.parquet: store_id 's0'", "IANA"],
+        ["stores.parquet: store_id 's0': column 'timezone': is null or blank. Use an IANA name"],
     ),
     "a user twice": (
         lambda data: data.tables.update(users=pa.table({"user_id": ["a", "b", "a"]})),

@@ -141,3 +141,16 @@ def test_a_config_that_may_not_be_read_is_named(tmp_path: Path, capsys: pytest.C
     (tmp_path / "link.toml").symlink_to(tmp_path / "nowhere.toml")
     assert run_main(nightly.main, ["--config", str(tmp_path / "link.toml")]) == 2
     assert "link.toml: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("work", "said"), [("file", "File exists"), ("file/deep", "Not a directory")])
+def test_a_work_directory_that_cannot_be_is_named(
+    tmp_path: Path, work: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path stands in the config, not on the command line."""
+    (tmp_path / "file").touch()
+    path = tmp_path / "city.toml"
+    path.write_text(f'data = "data"\nwork = "{work}"\n')
+    assert run_main(nightly.main, ["--config", str(path)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/file" in error and said in error
