@@ -1,6 +1,7 @@
 """What users hand in: blank texts, texts that are not UTF-8, hidden, damaged and missing files, columns that are there twice."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import tables
+from pipelines import files, tables
 from pipelines.audience import has_candidates, read_audience, read_candidates
 from pipelines.catalog import read_catalog
 from pipelines.clock import latest_time
@@ -277,6 +278,14 @@ def test_hidden_names_below_a_table_are_passed_over(tmp_path: Path, folder: str,
     assert Source.find(str(tmp_path / above), CLICKS).rows == 15
 
 
+def test_hidden_names_of_a_bucket_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = "gs://_city/.data/clicks"
+    there = [files.Found(f"{root}/{name}", 1, 0.0) for name in (*HIDDEN, *SHOWN)]
+    monkeypatch.setattr(files, "find", lambda paths: [])
+    monkeypatch.setattr(files, "match", lambda name, pattern: there if name == root else [])
+    assert list_parquet(root, "clicks") == sorted(f"{root}/{name}" for name in SHOWN)
+
+
 def test_a_table_with_nothing_but_hidden_files_is_missing(tmp_path: Path) -> None:
     for name in HIDDEN:
         (tmp_path / "clicks.parquet" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -401,6 +410,7 @@ def test_a_directory_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch
         Source.find(str(tmp_path), CLICKS)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems hold no such names")
 def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     (tmp_path / "clicks").mkdir()
     path = os.fsencode(tmp_path / "clicks") + b"/caf\xe9.parquet"
