@@ -20,6 +20,21 @@ INPUTS = (CATALOG, CLICKS, ORDERS, USERS, STORES, AUDIENCE, CANDIDATES)
 OUTPUTS = (SCORES, LISTING_QUALITY, REJECTS, DEFECTS)
 BETWEEN = (EMBEDDED_ITEMS, image_embeddings(16, 1536), title_embeddings(16, 384), ITEMS, EXAMPLES)
 
+READING = (
+    "**Blank is missing.** In every column named here, a text that is empty or nothing but white space counts as null: a row whose required id is blank is a reject "
+    "(`null_user_id` and so on) like one whose id is null, a listing with a blank `store_id` is in all stores, a blank `user_id` of the audience is anybody. Other texts are "
+    "taken as they are, white space around them included: `' a'` and `'a'` are two ids.",
+    "",
+    "**Texts are UTF-8.** A row of catalog, clicks or orders with a text in another encoding is a reject (`not_utf8`); in the other tables it ends the run with file, row "
+    "and column.",
+    "",
+    "**Files.** A table is `NAME.parquet` or a directory `NAME/` (or `NAME.parquet/`) with `.parquet` files at any depth, symbolic links included. Below the table's directory, "
+    "files and directories whose names begin with `_` or `.` are passed over, and names that end with `._COPYING_`: what writers have under way (`_temporary`, "
+    "`.spark-staging-1`) or keep beside (`_SUCCESS`, `_delta_log`). As in Spark, a name with `=` that begins with `_` is a partition and is read (`_x=1/`). Two columns of "
+    "one name, a file that is cut off or damaged, a directory that may not be read and a link that leads nowhere end the run with the file's name; page checksums are "
+    "verified where the writer wrote them.",
+)
+
 
 def table_section(contract: Contract) -> str:
     """One table as Markdown."""
@@ -47,6 +62,8 @@ def tables() -> str:
         "# Tables",
         "",
         "Written by `make docs` from `schemas/`. Times are `timestamp[us]`, UTC; zoned ones are converted. Ids are strings; integers are widened.",
+        "",
+        *READING,
         "",
     ]
     for title, contracts in (("What you bring", INPUTS), ("What comes out", OUTPUTS), ("What lies between", BETWEEN)):

@@ -58,9 +58,9 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
     """The audience table, checked and ordered by audience_id, or None where there is none.
 
     Raises:
-        InputError: a null or repeated audience_id, a null store, an hour outside 0 to 23, or a further column that is no category.
+        InputError: a null, blank or repeated audience_id, a null or blank store, an hour outside 0 to 23, or a further column that is no category.
     """
-    if not (files.exists(files.join(data, "audience.parquet")) or files.exists(files.join(data, "audience"))):
+    if not files.has_table(files.join(data, "audience")):
         return None
     source = Source.find(data, AUDIENCE)
     table = source.read_all()
@@ -68,7 +68,7 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
         if table[name].null_count:
             where = locate_row(source, pc.index(pc.is_null(table[name]), value=True).as_py())
             raise InputError(
-                f"{where}: column '{name}' of table 'audience' is null. Give it a value or leave the row out."
+                f"{where}: column '{name}' of table 'audience' is null or blank. Give it a value or leave the row out."
             )
     counts = pc.value_counts(table["audience_id"].combine_chunks())
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -91,7 +91,7 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
 
 def has_candidates(data: str) -> bool:
     """Whether the data directory names the pairs to score."""
-    return files.exists(files.join(data, "candidates.parquet")) or files.exists(files.join(data, "candidates"))
+    return files.has_table(files.join(data, "candidates"))
 
 
 @dataclass(frozen=True)

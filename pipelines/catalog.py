@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.tables import Slice, Source, drop_nulls, list_slices, make_rejects, read_slice
+from pipelines.tables import Slice, Source, drop_unusable, list_slices, make_rejects, read_slice
 from schemas.catalog import CATALOG
 from schemas.contract import conform
 from schemas.rejects import REJECTS
@@ -75,7 +75,7 @@ def read_catalog(stage: str, source: Source) -> tuple[pa.Table, pa.Table, dict[s
     """The whole cleaned catalog in memory: (rows ordered by item_id, rejects, counts). About 300 bytes a listing, photos' bytes left out."""
     kept, rejects = [], []
     for where in list_slices(source):
-        good, bad = drop_nulls(stage, where, add_origin(where, read_slice(where, CATALOG)), CATALOG)
+        good, bad = drop_unusable(stage, where, add_origin(where, read_slice(where, CATALOG)), CATALOG)
         kept.append(good)
         rejects.append(bad)
     if not kept:

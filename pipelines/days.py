@@ -22,7 +22,7 @@ from pipelines.clock import can_be
 from pipelines.examples import SplitTimes
 from pipelines.features import FEATURES_VERSION
 from pipelines.manifest import Manifest
-from pipelines.tables import FileRecord, Slice, read_slice
+from pipelines.tables import FileRecord, Slice, keep_usable, read_slice
 from schemas.contract import Contract, InputError, check_output
 from schemas.training import EXAMPLES
 
@@ -137,7 +137,7 @@ def sketch_days(
     names = ("exposure_id", "clicked_at")
     contract = replace(contract, columns=tuple(c for c in contract.columns if c.name in names))
     for where in slices:
-        table = read_slice(where, contract, list(names)).drop_null()
+        table = keep_usable(read_slice(where, contract, list(names)), contract)
         time = table["clicked_at"].cast(pa.int64()).to_numpy()
         possible = can_be(time, latest)
         if not possible.all():

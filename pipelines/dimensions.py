@@ -5,29 +5,25 @@ import zoneinfo
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from camenn_model.config import USER_HASH
 from pipelines import files
-from pipelines.tables import Source
+from pipelines.tables import Source, open_table
 from schemas.contract import Contract, InputError
 from schemas.training import AUDIENCE_COUNTS, PAIR_COUNTS
 from schemas.users import STORES, USERS
 
 
 def _find_optional(data: str, contract: Contract) -> Source | None:
-    present = files.exists(files.join(data, f"{contract.name}.parquet")) or files.exists(
-        files.join(data, contract.name)
-    )
-    return Source.find(data, contract) if present else None
+    return Source.find(data, contract) if files.has_table(files.join(data, contract.name)) else None
 
 
 def _check_key(source: Source, table: pa.Table, key: str) -> None:
-    """Stop on a null or repeated key: these tables are configuration, not logs, and guessing which row is meant would be wrong."""
+    """Stop on a null, blank or repeated key: these tables are configuration, not logs, and guessing which row is meant would be wrong."""
     if table[key].null_count:
         where = locate_row(source, pc.index(pc.is_null(table[key]), value=True).as_py())
         raise InputError(
-            f"{where}: column '{key}' of table '{source.contract.name}' is null. Give it a value or leave the row out."
+            f"{where}: column '{key}' of table '{source.contract.name}' is null or blank. Give it a value or leave the row out."
         )
     counts = pc.value_counts(table[key].combine_chunks())
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -42,8 +38,8 @@ def _check_key(source: Source, table: pa.Table, key: str) -> None:
 def locate_row(source: Source, row: int) -> str:
     """File and row number (from 0, in that file) of a row of `source.read_all()`, as a message names it."""
     for path in source.files:
-        with files.open_read(path) as handle:
-            rows = pq.ParquetFile(handle).metadata.num_rows
+        with open_table(path, source.contract) as (_, parquet):
+            rows = parquet.metadata.num_rows
         if row < rows:
             break
         row -= rows
@@ -72,7 +68,7 @@ def read_users(data: str) -> tuple[pa.Table, Source | None]:
     """The users, every column a string (fields are categorical), ordered by user_id; an empty table where there is none.
 
     Raises:
-        InputError: a null or repeated user_id, or a column that is no category (a list, say) or has the name of a feature.
+        InputError: a null, blank or repeated user_id, or a column that is no category (a list, say) or has the name of a feature.
     """
     source = _find_optional(data, USERS)
     if source is None:
@@ -92,7 +88,7 @@ def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | No
     """IANA zone of each store that the table `stores` names.
 
     Raises:
-        InputError: a zone, or the default, is not in the time zone database; a null or repeated store_id.
+        InputError: a zone, or the default, is not in the time zone database; a null, blank or repeated store_id.
     """
     known = zoneinfo.available_timezones()
     if default not in known:
@@ -105,7 +101,8 @@ def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | No
     zones = dict(zip(table["store_id"].to_pylist(), table["timezone"].to_pylist(), strict=True))
     for store, zone in zones.items():
         if zone not in known:
+            wrong = "is null or blank" if zone is None else f"'{zone}' is not an IANA zone"
             raise InputError(
-                f"{source.files[0]}: store_id '{store}': column 'timezone': '{zone}' is not an IANA zone. Use a name such as Asia/Shanghai."
+                f"{source.files[0]}: store_id '{store}': column 'timezone': {wrong}. Use an IANA name such as Asia/Shanghai."
             )
     return zones, source

@@ -19,7 +19,7 @@ from pipelines.embed_job import STAGE
 from pipelines.inference import content_key
 from pipelines.manifest import Count
 from pipelines.patches import LIMITS, UriDefect, resolve_uri
-from pipelines.tables import Slice, drop_nulls
+from pipelines.tables import Slice, drop_unusable
 from schemas.catalog import CATALOG
 from schemas.embeddings import EMBEDDED_ITEMS
 
@@ -34,7 +34,7 @@ class CleanRows(beam.DoFn):
 
     def process(self, element: tuple[Slice, pa.Table]) -> Iterator[Any]:
         where, table = element
-        kept, rejects = drop_nulls(STAGE, where, add_origin(where, table), CATALOG)
+        kept, rejects = drop_unusable(STAGE, where, add_origin(where, table), CATALOG)
         yield kept
         yield beam.pvalue.TaggedOutput("counts", Count("catalog", "in", table.num_rows))
         if rejects.num_rows:

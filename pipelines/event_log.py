@@ -26,8 +26,8 @@ from pipelines.attribution import DAY_US, Ints, day_of
 from pipelines.clock import EARLIEST, latest_time
 from pipelines.manifest import Manifest, check_records
 from pipelines.parcels import Parcel
-from pipelines.tables import FileRecord, Slice, Source
-from schemas.contract import TIMESTAMP, Contract
+from pipelines.tables import FileRecord, Slice, Source, open_table
+from schemas.contract import TIMESTAMP, Contract, without_dictionary
 
 SLICE = "slice"
 """int32: number of the row group that a row was read from"""
@@ -143,8 +143,7 @@ def hash_row_groups(source: Source) -> list[tuple[str, Slice, RowGroup]]:
     time = time_column(source.contract)
     seen: dict[str, int] = {}
     for path in source.files:
-        with files.open_read(path) as handle:
-            parquet = pq.ParquetFile(handle)
+        with open_table(path, source.contract) as (handle, parquet):
             metadata, schema = parquet.metadata, parquet.schema_arrow
             places = [place for place in range(metadata.num_columns) if _name(metadata, place) in source.contract.names]
             types = ",".join(
@@ -316,11 +315,6 @@ def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table)
     return FileRecord.of(kept_table(contract), path, table.num_rows, handle.written)
 
 
-def plain_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column without its dictionary, if it has one."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
 @dataclass(frozen=True, kw_only=True)
 class KeptRows:
     """What the user pass must know of one log's kept rows; travels to workers."""
@@ -352,7 +346,7 @@ class KeptRows:
         table = _whole(pa.concat_tables(pieces))
         if bucket in self.merged:
             # Dictionaries may hold values that no row has any more.
-            plain = pa.table({name: plain_texts(table[name]) for name in table.column_names})
+            plain = pa.table({name: without_dictionary(table[name]) for name in table.column_names})
             new = encode_rows(plain)
         else:
             new = pieces[-1] if fresh is not None else table.slice(0, 0)

@@ -9,14 +9,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipelines import files
 from pipelines.clock import EARLIEST, can_be
-from pipelines.event_log import SLICE, UNCODED, plain_texts, time_column
+from pipelines.event_log import SLICE, UNCODED, time_column
 from pipelines.manifest import Count
-from pipelines.tables import Fault, Slice, Source, drop_faults, find_nulls, make_rejects
-from schemas.contract import Contract, conform
+from pipelines.tables import Fault, Slice, Source, drop_faults, find_unusable, make_rejects, read_groups
+from schemas.contract import Contract, without_dictionary
 from schemas.events import CLICKS
 from schemas.rejects import REJECTS
 
@@ -24,7 +22,7 @@ from schemas.rejects import REJECTS
 def drop_impossible(
     stage: str, where: Slice, table: pa.Table, contract: Contract, latest: int
 ) -> tuple[pa.Table, pa.Table]:
-    """(events to keep, rejects): without those that lack a required value or whose time cannot be.
+    """(events to keep, rejects): without those that lack a required value, have a text that is not UTF-8, or whose time cannot be.
 
     One time in the future would end the log there: windows that are open would count as closed, and days that are to come as final.
     """
@@ -38,7 +36,7 @@ def drop_impossible(
             "Write times in microseconds, UTC, or leave the row out."
         ),
     )
-    return drop_faults(stage, where, table, contract, [*find_nulls(table, contract), wrong])
+    return drop_faults(stage, where, table, contract, [*find_unusable(table, contract), wrong])
 
 
 class CleanEvents(beam.DoFn):
@@ -128,7 +126,7 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
 
 def to_frame(table: pa.Table, names: list[str]) -> pd.DataFrame:
     """Some columns for pandas, texts as Arrow's strings, which pandas' own would cost a Python object each."""
-    table = pa.table({name: plain_texts(table[name]) for name in names})
+    table = pa.table({name: without_dictionary(table[name]) for name in names})
     return table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
 
 
@@ -206,13 +204,10 @@ def read_times(source: Source, latest: int) -> np.ndarray:
         InputError: times finer than microseconds.
     """
     column = time_column(source.contract)
+    contract = replace(source.contract, columns=tuple(c for c in source.contract.columns if c.name == column))
     pieces = []
     for path in source.files:
-        with files.open_read(path) as handle:
-            times = pq.read_table(handle, columns=[column])
-        times = conform(
-            times, replace(source.contract, columns=tuple(c for c in source.contract.columns if c.name == column)), path
-        )[column]
+        times = read_groups(path, contract, columns=[column])[column]
         found = pc.drop_null(times).cast(pa.int64()).to_numpy()
         pieces.append(found[can_be(found, latest)])
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)

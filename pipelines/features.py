@@ -15,7 +15,7 @@ from schemas.training import CLICKED, NO_HISTORY, PURCHASED
 
 Floats = NDArray[np.float32]
 
-FEATURES_VERSION = 4
+FEATURES_VERSION = 5
 """Raised when the same events give other features or histories: days of one shard set are all of one version."""
 
 PRIOR_CVR = 0.15

@@ -20,6 +20,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from camenn_model.integrity import dump_document, parse_document
 from pipelines import clock
+from pipelines.errors import reading
 from schemas.contract import InputError
 
 
@@ -49,8 +50,12 @@ def open_read(path: str) -> BinaryIO:
 
 
 def read_json(path: str) -> Any:
-    """Parse one JSON file."""
-    with open_read(path) as handle:
+    """Parse one JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON.
+    """
+    with reading(path, "not JSON", remedy="Write it again, or remove it."), open_read(path) as handle:
         return json.loads(handle.read())
 
 
@@ -288,22 +293,101 @@ def write_parquet(path: str, table: pa.Table, *, row_group_size: int = 65_536, d
     return handle.written
 
 
+def has_table(path: str) -> bool:
+    """Return whether a table is there as `path`.parquet or as a directory `path`, readable or not."""
+    names = (f"{path}.parquet", path)
+    return any(os.path.lexists(name) if is_local(name) else exists(name) for name in names)
+
+
 def list_parquet(path: str, table: str) -> list[str]:
     """Files of a table given as `DIR/table.parquet`, a directory `DIR/table` of Parquet files, or a file itself; sorted by name.
 
+    Below the table's own directory, files and directories whose names begin with `_` or `.` are passed over: see `is_hidden`.
+
     Raises:
-        InputError: nothing is there; the message names both places that were tried.
+        InputError: nothing is there (the message names both places that were tried), or what is there cannot be opened.
     """
-    given = path.endswith(".parquet") or (is_local(path) and os.path.isdir(path))
-    names = [path] if given else [f"{path}.parquet", path]
+    names = [path] if path.endswith(".parquet") else [f"{path}.parquet", path]
+    # A directory of the table's name goes before a file.
+    names.sort(key=lambda name: name != path or not (is_local(name) and os.path.isdir(name)))
     for name in names:
-        # Spark and others write a directory under the name of a file.
-        found = find([name]) or match(name, "**.parquet")
+        with reading(name, f"table '{table}' cannot be listed", remedy="Look at its files."):
+            # Spark and others write a directory under the name of a file.
+            found = _list_local(name, table) if is_local(name) else _list_remote(name)
         if found:
-            return sorted(file.path for file in found)
+            return sorted(found)
+    empty = [name for name in names if is_local(name) and os.path.isdir(name)]
+    told = f" ({empty[0]} is a directory without any; names that begin with _ or . do not count)" if empty else ""
     raise InputError(
-        f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with .parquet files exists. Put it there."
+        f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with .parquet files exists{told}. Put it there."
     )
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name in a table's directory is none of its data.
+
+    Writers have such files under way, or keep them beside: `_temporary`, `.spark-staging-1`, `_delta_log`. The rule is Spark's
+    (InMemoryFileIndex.shouldFilterOutPathName): `_x=1`, a partition by a column `_x`, is data.
+    """
+    return name.startswith(".") or (name.startswith("_") and "=" not in name) or name.endswith("._COPYING_")
+
+
+def _list_remote(name: str) -> list[str]:
+    # Object stores list what begins with the directory's name as it was given.
+    below = len(name.rstrip("/")) + 1
+    found = find([name]) if name.endswith(".parquet") else []
+    return [
+        file.path
+        for file in found or match(name, "**.parquet")
+        if not any(map(is_hidden, file.path[below:].split("/")))
+    ]
+
+
+def _list_local(name: str, table: str) -> list[str]:
+    if os.path.isdir(name):
+        found = list(_walk(name, table, frozenset()))
+    elif os.path.lexists(name):
+        found = [_plain_file(name, table)]
+    else:
+        # Of a place that may not be looked at nobody knows whether it is there.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(name)
+        found = []
+    for path in found:
+        if not _is_utf8(path):
+            shown = os.fsencode(path).decode(errors="backslashreplace")
+            raise InputError(f"{shown}: table '{table}': the file's path is not UTF-8. Give it another name.")
+    return found
+
+
+def _walk(directory: str, table: str, above: frozenset[str]) -> Iterator[str]:
+    """Parquet files below a directory. Beam's listing would leave out, unsaid, what may not be read and what links lead to."""
+    real = os.path.realpath(directory)
+    if real in above:
+        raise InputError(f"{directory}: table '{table}': a symbolic link leads back to {real}. Remove it.")
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, table, above | {real})
+            elif entry.name.endswith(".parquet"):
+                yield _plain_file(entry.path, table)
+
+
+def _plain_file(path: str, table: str) -> str:
+    if not os.path.isfile(path):
+        wrong = f"a symbolic link to {os.readlink(path)}, where nothing is" if os.path.islink(path) else "no plain file"
+        raise InputError(f"{path}: table '{table}': is {wrong}. Put the file there, or remove it.")
+    return path
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fingerprint(paths: list[str]) -> str:

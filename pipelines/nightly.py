@@ -20,12 +20,13 @@ from typing import Any
 
 from pipelines import clock, files
 from pipelines.console import closing_table
+from pipelines.errors import input_error_behind
 from pipelines.garbage import collect
 from pipelines.gates import HeldBack
 from pipelines.manifest import publications, read_latest
 from pipelines.night_record import DONE, FAILED, HELD, NOT_DUE, UNCHANGED, Night, StageRecord, new_night
 from pipelines.nightly_config import STAGES, NightlyConfig, describe, example, read_config
-from pipelines.options import HELD_BACK, MENDABLE, add_json_flag, input_error_behind, run_main
+from pipelines.options import HELD_BACK, MENDABLE, add_json_flag, run_main
 from pipelines.retraining import decide
 from schemas.contract import InputError
 
@@ -94,7 +95,7 @@ class _Nightly:
                 # A challenger that lost is an answer, not a failure.
                 self.fail(HELD_BACK, stage, record.words)
         except Exception as error:
-            mendable = input_error_behind(error)
+            mendable = input_error_behind(error, self.config.words)
             record.status = FAILED
             record.words = str(mendable) if mendable else f"{type(error).__name__}: {error}"
             if mendable is None:
@@ -306,7 +307,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.config is None:
         raise InputError("--config is missing. `camenn nightly --init` prints a config to start from.")
-    return run_night(read_config(arguments.config), arguments.json)
+    config = read_config(arguments.config)
+    try:
+        return run_night(config, arguments.json)
+    except OSError as error:
+        told = input_error_behind(error, config.words)
+        if told is None:
+            raise
+        raise told from error
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ import importlib
 import json
 import os
 import re
+import reprlib
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from pipelines import files
+from pipelines.errors import reading
 from schemas.contract import InputError
 
 STAGES = {
@@ -22,6 +23,10 @@ STAGES = {
     "score": "pipelines.score_catalog",
     "report": "pipelines.report",
 }
+
+LARGEST = 2**20
+"""Bytes of a config"""
+_LONGEST_NAME = 100
 
 OWN = frozenset(
     [
@@ -92,6 +97,12 @@ class NightlyConfig:
         """An output in the working directory: store, shards, model or scores."""
         return files.join(self.work, name)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every path, and every other value, that the config gives."""
+        values = (str(value) for flags in self.flags.values() for value in flags.values())
+        return (self.path, self.data, self.work, *values)
+
     def stage_flags(self, stage: str) -> list[str]:
         """A stage's flags, as its command takes them; a true switch is the flag alone, a false one is left out."""
         found = []
@@ -113,33 +124,28 @@ def read_config(path: str) -> NightlyConfig:
     """The config, checked. Relative paths of data, work and the photos are those beside the file: cron starts in another directory.
 
     Raises:
-        InputError: not there, not TOML, an unknown or missing key, or a value of the wrong kind.
+        InputError: not there, too large, not TOML, an unknown or missing key, or a value of the wrong kind.
     """
-    try:
-        given = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise InputError(
-            f"--config {path}: no such file. `camenn nightly --init > {path}` writes one to start from."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: not TOML: {error}") from error
+    given = _parse(path)
     known = {"data": str, "work": str, "beam": list, "on_failure": list, "retrain": dict, "keep": dict} | dict.fromkeys(
         STAGES, dict
     )
     for name, value in given.items():
         _check_name(path, name, known)
         if not isinstance(value, known[name]):
-            raise InputError(f"--config {path}: '{name}' must be {_KINDS[known[name]]}, not {value!r}.")
+            raise InputError(f"--config {path}: '{name}' must be {_KINDS[known[name]]}, not {show(value)}.")
     for name in ("data", "work"):
         if not given.get(name):
             raise InputError(f"--config {path}: '{name}' is missing. `camenn nightly --init` shows what it is.")
+        if "\0" in given[name]:
+            raise InputError(f"--config {path}: '{name}' has a NUL character, which no path can have. Remove it.")
     if not files.is_local(given["work"]):
         raise InputError(
             f"--config {path}: 'work' must be on a local disk: models and embeddings are mapped into memory there."
         )
     for name in ("beam", "on_failure"):
         if not all(isinstance(word, str) for word in given.get(name, [])):
-            raise InputError(f"--config {path}: '{name}' must be a list of texts, not {given[name]!r}.")
+            raise InputError(f"--config {path}: '{name}' must be a list of texts, not {show(given[name])}.")
     flags: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
         if stage in given:
@@ -163,7 +169,24 @@ def read_config(path: str) -> NightlyConfig:
     )
 
 
+def _parse(path: str) -> dict[str, Any]:
+    if not os.path.lexists(path):
+        raise InputError(f"--config {path}: no such file. `camenn nightly --init > {path}` writes one to start from.")
+    remedy = "`camenn nightly --init` prints a config to start from."
+    with reading(path, "not TOML", remedy=remedy), open(path, "rb") as handle:
+        data = handle.read(LARGEST + 1)
+        # Of a table of keys that nobody knows the parser alone would take minutes.
+        if len(data) > LARGEST:
+            raise InputError(f"--config {path}: larger than {LARGEST:,} bytes, so not a config. {remedy}")
+        return tomllib.loads(data.decode())
+
+
 _KINDS: dict[Any, str] = {str: "a text", list: "a list", dict: "a table", bool: "true or false", float: "a number"}
+
+
+def show(value: Any) -> str:
+    """Return a value as it would be written, cut where it is long or deep."""
+    return reprlib.repr(value)
 
 
 def _beside(base: str, path: str) -> str:
@@ -174,10 +197,12 @@ def _beside(base: str, path: str) -> str:
 def _check_name(path: str, name: str, known: Any, table: str | None = None) -> None:
     if name in known:
         return
-    where = f"[{table}] {name}" if table else name
+    shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+    where = f"[{table}] {shown}" if table else shown
     if table in STAGES and name in OWN:
         raise InputError(f"--config {path}: {where}: a night sets this by itself. Leave it out.")
-    near = difflib.get_close_matches(name, known, n=1)
+    # The time of a comparison grows with the product of both lengths.
+    near = difflib.get_close_matches(name, known, n=1) if len(name) <= _LONGEST_NAME else []
     hint = f" Did you mean '{near[0]}'?" if near else f" Known ones: {', '.join(known)}."
     raise InputError(f"--config {path}: unknown key '{where}'.{hint}")
 
@@ -192,9 +217,9 @@ def _check_flag(where: str, value: Any, action: argparse.Action) -> None:
     else:
         kind, fits = "a text", isinstance(value, str)
     if not fits:
-        raise InputError(f"{where}: must be {kind}, not {value!r}.")
+        raise InputError(f"{where}: must be {kind}, not {show(value)}.")
     if action.choices is not None and value not in action.choices:
-        raise InputError(f"{where}: must be one of {', '.join(map(str, action.choices))}, not {value!r}.")
+        raise InputError(f"{where}: must be one of {', '.join(map(str, action.choices))}, not {show(value)}.")
 
 
 def _read_settings(path: str, table: str, kind: type[Any], given: dict[str, Any]) -> Any:
@@ -205,7 +230,7 @@ def _read_settings(path: str, table: str, kind: type[Any], given: dict[str, Any]
         wanted = type(known[name].default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (isinstance(value, bool) if wanted is bool else number and (wanted is float or isinstance(value, int))):
-            raise InputError(f"--config {path}: [{table}] {name}: must be {_words(wanted)}, not {value!r}.")
+            raise InputError(f"--config {path}: [{table}] {name}: must be {_words(wanted)}, not {show(value)}.")
         if number and not value >= 0:
             raise InputError(f"--config {path}: [{table}] {name}: must not be negative.")
         values[name] = wanted(value)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import errno
 import importlib
 import logging
 import os
@@ -15,6 +14,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 
+from pipelines.errors import input_error_behind, refuse_not_utf8
 from pipelines.gates import HeldBack
 from pipelines.package import guard
 from schemas.contract import InputError
@@ -36,8 +36,6 @@ LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
 
 MENDABLE, HELD_BACK = 2, 3
 """Exit codes: what the user can mend; a finished run that its gates keep from readers"""
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 DATAFLOW_RUNNERS = ("dataflow", "dataflowrunner")
 
@@ -255,7 +253,9 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
     # Encoders come from a path or a hub that the user named; nothing else may reach out.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    given = sys.argv[1:] if argv is None else argv
     try:
+        refuse_not_utf8(given)
         return main(argv)
     except DryRun as done:
         print(f"camenn: dry run: {done}; nothing was published", file=sys.stderr)
@@ -264,34 +264,8 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
         print(f"camenn: held back: {held}", file=sys.stderr)
         return HELD_BACK
     except Exception as error:
-        cause = input_error_behind(error)
+        cause = input_error_behind(error, given)
         if cause is None:
             raise
         print(f"camenn: error: {cause}", file=sys.stderr)
         return MENDABLE
-
-
-def input_error_behind(error: BaseException) -> InputError | None:
-    """What the user can mend, if that is what ended a command: an InputError, perhaps wrapped by a Beam worker in its own exceptions, or a full disk."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, InputError):
-            return seen
-        if isinstance(seen, OSError) and seen.errno in FULL:
-            return _full_disk(str(seen))
-        seen = seen.__cause__ or seen.__context__
-    # A runner may flatten a worker's exception to text.
-    text = str(error)
-    for marker in ("InputError: ", "DamagedError: ", "WeightsError: ", "DeviceError: "):
-        if marker in text:
-            return InputError(text.split(marker)[-1].split(" [while running")[0].strip().strip("'\""))
-    for number in FULL:
-        if f"[Errno {number}]" in text:
-            return _full_disk(text[text.index(f"[Errno {number}]") :].split(" [while running")[0].splitlines()[0])
-    return None
-
-
-def _full_disk(what: str) -> InputError:
-    return InputError(
-        f"{what}: the disk is full. Free some of it (`camenn gc` removes what no kept run refers to) and run again: what was published is as it was."
-    )

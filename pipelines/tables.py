@@ -1,10 +1,11 @@
 """Reading and writing tables in Beam: one pair of transforms, bound to a contract. Elements are Arrow tables, not rows."""
 
+import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import apache_beam as beam
 import numpy as np
@@ -13,9 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from camenn_model.hashing import stable_hash
+from pipelines.errors import reading
 from pipelines.files import Written, fingerprint, join, list_parquet, open_read, write_parquet
 from pipelines.parcels import Packer, Parcel, unpack
-from schemas.contract import Contract, InputError, check_output, conform
+from schemas.contract import Contract, InputError, check_output, conform, find_not_utf8, is_text, without_dictionary
 from schemas.rejects import REJECTS
 
 ROWS_PER_FILE = 262_144
@@ -40,23 +42,27 @@ class Source:
         files = list_parquet(join(directory, name or contract.name), contract.name)
         rows = 0
         for path in files:
-            with open_read(path) as handle:
-                try:
-                    parquet = pq.ParquetFile(handle)
-                except pa.ArrowInvalid as error:
-                    raise InputError(
-                        f"{path}: table '{contract.name}': not a whole Parquet file ({error}). Write it again."
-                    ) from error
+            with open_table(path, contract) as (_, parquet):
                 conform(parquet.schema_arrow.empty_table(), contract, path)
                 rows += parquet.metadata.num_rows
         return cls(contract=contract, files=tuple(files), rows=rows, fingerprint=fingerprint(files))
 
     def read_all(self, columns: list[str] | None = None) -> pa.Table:
-        """The whole table in memory: for small dimensions (users, stores, audience)."""
+        """The whole table in memory: for small dimensions (users, stores, audience).
+
+        Raises:
+            InputError: a file cannot be read, has a text that is not UTF-8, or does not fit the others.
+        """
         tables = []
         for path in self.files:
-            with open_read(path) as handle:
-                tables.append(conform(pq.read_table(handle), self.contract, path))
+            table = read_groups(path, self.contract)
+            for name in table.column_names:
+                column = without_dictionary(table[name])
+                wrong = find_not_utf8(column)
+                if wrong is not None:
+                    row = pc.index(wrong, value=True).as_py()
+                    raise InputError(f"{path}: row {row}: {tell_not_utf8(name, column[row])}")
+            tables.append(table)
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -77,12 +83,74 @@ class Slice:
     """Within the shard set, of a log's: see pipelines/event_log.py"""
 
 
+@contextlib.contextmanager
+def open_table(path: str, contract: Contract) -> Iterator[tuple[BinaryIO, pq.ParquetFile]]:
+    """Open one of a table's files: (its bytes, what Arrow reads of them).
+
+    Raises:
+        InputError: naming the file, for whatever goes wrong in the block.
+    """
+    with reading(path, f"table '{contract.name}' cannot be read"), open_read(path) as handle:
+        yield handle, open_parquet(handle)
+
+
+def open_parquet(handle: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
+    """Open Parquet, pages held to their checksums where there are any. `texts`: columns to read as dictionaries of strings."""
+    return pq.ParquetFile(handle, page_checksum_verification=True, read_dictionary=list(texts))
+
+
+def read_groups(
+    path: str, contract: Contract, groups: Sequence[int] | None = None, columns: list[str] | None = None
+) -> pa.Table:
+    """Read some row groups of a file, or all, and some of its columns, or all, conformed to the contract.
+
+    Raises:
+        InputError: naming file, row group and column of what cannot be read.
+    """
+    with open_table(path, contract) as (handle, parquet):
+        wanted = list(range(parquet.num_row_groups) if groups is None else groups)
+        try:
+            table = parquet.read_row_groups(wanted, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            # Of a dictionary of large strings Arrow checks the values while it reads, and says of none which.
+            texts = [field.name for field in parquet.schema_arrow if _is_coded_text(field.type)]
+            parquet = open_parquet(handle, texts)
+            table = _read_columns(path, contract, parquet, wanted, columns, error)
+    return conform(table, contract, path)
+
+
+def _is_coded_text(kind: pa.DataType) -> bool:
+    return pa.types.is_dictionary(kind) and is_text(kind.value_type)
+
+
+def _read_columns(
+    path: str,
+    contract: Contract,
+    parquet: pq.ParquetFile,
+    groups: Iterable[int],
+    columns: list[str] | None,
+    error: Exception,
+) -> pa.Table:
+    """Read again what `error` ended the reading of, and find where."""
+    tables = []
+    for group in groups:
+        try:
+            tables.append(parquet.read_row_group(group, columns=columns))
+        except (pa.ArrowException, OSError):
+            for name in columns or parquet.schema_arrow.names:
+                where = f"row group {group}: column '{name}' of table '{contract.name}' cannot be read"
+                with reading(path, where):
+                    parquet.read_row_group(group, columns=[name])
+            raise error from None
+    return pa.concat_tables(tables)
+
+
 def list_slices(source: Source) -> list[Slice]:
     """Row groups of a table's files, in order."""
     slices = []
     for path in source.files:
-        with open_read(path) as handle:
-            metadata = pq.ParquetFile(handle).metadata
+        with open_table(path, source.contract) as (_, parquet):
+            metadata = parquet.metadata
         first = 0
         for group in range(metadata.num_row_groups):
             slices.append(Slice(path, group, first))
@@ -92,9 +160,7 @@ def list_slices(source: Source) -> list[Slice]:
 
 def read_slice(where: Slice, contract: Contract, columns: list[str] | None = None) -> pa.Table:
     """One row group, or some of its columns, conformed to its contract."""
-    with open_read(where.file) as handle:
-        table = pq.ParquetFile(handle).read_row_group(where.row_group, columns=columns)
-    return conform(table, contract, where.file)
+    return read_groups(where.file, contract, [where.row_group], columns)
 
 
 class _ReadSlice(beam.DoFn):
@@ -293,19 +359,48 @@ class Fault:
     told: Callable[[int], str]
 
 
-def find_nulls(table: pa.Table, contract: Contract) -> list[Fault]:
-    """A fault for each column that lacks a required value somewhere."""
-    return [
+def tell_not_utf8(name: str, text: pa.StringScalar) -> str:
+    """Return column, value (foreign bytes as \\xe9) and remedy of a text that is not UTF-8."""
+    return f"column '{name}' is not UTF-8: '{_shown(text)}'. Convert the text to UTF-8 (from Latin-1, perhaps), or leave the row out."
+
+
+def _shown(text: pa.StringScalar) -> str:
+    """A text for a person, whatever its bytes are."""
+    return str(text.cast(pa.large_binary()).as_py().decode(errors="backslashreplace"))
+
+
+def find_unusable(table: pa.Table, contract: Contract) -> list[Fault]:
+    """A fault for each column with a text that is not UTF-8, then one for each that lacks a required value somewhere."""
+    faults = []
+    for column in contract.columns:
+        wrong = find_not_utf8(table[column.name])
+        if wrong is not None:
+            faults.append(
+                Fault(
+                    "not_utf8",
+                    wrong.to_numpy(zero_copy_only=False),
+                    lambda row, name=column.name: tell_not_utf8(name, table[name][row]),
+                )
+            )
+    return faults + [
         Fault(
             f"null_{column.name}",
             pc.is_null(table[column.name]).to_numpy(),
             lambda _, column=column: (
-                f"column '{column.name}' is null. Give it a value ({column.doc}) or leave the row out."
+                f"column '{column.name}' is null or blank. Give it a value ({column.doc}) or leave the row out."
             ),
         )
         for column in contract.columns
         if not (column.nullable or column.optional) and table[column.name].null_count
     ]
+
+
+def keep_usable(table: pa.Table, contract: Contract) -> pa.Table:
+    """Return the rows in which `find_unusable` finds nothing."""
+    bad = np.zeros(table.num_rows, dtype=bool)
+    for fault in find_unusable(table, contract):
+        bad |= fault.rows
+    return table.filter(pa.array(~bad)) if bad.any() else table
 
 
 def drop_faults(
@@ -319,14 +414,14 @@ def drop_faults(
         bad |= fault.rows
         keys, details = [], []
         for row in map(int, rows):
-            values = [table[name][row].as_py() for name in contract.key]
-            known = "/".join(str(v) for v in values if v is not None)
+            values = [table[name][row] for name in contract.key]
+            known = "/".join(_shown(value) for value in values if value.is_valid)
             keys.append(f"{contract.name}:{known or f'row {where.first_row + row} of {where.file}'}")
             details.append(f"{where.file}: row {where.first_row + row}: {fault.told(row)}")
         rejects.append(make_rejects(stage, keys, fault.reason, details))
     return (table.filter(pa.array(~bad)) if bad.any() else table), pa.concat_tables(rejects)
 
 
-def drop_nulls(stage: str, where: Slice, table: pa.Table, contract: Contract) -> tuple[pa.Table, pa.Table]:
-    """Split off rows that lack a required value, see `drop_faults`."""
-    return drop_faults(stage, where, table, contract, find_nulls(table, contract))
+def drop_unusable(stage: str, where: Slice, table: pa.Table, contract: Contract) -> tuple[pa.Table, pa.Table]:
+    """Split off rows that lack a required value or have a text that is not UTF-8, see `drop_faults`."""
+    return drop_faults(stage, where, table, contract, find_unusable(table, contract))

@@ -2,10 +2,12 @@
 
 A `Contract` is a named pyarrow schema with its key and its optional columns. `conform` casts what can be cast without loss
 (integer ids to strings, zoned times to UTC, int32 to int64, float32 to float64, ...), numbers to float32 where the model reads no more, and raises `InputError`, naming file,
-column and remedy, for anything else.
+column and remedy, for anything else. A blank text (empty, or nothing but white space) is a missing one, of every column of a contract;
+other texts stay as they are, white space around them included.
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -64,16 +66,13 @@ def cast_without_loss(array: pa.ChunkedArray, target: pa.DataType) -> pa.Chunked
 
     Strings are never parsed into numbers or times, floats never become ids, and zoned times become UTC.
     """
+    array = without_dictionary(array)
     source = array.type
-    if pa.types.is_dictionary(source):
-        array = array.cast(source.value_type)
-        source = array.type
     if source == target or pa.types.is_null(source):
         return array.cast(target)
-    string_like = pa.types.is_string(source) or pa.types.is_large_string(source) or pa.types.is_string_view(source)
     widenings = {
-        "string": string_like or pa.types.is_integer(source),
-        "large_string": string_like or pa.types.is_integer(source),
+        "string": is_text(source) or pa.types.is_integer(source),
+        "large_string": is_text(source) or pa.types.is_integer(source),
         "binary": pa.types.is_binary(source) or pa.types.is_large_binary(source) or pa.types.is_binary_view(source),
         "double": pa.types.is_floating(source) or pa.types.is_integer(source),
         "float": pa.types.is_floating(source) or pa.types.is_integer(source),
@@ -92,15 +91,65 @@ def cast_without_loss(array: pa.ChunkedArray, target: pa.DataType) -> pa.Chunked
     return array.cast(target)
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's strings."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def without_dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column's values themselves where it is dictionary-encoded."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def find_not_utf8(column: pa.ChunkedArray) -> pa.BooleanArray | None:
+    """Find the rows whose text is not UTF-8, bool [n].
+
+    Arrow writes and reads such texts as they are and fails, without a row, where the first of them becomes a Python string. None where there are none,
+    or where the column is no text.
+    """
+    column = without_dictionary(column)
+    if not is_text(column.type):
+        return None
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return pa.array([not _is_utf8(value) for value in column.cast(pa.large_binary()).to_pylist()], pa.bool_())
+    return None
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        if value is not None:
+            value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def blank_to_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a string column with null for texts that are empty or nothing but white space."""
+    try:
+        blank = pc.utf8_is_space(column)
+    except pa.ArrowInvalid:
+        blank = pc.utf8_is_space(pc.if_else(find_not_utf8(column), "?", column))
+    blank = pc.or_(blank, pc.equal(pc.binary_length(column), 0))
+    return pc.if_else(blank, pa.scalar(None, column.type), column) if pc.any(blank).as_py() else column
+
+
 def conform(table: pa.Table, contract: Contract, file: str) -> pa.Table:
     """Return `table` with the contract's columns and types, in order; optional columns that the file lacks are null.
 
-    Nulls in required columns are left in place: the stages turn such rows into rejects. Columns beyond the contract are dropped
-    unless `contract.extra_columns`, in which case they follow as they are.
+    Nulls in required columns are left in place, and so are texts that are not UTF-8: the stages turn such rows into rejects. Blank texts become null.
+    Columns beyond the contract are dropped unless `contract.extra_columns`, in which case they follow as they are.
 
     Raises:
-        InputError: a required column is missing, or a column's type does not widen losslessly to the contract's.
+        InputError: two columns share a name, a required one is missing, or a column's type does not widen losslessly to the contract's.
     """
+    repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"{file}: column '{repeated[0]}' of table '{contract.name}' is there more than once. Keep one of them, or give the others their own names."
+        )
     arrays: list[pa.ChunkedArray | pa.Array] = []
     fields: list[pa.Field] = []
     for column in contract.columns:
@@ -116,7 +165,8 @@ def conform(table: pa.Table, contract: Contract, file: str) -> pa.Table:
             )
         source = table[column.name]
         try:
-            arrays.append(cast_without_loss(source, column.type))
+            values = cast_without_loss(source, column.type)
+            arrays.append(blank_to_null(values) if is_text(column.type) else values)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise InputError(
                 f"{file}: column '{column.name}' of table '{contract.name}' has type {source.type}, which cannot become "

@@ -18,7 +18,7 @@ from pipelines.clock import latest_time
 from pipelines.dimensions import read_timezones, read_users
 from pipelines.events import read_times
 from pipelines.options import run_main
-from pipelines.tables import Slice, Source, drop_nulls
+from pipelines.tables import Slice, Source, drop_unusable
 from schemas.audience import AUDIENCE
 from schemas.catalog import CATALOG
 from schemas.contract import Contract, InputError, conform
@@ -192,7 +192,7 @@ BAD: dict[str, tuple[Callable[[Data], Any], list[str], list[str]]] = {
     "null zone": (
         lambda data: data.tables.update(stores=pa.table({"store_id": ["s0"], "timezone": pa.nulls(1, pa.string())})),
         [],
-        ["stores.parquet: store_id 's0'", "IANA"],
+        ["stores.parquet: store_id 's0': column 'timezone': is null or blank. Use an IANA name"],
     ),
     "a user twice": (
         lambda data: data.tables.update(users=pa.table({"user_id": ["a", "b", "a"]})),
@@ -406,18 +406,18 @@ def test_null_values_are_rejected_with_file_and_row(data: Data) -> None:
     assert set(rejects) == {"null_item_id", "null_clicked_at"}
     assert rejects["null_item_id"]["key"] == f"catalog:row 5 of {data.file('catalog')}"
     assert rejects["null_item_id"]["detail"].startswith(
-        f"{data.file('catalog')}: row 5: column 'item_id' is null. Give it a value"
+        f"{data.file('catalog')}: row 5: column 'item_id' is null or blank. Give it a value"
     )
     assert rejects["null_clicked_at"]["key"] == "clicks:e39"
     assert rejects["null_clicked_at"]["detail"].startswith(
-        f"{data.file('clicks')}: row 39: column 'clicked_at' is null."
+        f"{data.file('clicks')}: row 39: column 'clicked_at' is null or blank."
     )
     assert data.counts("clicks")["rejected"] == 1
 
 
 def test_a_row_without_several_values_is_one_reject() -> None:
     table = event_table([a_click(0, START), a_click(1, START, user_id=None, item_id=None, exposure_id=None)], CLICKS)
-    kept, rejects = drop_nulls("shards", Slice("f.parquet", 0, 100), table, CLICKS)
+    kept, rejects = drop_unusable("shards", Slice("f.parquet", 0, 100), table, CLICKS)
     assert (kept.num_rows, rejects.num_rows) == (1, 1)
     assert rejects["key"].to_pylist() == ["clicks:row 101 of f.parquet"]
     assert rejects["reason"].to_pylist() == ["null_exposure_id"]

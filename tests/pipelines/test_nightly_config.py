@@ -103,3 +103,54 @@ def test_a_missing_config_names_the_remedy(tmp_path: Path, capsys: pytest.Captur
     assert "camenn nightly --init" in capsys.readouterr().err
     assert run_main(nightly.main, []) == 2
     assert tomllib.loads(example())["work"] == "work"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"data = 'caf\xe9'", "not TOML (a name or text in it is not UTF-8"),
+        (b"x = " + b"[" * 100_000, "not TOML (nested too deeply)"),
+        (b"".join(b"k%d = 1\n" % number for number in range(100_000)), "larger than 1,048,576 bytes, so not a config"),
+        (b"k" * 1_000_000 + b" = 1", f"unknown key '{'k' * 100}...'"),
+        (
+            b"data = 'd'\nwork = 'w'\non_failure = " + b"[" * 60 + b"]" * 60,
+            "must be a list of texts, not [[[[[[[...]]]]]]]",
+        ),
+        (
+            b"data = 'd'\nwork = 'w'\ntrain = '" + b"t" * 100_000 + b"'",
+            "'train' must be a table, not 'tttttttttttt...ttttttttttttt'",
+        ),
+        (b'data = "a\\u0000b"\nwork = "w"', "'data' has a NUL character"),
+    ],
+)
+def test_a_config_that_is_none_is_refused_at_once(
+    tmp_path: Path, data: bytes, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A million keys that nobody knows took half a minute to refuse; a message is one line that can be read."""
+    path = tmp_path / "city.toml"
+    path.write_bytes(data)
+    assert run_main(nightly.main, ["--config", str(path)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert said in error and str(path) in error
+    assert len(error) < 700
+
+
+def test_a_config_that_may_not_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(nightly.main, ["--config", str(tmp_path)]) == 2
+    assert f"{tmp_path}: Is a directory. A file is needed there" in capsys.readouterr().err
+    (tmp_path / "link.toml").symlink_to(tmp_path / "nowhere.toml")
+    assert run_main(nightly.main, ["--config", str(tmp_path / "link.toml")]) == 2
+    assert "link.toml: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("work", "said"), [("file", "File exists"), ("file/deep", "Not a directory")])
+def test_a_work_directory_that_cannot_be_is_named(
+    tmp_path: Path, work: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path stands in the config, not on the command line."""
+    (tmp_path / "file").touch()
+    path = tmp_path / "city.toml"
+    path.write_text(f'data = "data"\nwork = "{work}"\n')
+    assert run_main(nightly.main, ["--config", str(path)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/file" in error and said in error

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import cli
-from pipelines.event_log import plain_texts
 from pipelines.manifest import Manifest, read_latest
+from schemas.contract import without_dictionary
 from tests.camenn_model.encoder_sources import minilm
 from tests.pipelines.flink_cluster import PROJECT, FlinkCluster, free_port, kill, start_camenn, wait_until
 
@@ -48,7 +48,7 @@ def read(path: str) -> pa.Table:
     if path.endswith(".arrows"):
         with pa.OSFile(path) as handle:
             table = pa.ipc.open_stream(handle).read_all()
-        return pa.table({name: plain_texts(table[name]) for name in table.column_names})
+        return pa.table({name: without_dictionary(table[name]) for name in table.column_names})
     return pq.ParquetFile(path).read()
 
 

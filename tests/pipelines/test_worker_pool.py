@@ -12,7 +12,7 @@ import pytest
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc, endpoints_pb2
 
 from pipelines import package
-from pipelines.options import input_error_behind
+from pipelines.errors import input_error_behind
 from pipelines.package import check_package, guard, package_fingerprint
 from schemas.contract import InputError
 from tests.pipelines.flink_cluster import PROJECT, free_port, wait_until

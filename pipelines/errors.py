@@ -1,0 +1,199 @@
+"""What goes wrong outside the program, told so that a user can mend it: damaged tables, documents that are none, disks and rights.
+
+Two places use it. `reading` stands around the opening and reading of a file that a user handed in, so that whatever Arrow, a parser or the system says of it names the file.
+`input_error_behind` looks at what ended a command: an InputError, or an error of the system with a number that a user can act on, wherever it comes from, also
+through a Beam worker, which may hand over no more than a traceback's text. Errors of the program itself stay what they are.
+"""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from schemas.contract import InputError
+
+REMEDIES = {
+    errno.EACCES: "Give the user that runs camenn the right to it, or name another place.",
+    errno.EPERM: "Give the user that runs camenn the right to it, or name another place.",
+    errno.EROFS: "Mount it for writing, or name another place.",
+    errno.EMFILE: "Allow more open files (`ulimit -n 4096`), or give fewer workers.",
+    errno.ENFILE: "The machine has too many files open: end other programs, or raise its limit (fs.file-max).",
+    errno.ENAMETOOLONG: "Name a shorter path.",
+    errno.ELOOP: "Its symbolic links lead in a circle: mend them.",
+    errno.ENOLCK: "The file system has no locks: name a place on a local disk, or mount it with locks.",
+    errno.EIO: "The disk or its connection fails: look at the system's log, then run again.",
+    errno.ESTALE: "The server of the file system has lost it: mount it again, then run again.",
+    errno.EFBIG: "The file system, or `ulimit -f`, allows no file of that size: raise the limit, or name another place.",
+    errno.ENOSPC: "",
+    errno.EDQUOT: "",
+}
+"""By error number: what to do about it, wherever it comes from. Of full disks see `_tell`."""
+
+REMEDIES_OF_PATHS = {
+    errno.ENOENT: "Check the path, or make it.",
+    errno.ENOTDIR: "A part of the path is a file, where a directory is needed: check the path.",
+    errno.EISDIR: "A file is needed there: check the path.",
+    errno.EEXIST: "Something else is there already: remove it, or name another place.",
+}
+"""The same of errors that a user can mend where the path is one that they gave; of others they are the program's own."""
+
+PROGRAMMING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    SyntaxError,
+    TypeError,
+)
+"""Never the user's to mend, whatever was being handled when one of them was raised"""
+
+_STEP = re.compile(r" ?\[while running [^\n]*")
+_RAISED = re.compile(r"(?:[\w.<>]+\.)?(\w+)(?=:|\s|$)")
+_NUMBERED = re.compile(r"\[Errno (\d+)\] ([^\n]*)")
+_QUOTED = re.compile(r"'([^']+)'")
+_MARKERS = ("InputError: ", "DamagedError: ", "WeightsError: ", "DeviceError: ")
+_LONGEST = 300
+
+
+@contextlib.contextmanager
+def reading(path: str, what: str, *, remedy: str = "Write it again.") -> Iterator[None]:
+    """Name the file in whatever goes wrong while it is read.
+
+    Args:
+        path: the file.
+        what: what is wrong then, as a message says it: "table 'clicks' cannot be read", "not JSON".
+        remedy: what to do where it is not.
+
+    Raises:
+        InputError: the system, Arrow or a parser refuses it. Errors of the program pass.
+    """
+    try:
+        yield
+    except (InputError, MemoryError, pa.ArrowCancelled):
+        raise
+    except OSError as error:
+        told = tell_system_error(error, (path,))
+        raise told or InputError(f"{path}: {what} ({one_line(error)}). {_unencrypted(error) or remedy}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: {what} (nested too deeply). {remedy}") from error
+    except UnicodeError as error:
+        raise InputError(f"{path}: {what} (a name or text in it is not UTF-8: {one_line(error)}). {remedy}") from error
+    except (pa.ArrowException, ValueError) as error:
+        raise InputError(f"{path}: {what} ({one_line(error)}). {remedy}") from error
+
+
+def _unencrypted(error: Exception) -> str | None:
+    return "Write it without encryption." if "encrypt" in str(error).lower() else None
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text on one line, without a full stop, cut where it is very long."""
+    text = " ".join(str(error).split()).removesuffix(".")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def refuse_not_utf8(words: Sequence[str]) -> None:
+    """Raise InputError where a word of the command line is not UTF-8: tables and documents could not name it."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(word).decode(errors="backslashreplace")
+            raise InputError(
+                f"{shown}: the path or flag is not UTF-8. Give the file or directory another name."
+            ) from error
+
+
+def input_error_behind(error: BaseException, given: Sequence[str] = ()) -> InputError | None:
+    """Return what the user can mend, if that is what ended a command.
+
+    Args:
+        error: what ended it, perhaps wrapped by a Beam worker in its own exceptions, or flattened to text.
+        given: paths, and other words, of the command line and its config: see `REMEDIES_OF_PATHS`.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, PROGRAMMING):
+            return None
+        if isinstance(seen, InputError):
+            # Beam's workers raise it again with the step's name behind its text.
+            text = _STEP.sub("", str(seen))
+            return seen if text == str(seen) else InputError(text)
+        told = tell_system_error(seen, given) if isinstance(seen, OSError) else None
+        if told is not None:
+            return told
+        seen = seen.__cause__ or seen.__context__
+    return _told_in_text(str(error), given)
+
+
+def _told_in_text(text: str, given: Sequence[str]) -> InputError | None:
+    """What a runner that flattened a worker's exception to text says of it."""
+    # What was raised last stands below the last frames.
+    lines = text.rpartition("Traceback (most recent call last):")[2].splitlines()
+    raised = next((line for line in lines if line.strip() and not line.startswith(" ")), "")
+    # Beam's workers put what they cannot raise again into a RuntimeError.
+    raised = raised.removeprefix("RuntimeError: ")
+    name = _RAISED.match(raised)
+    if name and name[1] in _PROGRAMMING_NAMES:
+        return None
+    for marker in _MARKERS:
+        if marker in text:
+            return InputError(_STEP.split(text.split(marker)[-1])[0].strip().strip("'\""))
+    numbered = _NUMBERED.search(raised)
+    if numbered is None:
+        return None
+    words = _STEP.split(numbered[2])[0].strip()
+    path = _QUOTED.search(words)
+    return _tell(int(numbered[1]), path[1] if path else None, words, given)
+
+
+_PROGRAMMING_NAMES = {"IndexError", "KeyError", "ModuleNotFoundError", "UnboundLocalError", "ZeroDivisionError"} | {
+    kind.__name__ for kind in PROGRAMMING
+}
+
+
+def tell_system_error(error: OSError, given: Sequence[str] = ()) -> InputError | None:
+    """Return what an error of the system says to the user, or None where it is none that they can mend."""
+    inner = getattr(error, "exception_details", None)
+    if isinstance(inner, dict):
+        # Beam's operations on many files: an error for each.
+        found = [tell_system_error(one, given) for one in inner.values() if isinstance(one, OSError)]
+        return next((told for told in found if told is not None), None)
+    if error.errno is None:
+        return None
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+    words = error.strerror or str(error)
+    return _tell(error.errno, path, words if path else one_line(error), given)
+
+
+def _tell(number: int, path: str | None, words: str, given: Sequence[str]) -> InputError | None:
+    place = path or words
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(
+            f"{place}: the disk is full ({os.strerror(number)}). "
+            "Free some of it (`camenn gc` removes what no kept run refers to) and run again: what was published is as it was."
+        )
+    remedy = REMEDIES.get(number)
+    if remedy is None and path is not None and _is_given(path, given):
+        remedy = REMEDIES_OF_PATHS.get(number)
+    if remedy is None:
+        return None
+    return InputError(f"{place}: {os.strerror(number)}. {remedy}")
+
+
+def _is_given(path: str, given: Sequence[str]) -> bool:
+    """Whether a path is one of those given, below one of them, or a directory that one of them lies in."""
+    path = os.path.abspath(path)
+    for word in given:
+        # A flag and its value may be one word.
+        for part in (word, word.partition("=")[2]):
+            place = os.path.abspath(os.path.expanduser(part)) if part else ""
+            if place and (f"{path}/".startswith(f"{place}/") or f"{place}/".startswith(f"{path}/")):
+                return True
+    return False
