@@ -6,6 +6,7 @@ catalog ──► Clean ──► Resolve (which photo, which title) ──► i
               minus committed keys ──► chunks of ≤ 256 ──► RunInference ──► one part + commit marker each
 
 Small parts, of this run and of those before, are merged once all are encoded, by runs that encoded something. `--plan` ends before RunInference: it counts.
+A run that lost photos is held back (pipelines/embed_coverage.py).
 """
 
 import argparse

@@ -16,6 +16,7 @@ from camenn_model import checkpoint
 from camenn_model.feature_space import Vocabulary
 from pipelines.coverage import cover_night
 from pipelines.gates import Coverage, Gate, Night, check_night
+from pipelines.report_words import GATE_WORDS
 from pipelines.score_inputs import ScoreOptions, find_pairs, open_inputs, user_fields
 from schemas.catalog import CATALOG
 from schemas.contract import InputError
@@ -180,6 +181,10 @@ ALL_STORES = drop("candidates")
 def test_nights_alike_pass_and_so_does_the_first(city: City) -> None:
     for tables in (None, ALL_STORES):
         assert city.first(tables) == city.failed(tables, tables) == {}
+        night, coverage = city.look(tables)
+        names = {gate.name for gate in check_night(night, [night], coverage=coverage)}
+        # Readers of the report see no column's name for a title.
+        assert names - set(GATE_WORDS) == {"known_user_age"}
 
 
 def few_go_and_come(tables: dict[str, pa.Table]) -> None:
