@@ -5,15 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from benchmarks.stub_encoders import stub_handler, stub_specs
 from pipelines import cli, embed_catalog
-from pipelines.embed_coverage import PhotoIds
+from pipelines.embed_coverage import PhotoIds, check_photos
+from pipelines.embed_job import EmbedOptions
 from pipelines.files import write_parquet
 from pipelines.manifest import publications, read_latest
 from pipelines.options import run_main
+from schemas.contract import InputError
 from schemas.embeddings import EMBEDDED_ITEMS
 from tests.pipelines.test_embed_catalog import write_catalog
 
@@ -38,16 +41,7 @@ class Store:
 
     def embed(self, *, root: Path | None = None, allow_absolute: bool = False, plan: bool = False) -> tuple[int, str]:
         """Run the stage: (exit code, what it said); `summary` is its closing table."""
-        image, text = stub_specs((1, 4), (3, 2))
-        options = embed_catalog.EmbedOptions(
-            data=str(self.data),
-            store=str(self.root),
-            image_root=str(root or self.share),
-            allow_absolute=allow_absolute,
-            image=image,
-            text=text,
-            max_reject_rate=0.0,
-        )
+        options = self.options(root, allow_absolute)
 
         def main(_: list[str] | None) -> int:
             flags = ["--direct_num_workers=1"]
@@ -59,6 +53,19 @@ class Store:
             return 0
 
         return run_main(main), self.capfd.readouterr().err
+
+    def options(self, root: Path | None = None, allow_absolute: bool = False) -> EmbedOptions:
+        """Options of a run with stub encoders."""
+        image, text = stub_specs((1, 4), (3, 2))
+        return EmbedOptions(
+            data=str(self.data),
+            store=str(self.root),
+            image_root=str(root or self.share),
+            allow_absolute=allow_absolute,
+            image=image,
+            text=text,
+            max_reject_rate=0.0,
+        )
 
     def run(self) -> str:
         latest = read_latest(str(self.root))
@@ -115,6 +122,21 @@ def test_a_photo_that_cannot_be_decoded_is_none(tmp_path: Path) -> None:
     found = PhotoIds.of_items([str(tmp_path / "items.parquet")], ["k1"], ["i5"])
     assert (len(found.listings), len(found.with_photo), found.named) == (6, 1, 5)
     assert len(PhotoIds.of_items([str(tmp_path / "items.parquet")], []).with_photo) == 4
+
+
+@pytest.mark.parametrize(
+    ("usable", "named", "refused"),
+    [(0, 4, False), (0, 5, True), (1, 19, False), (0, 20, True), (1, 20, False), (4, 100, True), (5, 100, False)],
+)
+def test_as_good_as_none_is_none(store: Store, usable: int, named: int, refused: bool) -> None:
+    options = store.options()
+    nothing, ids = np.zeros(0, dtype=np.uint64), np.arange(100, dtype=np.uint64)
+    before, now = PhotoIds(nothing, nothing, 0), PhotoIds(ids, ids[:usable], named)
+    if refused:
+        with pytest.raises(InputError, match=f"{usable} of {named} listings that name a photo"):
+            check_photos(options, before, now, [])
+    else:
+        assert check_photos(options, before, now, []) == []
 
 
 def test_a_first_run_without_any_photo_is_refused(store: Store) -> None:
