@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pipelines import files
 from pipelines.dimensions import as_category, locate_row
 from pipelines.features import local_hour_weekday
+from pipelines.joins import Side, column_of
 from pipelines.snapshot import Log, active_users
 from pipelines.tables import Source
 from schemas.audience import AUDIENCE, CANDIDATES
@@ -96,13 +97,18 @@ def has_candidates(data: str) -> bool:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The pairs that are to be scored. `pairs`: rows of (audience, item), int64 [n, 2], distinct and ordered; rows of the table beside: all, those that name an unknown id, copies."""
+    """The pairs that are to be scored. `pairs`: rows of (audience, item), int64 [n, 2], distinct and ordered; rows of the table beside: all, those that name an unknown id, copies.
+
+    `audience_ids`, `item_ids`: the table's columns as they are, [rows].
+    """
 
     pairs: np.ndarray
     file: str
     rows: int
     unknown: int
     copies: int
+    audience_ids: Side
+    item_ids: Side
 
 
 def read_candidates(data: str, audience_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray) -> Candidates | None:
@@ -119,7 +125,8 @@ def read_candidates(data: str, audience_ids: pa.ChunkedArray, item_ids: pa.Chunk
     known = (pairs >= 0).all(axis=1)
     distinct = np.unique(pairs[known], axis=0)
     unknown = int((~known).sum())
-    return Candidates(distinct, source.files[0], len(pairs), unknown, len(pairs) - unknown - len(distinct))
+    sides = (column_of(source, name, table[name]) for name in ("audience_id", "item_id"))
+    return Candidates(distinct, source.files[0], len(pairs), unknown, len(pairs) - unknown - len(distinct), *sides)
 
 
 def score_time(score_date: str) -> tuple[int, int]:

@@ -342,7 +342,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
     inputs["store"] = store.request
     request = request_fingerprint(inputs, {**asdict(options), "features": FEATURES_VERSION})
     given = {"--data": options.data, "--store": options.store}
-    with files.reading(options.store), hold_output(out, "--out", STAGE, given):
+    with files.shared_reader(options.store), hold_output(out, "--out", STAGE, given):
         latest = read_latest(out)
         if latest is not None and latest.request == request and not (rerun or rebuild):
             print(

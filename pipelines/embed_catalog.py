@@ -6,13 +6,14 @@ catalog ──► Clean ──► Resolve (which photo, which title) ──► i
               minus committed keys ──► chunks of ≤ 256 ──► RunInference ──► one part + commit marker each
 
 Small parts, of this run and of those before, are merged once all are encoded, by runs that encoded something. `--plan` ends before RunInference: it counts.
+A run that lost photos is held back (pipelines/embed_coverage.py).
 """
 
 import argparse
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,9 +28,11 @@ from camenn_model.integrity import DamagedError
 from pipelines import files
 from pipelines.console import closing_table, watch
 from pipelines.embed_contents import EncodeContents
+from pipelines.embed_coverage import PhotoIds, check_image_root, check_photos, first_defect, read_items
 from pipelines.embed_items import CleanRows, ResolveItems
 from pipelines.embed_job import STAGE, EmbedJob, EmbedOptions, store_place
 from pipelines.garbage import KEEP
+from pipelines.gates import HeldBack
 from pipelines.inference import MakeHandler, chunk_handler, measure_pace
 from pipelines.manifest import (
     FinishRun,
@@ -43,6 +46,7 @@ from pipelines.manifest import (
     read_latest,
     read_rejects,
     request_fingerprint,
+    write_manifest,
 )
 from pipelines.options import (
     add_common_flags,
@@ -127,15 +131,6 @@ class MergeParts(beam.DoFn):
         merge_parts(directory, group)
 
 
-def _read_items(item_files: list[str], columns: list[str]) -> Iterator[pa.Table]:
-    """The run's items, a row group at a time: all of them at once would grow with the catalog."""
-    for path in item_files:
-        with files.open_read(path) as handle:
-            source = pq.ParquetFile(handle)
-            for group in range(source.num_row_groups):
-                yield source.read_row_group(group, columns=columns)
-
-
 def failed_photos(parts: list[Part], unread_files: list[str]) -> dict[str, tuple[str, str]]:
     """{content key: (reason, detail)} of photos that could not be decoded, or not be read tonight."""
     failures = {key: (reason, detail) for part in parts for key, reason, detail in part.failures}
@@ -152,7 +147,7 @@ def write_defects(run_directory: str, item_files: list[str], failures: dict[str,
     keys: list[str] = []
     reasons: list[str] = []
     details: list[str] = []
-    for table in _read_items(item_files, ["item_id", "image_uri", "image_key", "image_defect", "image_defect_detail"]):
+    for table in read_items(item_files, ["item_id", "image_uri", "image_key", "image_defect", "image_defect_detail"]):
         bad = pc.or_(pc.is_valid(table["image_defect"]), pc.is_in(table["image_key"], failed))
         rows = (column.to_pylist() for column in table.filter(bad).columns)
         for item, uri, key, defect, detail in zip(*rows, strict=True):
@@ -177,7 +172,7 @@ def content_request(options: EmbedOptions, item_files: list[str], failures: Iter
     Listings come in any order, so their hashes are added up.
     """
     sums = [0, 0]
-    for table in _read_items(item_files, ["item_id", "title_key", "image_key"]):
+    for table in read_items(item_files, ["item_id", "title_key", "image_key"]):
         columns = [pc.fill_null(column, "") for column in table.columns]
         for place, salt in enumerate("ab"):
             rows = pc.binary_join_element_wise(pa.scalar(salt), *columns, "\t")
@@ -235,6 +230,7 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
     """Run the stage and publish; returns the closing table."""
     started = time.monotonic()
     source = Source.find(options.data, CATALOG)
+    check_image_root(options, source)
     inputs = {"--data": options.data, "--image_root": options.image_root}
     with hold_output(options.store, "--store", STAGE, inputs):
         latest = read_latest(options.store)
@@ -267,6 +263,8 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
         )
         failures = failed_photos(parts[IMAGES], unread_files)
         defects = write_defects(run_directory, item_files, failures)
+        photos = PhotoIds.of_items(item_files, failures)
+        gates = check_photos(options, PhotoIds.of_run(latest), photos, defects)
         manifest = Manifest(
             stage=STAGE,
             run=run_name,
@@ -274,6 +272,7 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             inputs={"catalog": source.fingerprint},
             options=describe_options(options),
             counts=counts,
+            gates=[gate.to_json() for gate in gates],
         )
         contracts = {
             c.name: c.fingerprint()
@@ -299,6 +298,7 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             "rows_out": catalog.get("out", 0),
             "rejected": catalog.get("rejected", 0),
             "duplicates": catalog.get("duplicates", 0),
+            "photos_named": photos.named,
             "defects": sum(record.rows for record in defects),
             "encoded_images": sum(part.rows for part in new[IMAGES]),
             "encoded_titles": sum(part.rows for part in new[TITLES]),
@@ -312,6 +312,13 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             "run": run_name,
             "out": options.store,
         }
+        failed = [gate.words for gate in gates if not gate.passed]
+        if failed:
+            write_manifest(options.store, manifest)
+            raise HeldBack(
+                f"run {run_name} is finished, but {'; '.join(failed)}. The first without: {first_defect(defects)} The embeddings of before stay published, and what was encoded is kept. "
+                f"See whether all of --image_root {options.image_root} is there, and run again; if it is right: camenn publish {run_directory} --force --reason TEXT"
+            )
         publish(options.store, manifest)
         # What was published may be published again, as far back as `camenn gc` keeps it.
         listed = {
@@ -329,13 +336,15 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
 def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
     """What `run` would have to do; returns the closing table. Photos that are new or changed are read, nothing is encoded or published."""
     started = time.monotonic()
+    source = Source.find(options.data, CATALOG)
+    check_image_root(options, source)
     threads = worker_threads(beam_flags)
     check_output(options.store, "--store", STAGE, {"--data": options.data, "--image_root": options.image_root})
     _, run_directory = new_run(options.store)
     try:
         job = EmbedJob(
             options=options,
-            source=Source.find(options.data, CATALOG),
+            source=source,
             previous=_items_of(read_latest(options.store)),
             run_directory=run_directory,
             progress=None,
@@ -354,15 +363,15 @@ def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
         summary[f"{kind}_to_encode"] = rows
         if not rows:
             continue
-        pace, source = _stored_pace(options, kind), f"{kind}: earlier runs"
+        pace, told = _stored_pace(options, kind), f"{kind}: earlier runs"
         if pace is None and is_local_run(beam_flags):
-            pace, source = measure_pace(job.spec(kind), threads), f"{kind}: a batch encoded just now"
+            pace, told = measure_pace(job.spec(kind), threads), f"{kind}: a batch encoded just now"
         if pace is None:
             # On other machines, and no run tells how fast they are.
-            encode_seconds, source = None, f"{kind}: nothing yet"
+            encode_seconds, told = None, f"{kind}: nothing yet"
         elif encode_seconds is not None:
             encode_seconds += rows * pace / local_workers(beam_flags)
-        sources.append(source)
+        sources.append(told)
     return summary | {
         # Three digits, not tenths: a fast machine's small run is no run of 0 seconds.
         "encode_seconds": None if encode_seconds is None else float(f"{encode_seconds:.3g}"),

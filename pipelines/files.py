@@ -443,7 +443,7 @@ READING = ".reading"
 
 
 @contextlib.contextmanager
-def reading(*roots: str) -> Iterator[None]:
+def shared_reader(*roots: str) -> Iterator[None]:
     """Keep `camenn gc` from removing files of some outputs while the block reads them.
 
     An output that cannot be written to is read without: nothing can be removed from it by this user either.

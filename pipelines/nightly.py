@@ -1,7 +1,7 @@
 """`camenn nightly`: embed, shards, train where it is due, score and report, from one config file; unattended.
 
 Each stage skips what did not change and goes on where a killed run ended, so a night that failed is simply run again. Exit codes: 0 all is well; 1 something
-unforeseen; 2 something to mend (input, config, a full disk); 3 tonight's scores were held back by a gate; 4 another night is running; 5 the published
+unforeseen; 2 something to mend (input, config, a full disk); 3 tonight's embeddings or scores were held back by a gate; 4 another night is running; 5 the published
 scores are older than they may be. After each of them readers see tonight's scores whole, or those of before.
 """
 
@@ -289,7 +289,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="camenn nightly",
         description="Run embed, shards, train where it is due, score and report in order; each does only what changed.",
-        epilog="exit codes: 0 all is well; 1 something unforeseen (a traceback tells); 2 something to mend: input, config, a full disk; 3 tonight's scores were held back by a gate; "
+        epilog="exit codes: 0 all is well; 1 something unforeseen (a traceback tells); 2 something to mend: input, config, a full disk; 3 tonight's embeddings or scores were held back by a gate; "
         "4 another night is running; 5 the published scores are older than they may be. After each of them readers see tonight's scores whole, or those of before.",
         allow_abbrev=False,
     )

@@ -210,6 +210,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
         "nights": nights,
         "trends": trend_plots(nights),
         "night_rows": report_nights.night_rows(work),
+        "gates": report_nights.gate_rows(work),
         "funnel": report_rows.click_funnel(work),
         "splits": report_rows.splits(work),
         "books": report_rows.books(work),

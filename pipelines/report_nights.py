@@ -8,6 +8,7 @@ from pipelines.manifest import Manifest, publications
 from pipelines.night_record import read_nights
 from pipelines.publication import published_manifests
 from pipelines.report_data import Work
+from pipelines.report_words import STAGE_TITLES, gate_title
 
 TREND_NIGHTS = 60
 RECORDS_SHOWN = 14
@@ -52,6 +53,26 @@ class NightRow:
     message: str
     seconds: float
     stages: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateRow:
+    """One gate that a published run was held against."""
+
+    stage: str
+    title: str
+    passed: bool
+    words: str
+
+
+def gate_rows(work: Work) -> list[GateRow]:
+    """Return the gates of the published runs: those that failed, and were overridden, first."""
+    rows = [
+        GateRow(stage=STAGE_TITLES[stage], title=gate_title(gate["name"]), passed=gate["passed"], words=gate["words"])
+        for stage, manifest in work.manifests.items()
+        for gate in manifest.gates
+    ]
+    return sorted(rows, key=lambda row: row.passed)
 
 
 def published_nights(work: Work) -> list[Published]:

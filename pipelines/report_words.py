@@ -46,6 +46,46 @@ FLAG_WORDS = {
 }
 
 
+GATE_WORDS = {
+    "coverage_listings": "Listings",
+    "coverage_audience_rows": "Audience rows",
+    "tables": "Optional tables",
+    "store_id": "Stores of the audience in the catalog",
+    "store_in_stores": "Stores of the audience in the table of stores",
+    "user_in_logs": "Users of the audience in the logs",
+    "user_in_users": "Users of the audience in the table of users",
+    "logged_item": "Clicked and ordered listings in the catalog",
+    "candidate_audience": "Candidates' audience rows",
+    "candidate_item": "Candidates' listings",
+    "audience_met": "Audience rows that meet a listing",
+    "listings_met": "Listings that meet an audience row",
+    "pairs": "Pairs",
+    "candidates": "Candidates",
+    "candidates_used": "Candidates that are scored",
+    "photos": "Listings with a photo",
+    "titles": "Listings with a title",
+    "known_category": "Categories that the model knows",
+    "known_subcategory": "Subcategories that the model knows",
+    "known_brand": "Brands that the model knows",
+    "known_store": "Stores that the model knows",
+    "calibration": "Predicted over observed orders",
+    "mean_cvr": "Mean predicted rate",
+    "psi": "Distribution of the scores",
+    "photos_kept": "Photos since the run before",
+    "challenge": "The new model against the one before",
+}
+"""What a gate looks at"""
+
+
+def gate_title(name: str) -> str:
+    """Return a gate's name for readers; the model's user fields have gates of their own."""
+    if name in GATE_WORDS:
+        return GATE_WORDS[name]
+    if name.startswith("known_user_"):
+        return f"Users' {phrase(name.removeprefix('known_user_'))} that the model knows"
+    return phrase(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """How one metric is shown; `best`: 'high', 'low' or 'one' (the closer to 1, the better)."""

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from pipelines import files
 from pipelines.console import NO_ROWS, closing_table, watch
+from pipelines.coverage import cover_night
 from pipelines.distribution import EDGES, histogram
-from pipelines.gates import NIGHTS, HeldBack, Night, check_night
+from pipelines.gates import NIGHTS, OPTIONAL_TABLES, HeldBack, Night, check_night
 from pipelines.items import CopyContents, contents_jobs, local_only
 from pipelines.manifest import (
     FinishRun,
@@ -55,6 +56,7 @@ from pipelines.score_inputs import (
     encode_audience,
     find_pairs,
     open_inputs,
+    user_fields,
 )
 from pipelines.score_tiles import (
     JudgeListings,
@@ -106,7 +108,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
     package = inputs.package
     given = {"--data": options.data, "--store": options.store, "--model": options.model, "--shards": options.shards}
     read = [path for path in (options.store, options.model, options.shards) if path is not None]
-    with files.reading(*read), hold_output(out, "--out", STAGE, given):
+    with files.shared_reader(*read), hold_output(out, "--out", STAGE, given):
         latest = read_latest(out)
         if latest is not None and latest.request == inputs.request and not rerun:
             print(
@@ -117,6 +119,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         pairs = find_pairs(options, inputs)
         items, audience, chunks, score_date = pairs.items, pairs.audience, pairs.chunks, pairs.score_date
         run_name, directory = new_run(out)
+        coverage = cover_night(inputs, pairs, user_fields(inputs, audience))
         rows = encode_audience(inputs, pairs)
         Snapshot.build(pairs.log).write(files.join(directory, "snapshot"))
         asked = pairs.candidates if pairs.candidates is not None else np.zeros((0, 2), dtype=np.int64)
@@ -226,23 +229,24 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
             rows=manifest.rows("scores"),
             mean_cvr=statistics["mean"],
             model=package.version,
+            coverage={one.name: one.counts() for one in coverage},
+            tables=tuple(name for name in OPTIONAL_TABLES if name in inputs.fingerprints),
             histogram=tuple(
                 (int(place), int(statistics["histogram"][place])) for place in np.flatnonzero(statistics["histogram"])
             ),
         )
         manifest.options["night"] = asdict(night)
-        nights = [
-            earlier.options["night"] for earlier in published_manifests(out, NIGHTS) if "night" in earlier.options
-        ]
+        nights = [Night.of_manifest(earlier) for earlier in published_manifests(out, NIGHTS)]
         calibration = judge_model(options, package)
         manifest.summary["calibration"] = calibration.to_json() if calibration is not None else None
-        gates = check_night(night, [Night.from_json(value) for value in nights], calibration)
+        gates = check_night(night, [earlier for earlier in nights if earlier is not None], calibration, coverage)
         manifest.gates = [gate.to_json() for gate in gates]
         failed = [gate.words for gate in gates if not gate.passed]
         if failed:
             write_manifest(out, manifest)
+            stays = "Nothing is published yet" if latest is None else "The scores of before stay published"
             raise HeldBack(
-                f"run {run_name} is finished, but {'; '.join(failed)}. The scores of before stay published. "
+                f"run {run_name} is finished, but {'; '.join(failed)}. {stays}. "
                 f"Look at {directory}; if it is right: camenn publish {directory} --force --reason TEXT"
             )
         publish(out, manifest)

@@ -12,11 +12,13 @@ from camenn_model.feature_space import to_float
 from pipelines.attribution import HOUR_US
 from pipelines.audience import by_store, by_user, has_candidates, read_audience, read_candidates, score_time
 from pipelines.clock import latest_time
+from pipelines.coverage import check_ids, check_meeting, id_joins
 from pipelines.dimensions import read_timezones, read_users
 from pipelines.events import read_times
 from pipelines.examples import item_attributes
 from pipelines.features import Ints
 from pipelines.items import load_items, local_only
+from pipelines.joins import Join
 from pipelines.manifest import Count, Manifest, request_fingerprint, require_latest
 from pipelines.score_tiles import AudienceRows, Tile
 from pipelines.snapshot import Log, audience_features, build_log
@@ -74,6 +76,8 @@ class ScoreInputs:
     """The table `audience`, where it is there and asked for"""
     store: Manifest
     package: "Package"
+    sources: dict[str, Source]
+    """The tables that are there, by name"""
     fingerprints: dict[str, str]
     """Of each input: those of one run and the next tell whether there is anything to do"""
     request: str
@@ -95,6 +99,8 @@ class Pairs:
     chunks: list[Chunk]
     rejects: pa.Table
     counts: list[Count]
+    joins: dict[str, Join]
+    """How the ids of the tables join, by the gate's name"""
 
     met: Ints
     """How many listings each audience row is scored against, int64 [S]"""
@@ -128,15 +134,10 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
             f"--model {options.model}: was trained with --attention {package.config.attention}, with which nothing can be computed once for many pairs. Train with --attention prefix."
         )
     check_encoders(store, package.encoders, options.model)
-    sources = {
-        "catalog": catalog,
-        "clicks": clicks,
-        "orders": orders,
-        "users": users_source,
-        "stores": stores_source,
-        "audience": given[1] if given else None,
-    }
-    fingerprints = {name: source.fingerprint for name, source in sources.items() if source is not None}
+    optional = {"users": users_source, "stores": stores_source, "audience": given[1] if given else None}
+    sources = {"catalog": catalog, "clicks": clicks, "orders": orders}
+    sources |= {name: source for name, source in optional.items() if source is not None}
+    fingerprints = {name: source.fingerprint for name, source in sources.items()}
     if has_candidates(options.data):
         fingerprints["candidates"] = Source.find(options.data, CANDIDATES).fingerprint
     fingerprints |= {"store": store.request, "model": package.version}
@@ -151,6 +152,7 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
         audience=given[0] if given else None,
         store=store,
         package=package,
+        sources=sources,
         fingerprints=fingerprints,
         request=request_fingerprint(fingerprints, asdict(options)),
     )
@@ -160,7 +162,7 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
     """Read catalog, logs and audience, and tell which pairs there are.
 
     Raises:
-        InputError: nothing is there to score.
+        InputError: nothing is there to score, or ids are written otherwise in one table than in another.
     """
     score_date = options.score_date or default_date(inputs.clicks, inputs.orders)
     moment, weekday = score_time(score_date)
@@ -183,6 +185,8 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
         )
     audience = audience.sort_by([("store_id", "ascending"), ("audience_id", "ascending")])
     candidates = read_candidates(options.data, audience["audience_id"], items["item_id"])
+    joins = id_joins(inputs, audience, items, log, log_counts, candidates)
+    check_ids(joins)
     asked = candidates.pairs if candidates else None
     chunks = plan_chunks(audience, items, asked)
     met = listings_met(chunks, asked, audience.num_rows)
@@ -206,6 +210,8 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
             Count("candidates", "other_store", elsewhere),
             Count("candidates", "out", computed),
         ]
+    else:
+        check_meeting(met, joins["store_id"])
     return Pairs(
         score_date=score_date,
         weekday=weekday,
@@ -216,16 +222,15 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
         candidates_unknown=candidates.unknown if candidates else 0,
         chunks=chunks,
         met=met,
+        joins=joins,
         rejects=pa.concat_tables([catalog_rejects, *log_rejects]),
         counts=[*counts, *log_counts, *(Count("catalog", where, n) for where, n in catalog_counts.items())],
     )
 
 
-def encode_audience(inputs: ScoreInputs, pairs: Pairs) -> AudienceRows:
-    """Audience rows as the model reads them; users' fields come from the users table, the audience's own columns go before."""
-    audience, users, space = pairs.audience, inputs.users, inputs.package.space
-    user = pairs.log.user_codes(audience["user_id"].to_pylist())
-    store = pairs.log.store_codes(audience["store_id"].to_pylist())
+def user_fields(inputs: ScoreInputs, audience: pa.Table) -> pa.Table:
+    """Return the users' columns, a row for each audience row: they come from the users table, the audience's own go before."""
+    users = inputs.users
     place = pc.index_in(audience["user_id"], value_set=users["user_id"].combine_chunks()).combine_chunks()
     # A null user must not be found as a null key.
     place = pc.if_else(pc.is_null(audience["user_id"]).combine_chunks(), pa.scalar(None, pa.int32()), place)
@@ -237,11 +242,23 @@ def encode_audience(inputs: ScoreInputs, pairs: Pairs) -> AudienceRows:
             merged = pc.coalesce(column, known)
             fields = fields.drop_columns([name]) if name in fields.column_names else fields
             fields = fields.append_column(name, merged)
+    return fields
+
+
+def encode_audience(inputs: ScoreInputs, pairs: Pairs) -> AudienceRows:
+    """Audience rows as the model reads them."""
+    audience, space = pairs.audience, inputs.package.space
+    user = pairs.log.user_codes(audience["user_id"].to_pylist())
+    store = pairs.log.store_codes(audience["store_id"].to_pylist())
     counts, history, kind, hours = audience_features(pairs.log, user, inputs.package.config.history_length)
     values, buckets = space.encode_numbers(("audience_counts",), counts)
     hour = to_float(audience["hour"]).astype(np.int64)
     cats = space.encode_audience(
-        audience["user_id"], audience["store_id"], hour, np.full(len(hour), pairs.weekday), fields
+        audience["user_id"],
+        audience["store_id"],
+        hour,
+        np.full(len(hour), pairs.weekday),
+        user_fields(inputs, audience),
     )
     gap = np.where(history >= 0, np.log1p(np.maximum(hours, 0)), 0).astype(np.float32)
     return AudienceRows(

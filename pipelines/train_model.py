@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     request = request_fingerprint(inputs, options.request())
     with (
         join_processes(device) as processes,
-        files.reading(shards_root),
+        files.shared_reader(shards_root),
         hold_output(out, "--out", STAGE, {"--shards": shards_root}) if processes.first else nullcontext(),
     ):
         latest = read_latest(out)

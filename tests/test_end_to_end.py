@@ -317,6 +317,83 @@ def test_a_night_that_lost_half_of_its_listings_is_held_back(city: City, capfd: 
     assert read_latest(str(scores)) == before
 
 
+def store_audience(city: City) -> tuple[pa.Table, pa.Table]:
+    """(Three audience rows of every store, all pairs of them as candidates)."""
+    catalog = pq.read_table(city.data / "catalog.parquet", columns=["item_id", "store_id"]).to_pylist()
+    stores = sorted({row["store_id"] for row in catalog})
+    rows = [
+        {"audience_id": f"{store}@{hour}", "user_id": None, "store_id": store, "hour": hour}
+        for store in stores
+        for hour in (2, 10, 18)
+    ]
+    schema = pa.schema(
+        [
+            (name, pa.int64() if name == "hour" else pa.string())
+            for name in ("audience_id", "user_id", "store_id", "hour")
+        ]
+    )
+    pairs = [
+        {"audience_id": row["audience_id"], "item_id": listing["item_id"]}
+        for row in rows
+        for listing in catalog
+        if listing["store_id"] == row["store_id"]
+    ]
+    return pa.Table.from_pylist(rows, schema=schema), pa.Table.from_pylist(pairs)
+
+
+def test_a_night_that_scored_a_tenth_is_held_back_and_moves_no_bar(
+    city: City, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Candidates that were cut off, twice; then whole ones again, against the night before the fault."""
+    audience, pairs = store_audience(city)
+    whole = data_with(city, tmp_path / "whole", audience=audience, candidates=pairs)
+    cut = data_with(city, tmp_path / "cut", audience=audience, candidates=pairs.slice(0, pairs.num_rows // 10))
+    whole.score(capfd, out="by_candidates")
+    before = read_latest(str(city.work / "by_candidates"))
+    for _ in range(2):
+        assert cli.main(["score", *cut.score_flags("by_candidates")]) == 3
+        said = capfd.readouterr().err
+        assert "2 of 12 audience rows meet a listing, 0.167 of the night published last" in said
+        assert "36 of 36 different rows of table 'candidates' name an audience row and a listing, 0.100 of" in said
+        assert read_latest(str(city.work / "by_candidates")) == before
+    # By force it is published, and is the usual one for what was overridden.
+    held = re.search(r"camenn publish (\S+) --force", said)
+    assert held is not None and cli.main(["publish", held[1], "--force", "--reason", "a trial"]) == 0
+    assert cut.score(capfd, "--rerun", out="by_candidates")["rows_out"] == 20
+    manifest = read_latest(str(city.work / "by_candidates"))
+    assert manifest is not None and all(gate["passed"] for gate in manifest.gates)
+
+
+def test_stores_that_are_written_otherwise_are_told(
+    city: City, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    audience, _ = store_audience(city)
+    catalog = pq.read_table(city.data / "catalog.parquet")
+    stores = catalog["store_id"].to_pylist()
+    first = min(stores)
+
+    def upper(name: str, which: set[str]) -> City:
+        # The catalog stands in the place of the link to the city's own.
+        other = data_with(city, tmp_path / name, audience=audience)
+        (other.data / "catalog.parquet").unlink()
+        column = pa.array([store.upper() if store in which else store for store in stores])
+        place = catalog.column_names.index("store_id")
+        pq.write_table(catalog.set_column(place, "store_id", column), other.data / "catalog.parquet")
+        return other
+
+    data_with(city, tmp_path / "right", audience=audience).score(capfd, out="by_store")
+    assert cli.main(["score", *upper("three", set(stores) - {first}).score_flags("by_store")]) == 3
+    said = capfd.readouterr().err
+    assert "90 of 90 pairs are scored, 0.250 of the night published last" in said
+    assert "9 of them would join if upper and lower case made no difference" in said
+    # None joins: nothing is scored, on a first night neither.
+    assert cli.main(["score", *upper("all", set(stores)).score_flags("never_by_store")]) == 2
+    said = capfd.readouterr().err
+    assert "audience.parquet: column 'store_id'" in said and "catalog.parquet: column 'store_id'" in said
+    assert f"'{first}' here is '{first.upper()}' there" in said and "Nothing was scored" in said
+    assert not (city.work / "never_by_store" / "runs").exists()
+
+
 def test_report_is_written(city: City, capfd: pytest.CaptureFixture[str]) -> None:
     reported = city.run(capfd, "report", "--run", str(city.work))
     page = (city.work / "report" / "index.html").read_text()

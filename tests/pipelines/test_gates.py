@@ -9,7 +9,8 @@ import pytest
 
 from camenn_model.challenge import Calibration
 from pipelines.distribution import decile_shares, histogram, population_stability_index
-from pipelines.gates import Night, check_night
+from pipelines.gates import Coverage, Gate, Night, check_night, hold_photos
+from pipelines.manifest import Manifest
 
 
 def make_night(seed: int = 0, shift: float = 0.0, **values: Any) -> Night:
@@ -129,3 +130,115 @@ def test_a_night_without_any_order_is_held_back_where_some_were_due(
     calibration = Calibration("2026-01-01", "2026-01-02", 3_000, 0, None, None, 0.4, expected, error)
     gate = next(gate for gate in check_night(make_night(2), [make_night(1)], calibration) if gate.name == "calibration")
     assert gate.passed is passed and f"{expected:,.1f}" in gate.words
+
+
+def cover(found: int, asked: int = 100, recoded: int = 0, **values: Any) -> Coverage:
+    named = {"name": "photos", "counted": "listings have a photo", "least": 0.9, "most_recoded": 0.02}
+    return Coverage(**(named | {"found": found, "asked": asked, "recoded": recoded} | values))
+
+
+def covered(*found: tuple[int, int, int], **values: Any) -> list[Night]:
+    return [make_night(seed, coverage={"photos": counts}, **values) for seed, counts in enumerate(found)]
+
+
+def gate_of(now: Coverage, before: list[Night]) -> Gate:
+    (gate,) = [gate for gate in check_night(make_night(9), before, coverage=[now]) if gate.name == now.name]
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "passed"),
+    [
+        (cover(90), [(100, 100, 0)] * 3, True),
+        (cover(89), [(100, 100, 0)] * 3, False),
+        # More of them are asked for, and as many are found as ever.
+        (cover(100, 200), [(100, 100, 0)] * 3, True),
+        (cover(100, 200, by_share=True), [(100, 100, 0)] * 3, False),
+        # Half are found each night, of other people each night: 40 of 100 is within two standard errors.
+        (cover(40), [(50, 100, 0)] * 3, False),
+        (cover(40, chance=True), [(50, 100, 0)] * 3, True),
+        (cover(30, chance=True), [(50, 100, 0)] * 3, False),
+        (cover(95, chance=True), [(100, 100, 0)] * 3, True),
+        (cover(89, chance=True), [(100, 100, 0)] * 3, False),
+        # Most nights had none, but the latest had: there is something to lose.
+        (cover(0), [(0, 0, 0)] * 4 + [(80, 100, 0)] * 3, False),
+        (cover(72), [(0, 0, 0)] * 4 + [(80, 100, 0)] * 3, True),
+        # Most had none, and the latest had none: nothing to lose, and nothing to divide by.
+        (cover(0), [(80, 100, 0)] + [(0, 100, 0)] * 4, True),
+        (cover(10), [(0, 100, 0)] * 4, True),
+        # Ids that are merely written otherwise.
+        (cover(98, recoded=2), [(100, 100, 0)] * 3, True),
+        (cover(97, recoded=3), [(100, 100, 0)] * 3, False),
+        (cover(97, recoded=3), [(97, 100, 3)] * 3, True),
+        (cover(97, recoded=3), [], False),
+        # Nothing was published before.
+        (cover(5), [], True),
+        (cover(4), [], True),
+        (cover(5, plausible=True), [], True),
+        (cover(4, plausible=True), [], False),
+        (cover(0, 19, plausible=True), [], True),
+        (cover(4, plausible=True), [(4, 100, 0)], True),
+    ],
+)
+def test_what_is_found(now: Coverage, before: list[tuple[int, int, int]], passed: bool) -> None:
+    gate = gate_of(now, covered(*before))
+    assert gate.passed is passed and f"{now.found} of {now.asked} listings have a photo" in gate.words, gate.words
+
+
+def test_what_nobody_asks_for_has_no_gate() -> None:
+    before = covered((0, 0, 0), (0, 0, 0))
+    assert "photos" not in {gate.name for gate in check_night(make_night(9), before, coverage=[cover(0, 0)])}
+    assert not gate_of(cover(0, 0), covered((80, 100, 0))).passed
+
+
+def test_what_lacks_is_told_only_of_a_gate_that_failed() -> None:
+    before = covered((100, 100, 0))
+    assert "the first is i7" in gate_of(cover(50, lacking="the first is i7"), before).words
+    assert "the first is i7" not in gate_of(cover(95, lacking="the first is i7"), before).words
+
+
+def test_a_night_published_by_force_is_what_is_usual_from_then_on() -> None:
+    """Half of the shops closed, somebody said so, and need not say it again; what else the night had stays as it was."""
+    before = [*(make_night(seed) for seed in range(6)), make_night(6, listings=500, overridden=("coverage_listings",))]
+    assert failed(make_night(9, listings=495), before) == set()
+    assert failed(make_night(9, listings=480), before) == {"coverage_listings"}
+    assert failed(make_night(9, listings=495, audience_rows=30), before) == {"coverage_audience_rows"}
+    assert failed(make_night(9, listings=495), before[:-1]) == {"coverage_listings"}
+    moved = [*(make_night(seed) for seed in range(6)), make_night(6, shift=1.0, overridden=("mean_cvr", "psi"))]
+    assert failed(make_night(9, shift=1.0), moved) == set()
+    assert failed(make_night(9), moved) == {"mean_cvr", "psi"}
+    photos = [*covered(*[(100, 100, 0)] * 6), *covered((0, 100, 0), overridden=("photos",))]
+    assert gate_of(cover(0), photos).passed and not gate_of(cover(0), photos[:-1]).passed
+
+
+def test_a_table_that_most_nights_had_must_be_there() -> None:
+    had = [make_night(seed, tables=("users", "stores")) for seed in range(3)]
+    assert failed(make_night(9, tables=("users", "stores")), had) == set()
+    assert failed(make_night(9, tables=("stores",)), had) == {"tables"}
+    assert failed(make_night(9, tables=("users", "stores", "audience")), had) == set()
+    # A table that came and went for a night is none that is due.
+    assert failed(make_night(9), [make_night(1), make_night(2, tables=("audience",)), make_night(3)]) == set()
+
+
+@pytest.mark.parametrize(("kept", "had", "passed"), [(90, 100, True), (89, 100, False), (0, 5, False), (1, 2, True)])
+def test_photos_of_the_run_before_are_kept(kept: int, had: int, passed: bool) -> None:
+    gate = hold_photos(kept, had)
+    assert gate.passed is passed and f"{kept} of {had} listings that had a photo" in gate.words
+
+
+def test_a_published_run_tells_its_tables_and_what_was_overridden() -> None:
+    night = dataclasses.asdict(make_night())
+    for name in ("coverage", "tables", "overridden"):
+        # As an earlier version wrote it.
+        del night[name]
+    gates = [Gate("psi", False, "far off"), Gate("mean_cvr", True, "as ever")]
+    manifest = Manifest(
+        stage="score",
+        run="r",
+        inputs={"catalog": "", "users": ""},
+        options={"night": night},
+        gates=[g.to_json() for g in gates],
+    )
+    read = Night.of_manifest(manifest)
+    assert read is not None and (read.tables, read.overridden, read.coverage) == (("users",), ("psi",), {})
+    assert Night.of_manifest(Manifest(stage="score", run="r")) is None

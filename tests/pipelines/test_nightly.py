@@ -83,6 +83,7 @@ def test_a_good_night(stages: Stages) -> None:
         ("shards", RuntimeError("a bug"), 1, {"embed": DONE, "shards": FAILED}),
         ("shards", OSError(28, "No space left on device"), 2, {"embed": DONE, "shards": FAILED}),
         ("embed", SystemExit(2), 2, {"embed": FAILED}),
+        ("embed", HeldBack("photos are gone"), 3, {"embed": HELD}),
         ("score", HeldBack("listings are few"), 3, {"embed": DONE, "shards": DONE, "train": DONE, "score": HELD}),
         ("score", InputError("no pair"), 2, {"embed": DONE, "shards": DONE, "train": DONE, "score": FAILED}),
     ],

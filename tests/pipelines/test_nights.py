@@ -347,6 +347,17 @@ def lost_listings(month: Month) -> None:
     month.expect(0, ALL_DONE)
 
 
+def unmounted_photos(month: Month) -> None:
+    """The share with the photos is not there: its directory is, and is empty."""
+    aside = (month.data / "images").rename(month.root / "images")
+    (month.data / "images").mkdir()
+    record = month.expect(3, {"embed": HELD, "shards": None})  # type: ignore[dict-item]
+    assert "listings that had a photo" in record["message"] and str(month.data) in record["message"]
+    (month.data / "images").rmdir()
+    aside.rename(month.data / "images")
+    month.expect(0, ALL_DONE)
+
+
 FAULTS: dict[int, Callable[[Month], None]] = {
     3: truncated_photos,
     5: truncated_table,
@@ -358,6 +369,7 @@ FAULTS: dict[int, Callable[[Month], None]] = {
     20: clock_set_back,
     22: nothing_new,
     24: lost_listings,
+    27: unmounted_photos,
 }
 
 

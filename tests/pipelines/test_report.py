@@ -20,7 +20,7 @@ from pipelines.report import build_parser, main, render, trend_plots
 from pipelines.report_data import Item, read_items, read_work
 from pipelines.report_items import read_details, store_figures
 from pipelines.report_listings import Card, flagged_cards, read_flagged
-from pipelines.report_nights import night_rows, published_nights
+from pipelines.report_nights import gate_rows, night_rows, published_nights
 from pipelines.report_photos import Photo, Photos, thumbnail
 from pipelines.report_plots import plot_reliability
 from pipelines.report_quality import quality
@@ -170,6 +170,25 @@ def test_metrics_fall_back_to_the_models_own(tmp_path: Path) -> None:
     text = (work / "report" / "index.html").read_text()
     assert "LightGBM on the same features has not been trained yet" in text and "python -m benchmarks.baselines" in text
     assert "This is the first night" in text
+
+
+def test_gates_are_told_in_words_and_those_that_were_overridden_first(tmp_path: Path) -> None:
+    work = make_work(tmp_path, items=12, stores=2, nights=1)
+    (manifest,) = (work / "scores" / "runs").glob("*/manifest.json")
+    gates = [
+        {"name": "audience_met", "passed": True, "words": "12 of 12 audience rows meet a listing"},
+        {"name": "known_user_age_group", "passed": False, "words": "<b>2</b> of 12 are known"},
+    ]
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"gates": gates}))
+    rows = gate_rows(read_work(str(work)))
+    assert [(row.title, row.passed) for row in rows] == [
+        ("Users' age group that the model knows", False),
+        ("Audience rows that meet a listing", True),
+    ]
+    assert main(["--run", str(work)]) == 0
+    text = (work / "report" / "index.html").read_text()
+    assert "1 of 2 gates passed before publication" in text and "12 of 12 audience rows meet a listing" in text
+    assert "overridden" in text and "&lt;b&gt;2&lt;/b&gt; of 12 are known" in text and "<b>2</b>" not in text
 
 
 def test_run_without_alignment_and_early_stop_renders(tmp_path: Path) -> None:
