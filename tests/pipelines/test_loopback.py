@@ -20,7 +20,7 @@ from pipelines import flink_jar, loopback
 from pipelines.loopback import is_loopback, local_server, peer_users, read_address
 from pipelines.options import check_runner, open_pipeline, pipeline_options
 from schemas.contract import InputError
-from tests.pipelines.listeners import beyond_loopback, listeners
+from tests.pipelines.listeners import beyond_loopback, listeners, run_all
 
 LINUX = pytest.mark.skipif(not Path(loopback.TABLES[0]).exists(), reason="the system has no table of connections")
 NOBODY = 65_534
@@ -55,6 +55,14 @@ def test_beam_listens_on_loopback_only(
         assert count_up(flags, tmp_path / "numbers") == ["0", "2", "4", "6"]
     assert len({port for _, port in found}) == ports
     assert not beyond_loopback(found)
+
+
+@LINUX
+@pytest.mark.slow
+def test_no_command_listens_beyond_loopback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_all(tmp_path) == 0
+    said = capfd.readouterr().out
+    assert "BEYOND" not in said and "listened on 127.0.0.1" in said
 
 
 @pytest.mark.parametrize("change", ["own", "asynchronous", "unknown"])
