@@ -184,7 +184,7 @@ def _predict(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """(labels, calibrated probabilities, logits) of the examples of some days, float64 [n] each."""
     model = package.model()
-    table = ItemTable(shards.items, shards.images, shards.titles).encode(package.space)
+    table = ItemTable(shards.items, shards.images, shards.titles, config=package.config).encode(package.space)
     config = package.config
     reader = ExampleReader(package.space, table, shards.users, config.history_length, config.position_size)
     rows = [reader.read_unit(unit) for unit in days.units]

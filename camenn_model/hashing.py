@@ -1,4 +1,4 @@
-"""One hash of ids for all: the same on every machine, in every process and in every version."""
+"""One hash of ids for all: the same on every machine, in every process and in every version. For size, not for secrecy: whoever guesses an id knows its hash."""
 
 import numpy as np
 import pyarrow as pa

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from camenn_model.agreement import FOLDS, Agreement, Judgement
 from camenn_model.batch import HistoryItems, ItemBatch
-from camenn_model.config import ITEM_HASH, SUBCATEGORY
+from camenn_model.config import ITEM_HASH, SUBCATEGORY, ModelConfig
 from camenn_model.feature_space import FeatureSpace, Told, to_float
 from camenn_model.hashing import stable_hash
 from camenn_model.likeness import Likeness, alike_prices
@@ -35,6 +35,7 @@ class ItemTable:
         items: table under the contract `ITEMS`.
         images, titles: mapped embeddings; their keys are the items' image_key and title_key.
         keep: keep the mean features of all photos and titles in memory, and the columns after they are encoded. Scoring asks for few of them.
+        config: of the model that they are for, which has a shape for contents of which there are none; None for a model that is still to be made.
     """
 
     cats: Ints
@@ -43,8 +44,18 @@ class ItemTable:
     history_cats: Ints
     subcategory: Ints
 
-    def __init__(self, items: pa.Table, images: Contents, titles: Contents, keep: bool = True) -> None:
+    def __init__(
+        self,
+        items: pa.Table,
+        images: Contents,
+        titles: Contents,
+        keep: bool = True,
+        config: ModelConfig | None = None,
+    ) -> None:
         self.items, self.keep = items, keep
+        if config is not None:
+            images.expect((config.patches, config.image_width))
+            titles.expect((config.text_tokens, config.text_width))
         self.ids: pa.Array = items["item_id"].combine_chunks()
         self.images, self.titles = images, titles
         self.image_row = images.rows_of(items["image_key"])
@@ -65,13 +76,16 @@ class ItemTable:
         self.fold = ((self.product >> np.uint64(23)) % np.uint64(FOLDS)).astype(np.int64)
 
     @classmethod
-    def of_files(cls, items: pa.Table, images: Sequence[str], titles: Sequence[str]) -> "ItemTable":
+    def of_files(
+        cls, items: pa.Table, images: Sequence[str], titles: Sequence[str], config: ModelConfig
+    ) -> "ItemTable":
         """For scoring, which reads each content once or twice: of contents files, of which nothing stays in memory."""
         return cls(
             items,
             Contents(list(images), "image_key", keep=False),
             Contents(list(titles), "title_key", keep=False),
             keep=False,
+            config=config,
         )
 
     def encode(self, space: FeatureSpace, told: Told | None = None) -> "ItemTable":

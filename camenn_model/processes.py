@@ -1,4 +1,4 @@
-"""Several training processes, as torchrun starts them: each computes its share of every step, and sums are taken over all."""
+"""Several training processes, as `camenn train --processes` or torchrun start them: each computes its share of every step, and sums are taken over all."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 WAIT = timedelta(hours=2)
 """How long a process waits for another: the first one alone writes checkpoints and measures the split parts."""
+
+MEETING = "CAMENN_MEETING"
+"""Environment variable: file over which the processes of one machine find each other; without it they meet as torchrun says"""
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,18 @@ class Processes:
 
 
 def started_processes() -> tuple[int, int]:
-    """(rank, number of processes) from the environment that torchrun sets; (0, 1) without it."""
+    """(rank, number of processes) from the environment, in torchrun's names; (0, 1) without them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes_here() -> int:
-    """Processes that torchrun started on this machine; 1 without it."""
+    """Processes that were started on this machine; 1 where nobody says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
 def join_processes(device: str) -> Iterator[Processes]:
-    """Meet the other processes, if torchrun started any: over nccl on GPUs (one for each process), over gloo on CPUs."""
+    """Meet the other processes, if any were started: over nccl on GPUs (one for each process), over gloo on CPUs."""
     rank, count = started_processes()
     if device == "cuda" and count > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -62,7 +65,10 @@ def join_processes(device: str) -> Iterator[Processes]:
         return
     if device != "cpu":
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=WAIT)
+    meeting = os.environ.get(MEETING)
+    place = f"file://{meeting}" if meeting else "env://"
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, init_method=place, timeout=WAIT, rank=rank, world_size=count)
     try:
         yield Processes(rank, count, device)
     finally:

@@ -61,6 +61,11 @@ class Contents:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def expect(self, shape: tuple[int, int]) -> None:
+        """Have a model's (tokens, width) where there are no files that tell it: of a city without any photo, say."""
+        if not self.maps:
+            self.shape = shape
+
     def rows_of(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """Row of each key, int64 [n]; -1 where the key is null or not there."""
         import pyarrow.compute as pc

@@ -61,6 +61,7 @@ from pipelines.options import (
     worker_threads,
 )
 from pipelines.outputs import check_output, hold_output
+from pipelines.photo_files import check_root_scheme
 from pipelines.publication import published_manifests
 from pipelines.store import IMAGES, TITLES, Part, drop_replaced, list_parts, merge_parts, plan_merges
 from pipelines.tables import FileRecord, ReadTable, ShuffleByBucket, Source, WriteTable
@@ -397,7 +398,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", required=True, help="embedding store; made if it is not there")
     parser.add_argument("--image_root", help="directory that image_uri is relative to (default: --data)")
     parser.add_argument(
-        "--allow_absolute", action="store_true", help="let image_uri be an absolute path, or leave --image_root"
+        "--allow_absolute",
+        action="store_true",
+        help="let image_uri be an absolute path or any gs:// or s3:// address, or leave --image_root",
     )
     add_encoder_flags(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default %(default)s)")
@@ -455,6 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, resolve the encoders once, run, print."""
     arguments, beam_flags = parse_with_beam(build_parser(), argv)
     check_workers(arguments.device, arguments.precision, arguments.accelerator, is_dataflow(beam_flags))
+    check_root_scheme(arguments.image_root or arguments.data)
     image = ImageSpec.resolve(
         arguments.image_weights,
         grid=arguments.grid,

@@ -1,9 +1,7 @@
 """From the catalog to items: which photo and which title each listing has, and which contents are wanted."""
 
-import errno
 import functools
 import os
-import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,12 +11,11 @@ import apache_beam as beam
 import pyarrow as pa
 
 from camenn_model.encoder_spec import normalise_title
-from pipelines import files
 from pipelines.catalog import add_origin, drop_duplicates
 from pipelines.embed_job import STAGE
 from pipelines.inference import content_key
 from pipelines.manifest import Count
-from pipelines.patches import LIMITS, UriDefect, resolve_uri
+from pipelines.photo_files import FileDefect, PhotoFiles, UriDefect, photo_status
 from pipelines.tables import Slice, drop_unusable
 from schemas.catalog import CATALOG
 from schemas.embeddings import EMBEDDED_ITEMS
@@ -55,19 +52,6 @@ class _Photo:
     detail: str | None = None
 
 
-def _stat(path: str) -> tuple[int, float]:
-    if files.is_local(path):
-        status = os.stat(path)
-        if stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode):
-            # Reading one would wait for a writer, for ever.
-            raise OSError(errno.EINVAL, "it is no file")
-        return status.st_size, status.st_mtime
-    found = files.find([path])
-    if not found:
-        raise FileNotFoundError(path)
-    return found[0].bytes, found[0].written_at
-
-
 class ResolveItems(beam.DoFn):
     """One bucket of the catalog → its items, and the photos and titles that they want.
 
@@ -75,8 +59,7 @@ class ResolveItems(beam.DoFn):
     """
 
     def __init__(self, image_root: str, allow_absolute: bool) -> None:
-        self.image_root = image_root
-        self.allow_absolute = allow_absolute
+        self.photos = PhotoFiles(image_root, allow_absolute)
         self.real_directory: Callable[[str], str] = os.path.realpath
         self.read = beam.metrics.Metrics.counter(STAGE, "photos-read")
 
@@ -148,21 +131,19 @@ class ResolveItems(beam.DoFn):
         if uri is None or not uri.strip():
             return _Photo()
         try:
-            path = resolve_uri(uri, self.image_root, self.allow_absolute, self.real_directory)
-            size, mtime = _stat(path)
-            if size > LIMITS.bytes:
-                detail = f"column 'image_uri': '{uri}' has {size:,} bytes, more than {LIMITS.bytes:,}. Upload a smaller photo."
-                return _Photo(defect="too_many_bytes", detail=detail)
+            path = self.photos.resolve(uri, self.real_directory)
+            size, mtime = photo_status(path)
             if known is not None and known[:3] == (uri, size, mtime):
                 return _Photo(key=known[3], path=path, size=size, mtime=mtime)
-            with files.open_read(path) as handle:
-                key = content_key(handle.read())
+            key = content_key(self.photos.read(path))
             self.read.inc()
             return _Photo(key=key, path=path, size=size, mtime=mtime)
         except UriDefect as defect:
             return _Photo(defect=defect.reason, detail=defect.detail)
+        except FileDefect as defect:
+            return _Photo(defect=defect.reason, detail=f"column 'image_uri': '{uri}' {defect.detail}")
         except FileNotFoundError:
-            detail = f"column 'image_uri': '{uri}' is not a file under {self.image_root}. Upload the photo, or mend the address."
+            detail = f"column 'image_uri': '{uri}' is not a file under {self.photos.image_root}. Upload the photo, or mend the address."
             return _Photo(defect="missing_image", detail=detail)
         except OSError as error:
             detail = f"column 'image_uri': '{uri}' cannot be read ({error.strerror or error}). Mend its permissions, or upload it again."

@@ -24,7 +24,8 @@ from apache_beam.ml.inference.base import ModelHandler
 
 from camenn_model.encoder_spec import ImageSpec, TextSpec
 from pipelines import files
-from pipelines.patches import LIMITS, ImageDefect, ImageQuality, decode_image, grid_patches, image_quality
+from pipelines.patches import ImageDefect, ImageQuality, decode_image, grid_patches, image_quality
+from pipelines.photo_files import FileDefect, read_photo
 
 if TYPE_CHECKING:
     from camenn_model.image_encoder import ImageEncoder
@@ -375,10 +376,12 @@ def _read(key: str, uri: str | None) -> bytes:
     if not files.is_local(uri) and not files.exists(uri):
         raise _Unread("missing_image", f"{uri} is not there any more. {again}")
     try:
-        with files.open_read(uri) as handle:
-            data = handle.read(LIMITS.bytes + 1)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        # Wherever it led meanwhile: it is the photo that was let in, or its bytes are others.
+        data = read_photo(uri)
+    except FileDefect as defect:
+        raise _Unread(defect.reason, f"{uri} {defect.detail}") from defect
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise _Unread("missing_image", f"{uri} cannot be opened any more ({error.strerror}). {again}") from error
-    if len(data) <= LIMITS.bytes and content_key(data) != key:
+    if content_key(data) != key:
         raise _Unread("changed_image", f"{uri} changed while the run was reading. {again}")
     return data

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 
 from pipelines.errors import input_error_behind, refuse_not_utf8
+from pipelines.flink_jar import check_jar
 from pipelines.gates import HeldBack
+from pipelines.loopback import is_loopback, keep_servers_local
 from pipelines.package import guard
 from schemas.contract import InputError
 
@@ -32,12 +34,20 @@ JOB_SERVER_OPTIONS = (
 WORKERS_KEPT_MS = 20_000
 """How long Flink keeps idle SDK workers of a job. Shorter than its restart delay should be: a restarted job must not find its dead workers."""
 
-LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner")
+LOCAL_RUNNERS = ("FnApiRunner",)
 
 MENDABLE, HELD_BACK = 2, 3
 """Exit codes: what the user can mend; a finished run that its gates keep from readers"""
 
 DATAFLOW_RUNNERS = ("dataflow", "dataflowrunner")
+
+FLINK_RUNNERS = ("flink", "flinkrunner")
+
+DIRECT_RUNNERS = ("direct", "directrunner", "switchingdirectrunner")
+"""Names of the runner that tries Prism, a downloaded binary, before FnApiRunner"""
+
+OPEN_RUNNERS = ("prism", "prismrunner", "spark", "sparkrunner", "kafkastreams", "kafkastreamsrunner")
+"""Runners for which Beam starts a server of its own that listens on every interface and cannot be told otherwise"""
 
 JAVA_OPENS = tuple(
     f"--add-opens=java.base/{package}=ALL-UNNAMED"
@@ -141,10 +151,11 @@ def check_runner(beam_flags: list[str]) -> None:
     """Refuse, before any work is done, what the runner would refuse late, guess, or ignore.
 
     Raises:
-        InputError: Dataflow lacks a flag or Google's libraries; or a dry run is asked of another runner.
+        InputError: Dataflow lacks a flag or Google's libraries, a dry run is asked of another runner, or the runner's ports would be open to other machines.
     """
     parsed = pipeline_options(beam_flags)
     options = parsed.get_all_options()
+    _check_ports(options)
     if not is_dataflow(beam_flags):
         if options["dry_run"]:
             raise InputError(
@@ -166,6 +177,27 @@ def check_runner(beam_flags: list[str]) -> None:
         ) from error
 
 
+def _check_ports(options: dict[str, Any]) -> None:
+    runner, place = str(options["runner"]), str(options["environment_config"] or "")
+    if runner.rpartition(".")[2].lower() in OPEN_RUNNERS:
+        raise InputError(
+            f"--runner {runner}: Beam would start its job server for it, which listens on every interface. "
+            "Start one that does not, and pass --runner PortableRunner --job_endpoint localhost:PORT."
+        )
+    if runner.lower() in FLINK_RUNNERS and not options["job_endpoint"] and not options["flink_submit_uber_jar"]:
+        jar = options["flink_job_server_jar"]
+        if not jar:
+            raise InputError(
+                f"--runner {runner} needs --flink_job_server_jar JAR, made to listen on loopback by: python -m pipelines.flink_jar JAR. See docs/flink.md."
+            )
+        check_jar(jar)
+    embedded = options["job_endpoint"] == "embed" and options["environment_type"] == "EXTERNAL"
+    if embedded and not is_loopback(place.rpartition(":")[0]):
+        raise InputError(
+            f"--environment_config {place}: with --job_endpoint embed, workers are this machine's: Beam's servers listen on loopback. Give localhost:PORT."
+        )
+
+
 def _all_option_classes() -> list[type[PipelineOptions]]:
     found: dict[str, type[PipelineOptions]] = {}
     for options in PipelineOptions.__subclasses__():
@@ -175,7 +207,7 @@ def _all_option_classes() -> list[type[PipelineOptions]]:
 
 
 def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
-    """Beam's options, with FnApiRunner where no runner is named: DirectRunner may try a downloaded binary first, whose results differ.
+    """Beam's options, with FnApiRunner where no runner or DirectRunner is named: that one may try a downloaded binary first, whose results differ.
 
     Flink's job server gets the `--add-opens` that Java 17 asks for, beside what `--job_server_jvm_properties` says.
     """
@@ -186,7 +218,11 @@ def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
         if not any(flag.split("=")[0] == "--environment_cache_millis" for flag in flags):
             # Otherwise Flink ends the workers whenever no stage runs for a moment, and each new one imports and loads its models again.
             flags.append(f"--environment_cache_millis={WORKERS_KEPT_MS}")
-    return PipelineOptions(flags)
+    options = PipelineOptions(flags)
+    standard = options.view_as(StandardOptions)
+    if str(standard.runner).rpartition(".")[2].lower() in DIRECT_RUNNERS:
+        standard.runner = "FnApiRunner"
+    return options
 
 
 @contextlib.contextmanager
@@ -204,6 +240,7 @@ def open_pipeline(beam_flags: list[str]) -> Iterator[beam.Pipeline]:
         raise InputError(f"Apache Beam refuses its flags: {error}") from error
     yield pipeline
     guard(pipeline)
+    keep_servers_local()
     result = pipeline.run()
     if options.get_all_options()["dry_run"]:
         raise DryRun(getattr(result, "job", None))

@@ -1,12 +1,10 @@
-"""Photos as arrays: addresses, decoding, grid patches and quality. Pure functions; what is wrong with a photo is a
-value with a reason."""
+"""Photos as arrays: decoding, grid patches and quality. Pure functions; what is wrong with a photo is a value with a
+reason."""
 
-import os
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -67,29 +65,24 @@ _TURNS = {
 """EXIF orientation → the turn that undoes it."""
 
 
-class _Defect(ValueError):
+class Defect(ValueError):
+    """Why something cannot be used: a short, stable `reason`, and `detail` for a person."""
+
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
 
-    def __reduce__(self) -> tuple[type["_Defect"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["Defect"], tuple[str, str]]:
         return type(self), (self.reason, self.detail)
 
 
-class ImageDefect(_Defect):
+class ImageDefect(Defect):
     """A photo that cannot be used.
 
     `reason`: empty_image, too_many_bytes, too_many_pixels, not_an_image, truncated_image, corrupt_image or
     unsupported_mode. `detail`: what was found and what to do, for a person; the caller knows the address and puts it
     before.
-    """
-
-
-class UriDefect(_Defect):
-    """An address that is not read.
-
-    `reason`: unsupported_scheme, outside_root or malformed_uri. `detail`: column, value and remedy, for a person.
     """
 
 
@@ -128,56 +121,6 @@ class ImageQuality(NamedTuple):
     """of the original, px"""
     height: int
     """of the original, px"""
-
-
-# --- addresses
-
-
-def resolve_uri(
-    uri: str, image_root: str, allow_absolute: bool, real_directory: Callable[[str], str] | None = None
-) -> str:
-    """The path to open for a catalog's `image_uri`: gs:// and s3:// as they are, anything else under `image_root`.
-
-    With `allow_absolute`, an address may be an absolute path, or lead out of `image_root`. Whether the file is there is
-    not asked. `real_directory` is `os.path.realpath`, or one that remembers, for a caller with many photos.
-
-    Raises:
-        UriDefect: another scheme, a path that leaves `image_root` (by '..', from the file system's root or through a
-        symbolic link), or no path at all.
-    """
-    column = f"column 'image_uri': '{uri[:200]}'"
-    if not uri.strip() or "\0" in uri:
-        raise UriDefect("malformed_uri", f"{column} is no path. Leave it null, or give a path under --image_root.")
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file|https?|ftps?):", uri)
-    if scheme:
-        name = (scheme[1] or scheme[2]).lower()
-        if name not in ("gs", "s3"):
-            remedy = "Copy the photo under --image_root, gs:// or s3:// and give that path."
-            raise UriDefect("unsupported_scheme", f"{column}: '{name}' addresses are not read. {remedy}")
-        return uri
-    remedy = "Move the photo under --image_root, or pass --allow_absolute."
-    if os.path.isabs(uri):
-        if not allow_absolute:
-            raise UriDefect("outside_root", f"{column} is an absolute path. {remedy}")
-        return uri
-    if "://" in image_root:
-        if ".." in uri.split("/"):
-            raise UriDefect(
-                "outside_root", f"{column} has '..' in it, which {image_root} does not know. {remedy.split(',')[0]}."
-            )
-        return f"{image_root.rstrip('/')}/{uri}"
-    path = os.path.join(image_root, uri)
-    if not allow_absolute:
-        real = real_directory or os.path.realpath
-        directory, name = os.path.split(path)
-        # A directory holds many photos: what it is in truth is asked once, and of a photo only whether it is a link.
-        if name in ("", ".", "..") or os.path.islink(path):
-            found = os.path.realpath(path)
-        else:
-            found = os.path.join(real(directory), name)
-        if not found.startswith(real(image_root).rstrip(os.sep) + os.sep):
-            raise UriDefect("outside_root", f"{column} leads out of {image_root}. {remedy}")
-    return path
 
 
 # --- decoding

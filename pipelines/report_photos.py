@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from pipelines.files import is_local
-from pipelines.patches import LIMITS, ImageDefect, UriDefect, decode_image, resolve_uri
+from pipelines.patches import Defect, decode_image
+from pipelines.photo_files import PhotoFiles
 
 SIDE = 168
 """px of the longer side of a thumbnail: shown at about 120 px, a little more for dense screens."""
@@ -32,8 +33,7 @@ class Photos:
     """
 
     def __init__(self, image_root: str | None, allow_absolute: bool) -> None:
-        self.image_root = image_root
-        self.allow_absolute = allow_absolute
+        self.files = None if image_root is None else PhotoFiles(image_root, allow_absolute)
         self.made: dict[str, Photo] = {}
 
     def find(self, uri: str | None) -> Photo:
@@ -53,18 +53,16 @@ class Photos:
         return len(self.made) - self.shown()
 
     def _make(self, uri: str) -> Photo:
-        if self.image_root is None:
+        if self.files is None:
             return Photo(reason="photo folder not known")
         try:
-            path = resolve_uri(uri, self.image_root, self.allow_absolute)
+            path = self.files.resolve(uri)
             if not is_local(path):
                 return Photo(reason="photo is not on this machine")
-            with open(path, "rb") as handle:
-                data = handle.read(LIMITS.bytes + 1)
-            return Photo(source=thumbnail(data))
+            return Photo(source=thumbnail(self.files.read(path)))
         except FileNotFoundError:
             return Photo(reason="file not found")
-        except (UriDefect, ImageDefect) as defect:
+        except Defect as defect:
             return Photo(reason=defect.reason.replace("_", " "))
         except OSError as error:
             return Photo(reason=f"cannot be read: {error.strerror}")

@@ -257,7 +257,7 @@ def judge_catalog(package: "Package", items: pa.Table, paths: dict[str, tuple[st
     """What all listings together tell of each: the columns of `Told`, and of `Judgement`."""
     from camenn_model.item_table import ItemTable
 
-    table = ItemTable.of_files(items, paths["images"], paths["titles"])
+    table = ItemTable.of_files(items, paths["images"], paths["titles"], package.config)
     judgement = table.judge(package.space.agreement)
     return pa.table({"price_alike": table.alike_prices(package.space.likeness), **vars(judgement)})
 

@@ -96,7 +96,7 @@ def _load(given: WorkerInput) -> _Loaded:
     items = _read_part(given.directory, "items", ITEMS_READ)
     told = _read_part(given.directory, "told", list(Told._fields))
     found = Told(*(told[name].to_numpy() for name in Told._fields))
-    table = ItemTable.of_files(items, given.images, given.titles).encode(package.space, found)
+    table = ItemTable.of_files(items, given.images, given.titles, package.config).encode(package.space, found)
     return _Loaded(package, table, item_attributes(items))
 
 

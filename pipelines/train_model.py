@@ -63,7 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--micro_batches",
         type=int,
         default=0,
-        help="pieces of a step's batch whose gradients are summed: less memory, and one or more for each process of torchrun; 0 = one for each process (default %(default)s)",
+        help="pieces of a step's batch whose gradients are summed: less memory, and one or more for each process; 0 = one for each process (default %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="processes of this machine that train together, on a GPU each where there are GPUs (default %(default)s)",
     )
     parser.add_argument(
         "--by_store",
@@ -128,9 +134,14 @@ class _Bars:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, train, publish, print; one of several processes where torchrun started them."""
+    """Parse, train, publish, print; as one of several processes where they were started."""
     arguments = build_parser().parse_args(argv)
     check_flags(arguments)
+    if arguments.processes > 1 and "RANK" not in os.environ:
+        from pipelines.train_processes import train_in_processes
+
+        train_in_processes(arguments.processes, sys.argv[1:] if argv is None else argv)
+        return 0
     started = time.monotonic()
     out = local_only(arguments.out, "--out")
     shards_root = local_only(arguments.shards, "--shards")
@@ -261,7 +272,14 @@ def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> 
 
 def check_flags(arguments: argparse.Namespace) -> None:
     """Raises InputError, naming the flag, for a number that makes no sense."""
-    for name, least in (("epochs", 1), ("batch_size", 2), ("micro_batches", 0), ("threads", 0), ("workers", 0)):
+    for name, least in (
+        ("epochs", 1),
+        ("batch_size", 2),
+        ("processes", 1),
+        ("micro_batches", 0),
+        ("threads", 0),
+        ("workers", 0),
+    ):
         if getattr(arguments, name) < least:
             raise InputError(f"--{name} {getattr(arguments, name)}: must be at least {least}.")
     if not arguments.learning_rate > 0 or math.isinf(arguments.learning_rate):

@@ -2,6 +2,9 @@
 
 Beam's own `apache_beam.runners.worker.worker_pool_main` listens on every interface, starts PATH's `python`, and never reads what its workers print, so
 that one which prints much hangs. This one listens on loopback unless told otherwise, starts its own interpreter, and gives each worker a log file.
+
+A worker runs whatever code its runner sends, as the user who started the pool: who may ask for one may be that user. On Linux the pool answers no other user
+of its machine. Other machines, which reach it with --host only, it cannot tell apart.
 """
 
 import argparse
@@ -21,10 +24,16 @@ from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
 from apache_beam.runners.worker.worker_pool_main import kill_process_gracefully
 from apache_beam.utils import thread_pool_executor
 
+from pipelines.loopback import HOST, SameUser, is_loopback, local_server
 from pipelines.package import package_fingerprint
 
 _LOG = logging.getLogger(__name__)
 _LOOK_EVERY_S = 5.0
+_OPTIONS = [
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),
+]
 _WORKER = """
 import logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -138,8 +147,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=50_000, help="port to listen on (default %(default)s)")
     parser.add_argument(
         "--host",
-        default="127.0.0.1",
-        help="address to listen on; on a cluster, the node's own, inside a network that only the cluster reaches (default %(default)s)",
+        default=HOST,
+        help="address to listen on; another than loopback serves whoever reaches it: only inside a network that the cluster alone reaches (default %(default)s)",
     )
     parser.add_argument("--logs", default="worker-logs", help="directory of the workers' logs (default %(default)s)")
     return parser
@@ -151,14 +160,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
     logs = Path(arguments.logs).absolute()
     logs.mkdir(parents=True, exist_ok=True)
-    server = grpc.server(
-        thread_pool_executor.shared_unbounded_instance(),
-        options=[
-            ("grpc.http2.max_pings_without_data", 0),
-            ("grpc.http2.max_ping_strikes", 0),
-            ("grpc.so_reuseport", 0),
-        ],
-    )
+    threads = thread_pool_executor.shared_unbounded_instance()
+    server: Any
+    if is_loopback(arguments.host):
+        server = local_server(threads, options=_OPTIONS)
+    else:
+        _LOG.warning("%s is no loopback address: whoever reaches it can run code as this user", arguments.host)
+        server = grpc.server(threads, interceptors=(SameUser({arguments.port}, remote=True),), options=_OPTIONS)
     pool = WorkerPool(logs)
     beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server(pool, server)
     try:

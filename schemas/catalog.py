@@ -16,7 +16,11 @@ CATALOG = Contract(
         text_column("subcategory", "finer group within the category", nullable=True),
         text_column("brand", "brand, or the store's own code of it", nullable=True),
         Column(name="price", type=pa.float32(), doc="price in currency units; null = unknown", nullable=True),
-        text_column("image_uri", "photo: a path relative to --image_root, gs:// or s3://; null = none", nullable=True),
+        text_column(
+            "image_uri",
+            "photo: a path relative to --image_root, or gs:// or s3:// below it; null = none",
+            nullable=True,
+        ),
         Column(
             name="image_bytes", type=pa.binary(), doc="the encoded photo itself, instead of image_uri", optional=True
         ),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A standalone Flink cluster on this machine, for trying the pipelines on a real runner: one JobManager, two TaskManagers and a pool of SDK workers, each
-# a process of its own. Flink and the pool listen on loopback; the ports that Beam's Java side opens for its workers take no address (docs/flink.md).
+# a process of its own. All of it listens on loopback only (docs/flink.md).
 #
 #   scripts/flink_local.sh up       fetch what is missing (once), start, wait until it answers
 #   scripts/flink_local.sh flags    the flags that send a camenn command there: camenn embed ... $(scripts/flink_local.sh flags)
@@ -82,6 +82,8 @@ fetch() {
         mv "$build/target/flink-job-server-$parts_beam.jar" "$job_server"
         rm -rf "$build"
     fi
+    # As Beam publishes it, it listens on every interface, here and in the TaskManagers.
+    "$python" -m pipelines.flink_jar "$job_server" >&2
     if [ ! -d "$dist" ]; then
         say "fetching Flink $flink ..."
         local download; download=$(mktemp -d)

@@ -1,15 +1,22 @@
 """Models on days they have not seen: calibration and duels, against the figures worked out row by row."""
 
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors import safe_open
 
 from camenn_model import challenge
 from camenn_model.challenge import Calibration, Duel, hold_duel, judge_calibration, latest_closed_days
 from camenn_model.checkpoint import Package, open_package
 from camenn_model.shards import ShardSet, date_of
-from pipelines import build_shards, train_model
+from pipelines import build_shards, score_catalog, train_model
 from pipelines.manifest import read_latest
 from pipelines.options import run_main
 from pipelines.publication import publications
@@ -135,3 +142,68 @@ def test_a_challenger_that_is_worse_is_kept_and_not_published(
     assert after.gates[0]["name"] == "challenge" and after.gates[0]["passed"]
     assert after.summary["challenge"]["champion_log_loss"] == after.summary["challenge"]["challenger_log_loss"]
     assert [entry["run"] for entry in publications(str(city / "model"))] == [before.run, after.run]
+
+
+def test_a_city_without_photos_has_shards_and_is_scored_by_a_model_of_before(
+    city: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No listing has a photo, or none that could be read. A model cannot be trained on it."""
+    catalog = catalog_table()
+    catalog = catalog.set_column(
+        catalog.column_names.index("image_uri"), "image_uri", pa.nulls(len(catalog), pa.string())
+    )
+    write_store(tmp_path / "store", catalog)
+    write_data(tmp_path / "data", *random_city(7, 900, 500), catalog=catalog)
+    places = ["--data", str(tmp_path / "data"), "--store", str(tmp_path / "store"), "--max_reject_rate", "1"]
+    shards = [*places, "--out", str(tmp_path / "shards"), "--attribution_hours", "6"]
+    assert run_main(build_shards.main, shards) == 0
+    assert len(ShardSet(str(tmp_path / "shards")).images) == 0
+    capsys.readouterr()
+    assert train(tmp_path) == 2
+    assert "no listing has a photo that could be encoded: CameNN needs both" in capsys.readouterr().err
+    # Its calibration is judged on shards without photos, too.
+    scores = ["--model", str(city / "model"), "--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "scores")]
+    assert run_main(score_catalog.main, [*places, *scores, "--top_k", "0"]) == 0
+    latest = read_latest(str(tmp_path / "scores"))
+    assert latest is not None and latest.summary["calibration"] is not None
+    found, quality = (
+        pa.concat_tables([pq.ParquetFile(path).read() for path in latest.paths(name)]).to_pandas()
+        for name in ("scores", "listing_quality")
+    )
+    assert set(found["item_id"]) == set(quality["item_id"]) == set(catalog["item_id"].to_pylist())
+    assert found["cvr"].between(0, 1, inclusive="neither").all()
+    assert quality["mismatch"].isna().all()
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text of a JSON value, names included."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from (name, *strings(each))
+    elif isinstance(value, list):
+        for each in value:
+            yield from strings(each)
+    elif isinstance(value, str):
+        yield value
+
+
+def test_a_package_names_no_user_and_listings_in_one_file(city: Path) -> None:
+    """As docs/model.md says; stores are named among the features."""
+    latest = read_latest(str(city / "model"))
+    assert latest is not None
+    package = city / "model" / "runs" / latest.run
+    clicks = pq.read_table(city / "data" / "clicks.parquet")
+    ids = {name: set(clicks[f"{name}_id"].to_pylist()) for name in ("user", "item", "store", "session", "exposure")}
+    found: dict[str, set[str]] = {}
+    for path in package.iterdir():
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as tensors:
+                texts = {*tensors.keys(), *(tensors.metadata() or {}).values()}
+        elif path.suffix == ".json":
+            texts = set(strings(json.loads(path.read_text())))
+        else:
+            texts = set(re.split(r"[,\s]", path.read_text()))
+        for name, known in ids.items():
+            if texts & known:
+                found.setdefault(name, set()).add(path.name)
+    assert found == {"item": {"retrieval.json"}, "store": {"features.json"}}

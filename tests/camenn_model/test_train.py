@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ from camenn_model.optimizer import rate_at
 from camenn_model.shards import ShardSet
 from camenn_model.train import Trainer, train, write_curves
 from camenn_model.wide import Catalog, Fit, Wide, WideRows
-from pipelines import build_shards
+from pipelines import build_shards, train_processes
+from pipelines.gates import HeldBack
 from pipelines.options import run_main
 from schemas.contract import InputError
+from tests.pipelines.listeners import beyond_loopback, listeners, process_tree
 from tests.pipelines.small_city import catalog_table, random_city, write_data, write_store
 
 
@@ -339,15 +342,15 @@ def test_losses_of_alignment_are_unknown_where_it_takes_no_part(shards: str, tmp
     assert (tmp_path / "curves.csv").read_text().splitlines()[2].split(",")[4:7] == ["", "", ""]
 
 
-def run_torch(processes: int, *flags: str) -> dict[str, Any]:
-    """`camenn train` under torchrun, or alone; its metrics."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node"]
-    launcher = [*launcher, str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "pipelines.train_model", "--batch_size", "32", "--threads", "1", *flags]
-    # gloo would listen on the address of this machine's name.
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
-    assert found.returncode == 0, found.stderr[-3000:]
+def run_train(processes: int, *flags: str) -> dict[str, Any]:
+    """`camenn train` with some processes; its metrics."""
+    command = [sys.executable, "-m", "pipelines.train_model", "--processes", str(processes)]
+    command += ["--batch_size", "32", "--threads", "1", *flags]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with listeners(started.pid) as found:
+        _, errors = started.communicate(timeout=600)
+    assert started.returncode == 0, errors[-3000:]
+    assert not beyond_loopback(found)
     out = Path(flags[flags.index("--out") + 1])
     run = json.loads((out / "latest.json").read_text())["run"]
     return dict(json.loads((out / "runs" / run / "metrics.json").read_text()))
@@ -355,11 +358,33 @@ def run_torch(processes: int, *flags: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_two_processes_end_where_one_does(shards: str, tmp_path: Path) -> None:
-    one = run_torch(1, "--shards", shards, "--out", str(tmp_path / "one"), "--micro_batches", "2", "--epochs", "2")
-    two = run_torch(2, "--shards", shards, "--out", str(tmp_path / "two"), "--epochs", "2")
+    one = run_train(1, "--shards", shards, "--out", str(tmp_path / "one"), "--micro_batches", "2", "--epochs", "2")
+    two = run_train(2, "--shards", shards, "--out", str(tmp_path / "two"), "--epochs", "2")
     assert one["train"]["steps"] == two["train"]["steps"] > 10
     assert two["early_stop_log_loss"] == pytest.approx(one["early_stop_log_loss"], abs=1e-4)
     assert two["test"]["log_loss"] == pytest.approx(one["test"]["log_loss"], abs=1e-4)
+
+
+ENDS = """
+import os, sys, time
+rank = os.environ["RANK"]
+assert os.environ["WORLD_SIZE"] == "2" and os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+if rank == "1":
+    sys.exit(int(sys.argv[1]))
+time.sleep(0 if sys.argv[1] == "0" else 600)
+"""
+
+
+@pytest.mark.parametrize(("code", "error"), [(2, InputError), (3, HeldBack), (1, RuntimeError), (0, None)])
+def test_processes_end_together_as_the_first_that_fails(
+    monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception] | None
+) -> None:
+    monkeypatch.setattr(train_processes, "COMMAND", (sys.executable, "-c", ENDS))
+    before = process_tree(os.getpid())
+    with nullcontext() if error is None else pytest.raises(error, match="above"):
+        train_processes.train_in_processes(2, [str(code)])
+    assert process_tree(os.getpid()) <= before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_processes_that_cannot_share_a_step_are_refused(shards: str, tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ class FlinkCluster:
     def process(self, name: str) -> int:
         return int((self.state / "pids" / name).read_text())
 
+    def processes(self) -> list[int]:
+        """All that `up` started: the JobManager, the TaskManagers and the pool."""
+        return [int(path.read_text()) for path in (self.state / "pids").iterdir()]
+
     def workers(self) -> list[int]:
         """Process ids of the SDK workers that run now."""
         found = subprocess.run(

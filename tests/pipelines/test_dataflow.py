@@ -295,7 +295,10 @@ def test_image_is_made_of_what_the_project_is_made_of() -> None:
     ("flags", "message"),
     [
         ([*GPU, f"--accelerator={L4}"], "--accelerator .* only DataflowRunner"),
-        ([*GPU, f"--accelerator={L4}", "--runner=FlinkRunner"], "--accelerator .* only DataflowRunner"),
+        (
+            [*GPU, f"--accelerator={L4}", "--runner=FlinkRunner", "--job_endpoint=localhost:1"],
+            "--accelerator .* only DataflowRunner",
+        ),
         ([*GPU, "--accelerator=nvidia-l4", *DRY], "--accelerator nvidia-l4: not an accelerator"),
         (["--device=cpu", "--precision=fp32", f"--accelerator={L4}", *DRY], "Give --device cuda"),
         ([f"--accelerator={L4}", *DRY], "--device auto"),

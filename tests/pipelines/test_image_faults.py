@@ -722,7 +722,7 @@ def test_chunk_of_every_kind_loses_no_photo(
     (tmp_path / "changed.jpg").write_bytes(jpeg(OTHER))
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     gone = {
-        "directory.jpg": "missing_image",
+        "directory.jpg": "not_a_file",
         "dangling.jpg": "missing_image",
         "vanished.jpg": "missing_image",
         "plain.jpg/below_a_file.jpg": "missing_image",
@@ -776,7 +776,7 @@ def add_path_faults(root: Path, outside: Path) -> dict[str, str | None]:
     (root / "dangling.jpg").symlink_to(root / "nowhere.jpg")
     (root / "circle.jpg").symlink_to(root / "circle.jpg")
     faults: dict[str, str | None] = {
-        "directory.jpg": "unreadable_image",
+        "directory.jpg": "not_a_file",
         "out.jpg": "outside_root",
         "out/photo.jpg": "outside_root",
         "../outside/photo.jpg": "outside_root",

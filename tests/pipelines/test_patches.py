@@ -2,7 +2,6 @@ import io
 import random
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +11,9 @@ from pipelines.patches import (
     DecodedImage,
     ImageDefect,
     Limits,
-    UriDefect,
     decode_image,
     grid_patches,
     image_quality,
-    resolve_uri,
 )
 
 
@@ -210,52 +207,3 @@ def test_image_quality_orders_blur_and_luminance() -> None:
     flat = np.full((300, 300, 3), 255, dtype=np.uint8)
     assert image_quality(DecodedImage(flat, 1, 1)) == (0.0, 1.0, 1, 1)
     assert image_quality(DecodedImage(0 * flat, 1, 1)).luminance == 0.0
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    (tmp_path / "root" / "a").mkdir(parents=True)
-    (tmp_path / "root" / "a" / "1.jpg").write_bytes(b"1")
-    (tmp_path / "root2").mkdir()
-    (tmp_path / "root2" / "2.jpg").write_bytes(b"2")
-    (tmp_path / "root" / "inside.jpg").symlink_to(tmp_path / "root" / "a" / "1.jpg")
-    (tmp_path / "root" / "outside").symlink_to(tmp_path / "root2")
-    return tmp_path / "root"
-
-
-@pytest.mark.parametrize("uri", ["a/1.jpg", "./a/1.jpg", "a/../a/1.jpg", "inside.jpg", "a/12:30.jpg", "missing.jpg"])
-def test_resolve_uri_stays_under_the_root(root: Path, uri: str) -> None:
-    assert resolve_uri(uri, str(root), False) == f"{root}/{uri}"
-
-
-@pytest.mark.parametrize("uri", ["../root2/2.jpg", "a/../../root2/2.jpg", "outside/2.jpg", "/etc/hostname", ".."])
-def test_resolve_uri_refuses_to_leave_the_root(root: Path, uri: str) -> None:
-    with pytest.raises(UriDefect) as caught:
-        resolve_uri(uri, str(root), False)
-    assert caught.value.reason == "outside_root"
-    assert "image_uri" in caught.value.detail and uri in caught.value.detail
-    assert "--allow_absolute" in caught.value.detail
-    assert resolve_uri(uri, str(root), True) == (uri if uri.startswith("/") else f"{root}/{uri}")
-
-
-@pytest.mark.parametrize("uri", ["http://x/y.jpg", "HTTPS://x", "ftp://x", "data:image/png;base64,AA", "file:///x"])
-def test_resolve_uri_refuses_other_schemes(root: Path, uri: str) -> None:
-    for allow_absolute in (False, True):
-        with pytest.raises(UriDefect) as caught:
-            resolve_uri(uri, str(root), allow_absolute)
-        assert caught.value.reason == "unsupported_scheme" and uri in caught.value.detail
-
-
-@pytest.mark.parametrize("uri", ["", "  ", "a\0b.jpg"])
-def test_resolve_uri_refuses_what_is_no_path(root: Path, uri: str) -> None:
-    with pytest.raises(UriDefect) as caught:
-        resolve_uri(uri, str(root), True)
-    assert caught.value.reason == "malformed_uri"
-
-
-def test_resolve_uri_knows_object_stores(root: Path) -> None:
-    assert resolve_uri("gs://bucket/1.jpg", str(root), False) == "gs://bucket/1.jpg"
-    assert resolve_uri("s3://bucket/1.jpg", str(root), False) == "s3://bucket/1.jpg"
-    assert resolve_uri("a/1.jpg", "gs://bucket/photos/", False) == "gs://bucket/photos/a/1.jpg"
-    with pytest.raises(UriDefect, match="outside_root"):
-        resolve_uri("../1.jpg", "gs://bucket/photos", False)

@@ -1,5 +1,7 @@
 """The same rows on every runner, with any number of workers, and after a worker or a TaskManager was killed."""
 
+import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pipelines.manifest import Manifest, read_latest
 from schemas.contract import without_dictionary
 from tests.camenn_model.encoder_sources import minilm
 from tests.pipelines.flink_cluster import PROJECT, FlinkCluster, free_port, kill, start_camenn, wait_until
+from tests.pipelines.listeners import beyond_loopback, listeners, listening
 
 SLOW = pytest.mark.slow
 
@@ -154,8 +157,13 @@ def test_two_processes_give_the_same_rows(night: Night) -> None:
 def test_flink_gives_the_same_rows(night: Night, cluster: FlinkCluster, parallelism: int) -> None:
     flags = cluster.flags(parallelism)
     store, shards, scores = (f"{name}-flink-{parallelism}" for name in ("store", "shards", "scores"))
-    for argv in (night.embed(store), night.shards(shards), night.score(scores)):
-        assert cli.main([*argv, *flags]) == 0
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(listeners(process)) for process in (os.getpid(), *cluster.processes())]
+        for argv in (night.embed(store), night.shards(shards), night.score(scores)):
+            assert cli.main([*argv, *flags]) == 0
+    kept = set().union(*(listening({process}) for process in cluster.processes()))
+    assert all(opened[:1]) and kept, "a job server and a cluster listen"
+    assert not beyond_loopback(kept.union(*opened))
     assert_same(night.root / store, night.root / "store")
     assert_same(night.root / shards, night.root / "shards")
     assert_scores_close(night.root / scores, night.root / "scores")

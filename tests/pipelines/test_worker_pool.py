@@ -13,18 +13,20 @@ from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc, e
 
 from pipelines import package
 from pipelines.errors import input_error_behind
+from pipelines.loopback import TABLES, loopback_addresses
 from pipelines.package import check_package, guard, package_fingerprint
 from schemas.contract import InputError
 from tests.pipelines.flink_cluster import PROJECT, free_port, wait_until
+from tests.pipelines.listeners import beyond_loopback, listening
 
 
 class Pool:
     """A pool in a process of its own, and a runner's side of it."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, program: tuple[str, ...] = ("-m", "pipelines.worker_pool")) -> None:
         self.logs, self.port = logs, free_port()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.worker_pool", "--port", str(self.port), "--logs", str(logs)],
+            [sys.executable, *program, "--port", str(self.port), "--logs", str(logs)],
             cwd=PROJECT,
             stderr=subprocess.PIPE,
             text=True,
@@ -79,16 +81,37 @@ def test_pool_ends_its_workers_with_itself(pool: Pool) -> None:
 
 
 def test_pool_listens_on_loopback_and_says_when_a_port_is_taken(pool: Pool) -> None:
-    listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=False).stdout
-    if listening:
-        places = {line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(f":{pool.port}")}
-        assert places <= {f"127.0.0.1:{pool.port}", f"[::ffff:127.0.0.1]:{pool.port}"} and places
+    if Path(TABLES[0]).exists():
+        sockets = listening({pool.process.pid})
+        assert {port for _, port in sockets} == {pool.port}
+        assert len(sockets) == len(loopback_addresses()) and not beyond_loopback(sockets)
     second = subprocess.run(
         [sys.executable, "-m", "pipelines.worker_pool", "--port", str(pool.port), "--logs", str(pool.logs)],
         cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert second.returncode == 2
     assert "is in use" in second.stderr
+
+
+OTHERS_ONLY = """
+import sys
+from pipelines import loopback, worker_pool
+loopback.served_users = lambda: {4242}
+sys.exit(worker_pool.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path(TABLES[0]).exists(), reason="the system has no table of connections")
+def test_pool_starts_no_worker_for_another_user(tmp_path: Path) -> None:
+    pool = Pool(tmp_path / "logs", program=("-c", OTHERS_ONLY))
+    try:
+        with pytest.raises(grpc.RpcError) as refused:
+            pool.start_worker(1)
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert not pool.workers() and not list(pool.logs.iterdir())
+    finally:
+        said = pool.stop()
+    assert "refused ipv4:127.0.0.1" in said
 
 
 class Double(beam.DoFn):
