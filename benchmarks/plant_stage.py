@@ -13,21 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import loop_runner
+from camenn_model.shards import Contents
 from pipelines.manifest import Manifest, new_run, publish, read_latest
 from pipelines.options import run_main
-from schemas.training import EXAMPLES
+from schemas.training import EXAMPLE_ORDER, EXAMPLES
 
+CONTENTS_AT_A_TIME = 1_024
 STAGES = ("embed", "shards", "score")
 PLAIN = "plain"
 SORTED_BY = {
     "items": ["item_id"],
+    "users": ["user_id"],
     "image_embeddings": ["image_key"],
     "title_embeddings": ["title_key"],
-    "examples": ["session_start", "user_id", "session_id", "item_id"],
+    "examples": list(EXAMPLE_ORDER),
     "scores": ["audience_id", "rank"],
     "listing_quality": ["item_id"],
 }
@@ -137,16 +141,20 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
 
 
 def digest(manifest: Manifest) -> str:
-    """16 hex digits over the rows of a run's tables, in an order of their own: equal for equal rows, in whichever files they lie."""
+    """16 hex digits over the rows of a run's tables, in an order of their own: equal for equal rows, in whichever files they lie.
+
+    Contents are those that the run's items refer to.
+    """
     found = hashlib.sha256()
+    _hash_contents(found, manifest)
     for name, order in SORTED_BY.items():
         paths = manifest.paths(name)
         if not paths:
             continue
-        # One part of the log after another: all examples at once would not fit everywhere.
+        # One day after another: all examples at once would not fit everywhere.
         groups: dict[str, list[str]] = {}
-        for path in paths:
-            groups.setdefault(str(Path(path).parent.name), []).append(path)
+        for record in manifest.records(name):
+            groups.setdefault(f"{Path(record.path).parent.name} {record.split}", []).append(record.path)
         for folder, members in sorted(groups.items()) if name == "examples" else [("", paths)]:
             table = pa.concat_tables([pq.ParquetFile(path).read() for path in sorted(members)])
             table = table.sort_by([(column, "ascending") for column in order]).replace_schema_metadata(None)
@@ -154,6 +162,23 @@ def digest(manifest: Manifest) -> str:
             for column in table.combine_chunks().columns:
                 _hash_values(found, column)
     return found.hexdigest()[:16]
+
+
+def _hash_contents(found: Any, manifest: Manifest) -> None:
+    """Feed keys and embeddings in order of keys, some at a time."""
+    for kind in ("image", "title"):
+        paths = manifest.paths(f"contents_{kind}s")
+        if not paths:
+            continue
+        items = pa.concat_tables(
+            [pq.ParquetFile(path).read(columns=[f"{kind}_key"]) for path in manifest.paths("items")]
+        )
+        contents = Contents(paths, f"{kind}_key", wanted=items[f"{kind}_key"], keep=False)
+        found.update(f"contents_{kind}s {len(contents)} {contents.shape}\n".encode())
+        for start in range(0, len(contents), CONTENTS_AT_A_TIME):
+            rows = np.arange(start, min(start + CONTENTS_AT_A_TIME, len(contents)))
+            found.update("\n".join(contents.keys.take(pa.array(rows)).to_pylist()).encode())
+            found.update(contents.gather(rows).tobytes())
 
 
 def digest_examples(days: dict[str, list[str]]) -> str:

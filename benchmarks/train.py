@@ -205,7 +205,7 @@ def measure_mixing(shards: str, out: Path, arguments: argparse.Namespace) -> dic
             corpus = open_corpus(options)
             trainer = Trainer(corpus, options, lambda *_: None)
             trainer.run()
-            test = predict(trainer.model, corpus.reader, corpus.table, corpus.files("test"))
+            test = predict(trainer.model, corpus.reader, corpus.table, corpus.blocks("test"))
             values.append(metrics.auc(test.labels, test.logits))
             say(f"seed {seed}, by_store {by_store}: AUC {values[-1]:.4f}, {trainer.state.examples:,} examples")
     for by_store, values in aucs.items():

@@ -21,12 +21,12 @@ from camenn_model.shards import ShardSet, date_of
 LEAST_EXAMPLES = 2_000
 """So many examples are looked at, where there are as many: one quiet day says little."""
 MOST_EXAMPLES = 20_000
-"""More would cost a night minutes and tell nothing more; row groups are then taken at even distances."""
+"""More would cost a night minutes and tell nothing more; units are then taken at even distances."""
 
 
 @dataclass(frozen=True)
 class Days:
-    """Some days' row groups. `first` and `last`: dates, both included."""
+    """Examples of some days. `first` and `last`: dates, both included."""
 
     first: str
     last: str

@@ -11,20 +11,20 @@ import pyarrow.parquet as pq
 
 from camenn_model.agreement import Agreement
 from camenn_model.config import LossConfig, ModelConfig
-from camenn_model.dataset import ExampleReader, Rows
+from camenn_model.dataset import ExampleReader, Rows, Unit, count_rows, list_units, read_examples
 from camenn_model.feature_space import FeatureSpace
 from camenn_model.item_table import ItemTable
 from camenn_model.optimizer import OptimizerConfig
-from camenn_model.shards import ShardSet
+from camenn_model.shards import BLOCK_ROWS, ShardSet
 from schemas.contract import InputError
 
 Progress = Callable[[str, int, int, str], None]
 """(phase, examples done, examples in all, note): called after every step."""
 
 FIT_ROWS = 1_000_000
-"""Training examples that vocabularies and quantiles are fitted on, from whole files, the latest ones."""
+"""Training examples that vocabularies and quantiles are fitted on, from whole blocks, the latest ones."""
 LATEST_ROWS = 500_000
-"""Training examples that the space of tastes and the linear part are found from, from whole files, the latest ones."""
+"""Training examples that the space of tastes and the linear part are found from, from whole blocks, the latest ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,17 @@ class Corpus:
         """(path, rows) of a split."""
         return self.shards.examples(split)
 
+    def blocks(self, split: str) -> list[Unit]:
+        """A split in large pieces, in order of time."""
+        return list_units(self.files(split), BLOCK_ROWS)
+
     def rows(self, split: str) -> int:
         """Examples of a split."""
         return sum(rows for _, rows in self.files(split))
 
     def latest(self, split: str) -> Iterator[Rows]:
-        """Whole files of a split, the latest first, up to `LATEST_ROWS` examples."""
-        return map(self.reader.read, _latest_files(self.files(split), LATEST_ROWS))
+        """Whole blocks of a split, the latest first, up to `LATEST_ROWS` examples."""
+        return map(self.reader.read_unit, _latest_blocks(self.blocks(split), LATEST_ROWS))
 
 
 def open_corpus(options: TrainOptions) -> Corpus:
@@ -99,9 +103,8 @@ def open_corpus(options: TrainOptions) -> Corpus:
                 f"--shards {options.shards}: part '{split}' is empty: the log is too short to be split by time with a gap of the attribution window. "
                 "Give a longer log, or a smaller --test_share or --attribution_hours to `camenn shards`."
             )
-    examples = pa.concat_tables(
-        [pq.ParquetFile(path).read() for path in _latest_files(shards.examples("train"), FIT_ROWS)]
-    )
+    blocks = list_units(shards.examples("train"), BLOCK_ROWS)
+    examples = pa.concat_tables([read_examples(block) for block in _latest_blocks(blocks, FIT_ROWS)])
     base_rate = float(np.mean(examples["label"].to_numpy()))
     for split in ("early_stop", "calibration", "test"):
         labels = np.concatenate(
@@ -137,12 +140,12 @@ def open_corpus(options: TrainOptions) -> Corpus:
     return Corpus(shards, space, table, reader, config)
 
 
-def _latest_files(files: list[tuple[str, int]], most: int) -> Iterator[str]:
-    """Paths of (path, rows), the last one first, until they hold `most` rows or there are no more."""
+def _latest_blocks(blocks: list[Unit], most: int) -> Iterator[Unit]:
+    """The last one first, until they hold `most` rows or there are no more."""
     count = 0
-    for path, rows in reversed(files):
-        yield path
-        count += rows
+    for block in reversed(blocks):
+        yield block
+        count += count_rows([block])
         if count >= most:
             return
 

@@ -3,10 +3,11 @@
 Shapes: B examples, S sessions, H history, N items of the table.
 """
 
+import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from camenn_model.batch import AlignmentBatch, AlignmentPairs, AudienceBatch, Batch, PairBatch
 from camenn_model.feature_space import FeatureSpace, to_float
 from camenn_model.item_table import Ints, ItemTable
+from camenn_model.shards import UNIT_ROWS, date_of
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -28,8 +30,8 @@ U = TypeVar("U")
 BUFFER_ROWS = 65_536
 """Examples read ahead and mixed: some 40 MB."""
 
-Unit = tuple[str, int]
-"""A row group of an example file: (path, number). What is read at a time, and what is put in a random order."""
+Unit = tuple[tuple[str, int, int], ...]
+"""Successive examples of a day, read at a time: (path, first row, rows) of each file that has some of them. What is put in a random order."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,8 @@ class ExampleReader:
         return self.encode(pq.ParquetFile(path).read())
 
     def read_unit(self, unit: Unit) -> Rows:
-        """The rows of one row group, in the file's order. Sessions are numbered from 0 within it."""
-        path, number = unit
-        with pq.ParquetFile(path) as file:
-            return self.encode(file.read_row_group(number))
+        """The rows of a unit, in order. Sessions are numbered from 0 within it."""
+        return self.encode(read_examples(unit))
 
     def encode(self, examples: pa.Table) -> Rows:
         """Rows of a table under the contract `EXAMPLES`."""
@@ -207,13 +207,45 @@ def concat_rows(pieces: list[Rows]) -> Rows:
     return Rows(session=np.concatenate(sessions), **columns)
 
 
-def list_units(files: list[tuple[str, int]]) -> list[Unit]:
-    """The row groups of some example files, in order."""
-    units = []
-    for path, _ in files:
-        with pq.ParquetFile(path) as file:
-            units += [(path, number) for number in range(file.num_row_groups)]
+def list_units(files: list[tuple[str, int]], size: int = UNIT_ROWS) -> list[Unit]:
+    """Some example files' rows in pieces of `size`, the last of a day smaller, in order.
+
+    A day's pieces depend on its rows alone. In how many files they lie, and where one ends, tells how the shard set came about: in one night or in many.
+
+    Args:
+        files: (path, rows) as `ShardSet.examples` has them, those of a day one after another.
+    """
+    units: list[Unit] = []
+    for _, of_day in itertools.groupby(files, key=lambda file: date_of(file[0])):
+        room = 0
+        for path, rows in of_day:
+            first = 0
+            while first < rows:
+                if not room:
+                    units.append(())
+                    room = size
+                taken = min(room, rows - first)
+                units[-1] += ((path, first, taken),)
+                first, room = first + taken, room - taken
     return units
+
+
+def count_rows(units: Iterable[Unit]) -> int:
+    """Examples of some units."""
+    return sum(rows for unit in units for _, _, rows in unit)
+
+
+def read_examples(unit: Unit, columns: list[str] | None = None) -> pa.Table:
+    """A unit's examples, or some of their columns; reads the row groups that have them."""
+    pieces = []
+    for path, first, rows in unit:
+        with pq.ParquetFile(path) as file:
+            ends = np.cumsum([file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)])
+            low, high = np.searchsorted(ends, [first, first + rows - 1], side="right").tolist()
+            start = int(ends[low - 1]) if low else 0
+            found = file.read_row_groups(list(range(low, high + 1)), columns=columns)
+        pieces.append(found.slice(first - start, rows))
+    return pa.concat_tables(pieces)
 
 
 def stream_batches(
@@ -221,7 +253,7 @@ def stream_batches(
 ) -> Iterator[Rows]:
     """Batches of about `batch_size` examples, whole sessions together, in a random order that depends on nothing but the generator's state.
 
-    Row groups of all files come in a random order, so that days are mixed; sessions are mixed within a buffer of some 65,000 examples. With `by_store`
+    Units of all days come in a random order, so that days are mixed; sessions are mixed within a buffer of some 65,000 examples. With `by_store`
     a batch draws from few stores, so that it holds fewer distinct listings; the batches of a buffer come in a random order then.
     """
     mixed = [units[number] for number in rng.permutation(len(units))]

@@ -13,7 +13,7 @@ from torch import Tensor
 from camenn_model import metrics
 from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch, ItemBatch
 from camenn_model.calibration import PlattScaling, fit_platt
-from camenn_model.dataset import ExampleReader, Rows, collate, cut_batches, prefetch
+from camenn_model.dataset import ExampleReader, Rows, Unit, collate, count_rows, cut_batches, prefetch
 from camenn_model.item_table import Ints, ItemTable
 from camenn_model.model import AlignOutput, CameNN
 from camenn_model.scorer import Scorer
@@ -28,7 +28,7 @@ SHOWN_QUERIES = 6
 
 @dataclass(frozen=True)
 class Predictions:
-    """Raw logits and what is needed to judge them, in the files' order; [n] each."""
+    """Raw logits and what is needed to judge them, in order of time; [n] each."""
 
     logits: NDArray[np.float64]
     labels: NDArray[np.float64]
@@ -48,11 +48,11 @@ def predict(
     model: CameNN,
     reader: ExampleReader,
     table: ItemTable,
-    files: list[tuple[str, int]],
+    blocks: list[Unit],
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
-    """Logits of every example of some files. The display position is unknown, as it is in scoring."""
-    total = sum(rows for _, rows in files)
+    """Logits of every example of some blocks. The display position is unknown, as it is in scoring."""
+    total = count_rows(blocks)
     logits, labels, users, done = [], [], [], 0
     sessions: list[NDArray[np.int64]] = []
     base = 0
@@ -61,8 +61,8 @@ def predict(
         if progress is not None:
             progress(done + rows, total)
 
-    for path, _ in files:
-        rows = reader.read(path)
+    for block in blocks:
+        rows = reader.read_unit(block)
         logits.append(predict_rows(model, table, rows, tell))
         done += len(rows)
         labels.append(rows.label.astype(np.float64))

@@ -56,8 +56,8 @@ class Vocabulary:
 
     @classmethod
     def fit(cls, column: pa.ChunkedArray | pa.Array) -> "Vocabulary":
-        """The most frequent values, at most 4,096, ordered by name."""
-        counts = column.to_pandas().value_counts()
+        """The most frequent values, at most 4,096, ordered by name; of values as frequent, the first by name."""
+        counts = column.to_pandas().value_counts().sort_index().sort_values(ascending=False, kind="stable")
         return cls(tuple(sorted(str(value) for value in counts.index[:MAX_VOCABULARY])))
 
     def encode(self, column: pa.ChunkedArray | pa.Array) -> NDArray[np.int64]:

@@ -82,8 +82,8 @@ class ItemTable:
         """For scoring, which reads each content once or twice: of contents files, of which nothing stays in memory."""
         return cls(
             items,
-            Contents(list(images), "image_key", keep=False),
-            Contents(list(titles), "title_key", keep=False),
+            Contents(list(images), "image_key", wanted=items["image_key"], keep=False),
+            Contents(list(titles), "title_key", wanted=items["title_key"], keep=False),
             keep=False,
             config=config,
         )

@@ -15,7 +15,12 @@ from camenn_model.published import check_table_files, read_manifest, read_publis
 from schemas.contract import InputError
 from schemas.embeddings import embedding_shape
 from schemas.manifest import RUNS
+from schemas.training import EXAMPLE_ORDER
 
+UNIT_ROWS = 8_192
+"""Examples of a day that are read and mixed at a time; a row group of their files has as many"""
+BLOCK_ROWS = 262_144
+"""Examples of a day that are read at a time where all of them are wanted in order; a file has no more"""
 MEANS_AT_A_TIME = 4_096
 """Contents that are read at a time where the means of all are kept"""
 _REMEDY = "Run `camenn shards --rebuild`, or `camenn rollback` to the shard set of before."
@@ -25,20 +30,32 @@ _CONTENTS_REMEDY = "Run `camenn shards --rerun`: they are copied again from the 
 class Contents:
     """Embeddings of one kind, mapped: `gather` reads only the rows asked for.
 
+    Rows are in order of keys, wherever they lie: what is computed from all of them must not depend on the files.
+
     Args:
-        paths: Arrow IPC files of (key, embedding).
+        paths: Arrow IPC files of (key, embedding), each with any keys in any order; of a key that stands in two, one is taken.
         key: name of the key column.
         shape: (tokens, width) where there are no files that tell it.
+        wanted: keys that are of interest; None = all. Contents are only ever added, so files may hold those of listings that are gone.
         keep: whether what was read stays in memory, for the next time; otherwise it is given back as soon as it is copied.
     """
 
-    def __init__(self, paths: list[str], key: str, shape: tuple[int, int] = (0, 0), *, keep: bool = True) -> None:
+    def __init__(
+        self,
+        paths: list[str],
+        key: str,
+        shape: tuple[int, int] = (0, 0),
+        *,
+        wanted: pa.ChunkedArray | None = None,
+        keep: bool = True,
+    ) -> None:
+        import pyarrow.compute as pc
+
         self.keep = keep
         self.views: list[NDArray[np.float16]] = []
         self.maps: list[mmap.mmap] = []
         self.map_of: list[mmap.mmap] = []
         keys: list[pa.Array] = []
-        starts = [0]
         self.shape = shape
         for path in sorted(paths):
             with open(path, "rb") as handle:
@@ -54,9 +71,21 @@ class Contents:
                 self.views.append(data[first : first + len(column) * size].reshape(len(column), *self.shape))
                 self.map_of.append(self.maps[-1])
                 keys.append(batch.column(batch.schema.get_field_index(key)))
-                starts.append(starts[-1] + len(column))
-        self.starts = np.asarray(starts, dtype=np.int64)
-        self.keys: pa.Array = pa.concat_arrays(keys) if keys else pa.array([], pa.string())
+        every: pa.Array = pa.concat_arrays(keys) if keys else pa.array([], pa.string())
+        order = pc.array_sort_indices(every).to_numpy()
+        if wanted is not None:
+            order = order[pc.is_in(every, pc.unique(wanted)).to_numpy(zero_copy_only=False)[order]]
+        ordered = every.take(pa.array(order))
+        if len(order):
+            # A retry may have written a key twice.
+            first = np.append(True, pc.not_equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False))
+            order, ordered = order[first], ordered.filter(pa.array(first))
+        self.keys: pa.Array = ordered
+        lengths = np.array([len(view) for view in self.views], dtype=np.int64)
+        self.view_of: NDArray[np.int64] = np.repeat(np.arange(len(lengths)), lengths)[order]
+        """Where each row lies: number of the view, int64 [n] ..."""
+        self.place: NDArray[np.int64] = order.astype(np.int64) - (np.cumsum(lengths) - lengths)[self.view_of]
+        """... and the row in it, int64 [n]"""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -79,10 +108,11 @@ class Contents:
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """Embeddings of rows, float16 [n, tokens, width]; a row of -1 gives zeros."""
         out = np.zeros((len(rows), *self.shape), dtype=np.float16)
-        place = np.searchsorted(self.starts, rows, side="right") - 1
-        for number in np.unique(place[rows >= 0]):
-            mine = np.flatnonzero((place == number) & (rows >= 0))
-            out[mine] = self.views[number][rows[mine] - self.starts[number]]
+        some = np.flatnonzero(rows >= 0)
+        view = self.view_of[rows[some]]
+        for number in np.unique(view):
+            mine = some[view == number]
+            out[mine] = self.views[number][self.place[rows[mine]]]
             if not self.keep:
                 self.map_of[number].madvise(mmap.MADV_DONTNEED)
         return out
@@ -134,6 +164,13 @@ def date_of(path: str) -> str:
     return path.split("/date=")[1].split("/")[0]
 
 
+def first_row(path: str) -> tuple[Any, ...]:
+    """What an example file's first row has of `EXAMPLE_ORDER`: where the file stands among those of its day."""
+    with pq.ParquetFile(path) as file:
+        row = file.read_row_group(0, columns=list(EXAMPLE_ORDER)).slice(0, 1).to_pylist()[0]
+    return tuple(row[name] for name in EXAMPLE_ORDER)
+
+
 @dataclass(frozen=True)
 class ShardSet:
     """A published shard set.
@@ -165,22 +202,33 @@ class ShardSet:
         return sorted((str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries)
 
     def examples(self, split: str) -> list[tuple[str, int]]:
-        """(path, rows) of the example files of one split, by date: a day may have been written by an earlier run than the day before it.
+        """(path, rows) of the example files of one split, in order of time, whichever run wrote them: a day's rows are those of its files one after another.
 
         Raises:
             InputError: the shard set was written by a version that filed splits by folder.
             DamagedError: a file of any split is lost or damaged.
         """
+        return self._examples.get(split, [])
+
+    @cached_property
+    def _examples(self) -> dict[str, list[tuple[str, int]]]:
         self._check("examples")
         entries = self.manifest["tables"].get("examples", {}).get("files", [])
         if any("split" not in entry for entry in entries):
             raise InputError(
                 f"--shards {self.root}: was written by an earlier version of camenn. Run `camenn shards --rebuild` into it."
             )
-        found = [
-            (str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries if entry["split"] == split
-        ]
-        return sorted(found, key=lambda entry: (entry[0].split("/date=")[1], entry[0]))
+        days: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        for path, rows, split in sorted(
+            (str(Path(self.root) / entry["path"]), int(entry["rows"]), entry["split"]) for entry in entries
+        ):
+            days.setdefault((split, date_of(path)), []).append((path, rows))
+        found: dict[str, list[tuple[str, int]]] = {}
+        for (split, _), of_day in sorted(days.items()):
+            # Names tell runs and pieces: only the rows tell which file of a day comes first.
+            in_order = sorted(of_day, key=lambda file: first_row(file[0])) if len(of_day) > 1 else of_day
+            found.setdefault(split, []).extend(in_order)
+        return found
 
     def closed_before(self) -> str:
         """The first date that is not over yet, attribution windows included: labels of earlier ones are complete, but for orders that arrive late."""
@@ -200,10 +248,12 @@ class ShardSet:
 
     @cached_property
     def images(self) -> Contents:
-        """Photos' patch features."""
-        return Contents([path for path, _ in self.files("contents_images")], "image_key")
+        """Photos' patch features, of the items' photos."""
+        paths = [path for path, _ in self.files("contents_images")]
+        return Contents(paths, "image_key", wanted=self.items["image_key"])
 
     @cached_property
     def titles(self) -> Contents:
-        """Titles' token states."""
-        return Contents([path for path, _ in self.files("contents_titles")], "title_key")
+        """Titles' token states, of the items' titles."""
+        paths = [path for path, _ in self.files("contents_titles")]
+        return Contents(paths, "title_key", wanted=self.items["title_key"])

@@ -312,10 +312,10 @@ class Trainer:
         """Log loss of the averaged weights on the early-stop part; keeps the best."""
         state = self.state
         self.model.eval()
-        # Each process takes some of the files.
-        files = self.corpus.files("early_stop")[self.processes.rank :: self.processes.count]
+        # Each process takes some of the blocks.
+        blocks = self.corpus.blocks("early_stop")[self.processes.rank :: self.processes.count]
         with self.ema.applied_to(self.model):
-            found = predict(self.model, self.corpus.reader, self.corpus.table, files) if files else None
+            found = predict(self.model, self.corpus.reader, self.corpus.table, blocks) if blocks else None
             sums = (found.log_loss() * len(found.labels), len(found.labels)) if found is not None else (0.0, 0)
             total, rows = self.processes.sums(sums)
             loss = total / rows
@@ -403,7 +403,7 @@ def train(
             model,
             corpus.reader,
             corpus.table,
-            corpus.files(split),
+            corpus.blocks(split),
             lambda done, total, split=split: progress(f"measure {split}", done, total, ""),
         )
         for split in (*CALIBRATED_ON, "test")
@@ -437,7 +437,6 @@ def train(
         "loss": asdict(options.loss),
         "encoders": corpus.shards.manifest["options"]["encoders"],
         "attribution_hours": corpus.shards.manifest["options"]["attribution_hours"],
-        "shards": corpus.shards.manifest["request"],
     }
     (directory / "config.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
     corpus.space.write(directory)

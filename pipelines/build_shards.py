@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.transforms.window import GlobalWindows
 
+from camenn_model.shards import BLOCK_ROWS
 from pipelines import files
 from pipelines.attribution import DAY_US, HOUR_US, day_of
 from pipelines.clock import latest_time
@@ -45,7 +46,7 @@ from pipelines.days import (
 from pipelines.dimensions import read_timezones, read_users
 from pipelines.event_log import KeptRows, LogPlan, kept_table, plan_logs, remember
 from pipelines.events import CleanEvents, read_times
-from pipelines.examples import Day, ItemPass, SplitTimes, UserPass, finish_examples, split_times
+from pipelines.examples import Day, ItemPass, SplitTimes, UserPass, cut_long_days, finish_examples, split_times
 from pipelines.features import FEATURES_VERSION
 from pipelines.items import CopyContents, contents_jobs, load_items, local_only
 from pipelines.manifest import (
@@ -71,11 +72,11 @@ from schemas.catalog import CATALOG
 from schemas.contract import InputError
 from schemas.events import CLICKS, ORDERS
 from schemas.rejects import REJECTS
-from schemas.training import EXAMPLES, ITEMS
+from schemas.training import EXAMPLE_ORDER, EXAMPLES, ITEMS
 
 STAGE = "shards"
 ROWS_PER_BUCKET = 262_144
-ROWS_PER_FILE = 262_144
+ROWS_PER_FILE = BLOCK_ROWS
 WRITERS = 2
 FEW_CLICKS = 100
 """Of fewer clicks since the final days all may be of listings that left the catalog."""
@@ -117,8 +118,8 @@ class Plan:
     timezones: dict[str, str]
     directory: str
     kept: Kept
-    days: int
-    """Days that are built"""
+    day_cuts: np.ndarray
+    """See `cut_long_days`"""
     scratch: str | None = None
     """Where shuffles lie, on the local runner (pipelines/parcels.py)"""
 
@@ -194,7 +195,7 @@ class PackDays(beam.DoFn):
 
 
 class WriteDays(beam.DoFn):
-    """One day's examples, of a bucket of users, and their listings' counts → their files of at most 262,144 rows, ordered by session, user and listing."""
+    """The examples of a day, or of a piece of one, and their listings' counts → their files of at most 262,144 rows, in `EXAMPLE_ORDER`."""
 
     def __init__(self, plan: Plan, progress: str | None) -> None:
         self.directory = files.join(plan.directory, "examples")
@@ -213,12 +214,12 @@ class WriteDays(beam.DoFn):
         self.writing: deque[Future[list[FileRecord]]] = deque()
 
     def process(self, element: tuple[Day, Any]) -> Iterator[FileRecord]:
-        (date, bucket), pieces = element
+        (date, number), pieces = element
         kinds: dict[str, list[pa.Table]] = {"examples": [], "counts": []}
         for kind, piece in pieces:
             kinds[kind].append(unpack(piece))
         table = finish_examples(pa.concat_tables(kinds["examples"]), pa.concat_tables(kinds["counts"]), self.item_ids)
-        self.writing.append(self.writers.submit(self._write, date, bucket, table))
+        self.writing.append(self.writers.submit(self._write, date, number, table))
         # Parquet is encoded beside the next day; no more days than writers are in memory.
         while len(self.writing) > WRITERS:
             yield from self._written()
@@ -231,16 +232,16 @@ class WriteDays(beam.DoFn):
     def teardown(self) -> None:
         self.writers.shutdown()
 
-    def _write(self, date: str, bucket: int, table: pa.Table) -> list[FileRecord]:
+    def _write(self, date: str, piece: int, table: pa.Table) -> list[FileRecord]:
         table = keep_features(table, self.open_paths.get(date, []))
-        table = table.sort_by([(name, "ascending") for name in ("session_start", "user_id", "session_id", "item_id")])
+        table = table.sort_by([(name, "ascending") for name in EXAMPLE_ORDER])
         pieces = [
             (split, rows.slice(start, ROWS_PER_FILE))
             for split, rows in cut_splits(table, self.splits)
             for start in range(0, rows.num_rows, ROWS_PER_FILE)
         ]
         return [
-            write_part(self.directory, date, f"{bucket}-{number}", split, rows)
+            write_part(self.directory, date, f"{piece}-{number}", split, rows)
             for number, (split, rows) in enumerate(pieces)
         ]
 
@@ -273,8 +274,6 @@ class BuildExamples(beam.PTransform):
             | "CleanOrders"
             >> beam.ParDo(CleanEvents(STAGE, ORDERS, plan.latest)).with_outputs("rejects", "counts", main="rows")
         )
-        # A day of very many clicks is written in pieces of about a file each.
-        day_buckets = max(1, round(plan.clicks.rows / max(1, plan.days) / ROWS_PER_FILE))
         user_pass = UserPass(
             plan.items_path,
             stage=STAGE,
@@ -284,7 +283,7 @@ class BuildExamples(beam.PTransform):
             timezones=plan.timezones,
             timezone=o.timezone,
             frozen_before=plan.kept.frozen_before,
-            day_buckets=day_buckets,
+            day_cuts=plan.day_cuts,
             clicks=KeptRows.of(plan.logs["clicks"], plan.directory),
             orders=KeptRows.of(plan.logs["orders"], plan.directory),
         )
@@ -310,7 +309,7 @@ class BuildExamples(beam.PTransform):
             {"queries": by_user.queries, "item_events": by_user.item_events}
             | "ByItem"
             >> ShuffleByBucket({"queries": "item", "item_events": "item"}, item_buckets, scratch=plan.scratch)
-            | "DescribeItems" >> beam.ParDo(ItemPass(day_buckets))
+            | "DescribeItems" >> beam.ParDo(ItemPass(plan.day_cuts))
         )
         examples = (
             [
@@ -397,7 +396,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             item_rows = min(item_rows, 2 * len(built) + 3 * user_buckets * items.num_rows)
         plan = Plan(
             clicks=clicks, orders=orders, logs=logs, user_buckets=user_buckets, item_rows=item_rows, items_path=written[0].path, as_of=as_of, latest=latest_event, window=window,
-            splits=splits, timezones=timezones, directory=directory, kept=kept, days=len(np.unique(built // DAY_US)),
+            splits=splits, timezones=timezones, directory=directory, kept=kept, day_cuts=cut_long_days(built, ROWS_PER_FILE),
             scratch=files.join(directory, "shuffle") if local else None,
         )  # fmt: skip
         days_kept = split_records(kept.records, splits, files.join(directory, "examples"))

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from camenn_model.hashing import stable_hash
-from camenn_model.shards import date_of
+from camenn_model.shards import UNIT_ROWS, date_of
 from pipelines import files
 from pipelines.attribution import DAY_US, day_of
 from pipelines.clock import can_be
@@ -28,9 +28,6 @@ from schemas.training import EXAMPLES
 
 SKETCH = 16
 """Exposures of each day that are remembered: the next run finds them again in a log that only grew."""
-ROW_GROUP = 8_192
-"""Rows of an example file's row groups: what the loader reads at a time."""
-
 ROW_SETTINGS = ("attribution_hours", "history", "timezone")
 """Flags that rows depend on: under others, days do not fit together."""
 
@@ -50,7 +47,7 @@ def read_starts(record: FileRecord) -> np.ndarray:
 def write_part(directory: str, date: str, name: str, split: str, rows: pa.Table) -> FileRecord:
     """Write some of a day's examples, which belong to one split."""
     path = files.join(directory, f"date={date}", f"part-{name}.parquet")
-    written = files.write_parquet(path, check_output(rows, EXAMPLES), row_group_size=ROW_GROUP)
+    written = files.write_parquet(path, check_output(rows, EXAMPLES), row_group_size=UNIT_ROWS)
     return FileRecord.of("examples", path, rows.num_rows, written, split)
 
 

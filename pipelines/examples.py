@@ -390,18 +390,39 @@ def finish_examples(examples: pa.Table, counts: pa.Table, item_ids: pa.Array) ->
 
 
 Day = tuple[str, int]
-"""(date of the session's start, bucket of users within it): what is written together."""
+"""(date of the session's start, piece of the day in order of time): what is written together."""
 
 
-def cut_days(table: pa.Table, day_buckets: int) -> Iterator[tuple[Day, pa.Table]]:
-    """Rows, which have ROW and `session_start`, by the day that they are written with."""
+def cut_long_days(clicked_at: np.ndarray, rows: int) -> np.ndarray:
+    """Where days of very many clicks are cut into pieces of about `rows` each, int64 microseconds, in order.
+
+    By time, not by users: one after another, the pieces are the day in order, however many there are.
+
+    Args:
+        clicked_at: int64 microseconds [n], of the clicks that become examples, about.
+    """
+    day = clicked_at // DAY_US
+    first = int(day.min(initial=NEVER))
+    counts = np.bincount(day - first)
+    cuts: list[int] = []
+    for number in np.flatnonzero(counts >= 1.5 * rows):
+        times = np.sort(clicked_at[day == first + number])
+        pieces = round(len(times) / rows)
+        cuts += [int(times[len(times) * piece // pieces]) for piece in range(1, pieces)]
+    return np.unique(np.array(cuts, dtype=np.int64))
+
+
+def cut_days(table: pa.Table, day_cuts: np.ndarray) -> Iterator[tuple[Day, pa.Table]]:
+    """Rows, which have `session_start`, by the day, or piece of a day, that they are written with."""
     if not table.num_rows:
         return
     start = table["session_start"].cast(pa.int64()).to_numpy()
-    frame = pd.DataFrame({"day": start // DAY_US, "bucket": (table[ROW].to_numpy() >> 32) % day_buckets})
-    groups: Any = frame.groupby(["day", "bucket"]).indices
-    for (day, bucket), rows in groups.items():
-        yield (day_of(int(day) * DAY_US), int(bucket)), table.take(pa.array(rows))
+    day = start // DAY_US
+    before = np.searchsorted(day_cuts, day * DAY_US, side="right")
+    frame = pd.DataFrame({"day": day, "piece": np.searchsorted(day_cuts, start, side="right") - before})
+    groups: Any = frame.groupby(["day", "piece"]).indices
+    for (day, piece), rows in groups.items():
+        yield (day_of(int(day) * DAY_US), int(piece)), table.take(pa.array(rows))
 
 
 class UserPass(_ItemsDoFn):
@@ -418,7 +439,7 @@ class UserPass(_ItemsDoFn):
         timezones: dict[str, str],
         timezone: str,
         frozen_before: int,
-        day_buckets: int,
+        day_cuts: np.ndarray,
         clicks: KeptRows,
         orders: KeptRows,
     ) -> None:
@@ -426,7 +447,7 @@ class UserPass(_ItemsDoFn):
         self.clicks, self.orders = clicks, orders
         self.stage, self.as_of, self.window, self.history = stage, as_of, window, history
         self.timezones, self.timezone = timezones, timezone
-        self.frozen_before, self.day_buckets = frozen_before, day_buckets
+        self.frozen_before, self.day_cuts = frozen_before, day_cuts
 
     def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[Any]:
         bucket, kinds = element
@@ -448,7 +469,7 @@ class UserPass(_ItemsDoFn):
             bucket=bucket,
             frozen_before=self.frozen_before,
         )
-        yield from cut_days(result.examples, self.day_buckets)
+        yield from cut_days(result.examples, self.day_cuts)
         yield beam.pvalue.TaggedOutput("queries", result.queries)
         yield beam.pvalue.TaggedOutput("item_events", result.item_events)
         for rejects in result.rejects:
@@ -460,8 +481,8 @@ class UserPass(_ItemsDoFn):
 class ItemPass(beam.DoFn):
     """A bucket of listings → their counts, cut like the examples that they belong to: (Day, ROW and `ITEM_COUNTS`)."""
 
-    def __init__(self, day_buckets: int) -> None:
-        self.day_buckets = day_buckets
+    def __init__(self, day_cuts: np.ndarray) -> None:
+        self.day_cuts = day_cuts
 
     def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[tuple[Day, pa.Table]]:
         _, kinds = element
@@ -469,5 +490,5 @@ class ItemPass(beam.DoFn):
             return
         queries = kinds["queries"]
         counts = build_item_features(queries, kinds["item_events"])
-        for day, table in cut_days(counts.append_column("session_start", queries["session_start"]), self.day_buckets):
+        for day, table in cut_days(counts.append_column("session_start", queries["session_start"]), self.day_cuts):
             yield day, table.drop_columns(["session_start"])

@@ -2,8 +2,7 @@
 
 import os
 import sys
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import apache_beam as beam
@@ -12,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from camenn_model.encoder_spec import normalise_title
 from camenn_model.integrity import DamagedError
@@ -19,29 +19,35 @@ from pipelines import files
 from pipelines.catalog import read_catalog
 from pipelines.inference import content_key
 from pipelines.manifest import Manifest, check_records
-from pipelines.store import CONTENTS
+from pipelines.store import CONTENTS, ROW_GROUP, chunk_name
 from pipelines.tables import FileRecord, Source
 from schemas.contract import InputError
 from schemas.embeddings import embedding_shape
 from schemas.training import ITEMS
 
-ROWS_PER_CONTENT_FILE = 4_096
-COPIED_AT_A_TIME = 1_024
-"""Embeddings in memory: 50 MB of `small` photos"""
+CONTENT_FILE_BYTES = 128 * 2**20
+"""Embeddings of a contents file, at most: they are in memory while it is written"""
 
 
 def read_stored(manifest: Manifest, table: str, columns: list[str]) -> pa.Table:
-    """Columns (not the embeddings) of a store table, one row per content key; the first by path wins where a retry wrote a key twice."""
+    """Columns (not the embeddings) of a store table, one row per content key; the first by path wins where a retry wrote a key twice.
+
+    Beside them `part` and `group`: the number of the part among the sorted paths, and of the row group in it.
+    """
     paths = sorted(manifest.paths(table))
     pieces = []
     for number, path in enumerate(paths):
         with files.open_read(path) as handle:
-            piece = pq.read_table(handle, columns=columns)
-        pieces.append(piece.append_column("__part", pa.array(np.full(piece.num_rows, number, dtype=np.int32))))
+            parquet = pq.ParquetFile(handle)
+            piece = parquet.read(columns=columns)
+            rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        groups = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
+        piece = piece.append_column("part", pa.array(np.full(piece.num_rows, number, dtype=np.int32)))
+        pieces.append(piece.append_column("group", pa.array(groups)))
     if not pieces:
         return pa.table(
             {name: pa.array([], pa.string() if name.endswith("_key") else pa.float32()) for name in columns}
-            | {"__part": pa.array([], pa.int32())}
+            | {name: pa.array([], pa.int32()) for name in ("part", "group")}
         )
     stored = pa.concat_tables(pieces).replace_schema_metadata(None)
     frame = stored.select([columns[0]]).to_pandas()
@@ -135,12 +141,13 @@ def relative_price(price: pa.ChunkedArray, subcategory: pa.ChunkedArray) -> pa.A
 
 @dataclass(frozen=True)
 class ContentJob:
-    """Some store parts whose rows, where wanted, go into one contents file."""
+    """Rows of some store parts that become one contents file."""
 
     kind: str
-    parts: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[int, ...]], ...]
+    """Store parts, by path, and the row groups of each that have the rows"""
     wanted: str
-    """Path of an Arrow IPC stream: the content keys to copy from these parts, ordered. A job is part of the pipeline that is submitted: a name, not the keys."""
+    """Path of an Arrow IPC stream: the content keys to copy from there, ordered. A job is part of the pipeline that is submitted: a name, not the keys."""
 
 
 def plan_contents(
@@ -150,71 +157,87 @@ def plan_contents(
 
     Each job's keys are written under `directory`.
     """
-    key = f"{kind[:-1]}_key"
-    stored = read_stored(store, f"{kind[:-1]}_embeddings", [key])
+    key, table = f"{kind[:-1]}_key", f"{kind[:-1]}_embeddings"
+    stored = read_stored(store, table, [key])
     keep = pc.is_in(stored[key], pc.drop_null(wanted).unique())
     for path in present:
         with pa.memory_map(path) as mapped:
             keep = pc.and_not(keep, pc.is_in(stored[key], pa.ipc.open_file(mapped).read_all()[key]))
     chosen = stored.filter(keep)
-    paths = sorted(store.paths(f"{kind[:-1]}_embeddings"))
+    if not chosen.num_rows:
+        return []
+    paths = sorted(store.paths(table))
+    with files.open_read(paths[0]) as handle:
+        shape = embedding_shape(pq.ParquetFile(handle).schema_arrow)
+    limit = max(1, CONTENT_FILE_BYTES // (2 * shape[0] * shape[1]))
+    numbers, groups = chosen["part"].to_numpy(), chosen["group"].to_numpy()
+    edges = np.append(np.flatnonzero((np.diff(numbers) != 0) | (np.diff(groups) != 0)) + 1, len(numbers))
     jobs: list[ContentJob] = []
-    numbers = chosen["__part"].to_numpy()
     start = 0
     while start < len(numbers):
-        end = int(np.searchsorted(numbers, numbers[min(start + ROWS_PER_CONTENT_FILE, len(numbers)) - 1], side="right"))
-        parts = tuple(paths[number] for number in np.unique(numbers[start:end]))
+        # Whole row groups, at least one: none is read by two jobs.
+        place = int(np.searchsorted(edges, start + limit, side="right")) - 1
+        end = int(edges[place]) if place >= 0 and edges[place] > start else int(edges[place + 1])
         path = files.join(directory, f"{kind}-{len(jobs)}.arrows")
         with files.atomic_write(path) as handle:
-            handle.write(files.ipc_bytes(chosen.slice(start, end - start).select([key])))
-        jobs.append(ContentJob(kind, parts, path))
+            handle.write(files.ipc_bytes(chosen.slice(start, end - start).select([key]).sort_by(key)))
+        read = {
+            paths[number]: tuple(np.unique(groups[start:end][numbers[start:end] == number]).tolist())
+            for number in np.unique(numbers[start:end])
+        }
+        jobs.append(ContentJob(kind, tuple(read.items()), path))
         start = end
     return jobs
-
-
-def _read_batches(paths: Sequence[str], columns: list[str]) -> Iterator[pa.Table]:
-    """Some columns of Parquet files, `COPIED_AT_A_TIME` rows at a time."""
-    for path in paths:
-        with files.open_read(path) as source:
-            # Read ahead, each of the reading threads would keep 33 MB for good.
-            for batch in pq.ParquetFile(source, pre_buffer=False).iter_batches(
-                COPIED_AT_A_TIME, columns=columns, use_threads=False
-            ):
-                yield pa.Table.from_batches([batch])
 
 
 def copy_contents(job: ContentJob, directory: str) -> FileRecord:
     """Copy a job's rows into one Arrow IPC file, uncompressed, so that a reader can map it and gather rows without decoding.
 
-    Columns: the content key, `embedding` as fixed_size_binary (float16, shape in the field's metadata).
+    Columns: the content key, in order, and `embedding` as fixed_size_binary (float16, shape in the field's metadata). The file is named by its keys: a job that is
+    done again, by a retried bundle or after a crash, writes the same file again.
+
+    Raises:
+        RuntimeError: the store's parts no longer have all that was planned.
     """
     key = f"{job.kind[:-1]}_key"
     with files.open_read(job.wanted) as source:
-        wanted = files.ipc_table(source.read())[key]
-    path = files.join(directory, f"part-{uuid.uuid4().hex}.arrow")
-    rows = 0
-    with files.atomic_write(path) as handle:
-        writer = None
-        done: set[str] = set()
-        for table in _read_batches(job.parts, [key, "embedding"]):
-            table = table.filter(pc.is_in(table[key], wanted))
-            fresh = [value not in done for value in table[key].to_pylist()]
-            table = table.filter(pa.array(fresh, pa.bool_()))
-            done.update(table[key].to_pylist())
-            if table.num_rows == 0:
-                continue
-            shape = embedding_shape(table.schema)
-            field = pa.field(
-                "embedding", pa.binary(shape[0] * shape[1] * 2), metadata=table.schema.field("embedding").metadata
+        wanted = files.ipc_table(source.read())[key].combine_chunks()
+    rows: NDArray[np.void] | None = None
+    missing = np.ones(len(wanted), dtype=bool)
+    field = None
+    for batch in _read_batches(job, [key, "embedding"]):
+        keys, column = batch.columns
+        if rows is None:
+            field = batch.schema.field("embedding")
+            rows = np.empty(len(wanted), dtype=np.dtype((np.void, field.type.byte_width)))
+        place = pc.fill_null(pc.index_in(keys, value_set=wanted), -1).to_numpy()
+        fresh = np.flatnonzero(place >= 0)
+        fresh = fresh[missing[place[fresh]]]
+        # Where a retry wrote a key twice the first row stays.
+        found, first = np.unique(place[fresh], return_index=True)
+        values = np.frombuffer(column.buffers()[1], dtype=rows.dtype)[column.offset : column.offset + len(column)]
+        rows[found] = values[fresh[first]]
+        missing[found] = False
+    if rows is None or field is None or missing.any():
+        raise RuntimeError(
+            f"{', '.join(path for path, _ in job.groups)}: {missing.sum():,} of {len(wanted):,} contents that were there a moment ago are not ({wanted[int(np.argmax(missing))]} is the first)."
+        )
+    path = files.join(directory, f"part-{chunk_name(CONTENTS, wanted.to_pylist())}.arrow")
+    schema = pa.schema([pa.field(key, pa.string()), pa.field("embedding", field.type, metadata=field.metadata)])
+    embeddings = pa.FixedSizeBinaryArray.from_buffers(field.type, len(rows), [None, pa.py_buffer(rows)])
+    with files.atomic_write(path) as handle, pa.ipc.new_file(handle, schema) as writer:
+        writer.write_batch(pa.record_batch([wanted, embeddings], schema=schema))
+    return FileRecord.of(f"contents_{job.kind}", path, len(wanted), handle.written)
+
+
+def _read_batches(job: ContentJob, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a job's row groups, `ROW_GROUP` rows at a time."""
+    for path, groups in job.groups:
+        with files.open_read(path) as source:
+            # Read ahead, each of the reading threads would keep 33 MB for good.
+            yield from pq.ParquetFile(source, pre_buffer=False).iter_batches(
+                ROW_GROUP, row_groups=list(groups), columns=columns, use_threads=False
             )
-            table = table.cast(pa.schema([pa.field(key, pa.string()), field]))
-            if writer is None:
-                writer = pa.ipc.new_file(handle, table.schema)
-            writer.write_table(table)
-            rows += table.num_rows
-        if writer is not None:
-            writer.close()
-    return FileRecord.of(f"contents_{job.kind}", path, rows, handle.written)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,9 @@ EXAMPLES = Contract(
     ),
 )
 
+EXAMPLE_ORDER = ("session_start", "user_id", "session_id", "item_id")
+"""What a day's examples are ordered by, in each file and from file to file"""
+
 ITEMS = Contract(
     name="items",
     doc="One row per listing of the catalog, ordered by item_id.",

@@ -231,7 +231,7 @@ def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[s
     trainer.progress = progress
     trainer.run()
     found = {
-        split: predict(trainer.model, corpus_of.reader, corpus_of.table, corpus_of.files(split))
+        split: predict(trainer.model, corpus_of.reader, corpus_of.table, corpus_of.blocks(split))
         for split, corpus_of in (
             *((split, replace(test, table=trainer.corpus.table)) for split in CALIBRATED_ON),
             ("test", test),

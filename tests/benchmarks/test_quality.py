@@ -88,19 +88,19 @@ def test_every_variant_trains(world: World, corpus: Corpus, tmp_path: Path, name
     assert all(np.isfinite(row["total"]) for row in trainer.state.curves)
     aligned = sum(row["ita"] + row["tia"] for row in trainer.state.curves)
     assert (aligned > 0) == VARIANTS[name].options.get("alignment", True)
-    found = predict(trainer.model, test.reader, test.table, test.files("test"))
+    found = predict(trainer.model, test.reader, test.table, test.blocks("test"))
     assert np.isfinite(found.logits).all()
 
 
 @pytest.mark.parametrize(("name", "hidden"), [("no_content", True), ("no_images", True), ("full", False)])
 def test_hidden_photos_change_nothing(world: World, corpus: Corpus, tmp_path: Path, name: str, hidden: bool) -> None:
     trainer, test = steps(world, corpus, name, tmp_path)
-    before = predict(trainer.model, test.reader, test.table, test.files("test")).logits
+    before = predict(trainer.model, test.reader, test.table, test.blocks("test")).logits
     # The same hidden again, of items that have each other's photos.
     other = shuffle_images(corpus.table, corpus.space, 0)
     if hidden:
         other = hide(other, corpus.space, images=True, titles="titles" in VARIANTS[name].hides)
-    after = predict(trainer.model, test.reader, other, test.files("test")).logits
+    after = predict(trainer.model, test.reader, other, test.blocks("test")).logits
     assert np.array_equal(before, after) == hidden
 
 

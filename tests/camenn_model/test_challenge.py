@@ -96,11 +96,12 @@ def test_only_closed_days_of_the_test_part_are_looked_at(city: Path, monkeypatch
     end = np.datetime64(days.last) + np.timedelta64(1, "D") + np.timedelta64(6, "h")
     assert end <= np.datetime64(int(latest.options["days"]["as_of"]), "us")
     paths = {path for path, _ in shards.examples("test")}
-    assert {path for path, _ in days.units} <= paths
+    assert {path for unit in days.units for path, _, _ in unit} <= paths
     monkeypatch.setattr(challenge, "LEAST_EXAMPLES", 10**9)
     every = latest_closed_days(shards)
     assert every is not None and every.first < days.first
-    assert {path for path, _ in every.units} == {path for path in paths if date_of(path) < shards.closed_before()}
+    found = {path for unit in every.units for path, _, _ in unit}
+    assert found == {path for path in paths if date_of(path) < shards.closed_before()}
     monkeypatch.setattr(challenge, "MOST_EXAMPLES", 1)
     few = latest_closed_days(shards)
     assert few is not None and len(few.units) == 1

@@ -2,11 +2,22 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from camenn_model import feature_space
 from camenn_model.agreement import Agreement
-from camenn_model.feature_space import MIN_ID_CLICKS, MISSING, QUANTILE_BUCKETS, RARE, FeatureSpace, Numeric, Told
+from camenn_model.feature_space import (
+    MIN_ID_CLICKS,
+    MISSING,
+    QUANTILE_BUCKETS,
+    RARE,
+    FeatureSpace,
+    Numeric,
+    Told,
+    Vocabulary,
+)
 from camenn_model.likeness import Likeness
 from schemas.contract import TIMESTAMP
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
@@ -94,3 +105,11 @@ def test_a_listing_offered_since_training_is_not_taken_for_one_that_nobody_wants
     cats, _, _ = space.encode_items(items, told)
     often, *others = cats[:, 3].tolist()
     assert often > RARE and others == [RARE, RARE, MISSING, RARE]
+
+
+def test_a_full_vocabulary_does_not_depend_on_the_order_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_space, "MAX_VOCABULARY", 3)
+    values = ["rare", "b", "d", "a", "c", "a", "d", "b", "c", "d", None]
+    for seed in range(10):
+        mixed = np.random.default_rng(seed).permutation(np.array(values, dtype=object)).tolist()
+        assert Vocabulary.fit(pa.array(mixed, pa.string())).values == ("a", "b", "d")

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from camenn_model.shards import ShardSet
 from pipelines import build_shards
-from pipelines.attribution import HOUR_US, TimeIndex
+from pipelines.attribution import HOUR_US, TimeIndex, day_of
 from pipelines.build_shards import ShardOptions
-from pipelines.examples import split_times
-from schemas.training import AUDIENCE_COUNTS, EXAMPLES, ITEM_COUNTS, PAIR_COUNTS
+from pipelines.examples import cut_days, cut_long_days, split_times
+from schemas.training import AUDIENCE_COUNTS, EXAMPLE_ORDER, EXAMPLES, ITEM_COUNTS, PAIR_COUNTS, SPLITS
 from tests.pipelines import shard_reference
 from tests.pipelines.shard_reference import DAY, HOUR, Row, Settings
 from tests.pipelines.small_city import (
@@ -220,6 +220,31 @@ def test_shards_are_right_where_one_listing_and_one_user_have_most_clicks(
     monkeypatch.setattr(build_shards, "ROWS_PER_BUCKET", 20)
     monkeypatch.setattr(build_shards, "ROWS_PER_FILE", 8)
     check_shards(tmp_path, clicks, orders, files=2)
+    # Long days are cut by time: their files, one after another, are the day in order.
+    shards = ShardSet(str(tmp_path / "shards"))
+    for split in SPLITS:
+        tables = [pq.ParquetFile(path).read(columns=list(EXAMPLE_ORDER)) for path, _ in shards.examples(split)]
+        rows = [tuple(row[name] for name in EXAMPLE_ORDER) for table in tables for row in table.to_pylist()]
+        assert rows == sorted(rows) and len(tables) > 3
+
+
+@QUICK
+@given(st.lists(st.integers(0, 4 * 24), max_size=200), st.integers(1, 50))
+def test_long_days_are_cut_into_even_pieces(hours: list[int], size: int) -> None:
+    """Days of less than half a piece more than one stay whole; no piece of distinct times is much too large."""
+    times = np.array(hours, dtype=np.int64) * HOUR_US + np.arange(len(hours))
+    table = pa.table({"session_start": times})
+    pieces = dict(cut_days(table, cut_long_days(times, size)))
+    assert sum(piece.num_rows for piece in pieces.values()) == len(times)
+    assert all(piece.num_rows < 1.5 * size + 1 for piece in pieces.values())
+    ends: dict[str, int] = {}
+    for (date, number), piece in sorted(pieces.items()):
+        start = piece["session_start"].to_numpy()
+        assert {day_of(int(time)) for time in start} == {date}
+        assert start.min() > ends.get(date, -1)
+        ends[date] = start.max()
+        days = sum(day_of(int(time)) == date for time in times)
+        assert number == 0 or days >= 1.5 * size
 
 
 def shards_counts(shards: ShardSet, table: str) -> Any:

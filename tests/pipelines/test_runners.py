@@ -1,4 +1,4 @@
-"""The same rows on every runner, with any number of workers, and after a worker or a TaskManager was killed."""
+"""The same rows and the same model on every runner, with any number of workers, and after a worker or a TaskManager was killed."""
 
 import contextlib
 import os
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from camenn_model.checkpoint import open_package
 from pipelines import cli
 from pipelines.manifest import Manifest, read_latest
 from schemas.contract import without_dictionary
@@ -93,9 +94,9 @@ class Night:
         encoders = ["--image_weights", "random:0", "--text_encoder", minilm(), "--grid", "2", "--max_tokens", "16"]
         return ["embed", "--data", str(self.data), "--store", str(self.root / store), *encoders]
 
-    def shards(self, out: str) -> list[str]:
-        store = ["--store", str(self.root / "store")]
-        return ["shards", "--data", str(self.data), *store, "--out", str(self.root / out)]
+    def shards(self, out: str, store: str = "store") -> list[str]:
+        places = ["--store", str(self.root / store), "--out", str(self.root / out)]
+        return ["shards", "--data", str(self.data), *places]
 
     def score(self, out: str) -> list[str]:
         places = ["--store", str(self.root / "store"), "--model", str(self.root / "model")]
@@ -137,6 +138,16 @@ def assert_scores_close(found: Path, expected: Path) -> None:
     assert_ranks(a["scores"].to_pandas())
 
 
+def assert_same_model(night: Night, shards: str, model: str) -> None:
+    """A training on a shard set that another runner built gives the same package, to the bit."""
+    argv = ["train", "--shards", str(night.root / shards), "--out", str(night.root / model)]
+    assert cli.main(argv) == 0
+    found, expected = (open_package(str(night.root / name)) for name in (model, "model"))
+    assert found.version == expected.version
+    for name in ("retrieval.json", "curves.csv"):
+        assert (found.directory / name).read_bytes() == (expected.directory / name).read_bytes()
+
+
 def assert_ranks(scores: pd.DataFrame) -> None:
     """1, 2, ... by falling cvr within each audience row."""
     ordered = scores.sort_values(["audience_id", "rank"])
@@ -145,10 +156,11 @@ def assert_ranks(scores: pd.DataFrame) -> None:
 
 
 def test_two_processes_give_the_same_rows(night: Night) -> None:
-    for argv in (night.embed("store-2"), night.shards("shards-2"), night.score("scores-2")):
+    for argv in (night.embed("store-2"), night.shards("shards-2", "store-2"), night.score("scores-2")):
         assert cli.main([*argv, *TWO_PROCESSES]) == 0
     assert_same(night.root / "store-2", night.root / "store")
     assert_same(night.root / "shards-2", night.root / "shards")
+    assert_same_model(night, "shards-2", "model-2")
     assert_scores_close(night.root / "scores-2", night.root / "scores")
 
 
@@ -156,16 +168,17 @@ def test_two_processes_give_the_same_rows(night: Night) -> None:
 @pytest.mark.parametrize("parallelism", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
 def test_flink_gives_the_same_rows(night: Night, cluster: FlinkCluster, parallelism: int) -> None:
     flags = cluster.flags(parallelism)
-    store, shards, scores = (f"{name}-flink-{parallelism}" for name in ("store", "shards", "scores"))
+    store, shards, scores, model = (f"{name}-flink-{parallelism}" for name in ("store", "shards", "scores", "model"))
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(listeners(process)) for process in (os.getpid(), *cluster.processes())]
-        for argv in (night.embed(store), night.shards(shards), night.score(scores)):
+        for argv in (night.embed(store), night.shards(shards, store), night.score(scores)):
             assert cli.main([*argv, *flags]) == 0
     kept = set().union(*(listening({process}) for process in cluster.processes()))
     assert all(opened[:1]) and kept, "a job server and a cluster listen"
     assert not beyond_loopback(kept.union(*opened))
     assert_same(night.root / store, night.root / "store")
     assert_same(night.root / shards, night.root / "shards")
+    assert_same_model(night, shards, model)
     assert_scores_close(night.root / scores, night.root / "scores")
 
 
