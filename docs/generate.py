@@ -21,18 +21,21 @@ OUTPUTS = (SCORES, LISTING_QUALITY, REJECTS, DEFECTS)
 BETWEEN = (EMBEDDED_ITEMS, image_embeddings(16, 1536), title_embeddings(16, 384), ITEMS, EXAMPLES)
 
 READING = (
-    "**Blank is missing.** In every column named here, a text that is empty or nothing but white space counts as null: a row whose required id is blank is a reject "
-    "(`null_user_id` and so on) like one whose id is null, a listing with a blank `store_id` is in all stores, a blank `user_id` of the audience is anybody. Other texts are "
-    "taken as they are, white space around them included: `' a'` and `'a'` are two ids.",
+    "**Blank is missing.** In every column named here, a text that is empty or nothing but white space counts as "
+    "null: a row whose required id is blank is a reject (`null_user_id` and so on) like one whose id is null, a "
+    "listing with a blank `store_id` is in all stores, a blank `user_id` of the audience is anybody. Other texts "
+    "are taken as they are, white space around them included: `' a'` and `'a'` are two ids.",
     "",
-    "**Texts are UTF-8.** A row of catalog, clicks or orders with a text in another encoding is a reject (`not_utf8`); in the other tables it ends the run with file, row "
-    "and column.",
+    "**Texts are UTF-8.** A row of catalog, clicks or orders with a text in another encoding is a reject "
+    "(`not_utf8`); in the other tables it ends the run with file, row and column.",
     "",
-    "**Files.** A table is `NAME.parquet` or a directory `NAME/` (or `NAME.parquet/`) with `.parquet` files at any depth, symbolic links included. Below the table's directory, "
-    "files and directories whose names begin with `_` or `.` are passed over, and names that end with `._COPYING_`: what writers have under way (`_temporary`, "
-    "`.spark-staging-1`) or keep beside (`_SUCCESS`, `_delta_log`). As in Spark, a name with `=` that begins with `_` is a partition and is read (`_x=1/`). Two columns of "
-    "one name, a file that is cut off or damaged, a directory that may not be read and a link that leads nowhere end the run with the file's name; page checksums are "
-    "verified where the writer wrote them.",
+    "**Files.** A table is `NAME.parquet` or a directory `NAME/` (or `NAME.parquet/`) with `.parquet` files at "
+    "any depth, symbolic links included. Below the table's directory, files and directories whose names begin "
+    "with `_` or `.` are passed over, and names that end with `._COPYING_`: what writers have under way "
+    "(`_temporary`, `.spark-staging-1`) or keep beside (`_SUCCESS`, `_delta_log`). As in Spark, a name with `=` "
+    "that begins with `_` is a partition and is read (`_x=1/`). Two columns of one name, a file that is cut off "
+    "or damaged, a directory that may not be read and a link that leads nowhere end the run with the file's name;"
+    " page checksums are verified where the writer wrote them.",
 )
 
 

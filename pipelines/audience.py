@@ -59,7 +59,8 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
     """The audience table, checked and ordered by audience_id, or None where there is none.
 
     Raises:
-        InputError: a null, blank or repeated audience_id, a null or blank store, an hour outside 0 to 23, or a further column that is no category.
+        InputError: a null, blank or repeated audience_id, a null or blank store, an hour outside 0 to 23, or a further
+            column that is no category.
     """
     if not files.has_table(files.join(data, "audience")):
         return None

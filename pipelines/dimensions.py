@@ -19,7 +19,10 @@ def _find_optional(data: str, contract: Contract) -> Source | None:
 
 
 def _check_key(source: Source, table: pa.Table, key: str) -> None:
-    """Stop on a null, blank or repeated key: these tables are configuration, not logs, and guessing which row is meant would be wrong."""
+    """Stop on a null, blank or repeated key.
+
+    These tables are configuration, not logs: guessing which row is meant would be wrong.
+    """
     if table[key].null_count:
         where = locate_row(source, pc.index(pc.is_null(table[key]), value=True).as_py())
         raise InputError(
@@ -68,7 +71,8 @@ def read_users(data: str) -> tuple[pa.Table, Source | None]:
     """The users, every column a string (fields are categorical), ordered by user_id; an empty table where there is none.
 
     Raises:
-        InputError: a null, blank or repeated user_id, or a column that is no category (a list, say) or has the name of a feature.
+        InputError: a null, blank or repeated user_id, or a column that is no category (a list, say) or has the name of a
+            feature.
     """
     source = _find_optional(data, USERS)
     if source is None:

@@ -1,8 +1,9 @@
-"""What goes wrong outside the program, told so that a user can mend it: damaged tables, documents that are none, disks and rights.
+"""What goes wrong outside the program, told so that a user can mend it: damaged files, full disks, missing rights.
 
-Two places use it. `reading` stands around the opening and reading of a file that a user handed in, so that whatever Arrow, a parser or the system says of it names the file.
-`input_error_behind` looks at what ended a command: an InputError, or an error of the system with a number that a user can act on, wherever it comes from, also
-through a Beam worker, which may hand over no more than a traceback's text. Errors of the program itself stay what they are.
+Two places use it. `reading` stands around the opening and reading of a file that a user handed in, so that whatever
+Arrow, a parser or the system says of it names the file. `input_error_behind` looks at what ended a command: an
+InputError, or an error of the system with a number that a user can act on, wherever it comes from, also through a Beam
+worker, which may hand over no more than a traceback's text. Errors of the program itself stay what they are.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ REMEDIES_OF_PATHS = {
     errno.EISDIR: "A file is needed there: check the path.",
     errno.EEXIST: "Something else is there already: remove it, or name another place.",
 }
-"""The same of errors that a user can mend where the path is one that they gave; of others they are the program's own."""
+"""The same of errors that a user can mend where they gave the path; of other paths they are the program's own."""
 
 PROGRAMMING = (
     ArithmeticError,

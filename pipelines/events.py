@@ -22,7 +22,7 @@ from schemas.rejects import REJECTS
 def drop_impossible(
     stage: str, where: Slice, table: pa.Table, contract: Contract, latest: int
 ) -> tuple[pa.Table, pa.Table]:
-    """(events to keep, rejects): without those that lack a required value, have a text that is not UTF-8, or whose time cannot be.
+    """(events to keep, rejects): without those that `find_unusable` finds and those whose time cannot be.
 
     One time in the future would end the log there: windows that are open would count as closed, and days that are to come as final.
     """

@@ -302,7 +302,7 @@ def has_table(path: str) -> bool:
 def list_parquet(path: str, table: str) -> list[str]:
     """Files of a table given as `DIR/table.parquet`, a directory `DIR/table` of Parquet files, or a file itself; sorted by name.
 
-    Below the table's own directory, files and directories whose names begin with `_` or `.` are passed over: see `is_hidden`.
+    Below the table's own directory, names that begin with `_` or `.` are passed over: see `is_hidden`.
 
     Raises:
         InputError: nothing is there (the message names both places that were tried), or what is there cannot be opened.
@@ -326,8 +326,8 @@ def list_parquet(path: str, table: str) -> list[str]:
 def is_hidden(name: str) -> bool:
     """Return whether a name in a table's directory is none of its data.
 
-    Writers have such files under way, or keep them beside: `_temporary`, `.spark-staging-1`, `_delta_log`. The rule is Spark's
-    (InMemoryFileIndex.shouldFilterOutPathName): `_x=1`, a partition by a column `_x`, is data.
+    Writers have such files under way, or keep them beside: `_temporary`, `.spark-staging-1`, `_delta_log`. The rule is
+    Spark's (InMemoryFileIndex.shouldFilterOutPathName): `_x=1`, a partition by a column `_x`, is data.
     """
     return name.startswith(".") or (name.startswith("_") and "=" not in name) or name.endswith("._COPYING_")
 
@@ -361,7 +361,10 @@ def _list_local(name: str, table: str) -> list[str]:
 
 
 def _walk(directory: str, table: str, above: frozenset[str]) -> Iterator[str]:
-    """Parquet files below a directory. Beam's listing would leave out, unsaid, what may not be read and what links lead to."""
+    """Parquet files below a directory.
+
+    Beam's listing would leave out, unsaid, what may not be read and what links lead to.
+    """
     real = os.path.realpath(directory)
     if real in above:
         raise InputError(f"{directory}: table '{table}': a symbolic link leads back to {real}. Remove it.")

@@ -95,7 +95,10 @@ def open_table(path: str, contract: Contract) -> Iterator[tuple[BinaryIO, pq.Par
 
 
 def open_parquet(handle: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
-    """Open Parquet, pages held to their checksums where there are any. `texts`: columns to read as dictionaries of strings."""
+    """Open Parquet, pages held to their checksums where there are any.
+
+    `texts`: columns to read as dictionaries of strings.
+    """
     return pq.ParquetFile(handle, page_checksum_verification=True, read_dictionary=list(texts))
 
 
@@ -370,7 +373,7 @@ def _shown(text: pa.StringScalar) -> str:
 
 
 def find_unusable(table: pa.Table, contract: Contract) -> list[Fault]:
-    """A fault for each column with a text that is not UTF-8, then one for each that lacks a required value somewhere."""
+    """Return a fault for each column with a text that is not UTF-8 or a required value that is missing."""
     faults = []
     for column in contract.columns:
         wrong = find_not_utf8(table[column.name])

@@ -2,8 +2,8 @@
 
 A `Contract` is a named pyarrow schema with its key and its optional columns. `conform` casts what can be cast without loss
 (integer ids to strings, zoned times to UTC, int32 to int64, float32 to float64, ...), numbers to float32 where the model reads no more, and raises `InputError`, naming file,
-column and remedy, for anything else. A blank text (empty, or nothing but white space) is a missing one, of every column of a contract;
-other texts stay as they are, white space around them included.
+column and remedy, for anything else. A blank text (empty, or nothing but white space) is a missing one, of every column
+of a contract; other texts stay as they are, white space around them included.
 """
 
 import hashlib
@@ -104,8 +104,8 @@ def without_dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def find_not_utf8(column: pa.ChunkedArray) -> pa.BooleanArray | None:
     """Find the rows whose text is not UTF-8, bool [n].
 
-    Arrow writes and reads such texts as they are and fails, without a row, where the first of them becomes a Python string. None where there are none,
-    or where the column is no text.
+    Arrow writes and reads such texts as they are and fails, without a row, where the first of them becomes a Python
+    string. None where there are none, or where the column is no text.
     """
     column = without_dictionary(column)
     if not is_text(column.type):
@@ -139,11 +139,13 @@ def blank_to_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def conform(table: pa.Table, contract: Contract, file: str) -> pa.Table:
     """Return `table` with the contract's columns and types, in order; optional columns that the file lacks are null.
 
-    Nulls in required columns are left in place, and so are texts that are not UTF-8: the stages turn such rows into rejects. Blank texts become null.
-    Columns beyond the contract are dropped unless `contract.extra_columns`, in which case they follow as they are.
+    Nulls in required columns are left in place, and so are texts that are not UTF-8: the stages turn such rows into
+    rejects. Blank texts become null. Columns beyond the contract are dropped unless `contract.extra_columns`, in which
+    case they follow as they are.
 
     Raises:
-        InputError: two columns share a name, a required one is missing, or a column's type does not widen losslessly to the contract's.
+        InputError: two columns share a name, a required one is missing, or a column's type does not widen losslessly to
+            the contract's.
     """
     repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
     if repeated:

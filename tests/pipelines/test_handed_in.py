@@ -1,4 +1,4 @@
-"""What users hand in: blank texts, texts that are not UTF-8, hidden, damaged and missing files, columns that are there twice."""
+"""What users hand in: blank texts, texts that are not UTF-8, hidden, damaged and missing files, columns of one name."""
 
 import os
 import sys
@@ -106,7 +106,7 @@ def test_a_row_with_a_blank_id_is_a_reject_like_one_with_null(tmp_path: Path, na
 
 
 def test_blank_texts_of_the_catalog_are_missing_ones_and_others_stay_as_they_are(tmp_path: Path) -> None:
-    """A listing of the store '' would be in no store's scores, one of the brand '' would share its counts with all that have none."""
+    """A listing of the store '' would be in no store's scores, those of the brand '' would share their counts."""
     table = catalog_table()
     for name in ("store_id", "product_key", "brand", "subcategory", "category", "image_uri"):
         table = put(table, name, pa.array(["", " s ", "s", "\u3000", None]))
@@ -200,7 +200,7 @@ def test_a_row_with_a_text_that_is_not_utf8_is_a_reject(tmp_path: Path, name: st
     ],
 )
 def test_every_kind_of_text_is_looked_at(tmp_path: Path, kind: pa.DataType) -> None:
-    """Of a dictionary of large strings, which is what pandas' categories are written as, Arrow refuses to read any row."""
+    """Of a dictionary of large strings (a category of pandas) Arrow refuses to read any row."""
     kept, (reject,) = clean(CLICKS, tmp_path, latin(TABLES["clicks"][1](), "user_id", 2, kind))
     assert kept["exposure_id"].to_pylist() == ["e0", "e1", "e3", "e4"]
     assert (reject["key"], reject["reason"]) == ("clicks:e2", "not_utf8")
