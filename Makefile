@@ -1,4 +1,4 @@
-.PHONY: help install demo test test-all lint format types docs clean
+.PHONY: help install demo test test-all mutate lint format types docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,6 +14,9 @@ test:  ## lint, types and the quick tests
 
 test-all:  ## lint, types and every test
 	./run_tests.sh --all
+
+mutate: install  ## plant plausible bugs one by one, and tell which no test notices
+	.venv/bin/python -m scripts.mutate
 
 lint: install  ## ruff
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -46,6 +46,9 @@ from schemas.contract import InputError
 
 LISTINGS_PER_PAIR = 4
 """Listings whose photos and titles are told apart in a step with clicks, for each ITA pair of it"""
+PIECE_SEED = 2_654_435_769
+"""Between the seeds of a step's pieces: 2³² by the golden ratio, so that they lie far apart in the low 32 bits, which
+are all that the CPU's generator takes of a seed."""
 
 
 @dataclass
@@ -283,7 +286,7 @@ class Trainer:
     def _backward(self, piece: MicroBatch, last: bool) -> Tensor:
         """Add a micro-batch's gradients; returns its weighted losses and the assignments of its experts, float32 [7 + E]."""
         # Seeded by step and piece, so that a resumed run, or another number of processes, draws the same dropout.
-        torch.manual_seed(self.options.seed * 1_000_003 + self.state.step + (piece.number << 40))
+        torch.manual_seed(self.options.seed * 1_000_003 + self.state.step + piece.number * PIECE_SEED)
         batch = piece.batch.to(self.device)
         alignment = piece.alignment.to(self.device) if piece.alignment is not None else None
         parallel = self.objective if isinstance(self.objective, DistributedDataParallel) else None

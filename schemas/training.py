@@ -30,7 +30,10 @@ ITEM_COUNTS = (
     _number("item_clicks", "clicks on the listing before the session"),
     _number("item_orders", "order lines of the listing before the session"),
     _number("item_cvr", "smoothed share of earlier clicks on the listing that are known to have been ordered"),
-    _number("item_days_since_listed", "days since the listing is offered; null = the catalog does not say"),
+    _number(
+        "item_days_since_listed",
+        "days since the listing is offered; null = the catalog does not say, or says the session's start or later",
+    ),
     _number("item_days_since_first_click", "days since the first click on the listing; null = none yet"),
     _number("item_days_since_order", "days since the listing was last ordered; null = never"),
     _number("store_item_clicks", "clicks on the listing in this store before the session"),

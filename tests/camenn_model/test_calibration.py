@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -36,8 +38,45 @@ def test_fit_platt_survives_wild_logits() -> None:
     labels, logits = sample(1.0, 0.0)
     assert fit_platt(labels, logits * 1e3).slope == pytest.approx(1e-3, rel=0.08)
     assert fit_platt(labels, logits + 1e4).intercept == pytest.approx(-1e4, rel=0.08)
-    separable = fit_platt([0, 0, 1, 1], [-2.0, -1.0, 1.0, 2.0])
-    assert np.isfinite([separable.slope, separable.intercept]).all()
+
+
+def platt_targets(labels: list[int]) -> list[float]:
+    """What each label is drawn to, by Platt (1999): a positive and a negative more than there are of each."""
+    positives = sum(labels)
+    negatives = len(labels) - positives
+    return [(positives + 1) / (positives + 2) if label else 1 / (negatives + 2) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("labels", "logits"),
+    [
+        ([0, 0, 1, 1], [-2.0, -1.0, 1.0, 2.0]),
+        ([0, 0, 0, 0, 0, 1, 1], [-3.0, -2.5, -1.0, 0.4, 1.0, 0.3, 2.0]),
+        ([1, 1, 1, 1, 0, 0], [90.0, 95.0, 104.0, 130.0, 80.0, 101.0]),
+    ],
+)
+def test_fit_platt_meets_the_smoothed_targets(labels: list[int], logits: list[float]) -> None:
+    """Where the derivatives by slope and intercept are 0, the sums of p and of p · logit are those of the targets:
+    with loops, without Newton."""
+    found = fit_platt(labels, logits)
+    probabilities = [1 / (1 + math.exp(-(found.slope * logit + found.intercept))) for logit in logits]
+    targets = platt_targets(labels)
+    assert sum(probabilities) == pytest.approx(sum(targets), abs=1e-7)
+    weighted = [sum(p * logit for p, logit in zip(row, logits, strict=True)) for row in (probabilities, targets)]
+    assert weighted[0] == pytest.approx(weighted[1], abs=1e-5)
+    assert found.reason == "" and found.slope > 0
+
+
+def test_fit_platt_of_a_separable_sample_is_a_known_line() -> None:
+    """By symmetry the intercept is 0, and the slope s solves σ(s) + 2 σ(2 s) = 3 · 3/4. Raw labels have no such end."""
+    low, high = 0.0, 10.0
+    for _ in range(100):
+        slope = (low + high) / 2
+        reached = 1 / (1 + math.exp(-slope)) + 2 / (1 + math.exp(-2 * slope)) >= 2.25
+        low, high = (low, slope) if reached else (slope, high)
+    found = fit_platt([0, 0, 1, 1], [-2.0, -1.0, 1.0, 2.0])
+    assert found.slope == pytest.approx(low, abs=1e-6) == pytest.approx(0.67, abs=0.01)
+    assert found.intercept == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,24 @@ def test_gate_starts_at_zero_and_is_noisy_in_training_only() -> None:
     assert float(noisy.use.sum()) == 2.0
 
 
+def test_in_training_pairs_go_where_the_noise_sends_them() -> None:
+    """Else experts that start out a little behind are never tried. What the balance is judged by has no noise."""
+    torch.manual_seed(0)
+    gate = Gate((4, 3), tiny_config())
+    awake(gate)
+    features = (torch.randn(40, 4), torch.randn(40, 3))
+    indexes = (torch.arange(40), torch.arange(40))
+    still = gate.eval()(features, indexes)
+    noisy = gate.train()(features, indexes)
+    assert torch.equal(noisy.quiet, still.logits) and torch.equal(still.quiet, still.logits)
+    assert not torch.allclose(noisy.logits, noisy.quiet)
+    for logits, chosen, weights in zip(noisy.logits.detach(), noisy.chosen, noisy.weights, strict=True):
+        best = sorted(range(len(logits)), key=lambda expert: -float(logits[expert]))[: gate.keep]
+        assert chosen.tolist() == best
+        assert torch.allclose(weights, torch.softmax(logits[best], dim=0))
+    assert not torch.equal(noisy.chosen, still.chosen)
+
+
 def test_gate_reads_rows_by_index() -> None:
     gate = Gate((4, 3), tiny_config()).eval()
     awake(gate)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,15 @@ def test_balance_loss_is_one_when_even_and_grows_when_not() -> None:
     )
 
 
+def test_balance_loss_of_several_experts_a_pair_is_one_when_even() -> None:
+    """The shares of assignments sum to 1, however many experts each pair has."""
+    even = gate_output([[0.0] * 4, [0.0] * 4], [[0, 1], [2, 3]])
+    assert float(balance_loss(even)) == pytest.approx(1.0)
+    skewed = gate_output([[5.0, 5.0, 0.0, 0.0]] * 2, [[0, 1], [0, 1]])
+    p = math.exp(5) / (2 * math.exp(5) + 2)
+    assert float(balance_loss(skewed)) == pytest.approx(4 * (0.5 * p + 0.5 * p))
+
+
 def test_z_loss_is_the_mean_square_of_logsumexp() -> None:
     gate = gate_output([[0.0, 0.0], [math.log(3), math.log(5)]], [[0], [1]])
     assert float(z_loss(gate)) == pytest.approx((math.log(2) ** 2 + math.log(8) ** 2) / 2)
@@ -43,6 +53,15 @@ def test_contrastive_loss_masks_the_same_product() -> None:
     row, last = math.log(math.exp(3) + math.exp(1)) - 3, math.log(math.exp(3) + 2 * math.exp(1)) - 3
     assert float(together) == pytest.approx((2 * row + last) / 3, rel=1e-5)
     assert apart > together
+
+
+def test_contrastive_loss_looks_both_ways() -> None:
+    """A photo that draws every title is wrong for the titles, though each photo finds its own."""
+    similarities = torch.tensor([[2.0, 0.0], [5.0, 6.0]])
+    photos = [math.log(1 + math.exp(0.0 - 2.0)), math.log(1 + math.exp(5.0 - 6.0))]
+    titles = [math.log(1 + math.exp(5.0 - 2.0)), math.log(1 + math.exp(0.0 - 6.0))]
+    expected = (sum(photos) / 2 + sum(titles) / 2) / 2
+    assert float(contrastive_loss(similarities, torch.tensor([0, 1]))) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -70,8 +89,8 @@ def step(config: LossConfig, with_alignment: bool = True):  # type: ignore[no-un
 
 
 def test_fixed_weighting_adds_up() -> None:
-    _, _, parts = step(LossConfig(alignment=0.5, contrastive=0.2))
-    expected = parts.cvr + 0.5 * (parts.ita + parts.tia) / 2 + 0.2 * parts.contrastive
+    _, _, parts = step(LossConfig(alignment=0.5, ita=0.3, tia=1.9, contrastive=0.2))
+    expected = parts.cvr + 0.5 * (0.3 * parts.ita + 1.9 * parts.tia) / 2 + 0.2 * parts.contrastive
     expected = expected + 0.1 * parts.choice + 0.01 * parts.balance + 0.001 * parts.z
     assert torch.allclose(parts.total, expected)
     assert parts.total.requires_grad
@@ -87,6 +106,15 @@ def test_choices_count_for_a_share_of_their_weight() -> None:
     parts = loss(output, label)
     assert torch.allclose(parts.total - without(output, label).total, 0.25 * 0.1 * parts.choice)
     assert float(parts.choice) > 0
+
+
+def test_the_loss_of_a_choice_falls_with_its_log_odds() -> None:
+    sizes = tiny_config()
+    torch.manual_seed(0)
+    output, label = CameNN(sizes)(random_batch(sizes)), random_batch(sizes).pairs.label
+    odds = torch.linspace(-3, 5, len(label))
+    parts = MultiTaskLoss(LossConfig())(type(output)(**(vars(output) | {"choice": odds})), label)
+    assert float(parts.choice) == pytest.approx(np.mean([-math.log(1 / (1 + math.exp(-z))) for z in odds.tolist()]))
 
 
 def test_loss_without_alignment_is_the_cvr_task_alone() -> None:

@@ -110,6 +110,33 @@ def test_ece_is_zero_when_calibrated_and_the_gap_when_not() -> None:
     assert metrics.ece([1, 0], [0.9, 0.2]) == pytest.approx(0.15)
 
 
+def plain_ece(y: np.ndarray, p: np.ndarray, bins: int) -> float:
+    """Row by row: each bin has as many of the sorted rows as any other one, or one more or less; a row counts the mean
+    label of its ties."""
+    rows = sorted(zip(p.tolist(), y.tolist(), strict=True))
+    labels = [np.mean([label for other, label in rows if other == probability]) for probability, _ in rows]
+    gaps = [0.0] * bins
+    for place, (probability, _) in enumerate(rows):
+        gaps[math.floor(place * bins / len(rows))] += labels[place] - probability
+    return sum(abs(gap) for gap in gaps) / len(rows)
+
+
+@given(examples, st.sampled_from([2, 3, 15]))
+def test_ece_equals_a_loop_over_bins_of_equal_mass(rows: tuple, bins: int) -> None:
+    y, s, g = rows
+    # Squeezed, so that bins of equal width would hold most of them at once.
+    p = 1 / (1 + np.exp(-(s / 3 + g - 4)))
+    assert metrics.ece(y, p, bins) == pytest.approx(plain_ece(y, p, bins))
+
+
+def test_ece_has_bins_of_equal_mass() -> None:
+    """Rare probabilities near 0.1, as conversions have: bins of equal width would cancel what is too low against what
+    is too high."""
+    p = np.repeat([0.10, 0.11, 0.12], 100)
+    y = np.concatenate([np.arange(100) < hits for hits in (4, 11, 18)]).astype(int)
+    assert metrics.ece(y, p, 3) == pytest.approx((0.06 + 0.0 + 0.06) / 3)
+
+
 @given(examples, st.randoms(use_true_random=False))
 def test_ece_does_not_depend_on_the_order_of_rows(rows: tuple, random: object) -> None:
     y, s, _ = rows

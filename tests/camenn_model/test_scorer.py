@@ -83,6 +83,31 @@ def test_score_tile_computes_only_chosen_experts() -> None:
     assert torch.equal(audience.filled, expected.any(1, keepdim=True).expand(-1, 3))
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_margin_is_what_the_last_expert_kept_is_ahead_of_the_next(keep: int) -> None:
+    config = tiny_config(experts=4, top_k=keep)
+    scorer = Scorer(woken(config))
+    batch = grid_batch(config, 4, 3, 2, seed=3)
+    items, audience = scorer.item_states(batch.items), scorer.audience_states(batch.audience, batch.history)
+    found = scorer.margin(items, audience)
+    for s in range(3):
+        for i in range(4):
+            ordered = sorted((items.gate[i] + audience.gate[s]).tolist(), reverse=True)
+            assert float(found[s, i]) == pytest.approx(ordered[keep - 1] - ordered[keep], abs=1e-6)
+
+
+def test_score_tile_leaves_out_what_is_not_wanted() -> None:
+    config = tiny_config()
+    scorer = Scorer(woken(config))
+    batch = grid_batch(config, 5, 4, 3, seed=4)
+    states = scorer.item_states(batch.items), scorer.audience_states(batch.audience, batch.history)
+    given = batch.pairs.values.view(4, 5, -1), batch.pairs.buckets.view(4, 5, -1)
+    wanted = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    every, some = scorer.score_tile(*states, *given), scorer.score_tile(*states, *given, wanted)
+    assert torch.equal(some == -torch.inf, ~wanted) and wanted.any() and not wanted.all()
+    assert torch.allclose(some[wanted], every[wanted], atol=1e-5)
+
+
 def test_states_do_not_depend_on_their_neighbours() -> None:
     config = tiny_config()
     scorer = Scorer(woken(config))

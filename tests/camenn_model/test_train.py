@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from camenn_model.dataset import (
     split_batch,
     stream_batches,
 )
+from camenn_model.evaluation import Predictions
 from camenn_model.layers import FAST
 from camenn_model.optimizer import rate_at
 from camenn_model.shards import ShardSet
@@ -83,6 +85,17 @@ class Killed(Exception):
     """Stands for SIGKILL: nothing after it is run."""
 
 
+def same_to_the_bit(one: Trainer, other: Trainer) -> None:
+    """Averages and moments, where the best weights may have been found before the kill."""
+    for name, tensor in one.ema.state_dict().items():
+        assert torch.equal(tensor, other.ema.state_dict()[name]), name
+    moments = [trainer.optimizer.state_dict()["state"] for trainer in (one, other)]
+    assert moments[0].keys() == moments[1].keys()
+    for number, values in moments[0].items():
+        for name, tensor in values.items():
+            assert torch.equal(tensor, moments[1][number][name]), (number, name)
+
+
 def test_trainer_resumes_to_the_same_bits(shards: str, tmp_path: Path) -> None:
     whole = Trainer(open_corpus(options(shards, tmp_path / "whole")), options(shards, tmp_path / "whole"), no_progress)
     whole.run()
@@ -105,6 +118,111 @@ def test_trainer_resumes_to_the_same_bits(shards: str, tmp_path: Path) -> None:
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
     assert [row["cvr"] for row in resumed.state.curves] == [row["cvr"] for row in whole.state.curves]
+    same_to_the_bit(whole, resumed)
+
+
+def told_losses(monkeypatch: pytest.MonkeyPatch, trainers: list[Trainer], loss: Callable[[int], float]) -> list[int]:
+    """Let an evaluation find a loss that depends on the step of the last trainer alone; returns the steps of
+    evaluations, as they come."""
+    steps: list[int] = []
+
+    def predict(*_: object) -> Predictions:
+        steps.append(trainers[-1].state.step)
+        # Of one label 1, the log loss of a logit z is log(1 + exp(-z)).
+        logits = np.array([-math.log(math.expm1(loss(steps[-1])))])
+        return Predictions(logits, np.ones(1), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+
+    monkeypatch.setattr("camenn_model.train.predict", predict)
+    return steps
+
+
+def quick_trainer(
+    trainers: list[Trainer], shards: str, out: Path, progress: Any = no_progress, **changes: Any
+) -> Trainer:
+    """A trainer that begins with clicks at once, also put at the end of `trainers`."""
+    chosen = options(shards, out, **({"alignment_passes": 0, "choice_passes": 0} | changes))
+    trainers.append(Trainer(open_corpus(chosen), chosen, progress))
+    return trainers[-1]
+
+
+def test_a_run_that_is_resumed_late_keeps_its_best_and_evaluates_when_due(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed long after its best evaluation, and between two that are due."""
+    trainers: list[Trainer] = []
+    # The first evaluation is the best one.
+    steps = told_losses(monkeypatch, trainers, lambda step: 0.3 + step / 1_000)
+    whole = quick_trainer(trainers, shards, tmp_path / "whole")
+    whole.run()
+    due = list(steps)
+    assert len(due) >= 4 and whole.state.best_step == due[0]
+
+    def kill(what: str, *_: object) -> None:
+        if what == "train" and trainers[-1].state.step == due[1] + 2:
+            raise Killed
+
+    assert due[1] + 2 < due[2]
+    with pytest.raises(Killed):
+        quick_trainer(trainers, shards, tmp_path / "cut", kill, checkpoint_seconds=0.0).run()
+    steps.clear()
+    resumed = quick_trainer(trainers, shards, tmp_path / "cut", checkpoint_seconds=0.0)
+    resumed.run()
+    assert steps == due[2:]
+    assert resumed.state.best_step == due[0] and resumed.state.step == whole.state.step
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    same_to_the_bit(whole, resumed)
+    told = [[row["early_stop_log_loss"] for row in trainer.state.curves] for trainer in (whole, resumed)]
+    assert np.array_equal(told[0], told[1], equal_nan=True)
+
+
+def test_each_epoch_sees_every_example_once(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers: list[Trainer] = []
+    told_losses(monkeypatch, trainers, lambda step: 1 / (1 + step))
+    trainer = quick_trainer(trainers, shards, tmp_path, epochs=2)
+    rows = trainer.corpus.rows("train")
+    seen: list[list[int]] = [[], []]
+
+    def step(share: Any) -> None:
+        seen[trainer.state.epoch] += [start for piece in share.pieces for start in piece.rows.start.tolist()]
+        Trainer.step(trainer, share)
+
+    monkeypatch.setattr(trainer, "step", step)
+    trainer.run()
+    assert trainer.state.epoch == 2 and trainer.state.examples == 2 * rows
+    assert sorted(seen[0]) == sorted(seen[1]) and len(seen[0]) == rows
+    assert seen[0] != seen[1], "in another order"
+
+
+def test_each_step_and_piece_draws_its_own_dropout(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same ones again in a run of the same seed, which is what resuming needs."""
+    trainers: list[Trainer] = []
+    drawn: list[list[tuple[float, ...]]] = []
+    for _ in range(2):
+        trainer = quick_trainer(trainers, shards, tmp_path, micro_batches=2)
+        drawn.append([])
+        # Asked whenever a piece is computed, the generator tells by its next numbers which dropout the piece would
+        # have drawn.
+        trainer.objective.register_forward_pre_hook(
+            lambda *_: drawn[-1].append(tuple(torch.rand(4, generator=torch.default_generator.clone_state()).tolist()))
+        )
+        for share in itertools.islice(trainer.stream(), 3):
+            trainer.step(share)
+    assert len(drawn[0]) == len(set(drawn[0])) == 6
+    assert drawn[0] == drawn[1]
+
+
+def test_patience_counts_evaluations_in_a_row(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is worse, then a better one, then two that are worse: two in a row end it, not three in all."""
+    trainers: list[Trainer] = []
+    losses = iter([0.9, 0.8, 0.85, 0.7, 0.75, 0.7, 0.1, 0.1])
+    steps = told_losses(monkeypatch, trainers, lambda step: next(losses))
+    trainer = quick_trainer(trainers, shards, tmp_path, patience=2, evaluations=8)
+    trainer.run()
+    assert len(steps) == 6 and trainer.state.best_step == steps[3]
+    assert trainer.state.best_loss == pytest.approx(0.7)
 
 
 def test_train_begins_anew_with_other_options(shards: str, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def items_table(rows: Iterable[Row]) -> pa.Table:
 
 
 def build_examples(
-    clicks: list[Row], orders: list[Row], catalog: list[Row], settings: Settings
+    clicks: list[Row], orders: list[Row], catalog: list[Row], settings: Settings, frozen_before: int = 0
 ) -> tuple[dict[Any, Row], dict[str, Counter[str]]]:
     """The code under test without Beam: (examples by (user, session, item), books by table), in the reference's shape."""
     items = items_table(catalog)
@@ -172,6 +172,7 @@ def build_examples(
         history=settings.history,
         timezones=settings.timezones,
         timezone=settings.timezone,
+        frozen_before=frozen_before,
     )
     books: dict[str, Counter[str]] = {"clicks": Counter(), "orders": Counter()}
     for count in result.counts:

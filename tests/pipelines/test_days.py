@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from camenn_model.corpus import TrainOptions, open_corpus
@@ -18,13 +18,24 @@ from camenn_model.shards import ShardSet
 from pipelines import build_shards, days
 from pipelines.attribution import DAY_US, HOUR_US, day_of
 from pipelines.clock import EARLIEST, latest_time
-from pipelines.days import SKETCH, check_same_log, date_of, mix, sketch_days, start_of
+from pipelines.days import (
+    SKETCH,
+    Kept,
+    _least,
+    check_same_log,
+    date_of,
+    delisted_items,
+    keep_days,
+    mix,
+    sketch_days,
+    start_of,
+)
 from pipelines.features import FEATURES_VERSION
-from pipelines.manifest import read_latest
-from pipelines.tables import Source, list_slices
+from pipelines.manifest import Manifest, add_files, read_latest
+from pipelines.tables import FileRecord, Source, list_slices
 from schemas.contract import TIMESTAMP, InputError
 from schemas.events import CLICKS
-from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, PAIR_COUNTS, SPLITS
+from schemas.training import AUDIENCE_COUNTS, EXAMPLES, ITEM_COUNTS, PAIR_COUNTS, SPLITS
 from tests.pipelines.documents import edit_document
 from tests.pipelines.shard_reference import Row
 from tests.pipelines.small_city import CATALOG_ROWS, START, by_key, catalog_table, random_city, write_data, write_store
@@ -271,11 +282,67 @@ def test_sketches_are_the_least_numbers_of_each_day(data: st.DataObject) -> None
         )
 
 
+@pytest.mark.parametrize("late", [0, 6 * HOUR_US, DAY_US + 6 * HOUR_US])
+@pytest.mark.parametrize("after", [0, 1, 6 * HOUR_US, DAY_US - 1])
+def test_days_are_kept_up_to_the_first_that_may_change(late: int, after: int) -> None:
+    """A day stays where it ended `late` before the run that built it looked, and then as a whole; what tonight's run
+    looks at makes no difference."""
+    before = start_of("2024-01-05") + after
+    dates = [f"2024-01-{day:02d}" for day in range(1, 8)]
+    settings = {"history": 5}
+    manifest = Manifest(
+        stage="shards", run="r", options=settings | {"days": {"as_of": before, "features": FEATURES_VERSION}}
+    )
+    records = [FileRecord("examples", f"/x/date={date}/part-0.parquet", 1, 1, "train") for date in dates]
+    add_files(manifest, {"examples": EXAMPLES.fingerprint()}, records)
+    for as_of in (before, before + 3 * DAY_US):
+        kept = keep_days(manifest, settings, as_of, late, "out")
+        final = [date for date in dates if start_of(date) + DAY_US + late <= before]
+        assert sorted(kept.dates) == final and sorted(kept.open_paths) == dates[len(final) :]
+        # Nothing between the last day that stays and the first that is built.
+        assert kept.frozen_before % DAY_US == 0
+        assert day_of(kept.frozen_before) == dates[len(final)]
+    with pytest.raises(InputError, match="which is later"):
+        keep_days(manifest, settings, before - 1, late, "out")
+
+
+def test_a_final_day_is_known_by_half_of_its_sample() -> None:
+    kept = Kept(
+        records=[FileRecord("examples", f"/x/date=2024-01-0{day}/part-0.parquet", 1, 1) for day in (1, 2)],
+        sketches={"2024-01-01": [1, 2, 3, 4], "2024-01-02": [10, 20, 30, 40]},
+    )
+    first = {"2024-01-01": [4, 5, 6, 7]}
+    check_same_log(kept, first | {"2024-01-02": [10, 20, 35, 45]}, "out")
+    # Of the day at which the log begins now, any part may have left it.
+    check_same_log(kept, {"2024-01-01": [7], "2024-01-02": [10, 20, 30, 40]}, "out")
+    with pytest.raises(InputError, match="of 2024-01-02 .*: 3 of 4 exposures"):
+        check_same_log(kept, first | {"2024-01-02": [10, 25, 35, 45]}, "out")
+
+
+def test_only_listings_that_final_days_refer_to_are_kept(tmp_path: Path) -> None:
+    columns = {"item_id": ["a", "b", "c", "d"], "price": [1.0, 2.0, 3.0, 4.0]}
+    earlier, kept = str(tmp_path / "items.parquet"), []
+    pq.write_table(pa.table(columns), earlier)
+    for number, ids in enumerate((["a", "b"], ["b", "d"])):
+        path = str(tmp_path / f"part-{number}.parquet")
+        pq.write_table(pa.table({"item_id": ids}), path)
+        kept.append(FileRecord("examples", path, 2, 1))
+    items = pa.table({"price": [9.0, 8.0], "item_id": ["a", "e"]})
+    found = delisted_items(items, [earlier], kept)
+    # `a` is there still, and no day refers to `c`.
+    assert found.to_pylist() == [{"price": 2.0, "item_id": "b"}, {"price": 4.0, "item_id": "d"}]
+    assert delisted_items(items, [earlier], []).num_rows == delisted_items(items, [], kept).num_rows == 0
+
+
+@given(st.lists(st.sampled_from([0, 0, 0, 0, 1, 1, 1, 2, 3, 5, 8]), max_size=120), st.integers(1, 4))
+@example([0] * 20 + [1, 2, 3, 5], 4)
+@example([2] * 70 + [0, 1, 3, 5], 4)
+def test_the_least_values_are_found_among_many_that_are_alike(values: list[int], count: int) -> None:
+    assert _least(np.array(values, dtype=np.uint64), count).tolist() == sorted(set(values))[:count]
+
+
 def test_a_log_that_grows_is_known_again() -> None:
     """However many clicks come late, the sample of a day is found in the day."""
-    from pipelines.days import Kept
-    from pipelines.tables import FileRecord
-
     rng = np.random.default_rng(0)
     kept = Kept(records=[FileRecord("examples", f"/x/date=2024-01-0{day}/part-0.parquet", 1, 1) for day in (2, 3)])
     for _ in range(200):

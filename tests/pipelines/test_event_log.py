@@ -3,9 +3,11 @@
 import os
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -13,9 +15,13 @@ import pytest
 
 from pipelines import build_shards, event_log
 from pipelines.attribution import DAY_US
-from pipelines.event_log import hash_row_groups
-from pipelines.manifest import Manifest, read_latest, read_rejects
-from pipelines.tables import Source
+from pipelines.clock import latest_time
+from pipelines.days import sketch_days
+from pipelines.event_log import KeptRows, LogPlan, hash_row_groups, plan_logs, remember
+from pipelines.events import CleanEvents
+from pipelines.manifest import Manifest, add_files, read_latest, read_rejects
+from pipelines.parcels import unpack
+from pipelines.tables import Source, list_slices, read_slice, split_by_bucket
 from schemas.contract import Contract
 from schemas.events import CLICKS, ORDERS
 from tests.pipelines.documents import edit_document
@@ -238,3 +244,151 @@ def test_row_groups_are_known_by_what_they_hold(tmp_path: Path) -> None:
     assert not set(hashes("e", zoned, row_group_size=20)) & set(first), "the same bytes under another type"
     twice = hashes("f", pa.concat_tables([table.slice(0, 20)] * 3), row_group_size=20)
     assert twice == [first[0], f"{first[0]}-2", f"{first[0]}-3"]
+
+
+class Plans:
+    """Night after night of one log, without Beam: what is planned, read and kept, against reading everything."""
+
+    def __init__(self, root: Path, rows_per_bucket: int) -> None:
+        self.root, self.rows_per_bucket = root, rows_per_bucket
+        self.latest: Manifest | None = None
+        self.samples: dict[str, list[int]] = {}
+        self.nights = 0
+
+    def read(self, places: Any) -> tuple[list[pa.Table], int]:
+        """Row groups' rows, cleaned, and how many were rejected."""
+        step = CleanEvents("shards", CLICKS, latest_time())
+        kept, rejected = [], 0
+        for place in places:
+            for output in step.process((place, read_slice(place, CLICKS))):
+                if not isinstance(output, beam.pvalue.TaggedOutput):
+                    kept.append(output)
+                elif output.tag == "rejects":
+                    rejected += output.value.num_rows
+        return kept, rejected
+
+    def night(self, paths: list[Path]) -> LogPlan:
+        """A night over some files; its rows, rejects and samples are those of the whole log."""
+        rows = sum(pq.read_metadata(path).num_rows for path in paths)
+        source = Source(contract=CLICKS, files=tuple(map(str, paths)), rows=rows, fingerprint="")
+        plans, buckets = plan_logs([source], self.latest, self.rows_per_bucket)
+        plan = plans["clicks"]
+        kinds: dict[int, dict[str, list[pa.Table]]] = {bucket: {} for bucket in range(buckets)}
+        fresh, rejected = self.read(plan.fresh)
+        for table in fresh:
+            for bucket, piece in split_by_bucket(table, "user_id", buckets):
+                kinds[bucket].setdefault("clicks", []).append(piece)
+        for part in plan.parts:
+            kinds[part.bucket].setdefault("kept_clicks", []).append(unpack(part.parcel))
+        self.nights += 1
+        step = KeptRows.of(plan, str(self.root / f"run-{self.nights}"))
+        found, records = [], []
+        for bucket, tables in kinds.items():
+            joined = step.join(bucket, {name: pa.concat_tables(pieces) for name, pieces in tables.items()})
+            found.append(joined[0].select(CLICKS.names))
+            records += joined[1]
+        everything, all_rejected = self.read(list_slices(source))
+        assert lines(found) == lines(everything)
+        assert rejected == all_rejected
+        assert plan.known_rows + plan.fresh_rows == rows
+
+        log, kept = remember(plans, buckets)
+        self.latest = Manifest(stage="shards", run=f"run-{self.nights}", options={"log": log})
+        add_files(self.latest, {"kept_clicks": ""}, [*kept, *records])
+        of_bucket = Counter(Path(record.path).name.rpartition("-")[0] for record in self.latest.records("kept_clicks"))
+        assert max(of_bucket.values(), default=0) <= event_log.MERGE
+
+        unsampled, changed = plan.unsampled()
+        stay = {date: sample for date, sample in self.samples.items() if changed is not None and date not in changed}
+        self.samples = sketch_days(CLICKS, unsampled, latest_time(), stay)
+        assert self.samples == sketch_days(CLICKS, list_slices(source), latest_time())
+        return plan
+
+
+def lines(tables: list[pa.Table]) -> list[tuple[Any, ...]]:
+    """All rows of some tables, in an order of their own."""
+    return sorted((tuple(row.values()) for table in tables for row in table.select(CLICKS.names).to_pylist()), key=str)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_of_many_nights_give_the_rows_of_tonights_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Files come, go, are written anew, come twice, move, or have rows without a user; row groups span midnight or do
+    not."""
+    monkeypatch.setattr(event_log, "MERGE", 3)
+    rng = random.Random(seed)
+    plans = Plans(tmp_path, rows_per_bucket=90)
+    paths: list[Path] = []
+    number = 0
+
+    def write(rows: list[Row]) -> Path:
+        nonlocal number
+        number += 1
+        path = tmp_path / f"file-{number}.parquet"
+        statistics = rng.random() < 0.9
+        pq.write_table(
+            event_table(rows, CLICKS), path, row_group_size=rng.choice([7, 12, 100]), write_statistics=statistics
+        )
+        return path
+
+    def some_rows(day: int) -> list[Row]:
+        start = (START // DAY_US + day) * DAY_US
+        return sorted(
+            (
+                {
+                    "exposure_id": f"e{number}-{place}",
+                    "session_id": f"v{rng.randrange(4)}",
+                    "user_id": None if place == 0 and number % 5 == 0 else f"u{rng.randrange(9)}",
+                    "store_id": rng.choice(("s0", "s1")),
+                    "item_id": f"i{rng.randrange(5)}",
+                    "clicked_at": start + rng.randrange(rng.choice([1, 2])) * DAY_US + rng.randrange(DAY_US),
+                    "position": place,
+                }
+                for place in range(24)
+            ),
+            key=lambda row: row["clicked_at"],
+        )
+
+    for night in range(12):
+        for _ in range(rng.choice([0, 1, 2])):
+            paths.append(write(some_rows(rng.randrange(max(0, night // 2 - 2), night // 2 + 1))))
+        what = rng.choice(["none", "gone", "twice", "moved", "anew"])
+        if paths and what != "none":
+            place = rng.randrange(len(paths))
+            if what == "gone":
+                paths.pop(place)
+            elif what == "twice":
+                paths.append(paths[place])
+            elif what == "moved":
+                paths[place] = Path(shutil.copy(paths[place], tmp_path / f"moved-{night}.parquet"))
+            else:
+                rows = pq.read_table(paths[place])
+                again = tmp_path / f"anew-{night}.parquet"
+                pq.write_table(
+                    rows.take(pa.array(rng.sample(range(rows.num_rows), rows.num_rows))), again, row_group_size=9
+                )
+                paths[place] = again
+        if not paths:
+            paths.append(write(some_rows(night // 2)))
+        plans.night(paths)
+        # Of the same files, only row groups with rejects are read again.
+        if night % 4 == 3:
+            plan = plans.night(paths)
+            dirty = [place for place in plan.places if read_slice(place, CLICKS)["user_id"].null_count]
+            assert list(plan.fresh) == dirty
+
+
+@pytest.mark.parametrize("harm", [-1, 1])
+def test_kept_rows_of_another_size_are_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: int) -> None:
+    rows = [row for row in random_city(5, 60, 50)[0] if row["user_id"] is not None]
+    path = tmp_path / "clicks.parquet"
+    pq.write_table(event_table(rows, CLICKS), path, row_group_size=20)
+    plans = Plans(tmp_path, rows_per_bucket=1_000)
+    plans.night([path])
+    assert plans.night([path]).fresh == ()
+    assert plans.latest is not None
+    (kept,) = plans.latest.paths("kept_clicks")
+    os.truncate(kept, os.path.getsize(kept) + harm)
+    assert plans.night([path]).known == frozenset()
+    assert f"{kept} is not the file that its run wrote" in capsys.readouterr().err

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from camenn_model.shards import ShardSet
 from pipelines import build_shards
-from pipelines.attribution import HOUR_US, TimeIndex, day_of
+from pipelines.attribution import HOUR_US, NEVER, TimeIndex, day_of
 from pipelines.build_shards import ShardOptions
-from pipelines.examples import cut_days, cut_long_days, split_times
+from pipelines.examples import ROW, cut_days, cut_long_days, split_times
+from pipelines.features import Events, user_history
 from schemas.training import AUDIENCE_COUNTS, EXAMPLE_ORDER, EXAMPLES, ITEM_COUNTS, PAIR_COUNTS, SPLITS
 from tests.pipelines import shard_reference
 from tests.pipelines.shard_reference import DAY, HOUR, Row, Settings
@@ -87,6 +88,14 @@ def test_reference_knows_every_column() -> None:
 @example(([a_click(1, START, position=5), a_click(0, START, position=1)], [], LATER))
 @example(([a_click(0, START, item_id="gone"), a_click(1, START + 5)], [an_order(0, START + 5, quantity=-1.0)], LATER))
 @example(([a_click(1, START), a_click(0, START, session_id="b")], [an_order(0, START), an_order(1, START + 1)], LATER))
+@example(
+    (
+        [a_click(0, START), a_click(1, START + STEP, session_id="b", item_id="i1")],
+        [an_order(0, START + 2 * STEP)],
+        LATER,
+    )
+)
+@example(([a_click(0, START), a_click(1, START + STEP, user_id="u1")], [an_order(0, START + 2 * STEP)], LATER))
 def test_build_examples_equals_the_reference(city: tuple[list[Row], list[Row], Settings]) -> None:
     clicks, orders, flags = city
     expected = shard_reference.build(clicks, orders, CATALOG_ROWS, flags)
@@ -159,6 +168,71 @@ def test_features_read_what_lies_just_before_the_session_start() -> None:
     assert changed == set(FEATURES) - {"session_start", "hour", "weekday"}
 
 
+@pytest.mark.parametrize(("listed", "days"), [(-DAY, 1.0), (-1, 1 / DAY), (0, None), (1, None)])
+def test_a_listing_offered_at_the_session_start_is_not_known_to_be(listed: int, days: float | None) -> None:
+    """As of the session's start is before it, for what the catalog says as for what the logs say."""
+    now = START + 10 * DAY
+    catalog = [{**row, "listed_at": now + listed} for row in CATALOG_ROWS]
+    row = build_examples([a_click(0, now)], [], catalog, LATER)[0]["u0", "a", "i0"]
+    assert row["item_days_since_listed"] == (None if days is None else np.float32(days))
+
+
+def test_events_of_one_moment_stand_in_a_history_by_kind_and_listing() -> None:
+    """Purchases first, then by listing, whatever the order of rows and of ids."""
+    now = START + 10 * DAY
+    clicks = [a_click(n, now - HOUR, session_id="b", item_id=item) for n, item in enumerate(("i2", "i0", "i9"))]
+    orders = [an_order(n, now - HOUR, item_id=item) for n, item in enumerate(("i10", "i1"))]
+    flags = Settings(as_of=START + 30 * DAY, window=24 * HOUR, history=20)
+    row = build_examples([*clicks, a_click(9, now)], orders, CATALOG_ROWS, flags)[0]["u0", "a", "i0"]
+    assert row["history_item"] == ["i1", "i10", "i0", "i2", "i9"]
+    assert row["history_kind"] == [2, 2, 1, 1, 1]
+
+
+@settings(QUICK, max_examples=40)
+@given(cities(), st.integers(0, 30))
+@example(([a_click(0, START), a_click(1, START + STEP, session_id="b")], [], LATER), 1)
+@example(([a_click(0, START), a_click(1, START + STEP, item_id="i1")], [an_order(0, START)], LATER), 1)
+@example(
+    (
+        [a_click(n, START + n * STEP, session_id=f"v{n}") for n in range(3)],
+        [an_order(n, START + n * HOUR) for n in range(3)],
+        LATER,
+    ),
+    1,
+)
+def test_events_of_final_days_are_summed_up_to_the_first_day_that_is_built(
+    city: tuple[list[Row], list[Row], Settings], step: int
+) -> None:
+    """What is built has what it has where everything is built, however much of the log before is told as sums."""
+    clicks, orders, flags = city
+    first = START + step * STEP
+    whole, all_books = build_examples(clicks, orders, CATALOG_ROWS, flags)
+    part, books = build_examples(clicks, orders, CATALOG_ROWS, flags, frozen_before=first)
+    assert part == {key: row for key, row in whole.items() if row["session_start"] >= first}
+    assert sum(books["clicks"].values()) == sum(all_books["clicks"].values())
+    assert books["clicks"]["out"] == len(part)
+
+
+def test_rows_of_a_user_lie_in_one_file_of_a_day() -> None:
+    """A bucket of users is one file's of each day: a session that lay in two would be told as two."""
+    midnight = START // DAY * DAY
+    rows = [(bucket, place, day) for bucket in range(7) for place in range(5) for day in range(2)]
+    table = pa.table(
+        {
+            ROW: [(bucket << 32) + place + 5 * day for bucket, place, day in rows],
+            "session_start": pa.array([midnight + day * DAY + place for _, place, day in rows], pa.timestamp("us")),
+        }
+    )
+    found: dict[tuple[int, int], set[Any]] = {}
+    for day, piece in cut_days(table, 3):
+        for row, start in zip(piece[ROW].to_pylist(), piece["session_start"].cast(pa.int64()).to_pylist(), strict=True):
+            found.setdefault((row >> 32, start // DAY), set()).add(day)
+    expected = {
+        (bucket, midnight // DAY + day): {(day_of(midnight + day * DAY), bucket % 3)} for bucket, _, day in rows
+    }
+    assert found == expected
+
+
 def test_an_order_after_the_session_start_is_not_yet_a_conversion() -> None:
     now = START + 10 * DAY
     clicks = [a_click(0, now - HOUR, session_id="b"), a_click(1, now, item_id="i1")]
@@ -177,6 +251,58 @@ def test_history_is_full_although_the_last_events_are_known_conversions() -> Non
         [*clicks, a_click(99, now)], orders, CATALOG_ROWS, Settings(as_of=now + 2 * DAY, window=24 * HOUR, history=20)
     )[0]["u0", "a", "i0"]
     assert row["history_kind"] == [2] * 12 + [1] * 8
+
+
+def plain_history(events: Events, user: int, time: int, length: int) -> list[tuple[int, int, float]]:
+    """(item, kind, hours) of the reference's history of one user at one time."""
+    past = [
+        (-at, 0, f"{item:03d}")
+        for who, item, at in zip(events.order_user, events.order_item, events.ordered_at, strict=True)
+        if who == user and at < time
+    ]
+    past += [
+        (-at, 1, f"{item:03d}")
+        for who, item, at, bought in zip(
+            events.click_user, events.click_item, events.clicked_at, events.converted_at, strict=True
+        )
+        if who == user and at < time <= bought
+    ]
+    chosen = shard_reference.latest_history(sorted(past), length)
+    return [(int(item), 1 if clicked else 2, (time + minus) / HOUR) for minus, clicked, item in chosen]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 7, 12])
+def test_histories_of_busy_users_equal_the_reference(length: int) -> None:
+    """Some forty events a user, many at one moment: clicks yield to older purchases, and what is known to be bought is
+    left out."""
+    rng = np.random.default_rng(length)
+    for _ in range(8):
+        n_clicks, n_orders = 110, int(rng.integers(0, 40))
+        clicked_at = rng.integers(0, 60, n_clicks) * HOUR_US
+        # Each click left out has an order of its own, as the attribution gives it.
+        bought = rng.permutation(n_clicks)[: n_orders // 2]
+        converted_at = np.full(n_clicks, NEVER)
+        converted_at[bought] = clicked_at[bought] + rng.integers(0, 9, len(bought)) * HOUR_US
+        click_user, click_item = rng.integers(0, 3, n_clicks), rng.integers(0, 9, n_clicks)
+        rest = n_orders - len(bought)
+        events = Events(
+            click_user=click_user,
+            click_item=click_item,
+            click_store=np.zeros(n_clicks, dtype=np.int64),
+            clicked_at=clicked_at,
+            converted_at=converted_at,
+            order_user=np.concatenate([click_user[bought], rng.integers(0, 3, rest)]),
+            order_item=np.concatenate([click_item[bought], rng.integers(0, 9, rest)]),
+            order_store=np.zeros(n_orders, dtype=np.int64),
+            ordered_at=np.concatenate([converted_at[bought], rng.integers(0, 60, rest) * HOUR_US]),
+        )
+        user, time = (grid.ravel() for grid in np.meshgrid(np.arange(4), np.arange(0, 70, 7) * HOUR_US))
+        found = user_history(events, user, time, length)
+        for row in range(len(user)):
+            size = int((found.kind[row] > 0).sum())
+            entries = list(zip(found.item[row], found.kind[row], found.hours[row], strict=True))
+            assert entries[:size] == plain_history(events, user[row], time[row], length)
+            assert set(found.item[row, size:]) <= {-1}
 
 
 def check_shards(tmp_path: Path, clicks: list[Row], orders: list[Row], *, files: int) -> None:
@@ -283,6 +409,20 @@ def test_split_times_keep_the_parts_in_order_and_a_window_apart(hours: list[int]
     for (time, part), (later, later_part) in itertools.combinations(kept, 2):
         if part == 0 < later_part or part < 3 == later_part:
             assert later - time >= window * HOUR_US
+
+
+def test_parts_of_a_log_begin_where_they_should() -> None:
+    """A thousand clicks, one an hour: by hand, in hours, to the hour that a share of a thousand may be rounded by."""
+    splits = split_times(np.arange(1_000, dtype=np.int64) * HOUR_US, 24 * HOUR_US, 0.2)
+    begins = [
+        edge / HOUR_US for edge in (splits.gap, splits.early_stop, splits.calibration, splits.second_gap, splits.test)
+    ]
+    # The last fifth; a window before it; 6 % each before that; and another window.
+    assert begins == pytest.approx([656 - 24, 656, 716, 776, 800], abs=1.01)
+    for part, edge in (("early_stop", splits.early_stop), ("calibration", splits.calibration), ("test", splits.test)):
+        assert splits.of(np.array([edge, edge + 1])).tolist() == [part, part], "it begins with its first moment"
+        assert splits.of(np.array([edge - 1])).tolist() != [part]
+    assert splits.of(np.array([splits.gap - 1, splits.gap, splits.second_gap])).tolist() == ["train", "gap", "gap"]
 
 
 @QUICK

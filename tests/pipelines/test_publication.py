@@ -83,6 +83,34 @@ def test_a_publication_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
     assert publication.rollback(str(tmp_path), None)["run"] == "a"
 
 
+def test_rolling_back_past_a_publication_that_was_cut_off_goes_on_back(tmp_path: Path) -> None:
+    """The entry that never was published stands between the runs, and must not be taken for the one before."""
+    for run in ("z", "a", "b"):
+        make_run(tmp_path, run)
+    latest = (tmp_path / "latest.json").read_text()
+    make_run(tmp_path, "c")
+    (tmp_path / "latest.json").write_text(latest)
+    assert [publication.rollback(str(tmp_path), None)["run"] for _ in range(2)] == ["a", "z"]
+    with pytest.raises(InputError, match="nothing was published before run z"):
+        publication.rollback(str(tmp_path), None)
+
+
+def test_nights_to_be_held_against_are_the_latest_ones_oldest_first(tmp_path: Path) -> None:
+    for run in ("a", "b", "c", "d"):
+        make_run(tmp_path, run)
+
+    def nights(last: int) -> list[str]:
+        return [manifest.run for manifest in publication.published_manifests(str(tmp_path), last)]
+
+    assert nights(3) == ["b", "c", "d"] and nights(9) == ["a", "b", "c", "d"]
+    publication.rollback(str(tmp_path), None)
+    assert nights(2) == ["b", "c"]
+    # One that is published again counts once, where it is now.
+    publication.republish(f"{tmp_path}/runs/a", force=False, reason=None)
+    assert nights(9) == ["b", "c", "a"]
+    assert publication.published_manifests(str(tmp_path / "empty"), 3) == []
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["publish", "rollback"]), max_size=30))
 def test_rollback_is_a_stack(actions: list[str]) -> None:

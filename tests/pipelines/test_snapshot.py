@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.attribution import NEVER
 from pipelines.examples import item_attributes
-from pipelines.features import Queries, item_features
-from pipelines.snapshot import Snapshot, audience_features, build_log
+from pipelines.features import Events, ItemAttributes, Queries, item_features, pair_features
+from pipelines.snapshot import Snapshot, active_users, audience_features, build_log, recent_activity
 from pipelines.tables import Source
 from schemas.events import CLICKS, ORDERS
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, PAIR_COUNTS
@@ -136,3 +137,88 @@ def test_build_log_accounts_for_every_row(tmp_path: Path) -> None:
     assert sum(table.num_rows for table in rejects) == books["clicks"]["rejected"] + books["orders"]["rejected"]
     assert (len(log.events.clicked_at), len(log.events.ordered_at)) == (usable, expected.orders["out"])
     assert max(log.events.clicked_at.max(), log.events.ordered_at.max()) < time
+
+
+def test_a_tile_holds_the_listings_that_it_is_asked_for(tmp_path: Path) -> None:
+    """Some listings, in an order of their own, have the columns that they have among all."""
+    data = write_data(tmp_path / "data", *random_city(4, 200, 150, users=6))
+    attributes = item_attributes(CITY_ITEMS)
+    log, _, _ = build_log("score", *sources(data), CITY_ITEMS["item_id"], attributes, START + 9 * DAY, 24 * HOUR)
+    snapshot = Snapshot.build(log)
+    users, stores = log.user_codes(["u1", None, "u0", "u1"]), log.store_codes(["s2", "s0", "s0", "s1"])
+
+    def tile(rows: np.ndarray) -> dict[str, np.ndarray]:
+        found = snapshot.tile(users, stores, rows, attributes.subcategory[rows], attributes.brand[rows])
+        return {name: np.broadcast_to(values, (len(users), len(rows))) for name, values in found.items()}
+
+    every, some = tile(np.arange(len(ITEMS))), np.array([3, 0, 2])
+    for name, values in tile(some).items():
+        assert np.array_equal(values, every[name][:, some], equal_nan=True), name
+    assert len(np.unique(every["item_clicks"])) > 3
+
+
+def test_activity_is_that_of_the_last_28_days(tmp_path: Path) -> None:
+    """Against loops; events lie on both edges, and of one moment in two stores."""
+    now = START + 60 * DAY
+    edge = now - 28 * DAY
+    times = [edge - 1, edge, edge + 1, now - DAY, now - 1, now]
+    clicks: list[Row] = []
+    orders: list[Row] = []
+    for number, (time, user) in enumerate((time, user) for user in ("u0", "u1", "u2") for time in times):
+        if user == "u2" and time >= edge:
+            continue
+        where = {"user_id": user, "store_id": f"s{number % 3}", "item_id": ITEMS[number % 4]}
+        click = {"exposure_id": f"e{number}", "session_id": f"v{number}", **where, "clicked_at": time, "position": 0}
+        clicks.append(click)
+        if user == "u0" and time != edge:
+            orders.append({"order_id": f"o{number}", **where, "ordered_at": time + HOUR, "quantity": 1.0})
+    # Seen last by an order, in another store than clicked last.
+    orders.append(
+        {"order_id": "last", "user_id": "u1", "store_id": "s0", "item_id": "i2", "ordered_at": edge, "quantity": 1.0}
+    )
+    clicks = [click for click in clicks if click["user_id"] != "u1" or click["clicked_at"] < edge]
+    data = write_data(tmp_path / "data", clicks, orders)
+    log, _, _ = build_log("score", *sources(data), CITY_ITEMS["item_id"], item_attributes(CITY_ITEMS), now, 24 * HOUR)
+    recent = [click for click in clicks if edge <= click["clicked_at"] < now]
+    bought = [
+        click
+        for click in recent
+        if any(
+            order["user_id"] == click["user_id"]
+            and order["item_id"] == click["item_id"]
+            and click["clicked_at"] == order["ordered_at"] - HOUR
+            and order["ordered_at"] < now
+            for order in orders
+        )
+    ]
+    found = recent_activity(log)
+    for name, events in (("clicks", recent), ("orders", bought)):
+        assert found[name].tolist() == [sum(event["item_id"] == item for event in events) for item in ITEMS], name
+    assert bought and len(bought) < len(recent)
+    seen: dict[str, tuple[int, str]] = {}
+    for events, column in ((clicks, "clicked_at"), (orders, "ordered_at")):
+        for event in events:
+            if event[column] < now:
+                last = (event[column], event["store_id"])
+                seen[event["user_id"]] = max(seen.get(event["user_id"], last), last)
+    expected = [(user, store, at) for user, (at, store) in sorted(seen.items()) if at >= edge]
+    assert list(active_users(log).itertuples(index=False, name=None)) == expected
+    assert [user for user, _, _ in expected] == ["u0", "u1"]
+
+
+def test_a_pair_of_nobody_knows_nothing() -> None:
+    """A user of -1 must not be taken for one whose events are of no group, nor for a day without distance."""
+    one, zero = np.array([1]), np.array([0])
+    events = Events(
+        click_user=zero, click_item=zero, click_store=zero, clicked_at=one, converted_at=np.array([5]),
+        order_user=zero, order_item=zero, order_store=zero, ordered_at=np.array([5]),
+    )  # fmt: skip
+    # The listing of the events is of no group, the one asked for of the last one.
+    items = ItemAttributes(subcategory=np.array([-1, 2]), brand=np.array([-1, 2]), listed_at=np.array([NEVER, NEVER]))
+    queries = Queries(user=np.array([-1]), item=one, store=zero, time=np.array([100]))
+    found = {name: values.tolist() for name, values in pair_features(events, queries, items).items()}
+    assert {name for name, values in found.items() if np.isnan(values).all()} == {
+        "pair_days_since_click",
+        "pair_days_since_order",
+    }
+    assert {values[0] for name, values in found.items() if "days" not in name} == {0.0}

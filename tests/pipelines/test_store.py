@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import clock, store
+from pipelines import clock, files, store
 from pipelines.store import Part, commit_part, drop_replaced, list_parts, merge_parts, plan_merges
 from schemas.embeddings import KERNELS_KEY, embedding_shape, image_embeddings
 
@@ -124,6 +124,33 @@ def test_parts_are_removed_only_after_two_days_and_when_not_listed(
     # A clock that was set back removes nothing.
     assert drop_replaced(str(tmp_path), set(), now - 30 * NIGHT) == 0
     assert drop_replaced(str(tmp_path), set(), now + 3 * NIGHT) == 1
+
+
+def test_a_removal_that_is_cut_off_leaves_the_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its marker a part would be nobody's, and stay for ever: no removal would find it again."""
+    a, b = (commit(tmp_path, 10 * n, 3) for n in range(2))
+    merged = merge_parts(str(tmp_path), [a, b])
+    expected, later = rows_of([merged]), datetime.datetime.now(datetime.UTC) + 3 * NIGHT
+    delete = files.delete
+
+    def cut_off(paths: list[str]) -> None:
+        delete(paths[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "delete", cut_off)
+    for part in (a, b):
+        with pytest.raises(KeyboardInterrupt):
+            drop_replaced(str(tmp_path), set(), later)
+        marker = Path(part.path.replace(".parquet", ".json"))
+        assert (Path(part.path).exists(), marker.exists()) == (False, True)
+        assert rows_of(list_parts(str(tmp_path))) == expected
+        monkeypatch.setattr(files, "delete", delete)
+        if part is a:
+            assert drop_replaced(str(tmp_path), {b.path}, later) == 1
+            monkeypatch.setattr(files, "delete", cut_off)
+    assert drop_replaced(str(tmp_path), set(), later) == 1
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {Path(merged.path).name, Path(merged.path).with_suffix(".json").name}
 
 
 def test_parts_that_nobody_ever_listed_go_at_once(tmp_path: Path) -> None:
