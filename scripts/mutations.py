@@ -39,7 +39,7 @@ BUCKETS = (f"{_EXAMPLES}test_shards_pipeline_equals_the_reference",)
 HISTORY = (f"{_EXAMPLES}test_histories_of_busy_users_equal_the_reference",)
 TIES = (f"{_EXAMPLES}test_events_of_one_moment_stand_in_a_history_by_kind_and_listing", *REFERENCE)
 LISTED = (f"{_EXAMPLES}test_a_listing_offered_at_the_session_start_is_not_known_to_be",)
-FILES_OF_DAYS = (f"{_EXAMPLES}test_rows_of_a_user_lie_in_one_file_of_a_day",)
+FILES_OF_DAYS = (f"{_EXAMPLES}test_rows_of_a_session_lie_in_one_file_of_a_day",)
 PARTS = (f"{_EXAMPLES}test_parts_of_a_log_begin_where_they_should",)
 EARLY = (f"{_EXAMPLES}test_events_of_final_days_are_summed_up_to_the_first_day_that_is_built",)
 
@@ -110,6 +110,13 @@ _TRAIN = "tests/camenn_model/test_train.py::"
 DATASET = (_DATASET,)
 COLLATE = (f"{_TRAIN}test_collate_holds_each_item_and_session_once",)
 CHECKPOINT = ("tests/camenn_model/test_checkpoint.py",)
+
+_INTEGRITY = "tests/pipelines/test_integrity.py::"
+DAMAGED = (f"{_INTEGRITY}test_a_flipped_bit_is_told_or_changes_nothing",)
+REMEMBERED = (f"{_INTEGRITY}test_what_was_found_whole_is_remembered_until_it_changes",)
+DOCUMENTS = (f"{_INTEGRITY}test_documents_of_before_are_read_and_others_are_not",)
+OLD_FILES = (f"{_INTEGRITY}test_a_file_without_a_checksum_is_known_by_its_size",)
+GARBAGE = ("tests/pipelines/test_garbage.py",)
 LATE_RESUME = (f"{_TRAIN}test_a_run_that_is_resumed_late_keeps_its_best_and_evaluates_when_due",)
 EPOCHS = (f"{_TRAIN}test_each_epoch_sees_every_example_once",)
 SEEDS = (f"{_TRAIN}test_each_step_and_piece_draws_its_own_dropout",)
@@ -288,9 +295,9 @@ MUTATIONS: tuple[Mutation, ...] = (
             FUTURE,
         ),
         (
-            "days-by-row",
-            "(table[ROW].to_numpy() >> 32) % day_buckets",
-            "table[ROW].to_numpy() % day_buckets",
+            "pieces-numbered-on",
+            'np.searchsorted(day_cuts, start, side="right") - before}',
+            'np.searchsorted(day_cuts, start, side="right")}',
             FILES_OF_DAYS,
         ),
         ("counts-as-they-came", "counts[name].take(place)", "counts[name]", BUCKETS),
@@ -355,9 +362,9 @@ MUTATIONS: tuple[Mutation, ...] = (
             PLANS,
         ),
         (
-            "size-not-looked-at",
-            "if not os.path.isfile(record.path) or os.path.getsize(record.path) != record.bytes:",
-            "if not os.path.isfile(record.path):",
+            "parts-not-checked",
+            "check_records(latest.records(kept_table(contract)), ",
+            "check_records([], ",
             CUT_PARTS,
         ),
     ),
@@ -395,7 +402,12 @@ MUTATIONS: tuple[Mutation, ...] = (
             PUBLICATION,
         ),
         ("cut-off-counts", "while stack and stack[-1] != run:", "while stack and run not in stack:", PUBLICATION),
-        ("nights-newest-first", "for run in reversed(runs)]", "for run in runs]", PUBLICATION),
+        (
+            "nights-newest-first",
+            "read_run(root, run) for run in reversed(there)]",
+            "read_run(root, run) for run in there]",
+            PUBLICATION,
+        ),
         (
             "oldest-nights",
             "dict.fromkeys(reversed(standing(publications(root), latest.run)))",
@@ -409,19 +421,27 @@ MUTATIONS: tuple[Mutation, ...] = (
         "pipelines/manifest.py",
         (
             "latest-first",
-            """    files.write_json(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry)
-    files.write_json(
+            """    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
+    files.write_document(
         files.join(root, LATEST),
-        {"run": manifest.run, "stage": manifest.stage, "manifest": f"runs/{manifest.run}/{MANIFEST}"},
+        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
+        durable=True,
     )
 """,
-            """    files.write_json(
+            """    files.write_document(
         files.join(root, LATEST),
-        {"run": manifest.run, "stage": manifest.stage, "manifest": f"runs/{manifest.run}/{MANIFEST}"},
+        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
+        durable=True,
     )
-    files.write_json(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry)
+    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
 """,
             PUBLISHED,
+        ),
+        (
+            "files-not-synced",
+            "    files.sync_tree(root, _new_files(root, manifest))\n",
+            "",
+            ("tests/pipelines/test_kill_points.py::test_what_is_published_is_synced_before_it_is_seen",),
         ),
         ("number-by-count", "max(numbers, default=0) + 1:08d", "len(numbers) + 1:08d", PUBLISHED),
         ("first-publications", "entries[-last if last else None :]", "entries[:last]", PUBLICATION),
@@ -799,8 +819,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "camenn_model/checkpoint.py",
         (
             "version-without-calibration",
-            '"agreement.safetensors", "calibration.json",\n',
-            '"agreement.safetensors",\n',
+            '    "agreement.safetensors",\n    "calibration.json",\n',
+            '    "agreement.safetensors",\n',
             CHECKPOINT,
         ),
         ("shapes-not-compared", "if own[name].shape != tensors[name].shape", "if False", CHECKPOINT),
@@ -811,8 +831,35 @@ MUTATIONS: tuple[Mutation, ...] = (
             CHECKPOINT,
         ),
         ("dropout-in-scoring", "return model.eval()", "return model", CHECKPOINT),
-        ("written-in-place", 'temporary = path.with_suffix(".tmp")', "temporary = path", CHECKPOINT),
-        ("any-stage-is-a-model", 'if latest["stage"] != "train":', 'if not latest["stage"]:', CHECKPOINT),
+        ("written-in-place", 'temporary = path.with_name(f"{path.name}.tmp")', "temporary = path", CHECKPOINT),
+        ("checksum-not-compared", 'given.get("sha256") == _digest(tensors, metadata)', 'given.get("sha256")', DAMAGED),
+    ),
+    *of(
+        "camenn_model/integrity.py",
+        ("bytes-not-compared", "if file_sha256(path) != sha256:", "if not sha256:", DAMAGED),
+        ("known-by-its-times", "status.st_mtime_ns, status.st_ctime_ns)", "status.st_mtime_ns)", REMEMBERED),
+        ("remembered-for-ever", "return 0 <= age < REMEMBERED_S", "return 0 <= age", REMEMBERED),
+        ("remembered-from-the-future", "return 0 <= age < REMEMBERED_S", "return age < REMEMBERED_S", REMEMBERED),
+        ("document-not-compared", "value[CHECKSUM] != document_checksum(value)", "not value[CHECKSUM]", DAMAGED),
+        ("any-key", "other = sorted(value.keys() - set(fields) - {CHECKSUM})", "other: list[str] = []", DOCUMENTS),
+        ("size-not-compared", "if status.st_size != size:", "if status.st_size < size:", OLD_FILES),
+    ),
+    *of(
+        "pipelines/garbage.py",
+        ("by-one-clock", "_file_system_now(root, now), newest)", "_file_system_now(root, now))", GARBAGE),
+        ("by-the-files-alone", "min(now.timestamp(), _file_system_now(root, now), newest)", "newest", GARBAGE),
+        ("young-too", " - YOUNG.total_seconds()", "", GARBAGE),
+        ("first-runs-kept", "recent = list(at)[-keep:]", "recent = list(at)[:keep]", GARBAGE),
+        ("any-run", " and proven.run(run)", "", GARBAGE),
+        ("any-generation", " and proven.generation(files.join(folder, generation))", "", GARBAGE),
+        ("reached-too", " and not vouched & reached", "", GARBAGE),
+        (
+            "proof-first",
+            'return file.path.endswith((".json", f"/{files.OWN}")), file.path',
+            "return False, file.path",
+            GARBAGE,
+        ),
+        ("readers-not-asked", ", files.no_readers(root):", ":", GARBAGE),
     ),
     *of(
         "camenn_model/train.py",

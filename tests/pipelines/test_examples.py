@@ -213,23 +213,27 @@ def test_events_of_final_days_are_summed_up_to_the_first_day_that_is_built(
     assert books["clicks"]["out"] == len(part)
 
 
-def test_rows_of_a_user_lie_in_one_file_of_a_day() -> None:
-    """A bucket of users is one file's of each day: a session that lay in two would be told as two."""
+def test_rows_of_a_session_lie_in_one_file_of_a_day() -> None:
+    """A session that lay in two would be told as two. Pieces of a day are numbered from 0, in order of time."""
     midnight = START // DAY * DAY
-    rows = [(bucket, place, day) for bucket in range(7) for place in range(5) for day in range(2)]
-    table = pa.table(
-        {
-            ROW: [(bucket << 32) + place + 5 * day for bucket, place, day in rows],
-            "session_start": pa.array([midnight + day * DAY + place for _, place, day in rows], pa.timestamp("us")),
-        }
-    )
-    found: dict[tuple[int, int], set[Any]] = {}
-    for day, piece in cut_days(table, 3):
-        for row, start in zip(piece[ROW].to_pylist(), piece["session_start"].cast(pa.int64()).to_pylist(), strict=True):
-            found.setdefault((row >> 32, start // DAY), set()).add(day)
-    expected = {
-        (bucket, midnight // DAY + day): {(day_of(midnight + day * DAY), bucket % 3)} for bucket, _, day in rows
+    starts = [midnight + day * DAY + hour * HOUR for day in range(3) for hour in range(6)]
+    rows = [(place, start) for start in starts for place in range(4)]
+    random.Random(0).shuffle(rows)
+    columns = {ROW: [place for place, _ in rows], "session_start": pa.array([at for _, at in rows], pa.timestamp("us"))}
+    # The first two days are cut at the start of a session, the third is not cut.
+    cuts = np.array([midnight + 2 * HOUR, midnight + 4 * HOUR, midnight + DAY + 3 * HOUR])
+    found = {
+        day: sorted(piece["session_start"].cast(pa.int64()).to_pylist())
+        for day, piece in cut_days(pa.table(columns), cuts)
     }
+    expected = {}
+    for day, pieces in enumerate(([2, 2, 2], [3, 3], [6])):
+        first = 6 * day
+        for piece, sessions in enumerate(pieces):
+            expected[day_of(midnight + day * DAY), piece] = [
+                at for at in starts[first : first + sessions] for _ in range(4)
+            ]
+            first += sessions
     assert found == expected
 
 

@@ -181,6 +181,29 @@ def test_a_store_loses_parts_with_their_markers(tmp_path: Path) -> None:
     assert left == {f"images/{GENERATION}/{part(n, end)}" for n in (2, 3) for end in ("parquet", "json")}
 
 
+def test_a_removal_that_was_cut_off_is_finished_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What proves that a directory is camenn's goes last."""
+    make_run(tmp_path, A)
+    begin_run(tmp_path, KILLED)
+    contract = image_embeddings(2, 4)
+    row = {"image_key": ["a"], "embedding": [bytes(16)], "blur": [0.0], "luminance": [0.5], "width": [3], "height": [3]}
+    directory = tmp_path / "images" / GENERATION
+    commit_part(str(directory), contract, (2, 4), f"{1:032x}", pa.table(row, schema=contract.schema), kernels="k")
+    age(tmp_path, 72)
+    delete = files.delete
+    for left in (3, 2, 1, 0):
+        # One file a try, and then it is killed.
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "delete", lambda paths: delete(paths[:1]))
+            collect(tmp_path)
+        old = [path for path in remaining(tmp_path) if KILLED in path or path.startswith("images")]
+        hidden = list((tmp_path / "runs" / KILLED).glob(".camenn"))
+        assert len(old) + len(hidden) == left
+    assert not (tmp_path / "runs" / KILLED).exists()
+
+
 def test_contents_that_no_kept_run_uses_go(tmp_path: Path) -> None:
     """Copies of embeddings are the largest files of shards and scores: those of other encoders, or of killed runs, go too."""
     paths = {name: tmp_path / "contents" / "images" / name for name in (GENERATION, OTHER)}

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,10 +225,28 @@ def test_what_was_found_whole_is_remembered_until_it_changes(tmp_path: Path, mon
         integrity._whole.clear()
         integrity.check_file(path, size, sha256, "")
     assert len(read) == 1
+    # Not for ever, and not by a clock that was set back.
+    for age in (integrity.REMEMBERED_S + 60, -3_600.0):
+        read.clear()
+        (memory,) = (tmp_path / "cache" / "whole").iterdir()
+        os.utime(memory, (time.time() - age, time.time() - age))
+        integrity._whole.clear()
+        integrity.check_file(path, size, sha256, "")
+        assert len(read) == 1, age
     flip(path, 77)
     integrity._whole.clear()
     with pytest.raises(DamagedError, match="SHA-256 differs"):
         integrity.check_file(path, size, sha256, "")
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_without_a_checksum_is_known_by_its_size(tmp_path: Path, change: int) -> None:
+    path = tmp_path / "of_before.parquet"
+    path.write_bytes(bytes(100))
+    integrity.check_file(path, 100, "", "")
+    os.truncate(path, 100 + change)
+    with pytest.raises(DamagedError, match=f"has {100 + change} bytes, 100 were written"):
+        integrity.check_file(path, 100, "", "")
 
 
 def test_documents_of_before_are_read_and_others_are_not() -> None:
