@@ -9,7 +9,6 @@ import tempfile
 import time
 from types import FrameType
 
-from camenn_model.processes import MEETING
 from pipelines.gates import HeldBack
 from pipelines.options import HELD_BACK, MENDABLE
 from schemas.contract import InputError
@@ -25,6 +24,9 @@ def train_in_processes(count: int, argv: list[str]) -> None:
     Raises:
         InputError, HeldBack, RuntimeError: one of them ended so. It has said why, and the others are ended.
     """
+    # The processes import torch, not this one.
+    from camenn_model.processes import MEETING
+
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     with tempfile.TemporaryDirectory(prefix="camenn-train-") as directory:
         shared = {

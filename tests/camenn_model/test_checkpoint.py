@@ -85,7 +85,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, package: Package) -> None:
     root.mkdir()
     with pytest.raises(InputError, match="nothing is published there.*camenn train"):
         open_package(str(root))
-    (root / "latest.json").write_text(json.dumps({"stage": "score", "run": "r"}))
+    (root / "latest.json").write_text(json.dumps({"stage": "score", "run": "r", "manifest": "runs/r/manifest.json"}))
     with pytest.raises(InputError, match="output of `camenn score`, not of `camenn train`"):
         open_package(str(root))
     with pytest.raises(InputError, match="cannot be read as safetensors"):

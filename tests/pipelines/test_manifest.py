@@ -1,5 +1,6 @@
 """The one moment at which readers see a run, and the books that must balance before it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,20 @@ def test_whatever_is_published_stands_in_the_history(tmp_path: Path, monkeypatch
     before."""
     root = str(tmp_path)
     publish(root, run("a"))
-    write, seen = files.write_json, []
+    seen = []
 
-    def write_and_look(path: str, value: Any) -> Any:
-        done = write(path, value)
-        latest = read_latest(root)
-        assert latest is not None
-        seen.append((latest.run, [entry["run"] for entry in publications(root)]))
-        return done
+    def look_after(write: Callable[..., Any]) -> Callable[..., Any]:
+        def write_and_look(*given: Any, **named: Any) -> Any:
+            done = write(*given, **named)
+            latest = read_latest(root)
+            assert latest is not None
+            seen.append((latest.run, [entry["run"] for entry in publications(root)]))
+            return done
 
-    monkeypatch.setattr(files, "write_json", write_and_look)
+        return write_and_look
+
+    for name in [name for name in dir(files) if name.startswith("write_")]:
+        monkeypatch.setattr(files, name, look_after(getattr(files, name)))
     publish(root, run("b"))
     assert all(latest in history for latest, history in seen)
     assert seen[-1] == ("b", ["a", "b"])
