@@ -115,7 +115,7 @@ def read_groups(
         try:
             table = parquet.read_row_groups(wanted, columns=columns)
         except (pa.ArrowException, OSError) as error:
-            # Of a dictionary of large strings Arrow checks the values while it reads, and says of none which.
+            # Of most dictionaries Arrow checks the values while it reads, and does not say which one is wrong.
             texts = [field.name for field in parquet.schema_arrow if _is_coded_text(field.type)]
             parquet = open_parquet(handle, texts)
             table = _read_columns(path, contract, parquet, wanted, columns, error)

@@ -200,7 +200,7 @@ def test_a_row_with_a_text_that_is_not_utf8_is_a_reject(tmp_path: Path, name: st
     ],
 )
 def test_every_kind_of_text_is_looked_at(tmp_path: Path, kind: pa.DataType) -> None:
-    """Of a dictionary of large strings (a category of pandas) Arrow refuses to read any row."""
+    """Of a dictionary (a category of pandas) Arrow refuses to read any row."""
     kept, (reject,) = clean(CLICKS, tmp_path, latin(TABLES["clicks"][1](), "user_id", 2, kind))
     assert kept["exposure_id"].to_pylist() == ["e0", "e1", "e3", "e4"]
     assert (reject["key"], reject["reason"]) == ("clicks:e2", "not_utf8")
