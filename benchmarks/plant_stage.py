@@ -141,9 +141,9 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
 
 
 def digest(manifest: Manifest) -> str:
-    """16 hex digits over the rows of a run's tables, in an order of their own: equal for equal rows, in whichever files they lie.
+    """Hash the rows of a run's tables, in an order of their own.
 
-    Contents are those that the run's items refer to.
+    The 16 hex digits are equal for equal rows, in whichever files they lie. Contents are those that the items refer to.
     """
     found = hashlib.sha256()
     _hash_contents(found, manifest)

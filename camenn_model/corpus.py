@@ -78,7 +78,7 @@ class Corpus:
         return self.shards.examples(split)
 
     def blocks(self, split: str) -> list[Unit]:
-        """A split in large pieces, in order of time."""
+        """List the large pieces of a split, in order of time."""
         return list_units(self.files(split), BLOCK_ROWS)
 
     def rows(self, split: str) -> int:

@@ -31,7 +31,7 @@ BUFFER_ROWS = 65_536
 """Examples read ahead and mixed: some 40 MB."""
 
 Unit = tuple[tuple[str, int, int], ...]
-"""Successive examples of a day, read at a time: (path, first row, rows) of each file that has some of them. What is put in a random order."""
+"""Successive examples of a day, read at a time: (path, first row, rows) of each file that has some of them."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,10 @@ def concat_rows(pieces: list[Rows]) -> Rows:
 
 
 def list_units(files: list[tuple[str, int]], size: int = UNIT_ROWS) -> list[Unit]:
-    """Some example files' rows in pieces of `size`, the last of a day smaller, in order.
+    """Cut example files into pieces of `size` rows, in order.
 
-    A day's pieces depend on its rows alone. In how many files they lie, and where one ends, tells how the shard set came about: in one night or in many.
+    The last piece of a day is smaller. Pieces depend on a day's rows alone: in how many files they lie, and where one
+    ends, tells how the shard set came about, in one night or in many.
 
     Args:
         files: (path, rows) as `ShardSet.examples` has them, those of a day one after another.
@@ -231,12 +232,12 @@ def list_units(files: list[tuple[str, int]], size: int = UNIT_ROWS) -> list[Unit
 
 
 def count_rows(units: Iterable[Unit]) -> int:
-    """Examples of some units."""
+    """Count the examples of some units."""
     return sum(rows for unit in units for _, _, rows in unit)
 
 
 def read_examples(unit: Unit, columns: list[str] | None = None) -> pa.Table:
-    """A unit's examples, or some of their columns; reads the row groups that have them."""
+    """Read a unit's examples, or some of their columns."""
     pieces = []
     for path, first, rows in unit:
         with pq.ParquetFile(path) as file:
@@ -253,8 +254,9 @@ def stream_batches(
 ) -> Iterator[Rows]:
     """Batches of about `batch_size` examples, whole sessions together, in a random order that depends on nothing but the generator's state.
 
-    Units of all days come in a random order, so that days are mixed; sessions are mixed within a buffer of some 65,000 examples. With `by_store`
-    a batch draws from few stores, so that it holds fewer distinct listings; the batches of a buffer come in a random order then.
+    Units of all days come in a random order, so that days are mixed; sessions are mixed within a buffer of some 65,000
+    examples. With `by_store` a batch draws from few stores, so that it holds fewer distinct listings; the batches of a
+    buffer come in a random order then.
     """
     mixed = [units[number] for number in rng.permutation(len(units))]
     for rows in prefetch(_buffers(reader, mixed), 1):

@@ -33,10 +33,11 @@ class Contents:
     Rows are in order of keys, wherever they lie: what is computed from all of them must not depend on the files.
 
     Args:
-        paths: Arrow IPC files of (key, embedding), each with any keys in any order; of a key that stands in two, one is taken.
+        paths: Arrow IPC files of (key, embedding), each with any keys in any order; one that stands in two counts once.
         key: name of the key column.
         shape: (tokens, width) where there are no files that tell it.
-        wanted: keys that are of interest; None = all. Contents are only ever added, so files may hold those of listings that are gone.
+        wanted: keys that are of interest; None = all. Contents are only ever added: files may hold those of listings
+            that are gone.
         keep: whether what was read stays in memory, for the next time; otherwise it is given back as soon as it is copied.
     """
 
@@ -165,7 +166,7 @@ def date_of(path: str) -> str:
 
 
 def first_row(path: str) -> tuple[Any, ...]:
-    """What an example file's first row has of `EXAMPLE_ORDER`: where the file stands among those of its day."""
+    """Read what an example file's first row has of `EXAMPLE_ORDER`."""
     with pq.ParquetFile(path) as file:
         row = file.read_row_group(0, columns=list(EXAMPLE_ORDER)).slice(0, 1).to_pylist()[0]
     return tuple(row[name] for name in EXAMPLE_ORDER)
@@ -202,7 +203,9 @@ class ShardSet:
         return sorted((str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries)
 
     def examples(self, split: str) -> list[tuple[str, int]]:
-        """(path, rows) of the example files of one split, in order of time, whichever run wrote them: a day's rows are those of its files one after another.
+        """List (path, rows) of the example files of one split, in order of time.
+
+        A day's rows are those of its files one after another, whichever runs wrote them.
 
         Raises:
             InputError: the shard set was written by a version that filed splits by folder.

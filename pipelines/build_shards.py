@@ -195,7 +195,7 @@ class PackDays(beam.DoFn):
 
 
 class WriteDays(beam.DoFn):
-    """The examples of a day, or of a piece of one, and their listings' counts → their files of at most 262,144 rows, in `EXAMPLE_ORDER`."""
+    """A day's examples, or those of a piece of it, and their listings' counts → files of at most 262,144 rows."""
 
     def __init__(self, plan: Plan, progress: str | None) -> None:
         self.directory = files.join(plan.directory, "examples")
@@ -396,7 +396,8 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             item_rows = min(item_rows, 2 * len(built) + 3 * user_buckets * items.num_rows)
         plan = Plan(
             clicks=clicks, orders=orders, logs=logs, user_buckets=user_buckets, item_rows=item_rows, items_path=written[0].path, as_of=as_of, latest=latest_event, window=window,
-            splits=splits, timezones=timezones, directory=directory, kept=kept, day_cuts=cut_long_days(built, ROWS_PER_FILE),
+            splits=splits, timezones=timezones, directory=directory, kept=kept,
+            day_cuts=cut_long_days(built, ROWS_PER_FILE),
             scratch=files.join(directory, "shuffle") if local else None,
         )  # fmt: skip
         days_kept = split_records(kept.records, splits, files.join(directory, "examples"))

@@ -394,12 +394,16 @@ Day = tuple[str, int]
 
 
 def cut_long_days(clicked_at: np.ndarray, rows: int) -> np.ndarray:
-    """Where days of very many clicks are cut into pieces of about `rows` each, int64 microseconds, in order.
+    """Find where days of very many clicks are cut.
 
-    By time, not by users: one after another, the pieces are the day in order, however many there are.
+    Pieces have about `rows` clicks each. They are cut by time, not by users: one after another they are the day in
+    order, however many there are.
 
     Args:
         clicked_at: int64 microseconds [n], of the clicks that become examples, about.
+
+    Returns:
+        The first time of each piece but a day's first, int64 microseconds, in order.
     """
     day = clicked_at // DAY_US
     first = int(day.min(initial=NEVER))

@@ -30,9 +30,10 @@ CONTENT_FILE_BYTES = 128 * 2**20
 
 
 def read_stored(manifest: Manifest, table: str, columns: list[str]) -> pa.Table:
-    """Columns (not the embeddings) of a store table, one row per content key; the first by path wins where a retry wrote a key twice.
+    """Read columns, not the embeddings, of a store table.
 
-    Beside them `part` and `group`: the number of the part among the sorted paths, and of the row group in it.
+    One row per content key: the first by path wins where a retry wrote a key twice. Beside the columns `part` and
+    `group`: the number of the part among the sorted paths, and of the row group in it.
     """
     paths = sorted(manifest.paths(table))
     pieces = []
@@ -147,15 +148,20 @@ class ContentJob:
     groups: tuple[tuple[str, tuple[int, ...]], ...]
     """Store parts, by path, and the row groups of each that have the rows"""
     wanted: str
-    """Path of an Arrow IPC stream: the content keys to copy from there, ordered. A job is part of the pipeline that is submitted: a name, not the keys."""
+    """Path of an Arrow IPC stream: the content keys to copy from there, ordered.
+
+    A job is part of the pipeline that is submitted: a name, not the keys.
+    """
 
 
 def plan_contents(
     kind: str, store: Manifest, wanted: pa.ChunkedArray, present: list[str], directory: str
 ) -> list[ContentJob]:
-    """Jobs that copy the embeddings of `wanted` keys, which no file of `present` holds yet, out of the store in one pass over its parts.
+    """Plan how the embeddings of `wanted` keys are copied.
 
-    Each job's keys are written under `directory`.
+    Keys that a file of `present` holds already are left out. All jobs together are one pass over the store's parts: in
+    order of keys, which are hashes and lie in all parts, they would be as many passes as there are files. Each job's
+    keys are written under `directory`.
     """
     key, table = f"{kind[:-1]}_key", f"{kind[:-1]}_embeddings"
     stored = read_stored(store, table, [key])
@@ -191,10 +197,11 @@ def plan_contents(
 
 
 def copy_contents(job: ContentJob, directory: str) -> FileRecord:
-    """Copy a job's rows into one Arrow IPC file, uncompressed, so that a reader can map it and gather rows without decoding.
+    """Copy a job's rows into one Arrow IPC file.
 
-    Columns: the content key, in order, and `embedding` as fixed_size_binary (float16, shape in the field's metadata). The file is named by its keys: a job that is
-    done again, by a retried bundle or after a crash, writes the same file again.
+    It is not compressed, so that a reader can map it and gather rows without decoding. Columns: the content key, in
+    order, and `embedding` as fixed_size_binary (float16, shape in the field's metadata). The file is named by its keys:
+    a job that is done again, by a retried bundle or after a crash, writes the same file again.
 
     Raises:
         RuntimeError: the store's parts no longer have all that was planned.
@@ -206,7 +213,7 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
     missing = np.ones(len(wanted), dtype=bool)
     field = None
     for batch in _read_batches(job, [key, "embedding"]):
-        keys, column = batch.columns
+        keys, column = batch[key], batch["embedding"]
         if rows is None:
             field = batch.schema.field("embedding")
             rows = np.empty(len(wanted), dtype=np.dtype((np.void, field.type.byte_width)))

@@ -1,4 +1,4 @@
-"""Embeddings of shard sets and scores: copied once out of the store, in order of keys, and read in order of keys whatever the files."""
+"""Embeddings of shard sets and scores: copied out of the store once, and read in order of keys whatever the files."""
 
 import hashlib
 import tempfile

@@ -1,4 +1,7 @@
-"""The same data by other ways (one run, three nights with merged parts, other cuts) give the same shard set and, to the bit, the same model."""
+"""The same data by other ways give the same shard set and, to the bit, the same model.
+
+The ways: one run, three nights with merged parts, other cuts of everything. Two processes and Flink: test_runners.py.
+"""
 
 import json
 from dataclasses import dataclass

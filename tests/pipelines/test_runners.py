@@ -1,4 +1,4 @@
-"""The same rows and the same model on every runner, with any number of workers, and after a worker or a TaskManager was killed."""
+"""The same rows and model on every runner, with any number of workers, after a worker or a TaskManager was killed."""
 
 import contextlib
 import os
