@@ -64,7 +64,7 @@ def tables() -> str:
     parts = [
         "# Tables",
         "",
-        "Written by `make docs` from `schemas/`. Times are `timestamp[us]`, UTC; zoned ones are converted. Ids are strings; integers are widened.",
+        "Written by `make docs` from `schemas/`. Times are `timestamp[us]`, UTC; zoned ones are converted. Ids are strings; integers are widened. They join as they are written: case, blanks and leading zeros count (nightly.md tells what is said where they differ).",
         "",
         *READING,
         "",

@@ -175,8 +175,13 @@ def cover_night(inputs: "ScoreInputs", pairs: "Pairs", fields: pa.Table) -> list
     else:
         asked = len(pairs.candidates)
         found += [
-            _number(
-                "candidates", asked, asked, "different rows of table 'candidates' name an audience row and a listing"
+            Coverage(
+                name="candidates",
+                found=asked,
+                asked=asked,
+                counted="different rows of table 'candidates' name an audience row and a listing",
+                lacking="see whether the table is whole, and tonight's",
+                least=LEAST_FOUND,
             ),
             Coverage(
                 name="candidates_used",
@@ -213,8 +218,8 @@ def cover_night(inputs: "ScoreInputs", pairs: "Pairs", fields: pa.Table) -> list
     return found + [_cover_values(*one) for one in known if one[3].values]
 
 
-def _number(name: str, found: int, asked: int, counted: str, least: float = LEAST_FOUND) -> Coverage:
-    return Coverage(name=name, found=found, asked=asked, counted=counted, least=least)
+def _number(name: str, found: int, asked: int, counted: str) -> Coverage:
+    return Coverage(name=name, found=found, asked=asked, counted=counted, least=LEAST_FOUND)
 
 
 def _cover_values(rows: str, name: str, column: pa.ChunkedArray, vocabulary: Vocabulary, least: float) -> Coverage:

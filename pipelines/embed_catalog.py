@@ -265,7 +265,7 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
         failures = failed_photos(parts[IMAGES], unread_files)
         defects = write_defects(run_directory, item_files, failures)
         photos = PhotoIds.of_items(item_files, failures)
-        gates = check_photos(options, PhotoIds.of_run(latest), photos, defects)
+        gates = check_photos(options, latest, photos, defects)
         manifest = Manifest(
             stage=STAGE,
             run=run_name,

@@ -59,14 +59,14 @@ def join_ids(left: Side, right: Side) -> Join:
         return Join(asked=len(ids), found=found)
     others = ids.filter(pc.invert(there))
     lost = pc.unique(others)
-    example = f"'{lost[0]}' is the first"
-    words = f"{left.where}: {len(others):,} of {len(ids):,} rows have a value that {right.where} lacks ({example}"
+    words = f"{left.where}: {len(others):,} of {len(ids):,} rows have a value that {right.where} lacks"
     change = _find_change(lost, known) if len(others) > SEARCHED_FROM * len(ids) else None
     recoded = pc.sum(pc.is_in(others, value_set=change.same)).as_py() or 0 if change else 0
     if change and 2 * recoded > len(others):
-        words += f"; '{change.one}' here is '{change.other}' there). {recoded:,} of them would join if {change.words}: write them alike in both"
+        words += f" ('{change.one}' here is '{change.other}' there). {recoded:,} of them would join if {change.words}: write them alike in both"
         return Join(asked=len(ids), found=found, recoded=recoded, lacking=words)
-    words += f"; there, values are like '{known[0]}')" if len(known) else "; it has none)"
+    there_are = f"values there are like '{known[0]}'" if len(known) else "it has none"
+    words += f" ('{lost[0]}' is the first; {there_are})"
     return Join(asked=len(ids), found=found, lacking=words)
 
 

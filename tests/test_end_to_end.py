@@ -359,7 +359,7 @@ def test_a_night_that_scored_a_tenth_is_held_back_and_moves_no_bar(
     # By force it is published, and is the usual one for what was overridden.
     held = re.search(r"camenn publish (\S+) --force", said)
     assert held is not None and cli.main(["publish", held[1], "--force", "--reason", "a trial"]) == 0
-    assert cut.score(capfd, "--rerun", out="by_candidates")["rows_out"] == 20
+    assert cut.score(capfd, "--rerun", out="by_candidates")["rows_out"] == 16
     manifest = read_latest(str(city.work / "by_candidates"))
     assert manifest is not None and all(gate["passed"] for gate in manifest.gates)
 

@@ -337,7 +337,7 @@ def test_a_bad_night_is_held_back(city: City, name: str) -> None:
         (both(ALL_STORES, upper("catalog", "item_id")), ("clicks.parquet: column 'item_id'", "upper and lower case")),
         (
             both(ALL_STORES, change("audience", "store_id", lambda *_: "elsewhere")),
-            ("48 of 48 audience rows meet no listing", "'elsewhere' is the first; there, values are like 's1'"),
+            ("48 of 48 audience rows meet no listing", "'elsewhere' is the first; values there are like 's1'"),
         ),
     ],
 )

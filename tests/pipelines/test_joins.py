@@ -44,7 +44,7 @@ def test_ids_of_which_case_is_a_part_are_not_the_same_without_it() -> None:
     known = [f"{first}{second}" for first in "aAbB" for second in "cCdD"]
     found = join(["eC", "aE", "ec", "Ae"], known)
     assert (found.found, found.recoded) == (0, 0)
-    assert "would join" not in found.lacking and "values are like 'ac'" in found.lacking
+    assert "would join" not in found.lacking and "values there are like 'ac'" in found.lacking
 
 
 def test_other_numbers_are_others() -> None:
