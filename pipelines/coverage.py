@@ -1,4 +1,7 @@
-"""How much of tonight's input meets: ids that join tables, pairs, photos, titles, and values that the model knows. Counted before anything is scored."""
+"""How much of tonight's input meets: ids that join tables, pairs, photos, titles, values that the model knows.
+
+Counted before anything is scored.
+"""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def check_ids(joins: dict[str, Join]) -> None:
-    """Stop where as good as no row joins, and would if its ids were written alike on both sides.
+    """Stop where hardly a row joins whose ids are written otherwise.
+
+    Most of them would join if they were written alike on both sides.
 
     Raises:
         InputError: naming both files and columns, an example of each, and the change of form.
@@ -58,8 +63,9 @@ def id_joins(
     log_counts: list[Count],
     candidates: Candidates | None,
 ) -> dict[str, Join]:
-    """Look up the ids by which audience, candidates, users, stores, catalog and log join; returns them by the gate's name.
+    """Look up the ids by which the tables join.
 
+    Audience, candidates, users, stores, catalog and logs; returns the joins by their gates' names.
     What is missing tonight is looked up too, and not found: nights before may have had it.
     """
     sources = inputs.sources
@@ -90,7 +96,10 @@ def id_joins(
 
 
 def _logged_items(inputs: "ScoreInputs", listed: Side, counts: list[Count]) -> Join:
-    """How many of the logs' events are of the catalog's listings: all are counted, and how the others' ids are written is told from the clicks' last row group."""
+    """How many of the logs' events are of the catalog's listings.
+
+    All are counted; how the others' ids are written is told from the clicks' last row group.
+    """
     known, unknown = (sum(count.rows for count in counts if count.where == where) for where in ("out", "unknown_item"))
     asked = known + unknown
     slices = list_slices(inputs.clicks)
@@ -119,7 +128,8 @@ SAMPLES = ("user_in_logs", "user_in_users")
 SHARES = ("logged_item", "candidate_audience", "candidate_item")
 STRICT = ("store_id", "store_in_stores")
 PLAUSIBLE = ("user_in_logs", "user_in_users", "logged_item")
-"""Others may join few rows in good order: candidates of a whole city for a trial's audience, a catalog without stores"""
+"""Others may join few rows in good order: candidates of a whole city for a trial's audience, a catalog without
+stores"""
 
 
 def cover_ids(joins: dict[str, Join]) -> list[Coverage]:
@@ -143,7 +153,7 @@ def cover_ids(joins: dict[str, Join]) -> list[Coverage]:
 
 
 def cover_night(inputs: "ScoreInputs", pairs: "Pairs", fields: pa.Table) -> list[Coverage]:
-    """Return everything that tonight's input is asked of, in the order in which the gates tell it.
+    """Return all that the gates ask of tonight's input, in order.
 
     Args:
         fields: what is known of each audience row's user, a column each, as the model reads it.

@@ -19,7 +19,8 @@ from schemas.catalog import CATALOG
 from schemas.contract import InputError
 
 LEAST_NAMED = 5
-"""Of so many photos that a first catalog names, not all are broken, not even where a third of them is: one such catalog in 240."""
+"""Of so many photos that a first catalog names, not all are broken, not even where a third of them is: one such catalog
+in 240."""
 
 
 def read_items(item_files: list[str], columns: list[str]) -> Iterator[pa.Table]:
@@ -79,7 +80,9 @@ def _defect_keys(path: str) -> list[str]:
 def check_photos(
     options: EmbedOptions, latest: Manifest | None, now: PhotoIds, defects: list[FileRecord]
 ) -> list[Gate]:
-    """Hold tonight's photos against those of the published run; no gate where no listing of tonight had one.
+    """Hold tonight's photos against those of the published run.
+
+    There is no gate where no listing of tonight had one.
 
     Raises:
         InputError: none had one before, listings name photos, and as good as none can be used.
@@ -88,7 +91,7 @@ def check_photos(
     had = np.intersect1d(before.with_photo, now.listings, assume_unique=True)
     if len(had):
         return [hold_photos(len(np.intersect1d(had, now.with_photo, assume_unique=True)), len(had))]
-    # Such a run is published by force only; an earlier camenn, which did not count what is named, published it all the same.
+    # Such a run is published by force only; an earlier camenn, which did not count what is named, published it anyway.
     given_up = latest is not None and "photos_named" in latest.summary and before.lacks_photos
     if now.lacks_photos and not given_up:
         raise InputError(
@@ -108,7 +111,7 @@ def first_defect(defects: list[FileRecord]) -> str:
 
 
 def check_image_root(options: EmbedOptions, source: Source) -> None:
-    """Stop before anything is read where photos are looked for in a directory that is not there.
+    """Stop where photos are sought in a directory that is gone.
 
     Raises:
         InputError: with the first address that is relative to it; a catalog without any does not need one.

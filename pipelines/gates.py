@@ -1,4 +1,4 @@
-"""What a night is held against before readers see it: the nights that were published before, and what makes sense on any night."""
+"""What a night is held against before readers see it: nights published before, and what makes sense on any night."""
 
 import math
 import statistics
@@ -18,17 +18,21 @@ NIGHTS = 7
 LEAST_COVERAGE = 0.98
 """Of what a city has from night to night: listings, audience rows, and which of them meet."""
 LEAST_FOUND = 0.9
-"""Of what moves more: pairs (listings and audience rows may each lack 2 %, and shops differ in size), photos that are uploaded anew, categories that are renamed, people who come and go."""
+"""Of what moves more: pairs (listings and audience rows may each lack 2 %, and shops differ in size), photos that are
+uploaded anew, categories that are renamed, people who come and go."""
 NEARLY_NONE = 0.05
 LEAST_ROWS = 20
-"""Where nothing was published before: of so many rows, so small a share that is found is no ordinary night. Of fewer rows, chance alone may leave none."""
+"""Where nothing was published before: of so many rows, so small a share that is found is no ordinary night. Of fewer
+rows, chance alone may leave none."""
 MOST_RECODED = 0.02
-"""Ids that join once they are written alike are the same ids: more of them than listings may be lacking are no chance."""
+"""Ids that join once they are written alike are the same ids: more of them than listings may be lacking are no
+chance."""
 OPTIONAL_TABLES = ("audience", "candidates", "users", "stores")
 MOST_MEAN_CHANGE = 0.20
 MOST_PSI = 0.2
 MOST_OFF = 0.20
-"""How far predicted over observed orders may be from 1 on the latest closed days, beyond two standard errors: as much as the mean CVR may move."""
+"""How far predicted over observed orders may be from 1 on the latest closed days, beyond two standard errors: as much
+as the mean CVR may move."""
 
 
 class HeldBack(Exception):
@@ -139,13 +143,17 @@ def check_night(
 ) -> list[Gate]:
     """Hold tonight against the median of up to seven published nights.
 
-    Listings and audience rows: each at least 0.98 of the median. Optional tables: those that most nights had. `coverage`: each at least its `least` of the median of the nights that
-    have it, ids that are merely written otherwise not above what is usual; where no night has it, as good as none found is a fault where that is `plausible` to say. Of the nights that the same model scored: mean CVR,
-    within 20 % of the median; PSI over the deciles of the bin-wise median of their distributions, at most 0.2. `calibration`: predicted over observed orders on the latest closed days,
-    within 20 % of 1 beyond what chance explains. On a new model's first night it is the only figure of its scores: another model's distribution is another one, and says nothing of faults.
+    Listings and audience rows: each at least 0.98 of the median. Optional tables: those that most nights had.
+    `coverage`: each at least its `least` of the median of the nights that have it, ids that are merely written otherwise
+    not above what is usual; where no night has it, as good as none found is a fault where that is `plausible` to say.
+    Of the nights that the same model scored: mean CVR, within 20 % of the median; PSI over the deciles of the bin-wise
+    median of their distributions, at most 0.2. `calibration`: predicted over observed orders on the latest closed days,
+    within 20 % of 1 beyond what chance explains. On a new model's first night it is the only figure of its scores:
+    another model's distribution is another one, and says nothing of faults.
     The first night is held against nothing but `coverage`.
 
-    A gate compares with no night before one that was published by force although this gate had failed: what somebody said is right is what is usual from then on.
+    A gate compares with no night before one that was published by force although this gate had failed: what somebody
+    said is right is what is usual from then on.
     """
     before = before[-NIGHTS:]
     gates = [gate for one in coverage for gate in _check_coverage(one, _since_forced(before, one.name))]
@@ -189,9 +197,10 @@ def check_night(
 
 
 def hold_photos(kept: int, had: int) -> Gate:
-    """Hold an embedding run against the published one: `kept` of the `had` listings that had a photo and are still there have one.
+    """Hold an embedding run's photos against the published one's.
 
-    One that is lost is no share that is not mounted, however few there are.
+    `kept` of the `had` listings that had a photo and are still there have one now. One that is lost is no share that is
+    not mounted, however few there are.
     """
     share = kept / had if had else 1.0
     words = f"{kept:,} of {had:,} listings that had a photo in the run published last have one now, {share:.3f} of them; at least {LEAST_FOUND} are due"
@@ -238,7 +247,10 @@ def _check_tables(now: Night, before: Sequence[Night]) -> list[Gate]:
 
 
 def _usual(values: Sequence[float]) -> tuple[float, str]:
-    """(The median of some nights' values, the latest last; its name). Where most nights had none, the latest alone tells whether there is something to lose."""
+    """Return the median of some nights' values, the latest last, and its name.
+
+    Where most nights had none, the latest alone tells whether there is something to lose.
+    """
     median = statistics.median(values)
     return (median, _median_of(len(values))) if median else (values[-1], _median_of(1))
 

@@ -15,7 +15,8 @@ FORMS: dict[str, Callable[[pa.Array], pa.Array]] = {
     "a '.0' at their end": lambda ids: pc.replace_substring_regex(ids, r"^(\d+)\.0$", r"\1"),
     "composed and decomposed letters": lambda ids: pc.utf8_normalize(ids, form="NFC"),
 }
-"""What programs do to ids on their way, by what then makes the difference. Each gives ids of which only that is left out."""
+"""What programs do to ids on their way, by what then makes the difference. Each gives ids of which only that is left
+out."""
 SEARCHED_FROM = 0.02
 """Share of rows that are not found, from which a change of form is looked for: some are always new"""
 LEAST_DISTINCT = 0.99
@@ -51,7 +52,7 @@ class Join:
 
 
 def join_ids(left: Side, right: Side) -> Join:
-    """Look the left side's ids, nulls left out, up among the right side's."""
+    """Look the left ids up among the right ones, nulls left out."""
     ids, known = pc.drop_null(left.ids.cast(pa.string())), pc.drop_null(pc.unique(right.ids.cast(pa.string())))
     there = pc.is_in(ids, value_set=known)
     found = pc.sum(there).as_py() or 0
@@ -114,7 +115,10 @@ def _forms(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.
 
 
 def _affixes(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.Array]]:
-    """(words, lost ids, known ids) without what stands before or after all ids of one side. Digits alone are none: they make other numbers."""
+    """(words, lost ids, known ids) without what stands before or after all ids of one side.
+
+    Digits alone are none: they make other numbers.
+    """
     if min(len(lost), len(known)) < 2:
         return
     for longer, shorter, flip in ((known, lost, False), (lost, known, True)):

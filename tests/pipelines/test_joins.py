@@ -1,4 +1,4 @@
-"""Ids that are written otherwise in one table than in another: counted, and told with the change of form that would join them."""
+"""Ids that are written otherwise in one table than in another: counted, and told with what would join them."""
 
 import pyarrow as pa
 import pytest
