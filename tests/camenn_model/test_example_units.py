@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from camenn_model.dataset import count_rows, list_units, read_examples
@@ -13,6 +13,7 @@ from camenn_model.dataset import count_rows, list_units, read_examples
 DAYS = {"2024-01-01": range(23), "2024-01-02": range(100, 108), "2024-01-03": range(200, 201)}
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_units_are_a_days_rows_in_pieces_however_files_are_cut(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 30), label="size")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -42,6 +42,7 @@ def write_contents(path: Path, numbers: list[int], batch: int) -> str:
     return str(path)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_contents_are_in_order_of_keys_whatever_the_files(data: st.DataObject) -> None:
     """Also those of before, whose rows lie as they lay in the store; a key that stands in two files counts once."""
