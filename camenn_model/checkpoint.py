@@ -63,6 +63,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     os.replace(temporary, path)
 
 
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when another file takes a path; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     """SHA-256 over metadata and over names, types, shapes and bytes of tensors, 64 hex digits."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
@@ -78,6 +87,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         DamagedError: the file is missing or damaged.
     """
+    before = _identity(path)
     try:
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata() or {}
@@ -89,6 +99,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     whole = not header.keys() - {_HEADER, _METADATA_OF_BEFORE} and (
         _HEADER not in header or given.get("sha256") == _digest(tensors, metadata)
     )
+    if not whole and _identity(path) != before:
+        # safetensors opens a file twice, and a training that runs has put a new one in its place between.
+        return load_tensors(path)
     if not whole:
         raise DamagedError(f"{path}: is not what was written (its checksum differs). {_REMEDY_FILE}")
     return tensors, metadata

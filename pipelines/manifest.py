@@ -229,6 +229,8 @@ def write_manifest(root: str, manifest: Manifest) -> None:
     """Write a finished run's manifest, after all that it names is on the disk. Readers do not see the run yet."""
     manifest.created_at = clock.utc_stamp()
     manifest.versions = versions()
+    # A run without files has no directory yet.
+    files.make_directory(files.join(root, RUNS, manifest.run))
     files.sync_tree(root, _new_files(root, manifest))
     record = asdict(manifest)
     prefix = root.rstrip("/") + "/"

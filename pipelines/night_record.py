@@ -1,5 +1,7 @@
 """What a night leaves behind: `WORK/nights/00000031/record.json` and `log.txt`, written as it goes, so that a night that was killed tells how far it came."""
 
+import contextlib
+import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -8,6 +10,8 @@ from pipelines import clock, files
 from pipelines.manifest import versions
 
 NIGHTS = "nights"
+RESERVED_BYTES = 64 * 2**10
+"""A stage that fills the disk leaves no room for the record that tells of it."""
 RECORD = "record.json"
 LOG = "log.txt"
 
@@ -51,10 +55,37 @@ class Night:
 
     def write(self) -> None:
         """Write the record as it stands. A disk that is full must not keep a night from ending as it should, so that is said and no more."""
+        record = asdict(self) | {"versions": versions()}
+        for last in (False, True):
+            try:
+                files.write_document(self.path, record)
+                return
+            except OSError as error:
+                if last or not self._release():
+                    _say(f"{self.path} cannot be written: {error}")
+                    return
+
+    def reserve(self) -> None:
+        """Take room on the disk that the record gets when there is no other."""
+        with contextlib.suppress(OSError), open(self._reserve, "wb") as handle:
+            handle.write(os.urandom(RESERVED_BYTES))
+
+    def _release(self) -> bool:
+        """Give the reserved room back; tells whether there was any."""
         try:
-            files.write_document(self.path, asdict(self) | {"versions": versions()})
-        except OSError as error:
-            _say(f"{self.path} cannot be written: {error}")
+            os.remove(self._reserve)
+        except OSError:
+            return False
+        return True
+
+    @property
+    def _reserve(self) -> str:
+        return files.join(self.directory, "reserve")
+
+    def finish(self) -> None:
+        """Write the record for the last time."""
+        self.write()
+        self._release()
 
     def say(self, text: str) -> None:
         """One line for whoever watches, and for the log."""
@@ -95,4 +126,5 @@ def new_night(work: str, config: dict[str, Any]) -> tuple[Night, dict[str, Any] 
     night = Night(number, files.join(work, NIGHTS, f"{number:08d}"), config)
     files.make_directory(night.directory)
     night.write()
+    night.reserve()
     return night, before[-1] if before else None

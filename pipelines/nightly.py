@@ -183,7 +183,7 @@ class _Nightly:
                     "See whether catalog and logs still arrive."
                 )
         night.exit_code, night.finished_at = self.code, clock.utc_stamp()
-        night.write()
+        night.finish()
         seen = f"readers see run {night.published['run']}" if night.published else "nothing is published yet"
         night.say(f"ends with exit code {self.code}; {seen}" + (f"; {night.message}" if night.message else ""))
         return self.code

@@ -68,7 +68,7 @@ def beyond_loopback(sockets: set[Socket]) -> set[Socket]:
 @contextmanager
 def listeners(process: int) -> Iterator[set[Socket]]:
     """Yield a set that fills with what the process, and those below it, listen on while the block runs; what it had before left out."""
-    before, found, ended = listening({process}), set[Socket](), threading.Event()
+    before, found, ended = listening(process_tree(process)), set[Socket](), threading.Event()
 
     def look() -> None:
         while not ended.wait(EVERY_S):
@@ -110,6 +110,7 @@ def every_command(root: Path) -> list[list[str]]:
         ["rollback", "--out", scores],
         ["publish", "LATER", "--reason", "to look at"],
         ["gc", "--out", scores],
+        ["fsck", "--work", str(root)],
         ["nightly", "--config", str(config)],
     ]
     assert {command[0] for command in commands} == set(COMMANDS)

@@ -17,8 +17,9 @@ from PIL import Image
 from camenn_model.encoder_spec import has_compiler, normalise_title
 from pipelines import cli
 from pipelines import store as store_module
+from pipelines.garbage import KEEP
 from pipelines.manifest import read_latest
-from pipelines.publication import KEEP, check_whole, published_manifests
+from pipelines.publication import check_whole, published_manifests
 from schemas.catalog import CATALOG
 from schemas.embeddings import KERNELS_KEY, embedding_shape
 from tests.camenn_model.encoder_sources import minilm

@@ -31,6 +31,7 @@ from pipelines.report_words import duration, number, percent, shown
 from pipelines.score_catalog import build_parser as score_parser
 from pipelines.train_model import build_parser as train_parser
 from schemas.contract import InputError
+from tests.pipelines.documents import edit_document
 from tests.pipelines.work_directory import EVIL_TITLE, make_work
 
 PARSERS = {"embed": embed_parser, "shards": shards_parser, "train": train_parser, "score": score_parser}
@@ -179,7 +180,7 @@ def test_gates_are_told_in_words_and_those_that_were_overridden_first(tmp_path: 
         {"name": "audience_met", "passed": True, "words": "12 of 12 audience rows meet a listing"},
         {"name": "known_user_age_group", "passed": False, "words": "<b>2</b> of 12 are known"},
     ]
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"gates": gates}))
+    edit_document(manifest, lambda value: value.update(gates=gates))
     rows = gate_rows(read_work(str(work)))
     assert [(row.title, row.passed) for row in rows] == [
         ("Users' age group that the model knows", False),
