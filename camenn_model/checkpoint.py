@@ -27,7 +27,7 @@ from camenn_model.integrity import DamagedError
 from camenn_model.model import CameNN
 from camenn_model.published import check_table_files, read_manifest, read_published
 from schemas.contract import InputError
-from schemas.manifest import MANIFEST, RUNS
+from schemas.manifest import MANIFEST, RUNS, remedy
 
 VERSIONED = (
     "model.safetensors",
@@ -43,8 +43,7 @@ _HEADER = "camenn.document"
 """Key of a safetensors header: metadata, and the checksum of it and of the tensors, as JSON. One key, as several come in another order each time"""
 _METADATA_OF_BEFORE = "camenn"
 """Key of the metadata alone, without a checksum, as earlier versions of camenn wrote it"""
-_REMEDY_FILE = "Remove it and run `camenn train` again: a training that goes on from it begins anew."
-_REMEDY = "Run `camenn train --rerun`, or `camenn rollback` to the model of before."
+_REMEDY = "Remove it and run `camenn train` again: a training that goes on from it begins anew."
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
@@ -95,7 +94,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             given = json.loads(header.get(_HEADER) or "{}")
             metadata = given["metadata"] if _HEADER in header else json.loads(header.get(_METADATA_OF_BEFORE, "{}"))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise DamagedError(f"{path}: cannot be read as safetensors ({error}). {_REMEDY_FILE}") from error
+        raise DamagedError(f"{path}: cannot be read as safetensors ({error}). {_REMEDY}") from error
     whole = not header.keys() - {_HEADER, _METADATA_OF_BEFORE} and (
         _HEADER not in header or given.get("sha256") == _digest(tensors, metadata)
     )
@@ -103,7 +102,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # safetensors opens a file twice, and a training that runs has put a new one in its place between.
         return load_tensors(path)
     if not whole:
-        raise DamagedError(f"{path}: is not what was written (its checksum differs). {_REMEDY_FILE}")
+        raise DamagedError(f"{path}: is not what was written (its checksum differs). {_REMEDY}")
     return tensors, metadata
 
 
@@ -170,7 +169,7 @@ def read_package(directory: Path) -> Package:
         DamagedError: a file of a finished run is lost or damaged.
     """
     if (directory / MANIFEST).exists():
-        check_table_files(directory.parents[1], read_manifest(directory), None, _REMEDY)
+        check_table_files(directory.parents[1], read_manifest(directory), None, remedy("train", ""))
     meta = json.loads((directory / "config.json").read_text())
     return Package(
         directory=directory,

@@ -4,8 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from camenn_model.integrity import DamagedError, check_files, parse_document
-from schemas.contract import InputError
-from schemas.manifest import LATEST, LATEST_FIELDS, MANIFEST, MANIFEST_FIELDS, PUBLISHED
+from schemas.manifest import (
+    LATEST,
+    LATEST_FIELDS,
+    MANIFEST,
+    MANIFEST_FIELDS,
+    PUBLISHED,
+    not_of_stage,
+    nothing_published,
+    pointer_lost,
+    repair_hint,
+)
 
 
 def read_published(root: str, stage: str, flag: str) -> dict[str, Any]:
@@ -18,15 +27,11 @@ def read_published(root: str, stage: str, flag: str) -> dict[str, Any]:
     pointer = Path(root) / LATEST
     if not pointer.exists():
         if len(list((Path(root) / PUBLISHED).glob("*.json"))) > 1:
-            raise DamagedError(f"{pointer}: this file is gone, although runs were published here. {_hint(root)}")
-        raise InputError(
-            f"{flag} {root}: nothing is published there (no {LATEST}). Run `camenn {stage}` into it first."
-        )
-    latest = parse_document(pointer.read_bytes(), pointer, LATEST_FIELDS, _hint(root))
+            raise DamagedError(pointer_lost(root))
+        raise nothing_published(root, stage, flag)
+    latest = parse_document(pointer.read_bytes(), pointer, LATEST_FIELDS, repair_hint(root))
     if latest["stage"] != stage:
-        raise InputError(
-            f"{flag} {root}: holds the output of `camenn {latest['stage']}`, not of `camenn {stage}`. Give another directory."
-        )
+        raise not_of_stage(root, latest["stage"], stage, flag)
     return latest
 
 
@@ -37,7 +42,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         DamagedError: it is lost or damaged.
     """
     path = directory / MANIFEST
-    hint = _hint(str(directory.parents[1]))
+    hint = repair_hint(str(directory.parents[1]))
     if not path.exists():
         raise DamagedError(f"{path}: this file is gone. {hint}")
     return parse_document(path.read_bytes(), path, MANIFEST_FIELDS, hint)
@@ -55,7 +60,3 @@ def check_table_files(root: Path, manifest: dict[str, Any], table: str | None, r
     check_files(
         [(str(root / entry["path"]), int(entry["bytes"]), entry.get("sha256", "")) for entry in entries], remedy
     )
-
-
-def _hint(root: str) -> str:
-    return f"`camenn fsck --out {root} --repair` lets readers see the newest run that is whole."

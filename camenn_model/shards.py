@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from camenn_model.published import check_table_files, read_manifest, read_published
 from schemas.contract import InputError
 from schemas.embeddings import embedding_shape
-from schemas.manifest import RUNS
+from schemas.manifest import RUNS, remedy
 from schemas.training import EXAMPLE_ORDER
 
 UNIT_ROWS = 8_192
@@ -23,8 +23,6 @@ BLOCK_ROWS = 262_144
 """Examples of a day that are read at a time where all of them are wanted in order; a file has no more"""
 MEANS_AT_A_TIME = 4_096
 """Contents that are read at a time where the means of all are kept"""
-_REMEDY = "Run `camenn shards --rebuild`, or `camenn rollback` to the shard set of before."
-_CONTENTS_REMEDY = "Run `camenn shards --rerun`: they are copied again from the store."
 
 
 class Contents:
@@ -189,8 +187,7 @@ class ShardSet:
         return read_manifest(Path(self.root) / RUNS / latest["run"])
 
     def _check(self, table: str) -> None:
-        remedy = _CONTENTS_REMEDY if table.startswith("contents_") else _REMEDY
-        check_table_files(Path(self.root), self.manifest, table, remedy)
+        check_table_files(Path(self.root), self.manifest, table, remedy("shards", table))
 
     def files(self, table: str) -> list[tuple[str, int]]:
         """(path, rows) of a table's files, ordered by path.

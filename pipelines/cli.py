@@ -1,6 +1,7 @@
 """`camenn`: a thin dispatcher. Each command is a module with `main(argv)`, imported only when it is called."""
 
 import atexit
+import contextlib
 import importlib
 import logging
 import os
@@ -21,6 +22,9 @@ COMMANDS = {
     "fsck": ("pipelines.fsck", "compare every file with its checksum; say what to run again; repair"),
     "doctor": ("pipelines.doctor", "look at this machine: versions, devices, weights, disk; say what to do"),
 }
+
+READER_GONE = 141
+"""Exit code where the reader of a pipe has gone: 128 + SIGPIPE, as shells tell it"""
 
 
 def usage() -> str:
@@ -84,9 +88,14 @@ def console() -> NoReturn:
     code = 1  # of an exception that nothing catches
 
     def leave() -> None:
+        nonlocal code
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            code = READER_GONE
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.flush()
         os._exit(code)
 
     atexit.register(leave)
@@ -96,6 +105,10 @@ def console() -> NoReturn:
         # argparse's are numbers; a text would be printed by the interpreter, with exit code 1
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` has: nothing to tell, and nobody to tell it to.
+        code = READER_GONE
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for what the libraries still print until the end
     except KeyboardInterrupt:
         code = 130  # 128 + SIGINT, as shells tell it
         raise

@@ -21,14 +21,13 @@ from pipelines.manifest import (
     read_latest,
     read_pointer,
     read_run,
-    remedy,
 )
 from pipelines.night_record import NIGHTS, RECORD, read_night
 from pipelines.options import MENDABLE, add_json_flag, run_main
 from pipelines.publication import check_whole, standing
 from pipelines.store import IMAGES, TITLES, Part, read_marker
 from schemas.contract import InputError
-from schemas.manifest import LATEST, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS
+from schemas.manifest import LATEST, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS, remedy
 
 DAMAGED = ".damaged"
 """Ending that `--repair` gives to what it sets aside"""

@@ -26,6 +26,11 @@ from schemas.manifest import (
     PUBLISHED,
     PUBLISHED_FIELDS,
     RUNS,
+    not_of_stage,
+    nothing_published,
+    pointer_lost,
+    remedy,
+    repair_hint,
 )
 
 FINISHED = "finished.json"
@@ -103,31 +108,6 @@ def check_records(records: Iterable[FileRecord], remedy: str) -> None:
     check_files([(record.path, record.bytes, record.sha256) for record in local], remedy)
 
 
-def remedy(stage: str, table: str) -> str:
-    """Return what to run where a file of a table is lost or damaged."""
-    if stage == "embed" and table.endswith("_embeddings"):
-        return (
-            "Run `camenn fsck --repair` on this store, which sets the part aside, and then `camenn embed`: "
-            "it encodes what is missing again."
-        )
-    if stage == "embed":
-        return "Run `camenn embed` again."
-    if stage == "shards" and table.startswith(("contents_", "kept_")):
-        return "Run `camenn shards --rerun`: it is made again from the store and the logs."
-    if stage == "shards":
-        return "Run `camenn shards --rebuild`, or `camenn rollback` to the shard set of before."
-    if stage == "train":
-        return "Run `camenn train --rerun`, or `camenn rollback` to the model of before."
-    if table.startswith("contents_"):
-        return "Run `camenn score --rerun`: it is copied again from the store."
-    return "Run `camenn score --rerun`, or `camenn rollback` to the scores of before."
-
-
-def repair_hint(root: str) -> str:
-    """Return what to run where a document of an output cannot be read."""
-    return f"`camenn fsck --out {root} --repair` lets readers see the newest run that is whole."
-
-
 def request_fingerprint(inputs: dict[str, str], options: dict[str, Any]) -> str:
     """16 hex digits over inputs, options and the program's version: equal ones give equal output, so the work need not be done again."""
     value = {"inputs": inputs, "options": options, "camenn": versions()["camenn"], "schema": SCHEMA_VERSION}
@@ -167,7 +147,7 @@ def read_pointer(root: str) -> dict[str, Any] | None:
         return files.read_document(path, LATEST_FIELDS, repair_hint(root))
     # The very first publication may have been cut off between its record and the pointer.
     if len(published_files(root)) > 1:
-        raise DamagedError(f"{path}: this file is gone, although runs were published here. {repair_hint(root)}")
+        raise DamagedError(pointer_lost(root))
     return None
 
 
@@ -209,13 +189,9 @@ def require_latest(root: str, stage: str, flag: str) -> Manifest:
     """
     manifest = read_latest(root)
     if manifest is None:
-        raise InputError(
-            f"{flag} {root}: nothing is published there (no {LATEST}). Run `camenn {stage}` into it first."
-        )
+        raise nothing_published(root, stage, flag)
     if manifest.stage != stage:
-        raise InputError(
-            f"{flag} {root}: holds the output of `camenn {manifest.stage}`, not of `camenn {stage}`. Give another directory."
-        )
+        raise not_of_stage(root, manifest.stage, stage, flag)
     return manifest
 
 

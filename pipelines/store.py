@@ -27,7 +27,7 @@ from camenn_model.integrity import check_file
 from pipelines import clock, files
 from schemas.contract import Contract, check_output
 from schemas.embeddings import stamp_embeddings
-from schemas.manifest import MARKER_FIELDS
+from schemas.manifest import MARKER_FIELDS, remedy
 
 IMAGES, TITLES = "images", "titles"
 CONTENTS = "contents"
@@ -43,11 +43,7 @@ ROW_GROUP = 256
 """Rows; what is held in memory when a part is read or merged."""
 _READ_THREADS = 8
 
-
-REMEDY = (
-    "Run `camenn fsck --repair` on this store, which sets the part aside, and then `camenn embed`: "
-    "it encodes what is missing again."
-)
+_REMEDY = remedy("embed", "image_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +75,7 @@ class Part:
             DamagedError: it is gone, or has another size or other bytes than its marker says.
         """
         if files.is_local(self.path):
-            check_file(self.path, self.bytes, self.sha256, REMEDY)
+            check_file(self.path, self.bytes, self.sha256, _REMEDY)
 
     @property
     def name(self) -> str:
@@ -107,7 +103,7 @@ def _all_parts(directory: str) -> list[Part]:
 
 def read_marker(path: str) -> Part:
     """The part that a commit marker vouches for."""
-    value = files.read_document(path, MARKER_FIELDS, REMEDY)
+    value = files.read_document(path, MARKER_FIELDS, _REMEDY)
     failures, unread = (
         tuple((key, reason, detail) for key, reason, detail in value[name]) for name in ("failures", "unread")
     )

@@ -1,7 +1,10 @@
 """Layout of what says which files an output is made of: `latest.json`, `published/`, a run's `manifest.json`, a part's commit marker.
 
 Each is a JSON object with a checksum of its own (`camenn_model.integrity`). A document with any other key is not ours.
+The messages about them are here as well: the packages that read them share no other module.
 """
+
+from schemas.contract import InputError
 
 LATEST = "latest.json"
 """The published run: {run, stage, manifest}"""
@@ -43,3 +46,45 @@ MARKER_FIELDS = (
     "written_at",
 )
 """Of a part of the embedding store"""
+
+
+def remedy(stage: str, table: str) -> str:
+    """Return what to run where a file of a table is lost or damaged."""
+    if stage == "embed" and table.endswith("_embeddings"):
+        return (
+            "Run `camenn fsck --repair` on this store, which sets the part aside, and then `camenn embed`: "
+            "it encodes what is missing again."
+        )
+    if stage == "embed":
+        return "Run `camenn embed` again."
+    if stage == "shards" and table.startswith(("contents_", "kept_")):
+        return "Run `camenn shards --rerun`: it is made again from the store and the logs."
+    if stage == "shards":
+        return "Run `camenn shards --rebuild`, or `camenn rollback` to the shard set of before."
+    if stage == "train":
+        return "Run `camenn train --rerun`, or `camenn rollback` to the model of before."
+    if table.startswith("contents_"):
+        return "Run `camenn score --rerun`: it is copied again from the store."
+    return "Run `camenn score --rerun`, or `camenn rollback` to the scores of before."
+
+
+def repair_hint(root: str) -> str:
+    """Return what to run where a document of an output cannot be read."""
+    return f"`camenn fsck --out {root} --repair` lets readers see the newest run that is whole."
+
+
+def nothing_published(root: str, stage: str, flag: str) -> InputError:
+    """Return the error of an output in which no run was published yet."""
+    return InputError(f"{flag} {root}: nothing is published there (no {LATEST}). Run `camenn {stage}` into it first.")
+
+
+def not_of_stage(root: str, found: str, wanted: str, flag: str) -> InputError:
+    """Return the error of an output that another stage wrote."""
+    return InputError(
+        f"{flag} {root}: holds the output of `camenn {found}`, not of `camenn {wanted}`. Give another directory."
+    )
+
+
+def pointer_lost(root: str) -> str:
+    """Return what to say where runs were published and `latest.json` is gone."""
+    return f"{root.rstrip('/')}/{LATEST}: this file is gone, although runs were published here. {repair_hint(root)}"

@@ -1,10 +1,13 @@
 """The console script ends with the command's exit code, whatever the command leaves behind."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pipelines import cli
 
 COMMAND = """
 import atexit, os
@@ -42,3 +45,15 @@ def test_what_a_command_leaves_behind_does_not_change_its_exit_code(tmp_path: Pa
     assert ended.returncode == code, ended.stderr
     assert ended.stdout == "printed registered\n"
     assert ("no" in ended.stderr) == ("no" in ends)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_who_has_gone_is_no_traceback(tmp_path: Path, lines: int) -> None:
+    # as `camenn ... | head` does: few lines meet the closed pipe at the last flush, many in the middle of the command
+    (tmp_path / "leaves.py").write_text(f"def main(argv):\n    for _ in range({lines}): print('a line')\n    return 0\n")
+    script = f"import sys; sys.path.append({str(tmp_path)!r}); {SCRIPT}"
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (cli.READER_GONE, b"")
