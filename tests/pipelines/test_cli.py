@@ -50,7 +50,9 @@ def test_what_a_command_leaves_behind_does_not_change_its_exit_code(tmp_path: Pa
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_who_has_gone_is_no_traceback(tmp_path: Path, lines: int) -> None:
     # as `camenn ... | head` does: few lines meet the closed pipe at the last flush, many in the middle of the command
-    (tmp_path / "leaves.py").write_text(f"def main(argv):\n    for _ in range({lines}): print('a line')\n    return 0\n")
+    (tmp_path / "leaves.py").write_text(
+        f"def main(argv):\n    for _ in range({lines}): print('a line')\n    return 0\n"
+    )
     script = f"import sys; sys.path.append({str(tmp_path)!r}); {SCRIPT}"
     reading, writing = os.pipe()
     os.close(reading)
