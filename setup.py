@@ -11,6 +11,7 @@ setup(
         include=[
             "schemas",
             "camenn_model",
+            "camenn_model.*",
             "pipelines",
             "pipelines.*",
             "simulator",
@@ -19,7 +20,7 @@ setup(
             "benchmarks.*",
         ]
     ),
-    package_data={"pipelines": ["templates/*"]},
+    package_data={"pipelines.report": ["templates/*"]},
     # Floors are the lowest versions that work here and have no published vulnerability, as far as was known on 2026-11-30. The number behind a floor is that
     # of the last one below it. What is installed in practice: constraints.txt.
     install_requires=[

@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 
 from camenn_model.calibration import fit_platt
-from camenn_model.checkpoint import open_package
-from camenn_model.dataset import ExampleReader, Rows, concat_rows
-from camenn_model.evaluation import Predictions, cvr_metrics
-from camenn_model.feature_space import FeatureSpace
-from camenn_model.item_table import ItemTable
-from camenn_model.shards import ShardSet
-from pipelines.files import write_document
+from camenn_model.data.batching import concat_rows
+from camenn_model.data.examples import ExampleReader, Rows
+from camenn_model.data.feature_space import FeatureSpace
+from camenn_model.data.item_table import ItemTable
+from camenn_model.data.shard_set import ShardSet
+from camenn_model.evaluation.predictions import Predictions, cvr_metrics
+from camenn_model.package import open_package
+from pipelines.io.files import write_document
 
 PARAMETERS = {
     "objective": "binary",

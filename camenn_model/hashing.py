@@ -1,10 +1,24 @@
-"""One hash of ids for all: the same on every machine, in every process and in every version. For size, not for secrecy: whoever guesses an id knows its hash."""
+"""Hash ids, contents and titles, alike on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pandas.util import hash_array
+
+if TYPE_CHECKING:
+    pass
+
+
+def content_key(data: bytes) -> str:
+    """Content hash of a photo's or title's bytes: 32 hex digits of sha256."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def stable_hash(column: pa.ChunkedArray | pa.Array) -> NDArray[np.uint64]:
@@ -17,3 +31,8 @@ def stable_hash(column: pa.ChunkedArray | pa.Array) -> NDArray[np.uint64]:
         return np.zeros(0, dtype=np.uint64)
     values = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
     return np.asarray(hash_array(values, categorize=False)[encoded.indices.to_numpy(zero_copy_only=False)])
+
+
+def normalise_title(title: str | None) -> str:
+    """The title as it is hashed and encoded: Unicode NFC, white space collapsed and stripped; '' = no text."""
+    return " ".join(unicodedata.normalize("NFC", title or "").split())

@@ -10,17 +10,17 @@ from typing import NoReturn
 
 COMMANDS = {
     "simulate": ("simulator.cli", "make a data directory: a simulated city with known truth"),
-    "embed": ("pipelines.embed_catalog", "encode every distinct photo and title of the catalog, once"),
-    "shards": ("pipelines.build_shards", "label clicks, add as-of features, write training shards"),
-    "train": ("pipelines.train_model", "train CameNN on a shard set, calibrate it, write a model package"),
-    "score": ("pipelines.score_catalog", "score the catalog for an audience, and publish"),
-    "report": ("pipelines.report", "write one self-contained HTML page about a run"),
-    "nightly": ("pipelines.nightly", "embed, shards, train if due, score and report, from one config file"),
-    "publish": ("pipelines.publish_run", "let readers see a finished run that is not the published one"),
-    "rollback": ("pipelines.roll_back", "let readers see the run that was published before"),
-    "gc": ("pipelines.collect_garbage", "remove files that no kept run refers to"),
-    "fsck": ("pipelines.fsck", "compare every file with its checksum; say what to run again; repair"),
-    "doctor": ("pipelines.doctor", "look at this machine: versions, devices, weights, disk; say what to do"),
+    "embed": ("pipelines.embed.command", "encode every distinct photo and title of the catalog, once"),
+    "shards": ("pipelines.shards.command", "label clicks, add as-of features, write training shards"),
+    "train": ("pipelines.train.command", "train CameNN on a shard set, calibrate it, write a model package"),
+    "score": ("pipelines.score.command", "score the catalog for an audience, and publish"),
+    "report": ("pipelines.report.command", "write one self-contained HTML page about a run"),
+    "nightly": ("pipelines.nightly.command", "embed, shards, train if due, score and report, from one config file"),
+    "publish": ("pipelines.ops.publish", "let readers see a finished run that is not the published one"),
+    "rollback": ("pipelines.ops.rollback", "let readers see the run that was published before"),
+    "gc": ("pipelines.ops.gc", "remove files that no kept run refers to"),
+    "fsck": ("pipelines.ops.fsck", "compare every file with its checksum; say what to run again; repair"),
+    "doctor": ("pipelines.ops.doctor", "look at this machine: versions, devices, weights, disk; say what to do"),
 }
 
 READER_GONE = 141
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     # Threads that spin while they wait make two threads on two busy cores thirty times slower than one (measured: 6 against 208 examples/s).
     # It must be said before any library that brings OpenMP is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from pipelines.options import run_main
+    from pipelines.runner.exit_codes import run_main
 
     return run_main(importlib.import_module(COMMANDS[argv[0]][0]).main, argv[1:])
 

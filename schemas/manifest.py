@@ -32,7 +32,7 @@ MANIFEST_FIELDS = (
     "versions",
     "schema_version",
 )
-"""Fields of `pipelines.manifest.Manifest`"""
+"""Fields of `pipelines.runs.manifest.Manifest`"""
 
 MARKER_FIELDS = (
     "rows",

@@ -83,7 +83,7 @@ fetch() {
         rm -rf "$build"
     fi
     # As Beam publishes it, it listens on every interface, here and in the TaskManagers.
-    "$python" -m pipelines.flink_jar "$job_server" >&2
+    "$python" -m pipelines.runner.flink_jar "$job_server" >&2
     if [ ! -d "$dist" ]; then
         say "fetching Flink $flink ..."
         local download; download=$(mktemp -d)
@@ -197,7 +197,7 @@ up() {
     # All slots compute at once: together they use each core once.
     local cores threads; cores=$("$python" -c 'import os; print(os.cpu_count() or 1)')
     threads=$((cores / (taskmanagers * slots))); [ "$threads" -gt 0 ] || threads=1
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} OMP_WAIT_POLICY=PASSIVE start workers "$python" -m pipelines.worker_pool --port "$worker_port" --logs "$state/logs/workers"
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} OMP_WAIT_POLICY=PASSIVE start workers "$python" -m pipelines.runner.worker_pool --port "$worker_port" --logs "$state/logs/workers"
     local waited=0
     until [ "$(answer | cut -d' ' -f1)" = "$taskmanagers" ] && workers_answer; do
         waited=$((waited + 1))

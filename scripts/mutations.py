@@ -1,6 +1,6 @@
 """Plausible bugs, one a mutation, and the tests that should notice each: data for scripts/mutate.py.
 
-A snippet stands exactly once in its file (tests/test_mutations.py holds that): where code moves on, its mutations move
+A snippet stands exactly once in its file (tests/architecture/test_mutations.py holds that): where code moves on, its mutations move
 with it. `equivalent` tells why no test can notice one.
 """
 
@@ -29,7 +29,7 @@ def of(file: str, *rows: tuple[str, str, str, tuple[str, ...]], **equivalent: st
     )
 
 
-_EXAMPLES = "tests/pipelines/test_examples.py::"
+_EXAMPLES = "tests/pipelines/shards/test_examples.py::"
 REFERENCE = (f"{_EXAMPLES}test_build_examples_equals_the_reference",)
 FUTURE = (f"{_EXAMPLES}test_features_do_not_read_anything_at_or_after_the_session_start", *REFERENCE)
 INDEX = (f"{_EXAMPLES}test_time_index_counts_and_finds_the_first_and_the_last",)
@@ -43,7 +43,7 @@ FILES_OF_DAYS = (f"{_EXAMPLES}test_rows_of_a_session_lie_in_one_file_of_a_day",)
 PARTS = (f"{_EXAMPLES}test_parts_of_a_log_begin_where_they_should",)
 EARLY = (f"{_EXAMPLES}test_events_of_final_days_are_summed_up_to_the_first_day_that_is_built",)
 
-_DAYS = "tests/pipelines/test_days.py::"
+_DAYS = "tests/pipelines/shards/test_final_days.py::"
 NIGHTS = (f"{_DAYS}test_nights_add_up_to_one_build_of_the_whole_log",)
 FINAL = (f"{_DAYS}test_days_are_kept_up_to_the_first_that_may_change", *NIGHTS)
 OPEN_DAYS = (f"{_DAYS}test_final_days_stay_and_open_days_keep_their_features",)
@@ -57,12 +57,12 @@ SAME_LOG = (
 )
 DELISTED = (f"{_DAYS}test_only_listings_that_final_days_refer_to_are_kept",)
 
-_LOG = "tests/pipelines/test_event_log.py::"
+_LOG = "tests/pipelines/shards/test_log_cache.py::"
 GROUPS = (f"{_LOG}test_row_groups_are_known_by_what_they_hold",)
 PLANS = (f"{_LOG}test_plans_of_many_nights_give_the_rows_of_tonights_log",)
 CUT_PARTS = (f"{_LOG}test_kept_rows_of_another_size_are_not_used",)
 
-_SNAPSHOT = "tests/pipelines/test_snapshot.py::"
+_SNAPSHOT = "tests/pipelines/score/test_snapshot.py::"
 SCORED = (f"{_SNAPSHOT}test_snapshot_gives_a_past_click_its_training_features",)
 STRANGERS = (f"{_SNAPSHOT}test_snapshot_of_empty_logs_and_of_strangers",)
 NOWHERE = (f"{_SNAPSHOT}test_item_features_know_nothing_of_an_unknown_store",)
@@ -71,11 +71,11 @@ ACTIVE = (f"{_SNAPSHOT}test_activity_is_that_of_the_last_28_days",)
 SOME_ROWS = (f"{_SNAPSHOT}test_a_tile_holds_the_listings_that_it_is_asked_for",)
 NOBODY = (f"{_SNAPSHOT}test_a_pair_of_nobody_knows_nothing",)
 
-PUBLICATION = ("tests/pipelines/test_publication.py",)
-PUBLISHED = ("tests/pipelines/test_manifest.py",)
-GATES = ("tests/pipelines/test_gates.py",)
+PUBLICATION = ("tests/pipelines/runs/test_publication.py",)
+PUBLISHED = ("tests/pipelines/runs/test_manifest.py",)
+GATES = ("tests/pipelines/score/test_gates.py",)
 
-_STORE = "tests/pipelines/test_store.py::"
+_STORE = "tests/pipelines/runs/test_store.py::"
 MERGED = (f"{_STORE}test_merged_parts_hold_the_same_rows",)
 REPLACED = (
     f"{_STORE}test_parts_are_removed_only_after_two_days_and_when_not_listed",
@@ -85,11 +85,11 @@ PLANNED = (
     f"{_STORE}test_parts_of_other_kernels_are_not_merged",
     f"{_STORE}test_few_small_parts_and_large_ones_are_left_alone",
 )
-CONTENTS = ("tests/pipelines/test_embed_contents.py",)
-TILES = ("tests/pipelines/test_score_tiles.py",)
+CONTENTS = ("tests/pipelines/embed/test_encode.py",)
+TILES = ("tests/pipelines/score/test_tiles.py",)
 
-SCORER = ("tests/camenn_model/test_scorer.py",)
-_SHORTLIST = "tests/camenn_model/test_shortlist.py"
+SCORER = ("tests/camenn_model/scoring/test_scorer.py",)
+_SHORTLIST = "tests/camenn_model/scoring/test_shortlist.py"
 SHORTLIST = (
     f"{_SHORTLIST}::test_a_draft_may_be_two_slacks_behind_and_be_the_best",
     f"{_SHORTLIST}::test_what_is_best_so_far_is_no_draft",
@@ -99,24 +99,24 @@ SHORTLIST = (
     f"{_SHORTLIST}::test_errors_are_probed_all_over_the_first_tile",
     f"{_SHORTLIST}::test_the_best_are_found_whatever_drafts_err_within_the_slack",
 )
-EXPERTS = ("tests/camenn_model/test_experts.py", "tests/camenn_model/test_model.py")
-MODEL = ("tests/camenn_model/test_model.py",)
-LOSSES = ("tests/camenn_model/test_losses.py",)
+EXPERTS = ("tests/camenn_model/model/test_experts.py", "tests/camenn_model/model/test_camenn.py")
+MODEL = ("tests/camenn_model/model/test_camenn.py",)
+LOSSES = ("tests/camenn_model/training/test_losses.py",)
 PLATT = ("tests/camenn_model/test_calibration.py",)
-METRICS = ("tests/camenn_model/test_metrics.py",)
+METRICS = ("tests/camenn_model/evaluation/test_metrics.py",)
 
-_DATASET = "tests/camenn_model/test_dataset.py"
-_TRAIN = "tests/camenn_model/test_train.py::"
+_DATASET = "tests/camenn_model/data/test_examples.py"
+_TRAIN = "tests/camenn_model/training/test_train.py::"
 DATASET = (_DATASET,)
 COLLATE = (f"{_TRAIN}test_collate_holds_each_item_and_session_once",)
-CHECKPOINT = ("tests/camenn_model/test_checkpoint.py",)
+CHECKPOINT = ("tests/camenn_model/test_package.py",)
 
-_INTEGRITY = "tests/pipelines/test_integrity.py::"
+_INTEGRITY = "tests/pipelines/runs/test_integrity.py::"
 DAMAGED = (f"{_INTEGRITY}test_a_flipped_bit_is_told_or_changes_nothing",)
 REMEMBERED = (f"{_INTEGRITY}test_what_was_found_whole_is_remembered_until_it_changes",)
 DOCUMENTS = (f"{_INTEGRITY}test_documents_of_before_are_read_and_others_are_not",)
 OLD_FILES = (f"{_INTEGRITY}test_a_file_without_a_checksum_is_known_by_its_size",)
-GARBAGE = ("tests/pipelines/test_garbage.py",)
+GARBAGE = ("tests/pipelines/runs/test_garbage.py",)
 LATE_RESUME = (f"{_TRAIN}test_a_run_that_is_resumed_late_keeps_its_best_and_evaluates_when_due",)
 EPOCHS = (f"{_TRAIN}test_each_epoch_sees_every_example_once",)
 SEEDS = (f"{_TRAIN}test_each_step_and_piece_draws_its_own_dropout",)
@@ -125,51 +125,343 @@ PATIENCE = (f"{_TRAIN}test_patience_counts_evaluations_in_a_row",)
 
 MUTATIONS: tuple[Mutation, ...] = (
     *of(
-        "pipelines/attribution.py",
-        ("window-exclusive", "click_time[credited[some]] <= window", "click_time[credited[some]] < window", REFERENCE),
+        "camenn_model/calibration.py",
         (
-            "order-at-the-click",
-            "index.bounds(order_pair, order_time, inclusive=True)",
-            "index.bounds(order_pair, order_time)",
-            REFERENCE,
+            "raw-labels",
+            "target = np.where(y == 1, (positives + 1) / (positives + 2), 1 / (len(y) - positives + 2))",
+            "target = y",
+            PLATT,
         ),
+        ("negatives-by-positives", "1 / (len(y) - positives + 2))", "1 / (positives + 2))", PLATT),
+        ("intercept-at-the-centre", "float(w[1] - w[0] * centre / spread)", "float(w[1])", PLATT),
+        ("slope-of-spreads", "float(w[0] / spread)", "float(w[0])", PLATT),
         (
-            "first-click",
-            "credited[some] = index.order[end[some] - 1]",
-            "credited[some] = index.order[start[some]]",
-            REFERENCE,
+            "intercept-of-zero",
+            "float(np.log(positives / (len(y) - positives)) - z[0])",
+            "float(np.log(positives / (len(y) - positives)))",
+            PLATT,
         ),
+        ("stops-early", "tolerance: float = 1e-10", "tolerance: float = 1e-4", PLATT),
+        ("ranks-may-turn", "if slope <= 0.0:", "if slope == 0.0:", PLATT),
+        ("rate-not-odds", "np.log(positives / (len(y) - positives))", "np.log(positives / len(y))", PLATT),
+    ),
+    *of(
+        "camenn_model/data/alignment_sampler.py",
+        ("own-photo-is-foreign", "                | (table.image_row[a] == table.image_row[b])\n", "", DATASET),
+        ("own-title-is-foreign", "                | (table.title_row[a] == table.title_row[b])\n", "", DATASET),
+    ),
+    *of(
+        "camenn_model/data/batching.py",
         (
-            "last-order",
-            "np.minimum.at(first, credited[some], order_time[some])",
-            "first[credited[some]] = order_time[some]",
-            REFERENCE,
-        ),
-        (
-            "no-upper-clamp",
-            "np.clip(time - self.low + inclusive, 0, self.span - 1)",
-            "np.maximum(time - self.low + inclusive, 0)",
-            INDEX,
-        ),
-        ("last-is-the-next", "self.time[end[some] - 1]", "self.time[np.minimum(end[some], len(self.time) - 1)]", INDEX),
-        ("sparse-key-not-compared", "there[there] = self.keys[code[there]] == key[there]", "pass", INDEX),
-        ("key-below-the-first", "there = (code >= 0) & (code < width)", "there = code < width", INDEX),
-        ("weights-as-they-came", "np.cumsum(weight[self.order])", "np.cumsum(weight)", INDEX),
-        (
-            "unstable-by-time",
-            'np.argsort(time, kind="stable")\n    rest',
-            "np.argsort(time)\n    rest",
-            ORDER,
-        ),
-        (
-            "one-pass-too-few",
-            "range(16, max(width - 1, 1).bit_length(), 16)",
-            "range(16, max(width - 1, 1).bit_length() - 1, 16)",
-            ORDER,
+            "padding-moves-places",
+            "torch.from_numpy(place - offset if offset else place)",
+            "torch.from_numpy(place)",
+            DATASET + COLLATE,
         ),
     ),
     *of(
-        "pipelines/features.py",
+        "camenn_model/data/examples.py",
+        ("delisted-has-a-kind", "keep = (place < size) & (item >= 0)", "keep = place < size", DATASET),
+        (
+            "first-place-is-unknown",
+            "np.clip(position + 1, 0, self.position_size - 1)",
+            "np.clip(position, 0, self.position_size - 1)",
+            DATASET,
+        ),
+        (
+            "session-of-all-stores",
+            'stable_hash(examples["session_id"]), store], axis=1)',
+            'stable_hash(examples["session_id"])], axis=1)',
+            DATASET + COLLATE,
+        ),
+    ),
+    *of(
+        "camenn_model/evaluation/metrics.py",
+        (
+            "ece-equal-width",
+            "bin_of = np.arange(len(y)) * bins // len(y)",
+            "bin_of = np.minimum((p * bins).astype(np.int64), bins - 1)",
+            METRICS,
+        ),
+        ("ece-ties-apart", "y = (np.bincount(tie, weights=y) / np.bincount(tie))[tie]", "y = y + 0 * tie", METRICS),
+        (
+            "ece-mean-of-bins",
+            "float(np.abs(gap).sum() / len(y))",
+            "float(np.abs(gap / np.maximum(np.bincount(bin_of, minlength=bins), 1)).mean())",
+            METRICS,
+        ),
+        (
+            "auc-from-rank-zero",
+            "(ranks[y == 1].sum() - positives * (positives + 1) / 2)",
+            "(ranks[y == 1].sum() - positives * (positives - 1) / 2)",
+            METRICS,
+        ),
+        ("gauc-by-positives", "np.average(within, weights=size[both])", "np.average(within, weights=p)", METRICS),
+        ("gauc-unweighted", "float(np.average(within, weights=size[both]))", "float(np.mean(within))", METRICS),
+        ("ndcg-ideal-of-k", "gained[positives[some]]", "gained[np.minimum(k, len(gained) - 1)]", METRICS),
+        ("hit-before-k", "weights=y * (last <= k))", "weights=y * (last < k))", METRICS),
+        ("hit-one-draw-less", "= k - first[straddles] + 1", "= k - first[straddles]", METRICS),
+        ("recall-ties-count-for", "((sim >= best) & ~own)", "((sim > best) & ~own)", METRICS),
+        ("recall-of-all-queries", "sim, own = sim[possible], own[possible]", "pass", METRICS),
+        ("log-loss-not-clipped", "p = np.clip(p, SMALLEST, 1 - SMALLEST)", "p = np.asarray(p)", METRICS),
+        ("pcoc-turned", "float(p.sum() / y.sum())", "float(y.sum() / p.sum())", METRICS),
+        (
+            "mismatch-is-aligned",
+            "auc(mismatched, -np.asarray(alignment",
+            "auc(mismatched, np.asarray(alignment",
+            METRICS,
+        ),
+        ("ne-of-the-loss", "/ log_loss(y, np.full(len(y), rate))", "/ log_loss(y, np.full(len(y), 0.5))", METRICS),
+    ),
+    *of(
+        "camenn_model/integrity.py",
+        ("bytes-not-compared", "if file_sha256(path) != sha256:", "if not sha256:", DAMAGED),
+        ("known-by-its-times", "status.st_mtime_ns, status.st_ctime_ns)", "status.st_mtime_ns)", REMEMBERED),
+        ("remembered-for-ever", "return 0 <= age < REMEMBERED_S", "return 0 <= age", REMEMBERED),
+        ("remembered-from-the-future", "return 0 <= age < REMEMBERED_S", "return age < REMEMBERED_S", REMEMBERED),
+        ("document-not-compared", "value[CHECKSUM] != document_checksum(value)", "not value[CHECKSUM]", DAMAGED),
+        ("any-key", "other = sorted(value.keys() - set(fields) - {CHECKSUM})", "other: list[str] = []", DOCUMENTS),
+        ("size-not-compared", "if status.st_size != size:", "if status.st_size < size:", OLD_FILES),
+    ),
+    *of(
+        "camenn_model/model/experts.py",
+        ("softmax-over-all", "ordered[..., :keep].softmax(dim=-1)", "ordered.softmax(dim=-1)[..., :keep]", EXPERTS),
+        (
+            "noise-not-positive",
+            "F.softplus(sum(spread[1:], start=spread[0]))",
+            "sum(spread[1:], start=spread[0])",
+            EXPERTS,
+        ),
+        ("chosen-without-noise", "*choose(logits, self.keep))", "*choose(quiet, self.keep))", EXPERTS),
+        ("quiet-is-noisy", "GateOutput(logits, quiet, *", "GateOutput(logits, logits, *", EXPERTS),
+        ("use-of-slots", ".sum(1).float().mean(0)", ".float().mean((0, 1))", EXPERTS),
+        (
+            "slots-not-moved",
+            "torch.arange(len(pairs), device=pairs.device) + filled[0]",
+            "torch.arange(len(pairs), device=pairs.device)",
+            EXPERTS,
+        ),
+        ("sides-not-moved", "side.index + filled[1 + number]", "side.index", EXPERTS),
+        (
+            "sides-not-normal",
+            "side_outputs[number].append(norm(side.tokens))",
+            "side_outputs[number].append(side.tokens)",
+            EXPERTS,
+        ),
+        (
+            "weights-of-the-first",
+            "outputs.index_select(0, slots[:, slot]) * weights[:, slot, None, None]",
+            "outputs.index_select(0, slots[:, slot]) * weights[:, 0, None, None]",
+            EXPERTS,
+        ),
+    ),
+    *of(
+        "camenn_model/model/towers.py",
+        ("scaled-by-all-heads", "* width**-0.5", "* query.shape[-1] ** -0.5", MODEL),
+        ("padding-is-attended", "score if mask is None else score + mask_bias(mask)[:, None]", "score", MODEL),
+        ("no-residual", "task = task + drop(self.out(attended)", "task = drop(self.out(attended)", MODEL),
+        ("feed-forward-not-normal", "self.ffn(self.ffn_norm(task))", "self.ffn(task)", MODEL),
+        ("log-of-the-rate", "math.log(base_rate / (1.0 - base_rate))", "math.log(base_rate)", MODEL),
+        (
+            "head-starts-at-a-half",
+            "            init_linear(module)\n    tower.reset_head()",
+            "            init_linear(module)",
+            MODEL,
+        ),
+        ("attention-drops-always", "self.attention_dropout, self.training)", "self.attention_dropout, True)", MODEL),
+        ("sides-not-read", "read = read + weight @ tokens", "read = read + 0 * (weight @ tokens)", MODEL),
+    ),
+    *of(
+        "camenn_model/package.py",
+        (
+            "version-without-calibration",
+            '    "agreement.safetensors",\n    "calibration.json",\n',
+            '    "agreement.safetensors",\n',
+            CHECKPOINT,
+        ),
+        ("shapes-not-compared", "if own[name].shape != tensors[name].shape", "if False", CHECKPOINT),
+        (
+            "surplus-not-seen",
+            "other = set(own.keys() ^ tensors.keys())",
+            "other = set(own.keys() - tensors.keys())",
+            CHECKPOINT,
+        ),
+        ("dropout-in-scoring", "return model.eval()", "return model", CHECKPOINT),
+    ),
+    *of(
+        "camenn_model/scoring/scorer.py",
+        ("unwanted-are-scored", ".masked_fill_(~wanted, -torch.inf)", "", SCORER),
+        (
+            "padding-is-attended",
+            "kv.shape[-1] ** -0.5, side_tokens.mask)",
+            "kv.shape[-1] ** -0.5, torch.ones_like(side_tokens.mask))",
+            SCORER,
+        ),
+        (
+            "filled-by-any-expert",
+            "rows = rows[~states.filled[expert, rows]]",
+            "rows = rows[~states.filled.any(0)[rows]]",
+            SCORER,
+        ),
+        (
+            "filled-from-the-top",
+            "_fill(model, side.states, expert, rows + side.start)",
+            "_fill(model, side.states, expert, rows)",
+            SCORER,
+        ),
+        (
+            "margin-of-the-best",
+            "ordered[..., keep - 1] - ordered[..., keep]",
+            "ordered[..., 0] - ordered[..., keep]",
+            SCORER,
+        ),
+        ("position-is-the-first", "unknown = torch.zeros(len(buckets)", "unknown = torch.ones(len(buckets)", SCORER),
+        (
+            "counts-forgotten",
+            "below = below + model.counts(audience.counts.index_select(0, by_audience), values, buckets)",
+            "pass",
+            SCORER,
+        ),
+        (
+            "padding-has-mass",
+            "states.tower.values[..., -1] = states.mask[:, None]",
+            "states.tower.values[..., -1] = 1.0",
+            SCORER,
+        ),
+        (
+            "values-not-shared",
+            ".unflatten(-1, (weights.shape[-1], -1)) * share).sum(2)",
+            ".unflatten(-1, (weights.shape[-1], -1))).sum(2)",
+            SCORER,
+        ),
+        (
+            "tower-scaled-twice",
+            "(model.config.heads, -1)), 1.0, mask)",
+            "(model.config.heads, -1)), kv.shape[-1] ** -0.5, mask)",
+            SCORER,
+        ),
+    ),
+    *of(
+        "camenn_model/scoring/shortlist.py",
+        ("draft-errs-once", "- 2 * self.slack)", "- self.slack)", SHORTLIST),
+        (
+            "best-without-slack",
+            "least = audience.best[:, -1:] - self.slack",
+            "least = audience.best[:, -1:]",
+            SHORTLIST,
+        ),
+        ("slack-shrinks", "self.slack = max(self.slack, SAFETY * found)", "self.slack = SAFETY * found", SHORTLIST),
+        ("believed-too-long", "if found > self.slack:", "if found > SAFETY * self.slack:", SHORTLIST),
+        (
+            "best-of-drafts",
+            "torch.cat([audience.best, logits], dim=1)",
+            "torch.cat([audience.best, draft], dim=1)",
+            SHORTLIST,
+        ),
+        ("probed-at-the-top", "places[:: max(1, len(places) // PROBED_PAIRS)]", "places[:PROBED_PAIRS]", SHORTLIST),
+        ("mean-error", "(logits - draft)[both].abs().max()", "(logits - draft)[both].abs().mean()", SHORTLIST),
+        ("error-with-a-sign", "(logits - draft)[both].abs().max()", "(logits - draft)[both].max()", SHORTLIST),
+        (
+            "no-safety",
+            "self.slack = SAFETY * error(compute(_evenly(drafted)))",
+            "self.slack = error(compute(_evenly(drafted)))",
+            SHORTLIST,
+        ),
+        ("draft-at-the-bound", "compute(drafted & (draft >= least))", "compute(drafted & (draft > least))", SHORTLIST),
+    ),
+    *of(
+        "camenn_model/tensors.py",
+        ("written-in-place", 'temporary = path.with_name(f"{path.name}.tmp")', "temporary = path", CHECKPOINT),
+        ("checksum-not-compared", 'given.get("sha256") == _digest(tensors, metadata)', 'given.get("sha256")', DAMAGED),
+    ),
+    *of(
+        "camenn_model/training/losses.py",
+        ("share-of-pairs", ".float() / chosen.numel()", ".float() / len(chosen)", LOSSES),
+        ("balance-of-noise", "chosen, _ = choose(gate.quiet, gate.chosen.shape[1])", "chosen = gate.chosen", LOSSES),
+        ("square-of-the-mean", "logsumexp(dim=-1).square().mean()", "logsumexp(dim=-1).mean().square()", LOSSES),
+        (
+            "own-is-masked",
+            "(group[:, None] == group[None, :]) & ~torch.eye(count, dtype=torch.bool, device=group.device)",
+            "group[:, None] == group[None, :]",
+            LOSSES,
+        ),
+        (
+            "one-direction",
+            "(F.cross_entropy(masked, own) + F.cross_entropy(masked.T, own)) / 2",
+            "F.cross_entropy(masked, own)",
+            LOSSES,
+        ),
+        (
+            "smoothed-to-one",
+            "labels * (1.0 - smoothing) + smoothing / 2",
+            "labels * (1.0 - smoothing) + smoothing",
+            LOSSES,
+        ),
+        ("alignment-twice", "half = config.alignment / 2", "half = config.alignment", LOSSES),
+        ("variance-not-halved", "log_variances / 2).sum()", "log_variances).sum()", LOSSES),
+        ("choice-turned", "F.softplus(-cvr.choice)", "F.softplus(cvr.choice)", LOSSES),
+        ("ita-weighs-tia", "half * config.ita, half * config.tia", "half * config.tia, half * config.ita", LOSSES),
+    ),
+    *of(
+        "camenn_model/training/trainer.py",
+        ("average-begins-anew", '        self.ema.load_state_dict(part("ema."))\n', "", LATE_RESUME),
+        ("best-is-forgotten", '        self.best = part("best.")\n', "", LATE_RESUME),
+        (
+            "due-at-once",
+            "due = (state.examples // every + 1) * every\n        saved",
+            "due = every\n        saved",
+            LATE_RESUME,
+        ),
+        ("batch-goes-on", "                state.batch = 0\n", "", EPOCHS),
+        (
+            "one-dropout-for-all-steps",
+            "self.options.seed * 1_000_003 + self.state.step + piece.number * PIECE_SEED",
+            "self.options.seed * 1_000_003 + piece.number * PIECE_SEED",
+            SEEDS,
+        ),
+        ("one-dropout-for-all-pieces", "piece.number * PIECE_SEED", "(piece.number << 40)", SEEDS),
+        (
+            "worse-adds-up",
+            "state.best_loss, state.best_step, state.worse = loss, state.step, 0",
+            "state.best_loss, state.best_step = loss, state.step",
+            PATIENCE,
+        ),
+    ),
+    *of(
+        "pipelines/embed/encode.py",
+        ("wanted-twice", "keep[1:] = keys[1:] != keys[:-1]", "pass", CONTENTS),
+        ("not-sorted", 'wanted = kinds["wanted"].sort_by(column)', 'wanted = kinds["wanted"]', CONTENTS),
+        ("stored-forgets-twice", "keep &= np.fromiter", "keep = np.fromiter", CONTENTS),
+        ("failures-again", "keys = pa.chunked_array([*stored.chunks, *keys.chunks])", "keys = stored", CONTENTS),
+        (
+            "last-chunk-lost",
+            "range(0, table.num_rows, CHUNK)",
+            "range(0, table.num_rows // CHUNK * CHUNK, CHUNK)",
+            CONTENTS,
+        ),
+        ("chunk-of-any-run", "chunk_name(self.run, piece", 'chunk_name("", piece', CONTENTS),
+        (
+            "rows-not-contents",
+            'pc.count_distinct(kinds["wanted"][column]).as_py()',
+            'kinds["wanted"].num_rows',
+            CONTENTS,
+        ),
+        (
+            "committed-not-reported",
+            "        else:\n            yield from _report(self.contract, part)",
+            "",
+            CONTENTS,
+        ),
+        (
+            "gone-photos-are-failures",
+            "failures=encoded.defects,",
+            "failures=(*encoded.defects, *encoded.unread),",
+            CONTENTS,
+        ),
+        ("compiled-by-chunk", "self.spec.pays_to_compile(sum(due))", "self.spec.pays_to_compile(max(due))", CONTENTS),
+    ),
+    *of(
+        "pipelines/features/as_of.py",
         ("listed-now", "np.where(listed_at < queries.time", "np.where(listed_at <= queries.time", LISTED),
         ("prior-without-weight", "np.float32(PRIOR_CVR * PRIOR_CLICKS)", "np.float32(PRIOR_CVR)", REFERENCE),
         (
@@ -216,6 +508,32 @@ MUTATIONS: tuple[Mutation, ...] = (
             '"user_subcategory_orders": in_group(events.click_user, events.click_item, events.clicked_at,',
             REFERENCE,
         ),
+        ("weekday-from-sunday", "local.hour, local.weekday", "local.hour, (local.weekday + 1) % 7", REFERENCE),
+    ),
+    *of(
+        "pipelines/features/attribution.py",
+        ("window-exclusive", "click_time[credited[some]] <= window", "click_time[credited[some]] < window", REFERENCE),
+        (
+            "order-at-the-click",
+            "index.bounds(order_pair, order_time, inclusive=True)",
+            "index.bounds(order_pair, order_time)",
+            REFERENCE,
+        ),
+        (
+            "first-click",
+            "credited[some] = index.order[end[some] - 1]",
+            "credited[some] = index.order[start[some]]",
+            REFERENCE,
+        ),
+        (
+            "last-order",
+            "np.minimum.at(first, credited[some], order_time[some])",
+            "first[credited[some]] = order_time[some]",
+            REFERENCE,
+        ),
+    ),
+    *of(
+        "pipelines/features/history.py",
         (
             "history-looks-back-too-little",
             "np.arange(1, 2 * length + 1)",
@@ -248,128 +566,148 @@ MUTATIONS: tuple[Mutation, ...] = (
             "position = (last - 1)[:, None] - number",
             HISTORY,
         ),
-        ("weekday-from-sunday", "local.hour, local.weekday", "local.hour, (local.weekday + 1) % 7", REFERENCE),
     ),
     *of(
-        "pipelines/examples.py",
-        ("open-window-exclusive", "(clicked_at + window <= as_of)", "(clicked_at + window < as_of)", REFERENCE),
-        ("part-begins-late", 'session_start, side="right")', 'session_start, side="left")', PARTS),
-        ("no-first-gap", "gap=early_stop - window,", "gap=early_stop,", SPLIT),
-        ("no-second-gap", "second_gap = test - window", "second_gap = test", SPLIT),
+        "pipelines/features/time_index.py",
         (
-            "early-stop-is-calibration",
-            "at(share - CALIBRATION_SHARE - EARLY_STOP_SHARE)",
-            "at(share - EARLY_STOP_SHARE)",
-            PARTS,
+            "no-upper-clamp",
+            "np.clip(time - self.low + inclusive, 0, self.span - 1)",
+            "np.maximum(time - self.low + inclusive, 0)",
+            INDEX,
+        ),
+        ("last-is-the-next", "self.time[end[some] - 1]", "self.time[np.minimum(end[some], len(self.time) - 1)]", INDEX),
+        ("sparse-key-not-compared", "there[there] = self.keys[code[there]] == key[there]", "pass", INDEX),
+        ("key-below-the-first", "there = (code >= 0) & (code < width)", "there = code < width", INDEX),
+        ("weights-as-they-came", "np.cumsum(weight[self.order])", "np.cumsum(weight)", INDEX),
+        (
+            "unstable-by-time",
+            'np.argsort(time, kind="stable")\n    rest',
+            "np.argsort(time)\n    rest",
+            ORDER,
         ),
         (
-            "share-of-all-clicks",
-            "calibration = at(share - CALIBRATION_SHARE)",
-            "calibration = at(1 - test_share - CALIBRATION_SHARE)",
-            PARTS,
+            "one-pass-too-few",
+            "range(16, max(width - 1, 1).bit_length(), 16)",
+            "range(16, max(width - 1, 1).bit_length() - 1, 16)",
+            ORDER,
         ),
-        ("label-of-the-first-click", "closed.assign(label=bought[same].astype(np.int8))", "closed", REFERENCE),
-        (
-            "final-day-by-click",
-            '(clicks["session_start"] >= frozen_before)',
-            '(clicks["clicked_at"] >= frozen_before)',
-            EARLY,
-        ),
-        ("summed-too-far", "early = time < frozen_before", "early = time <= frozen_before", EARLY),
-        (
-            "summed-without-weight",
-            "np.bincount(code, minlength=len(pairs)), np.ones",
-            "np.ones(len(pairs), dtype=np.int64), np.ones",
-            EARLY,
-        ),
-        (
-            "summed-at-the-first-order",
-            "(np.minimum if kind == CLICK_EVENT else np.maximum).at(moment, code, time[early])",
-            "moment[:] = NEVER\n    np.minimum.at(moment, code, time[early])",
-            EARLY,
-        ),
-        (
-            "conversion-known-at-the-click",
-            "click_item[happened], click_store[happened], converted_at[happened])",
-            "click_item[happened], click_store[happened], clicked_at[happened])",
-            FUTURE,
-        ),
-        (
-            "pieces-numbered-on",
-            'np.searchsorted(day_cuts, start, side="right") - before}',
-            'np.searchsorted(day_cuts, start, side="right")}',
-            FILES_OF_DAYS,
-        ),
-        ("counts-as-they-came", "counts[name].take(place)", "counts[name]", BUCKETS),
-        ("zone-not-given", "timezones.get(name, timezone)", 'timezones.get(name, "UTC")', REFERENCE),
     ),
     *of(
-        "pipelines/days.py",
-        ("not-whole-days", "(before - late) // DAY_US * DAY_US", "before - late", FINAL),
-        ("final-inclusive", "if start_of(date) < frozen_before:", "if start_of(date) <= frozen_before:", FINAL),
-        ("final-as-of-tonight", "(before - late) // DAY_US", "(as_of - late) // DAY_US", FINAL),
-        ("late-forgotten", "(before - late) // DAY_US", "before // DAY_US", FINAL),
+        "pipelines/runs/accounting.py",
+        ("rows-from-nowhere", 'if row.get("in", 0) != sum(', 'if row.get("in", 0) > sum(', PUBLISHED),
         (
-            "labels-stay",
-            'stay = stay.set_column(label, rows.schema.field("label"), rows["label"].filter(pa.array(known)))',
+            "reject-rate-reached",
+            "if total and rejected / total > limit:",
+            "if total and rejected / total >= limit:",
+            PUBLISHED,
+        ),
+    ),
+    *of(
+        "pipelines/runs/garbage.py",
+        ("by-one-clock", "_file_system_now(root, now), newest)", "_file_system_now(root, now))", GARBAGE),
+        ("by-the-files-alone", "min(now.timestamp(), _file_system_now(root, now), newest)", "newest", GARBAGE),
+        ("young-too", " - YOUNG.total_seconds()", "", GARBAGE),
+        ("first-runs-kept", "recent = list(at)[-keep:]", "recent = list(at)[:keep]", GARBAGE),
+        ("any-run", " and proven.run(run)", "", GARBAGE),
+        ("any-generation", " and proven.generation(files.join(folder, generation))", "", GARBAGE),
+        ("reached-too", " and not vouched & reached", "", GARBAGE),
+        (
+            "proof-first",
+            'return file.path.endswith((".json", f"/{files.OWN}")), file.path',
+            "return False, file.path",
+            GARBAGE,
+        ),
+        ("readers-not-asked", ", files.no_readers(root):", ":", GARBAGE),
+    ),
+    *of(
+        "pipelines/runs/manifest.py",
+        (
+            "files-not-synced",
+            "    files.sync_tree(root, _new_files(root, manifest))\n",
             "",
-            OPEN_DAYS,
+            ("tests/pipelines/runs/test_kill_points.py::test_what_is_published_is_synced_before_it_is_seen",),
         ),
-        ("sample-of-the-first-day", "kept.sketches.keys()) - {first})", "kept.sketches.keys()))", SAME_LOG),
-        ("sample-beyond-its-end", "[value for value in known if value <= end]", "list(known)", SAME_LOG),
-        ("sample-all-gone", "missing > len(expected) / 2", "missing >= len(expected)", SAME_LOG),
-        ("sample-of-repeats", "if len(least) >= count:", "if len(least):", SKETCHES),
-        (
-            "sample-not-least",
-            "np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SKETCH]",
-            "numbers[:SKETCH]",
-            SKETCHES,
-        ),
-        ("delisted-for-ever", '.filter(pc.is_in(gone["item_id"], wanted))', "", DELISTED),
+        ("request-of-any-version", '"camenn": versions()["camenn"], ', "", PUBLISHED),
     ),
     *of(
-        "pipelines/event_log.py",
-        ("hash-without-types", 'f"{types};{group.num_rows}"', 'f"{group.num_rows}"', GROUPS),
-        ("hash-without-dictionary", "start = min(start, chunk.dictionary_page_offset)", "pass", GROUPS),
-        ("alike-are-one", 'again = f"{name}-{seen[name]}" if seen[name] > 1 else name', "again = name", GROUPS),
+        "pipelines/runs/publication.py",
         (
-            "rejected-rows-are-known",
-            "if key in before and there.get(before[key].number, 0) == group.rows:",
-            "if key in before:",
-            PLANS,
+            "rolled-back-by-one",
+            'while stack and stack[-1] != entry["run"]:',
+            'if stack and stack[-1] != entry["run"]:',
+            PUBLICATION,
+        ),
+        ("cut-off-counts", "while stack and stack[-1] != run:", "while stack and run not in stack:", PUBLICATION),
+        (
+            "nights-newest-first",
+            "read_run(root, run) for run in reversed(there)]",
+            "read_run(root, run) for run in there]",
+            PUBLICATION,
         ),
         (
-            "only-forgotten-drop",
-            "any(not part.slices.keys() <= self.known for part in self.parts)",
-            "bool(self.forgotten)",
-            PLANS,
+            "oldest-nights",
+            "dict.fromkeys(reversed(standing(publications(root), latest.run)))",
+            "dict.fromkeys(standing(publications(root), latest.run))",
+            PUBLICATION,
         ),
-        ("last-day-not-sampled", "for day in range(start, end + 1)}", "for day in range(start, end)}", PLANS),
-        ("days-that-touch", "if any(first <= end and last >= start", "if any(first < end and last > start", PLANS),
+        ("gates-that-passed", 'if not gate["passed"]]', 'if gate["passed"]]', PUBLICATION),
+        ("published-again", "changed = before != run", "changed = True", PUBLICATION),
         (
-            "numbers-come-again",
-            'following: int = earlier["tables"][name]["next"] if earlier else 0',
-            "following: int = len(before)",
-            PLANS,
+            "latest-first",
+            """    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
+    files.write_document(
+        files.join(root, LATEST),
+        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
+        durable=True,
+    )
+""",
+            """    files.write_document(
+        files.join(root, LATEST),
+        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
+        durable=True,
+    )
+    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
+""",
+            PUBLISHED,
         ),
-        ("dropped-rows-count", "living(kept, self.known) if self.dropped else kept", "kept", PLANS),
-        ("merged-late", "if number >= MERGE", "if number > MERGE", PLANS),
-        ("only-new-rows-are-merged", "if bucket in self.merged:", "if bucket in self.merged and fresh is None:", PLANS),
+        ("number-by-count", "max(numbers, default=0) + 1:08d", "len(numbers) + 1:08d", PUBLISHED),
+        ("first-publications", "entries[-last if last else None :]", "entries[:last]", PUBLICATION),
+    ),
+    *of(
+        "pipelines/runs/store.py",
         (
-            "merged-files-stay",
-            "for part in plan.parts if part.bucket not in plan.merged]",
-            "for part in plan.parts]",
-            PLANS,
+            "marker-first",
+            'for path in (part.path, part.path.removesuffix(".parquet") + ".json"):',
+            'for path in (part.path.removesuffix(".parquet") + ".json", part.path):',
+            REPLACED,
+        ),
+        ("listed-parts-go", "if name in replaced and part.path not in listed]", "if name in replaced]", REPLACED),
+        ("replaced-come-back", "names += [name for name in older if name in there]", "pass", REPLACED),
+        ("kernels-not-sorted", "(part.kernels, part.bytes, part.path)", "(part.bytes, part.path)", PLANNED),
+        (
+            "merged-at-the-limit",
+            "if len(small) <= (SMALL_PARTS if leave is None else leave):",
+            "if len(small) < (SMALL_PARTS if leave is None else leave):",
+            PLANNED,
         ),
         (
-            "parts-not-checked",
-            "check_records(latest.records(kept_table(contract)), ",
-            "check_records([], ",
-            CUT_PARTS,
+            "failures-of-the-first",
+            "tuple(sorted({failure for part in group for failure in part.failures}))",
+            "group[0].failures",
+            MERGED,
         ),
     ),
     *of(
-        "pipelines/snapshot.py",
+        "pipelines/score/gates.py",
+        ("coverage-exclusive", "share >= LEAST_COVERAGE", "share > LEAST_COVERAGE", GATES),
+        ("mean-may-fall", "abs(change) <= MOST_MEAN_CHANGE", "change <= MOST_MEAN_CHANGE", GATES),
+        ("first-nights", "before = before[-NIGHTS:]", "before = before[:NIGHTS]", GATES),
+        ("mean-of-nights", "statistics.median(night.mean_cvr", "statistics.fmean(night.mean_cvr", GATES),
+        ("any-model", "for night in before if night.model == now.model]", "for night in before]", GATES),
+        ("mean-distribution", "expected = np.median(shares, axis=0)", "expected = np.mean(shares, axis=0)", GATES),
+    ),
+    *of(
+        "pipelines/score/snapshot.py",
         ("order-of-this-moment", "item_ids, time - 1, outcomes[1])", "item_ids, time, outcomes[1])", BOOKS + SCORED),
         ("click-of-this-moment", "item_ids, time - 1, outcomes[0])", "item_ids, time, outcomes[0])", ACTIVE + BOOKS),
         (
@@ -394,134 +732,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("first-listings", "self.items[name][rows][None, :]", "self.items[name][: len(rows)][None, :]", SOME_ROWS),
     ),
     *of(
-        "pipelines/publication.py",
-        (
-            "rolled-back-by-one",
-            'while stack and stack[-1] != entry["run"]:',
-            'if stack and stack[-1] != entry["run"]:',
-            PUBLICATION,
-        ),
-        ("cut-off-counts", "while stack and stack[-1] != run:", "while stack and run not in stack:", PUBLICATION),
-        (
-            "nights-newest-first",
-            "read_run(root, run) for run in reversed(there)]",
-            "read_run(root, run) for run in there]",
-            PUBLICATION,
-        ),
-        (
-            "oldest-nights",
-            "dict.fromkeys(reversed(standing(publications(root), latest.run)))",
-            "dict.fromkeys(standing(publications(root), latest.run))",
-            PUBLICATION,
-        ),
-        ("gates-that-passed", 'if not gate["passed"]]', 'if gate["passed"]]', PUBLICATION),
-        ("published-again", "changed = before != run", "changed = True", PUBLICATION),
-    ),
-    *of(
-        "pipelines/manifest.py",
-        (
-            "latest-first",
-            """    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
-    files.write_document(
-        files.join(root, LATEST),
-        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
-        durable=True,
-    )
-""",
-            """    files.write_document(
-        files.join(root, LATEST),
-        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
-        durable=True,
-    )
-    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
-""",
-            PUBLISHED,
-        ),
-        (
-            "files-not-synced",
-            "    files.sync_tree(root, _new_files(root, manifest))\n",
-            "",
-            ("tests/pipelines/test_kill_points.py::test_what_is_published_is_synced_before_it_is_seen",),
-        ),
-        ("number-by-count", "max(numbers, default=0) + 1:08d", "len(numbers) + 1:08d", PUBLISHED),
-        ("first-publications", "entries[-last if last else None :]", "entries[:last]", PUBLICATION),
-        ("rows-from-nowhere", 'if row.get("in", 0) != sum(', 'if row.get("in", 0) > sum(', PUBLISHED),
-        (
-            "reject-rate-reached",
-            "if total and rejected / total > limit:",
-            "if total and rejected / total >= limit:",
-            PUBLISHED,
-        ),
-        ("request-of-any-version", '"camenn": versions()["camenn"], ', "", PUBLISHED),
-    ),
-    *of(
-        "pipelines/gates.py",
-        ("coverage-exclusive", "share >= LEAST_COVERAGE", "share > LEAST_COVERAGE", GATES),
-        ("mean-may-fall", "abs(change) <= MOST_MEAN_CHANGE", "change <= MOST_MEAN_CHANGE", GATES),
-        ("first-nights", "before = before[-NIGHTS:]", "before = before[:NIGHTS]", GATES),
-        ("mean-of-nights", "statistics.median(night.mean_cvr", "statistics.fmean(night.mean_cvr", GATES),
-        ("any-model", "for night in before if night.model == now.model]", "for night in before]", GATES),
-        ("mean-distribution", "expected = np.median(shares, axis=0)", "expected = np.mean(shares, axis=0)", GATES),
-    ),
-    *of(
-        "pipelines/store.py",
-        (
-            "marker-first",
-            'for path in (part.path, part.path.removesuffix(".parquet") + ".json"):',
-            'for path in (part.path.removesuffix(".parquet") + ".json", part.path):',
-            REPLACED,
-        ),
-        ("listed-parts-go", "if name in replaced and part.path not in listed]", "if name in replaced]", REPLACED),
-        ("replaced-come-back", "names += [name for name in older if name in there]", "pass", REPLACED),
-        ("kernels-not-sorted", "(part.kernels, part.bytes, part.path)", "(part.bytes, part.path)", PLANNED),
-        (
-            "merged-at-the-limit",
-            "if len(small) <= (SMALL_PARTS if leave is None else leave):",
-            "if len(small) < (SMALL_PARTS if leave is None else leave):",
-            PLANNED,
-        ),
-        (
-            "failures-of-the-first",
-            "tuple(sorted({failure for part in group for failure in part.failures}))",
-            "group[0].failures",
-            MERGED,
-        ),
-    ),
-    *of(
-        "pipelines/embed_contents.py",
-        ("wanted-twice", "keep[1:] = keys[1:] != keys[:-1]", "pass", CONTENTS),
-        ("not-sorted", 'wanted = kinds["wanted"].sort_by(column)', 'wanted = kinds["wanted"]', CONTENTS),
-        ("stored-forgets-twice", "keep &= np.fromiter", "keep = np.fromiter", CONTENTS),
-        ("failures-again", "keys = pa.chunked_array([*stored.chunks, *keys.chunks])", "keys = stored", CONTENTS),
-        (
-            "last-chunk-lost",
-            "range(0, table.num_rows, CHUNK)",
-            "range(0, table.num_rows // CHUNK * CHUNK, CHUNK)",
-            CONTENTS,
-        ),
-        ("chunk-of-any-run", "chunk_name(self.run, piece", 'chunk_name("", piece', CONTENTS),
-        (
-            "rows-not-contents",
-            'pc.count_distinct(kinds["wanted"][column]).as_py()',
-            'kinds["wanted"].num_rows',
-            CONTENTS,
-        ),
-        (
-            "committed-not-reported",
-            "        else:\n            yield from _report(self.contract, part)",
-            "",
-            CONTENTS,
-        ),
-        (
-            "gone-photos-are-failures",
-            "failures=encoded.defects,",
-            "failures=(*encoded.defects, *encoded.unread),",
-            CONTENTS,
-        ),
-        ("compiled-by-chunk", "self.spec.pays_to_compile(sum(due))", "self.spec.pays_to_compile(max(due))", CONTENTS),
-    ),
-    *of(
-        "pipelines/score_tiles.py",
+        "pipelines/score/tiles.py",
         (
             "ties-by-falling-item",
             "order = np.lexsort((np.broadcast_to(items, cvr.shape), -cvr), axis=1)",
@@ -576,314 +787,127 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
     ),
     *of(
-        "camenn_model/scorer.py",
-        ("unwanted-are-scored", ".masked_fill_(~wanted, -torch.inf)", "", SCORER),
+        "pipelines/shards/examples.py",
+        ("open-window-exclusive", "(clicked_at + window <= as_of)", "(clicked_at + window < as_of)", REFERENCE),
+        ("label-of-the-first-click", "closed.assign(label=bought[same].astype(np.int8))", "closed", REFERENCE),
         (
-            "padding-is-attended",
-            "kv.shape[-1] ** -0.5, side_tokens.mask)",
-            "kv.shape[-1] ** -0.5, torch.ones_like(side_tokens.mask))",
-            SCORER,
+            "final-day-by-click",
+            '(clicks["session_start"] >= frozen_before)',
+            '(clicks["clicked_at"] >= frozen_before)',
+            EARLY,
+        ),
+        ("summed-too-far", "early = time < frozen_before", "early = time <= frozen_before", EARLY),
+        (
+            "summed-without-weight",
+            "np.bincount(code, minlength=len(pairs)), np.ones",
+            "np.ones(len(pairs), dtype=np.int64), np.ones",
+            EARLY,
         ),
         (
-            "filled-by-any-expert",
-            "rows = rows[~states.filled[expert, rows]]",
-            "rows = rows[~states.filled.any(0)[rows]]",
-            SCORER,
+            "summed-at-the-first-order",
+            "(np.minimum if kind == CLICK_EVENT else np.maximum).at(moment, code, time[early])",
+            "moment[:] = NEVER\n    np.minimum.at(moment, code, time[early])",
+            EARLY,
         ),
         (
-            "filled-from-the-top",
-            "_fill(model, side.states, expert, rows + side.start)",
-            "_fill(model, side.states, expert, rows)",
-            SCORER,
+            "conversion-known-at-the-click",
+            "click_item[happened], click_store[happened], converted_at[happened])",
+            "click_item[happened], click_store[happened], clicked_at[happened])",
+            FUTURE,
+        ),
+        ("counts-as-they-came", "counts[name].take(place)", "counts[name]", BUCKETS),
+        ("zone-not-given", "timezones.get(name, timezone)", 'timezones.get(name, "UTC")', REFERENCE),
+    ),
+    *of(
+        "pipelines/shards/final_days.py",
+        ("not-whole-days", "(before - late) // DAY_US * DAY_US", "before - late", FINAL),
+        ("final-inclusive", "if start_of(date) < frozen_before:", "if start_of(date) <= frozen_before:", FINAL),
+        ("final-as-of-tonight", "(before - late) // DAY_US", "(as_of - late) // DAY_US", FINAL),
+        ("late-forgotten", "(before - late) // DAY_US", "before // DAY_US", FINAL),
+        (
+            "labels-stay",
+            'stay = stay.set_column(label, rows.schema.field("label"), rows["label"].filter(pa.array(known)))',
+            "",
+            OPEN_DAYS,
+        ),
+        ("sample-of-the-first-day", "kept.sketches.keys()) - {first})", "kept.sketches.keys()))", SAME_LOG),
+        ("sample-beyond-its-end", "[value for value in known if value <= end]", "list(known)", SAME_LOG),
+        ("sample-all-gone", "missing > len(expected) / 2", "missing >= len(expected)", SAME_LOG),
+        ("sample-of-repeats", "if len(least) >= count:", "if len(least):", SKETCHES),
+        (
+            "sample-not-least",
+            "np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SKETCH]",
+            "numbers[:SKETCH]",
+            SKETCHES,
+        ),
+        ("delisted-for-ever", '.filter(pc.is_in(gone["item_id"], wanted))', "", DELISTED),
+    ),
+    *of(
+        "pipelines/shards/log_cache.py",
+        ("hash-without-types", 'f"{types};{group.num_rows}"', 'f"{group.num_rows}"', GROUPS),
+        ("hash-without-dictionary", "start = min(start, chunk.dictionary_page_offset)", "pass", GROUPS),
+        ("alike-are-one", 'again = f"{name}-{seen[name]}" if seen[name] > 1 else name', "again = name", GROUPS),
+        (
+            "rejected-rows-are-known",
+            "if key in before and there.get(before[key].number, 0) == group.rows:",
+            "if key in before:",
+            PLANS,
         ),
         (
-            "margin-of-the-best",
-            "ordered[..., keep - 1] - ordered[..., keep]",
-            "ordered[..., 0] - ordered[..., keep]",
-            SCORER,
+            "only-forgotten-drop",
+            "any(not part.slices.keys() <= self.known for part in self.parts)",
+            "bool(self.forgotten)",
+            PLANS,
         ),
-        ("position-is-the-first", "unknown = torch.zeros(len(buckets)", "unknown = torch.ones(len(buckets)", SCORER),
+        ("last-day-not-sampled", "for day in range(start, end + 1)}", "for day in range(start, end)}", PLANS),
+        ("days-that-touch", "if any(first <= end and last >= start", "if any(first < end and last > start", PLANS),
         (
-            "counts-forgotten",
-            "below = below + model.counts(audience.counts.index_select(0, by_audience), values, buckets)",
-            "pass",
-            SCORER,
+            "numbers-come-again",
+            'following: int = earlier["tables"][name]["next"] if earlier else 0',
+            "following: int = len(before)",
+            PLANS,
         ),
+        ("dropped-rows-count", "living(kept, self.known) if self.dropped else kept", "kept", PLANS),
+        ("merged-late", "if number >= MERGE", "if number > MERGE", PLANS),
+        ("only-new-rows-are-merged", "if bucket in self.merged:", "if bucket in self.merged and fresh is None:", PLANS),
         (
-            "padding-has-mass",
-            "states.tower.values[..., -1] = states.mask[:, None]",
-            "states.tower.values[..., -1] = 1.0",
-            SCORER,
-        ),
-        (
-            "values-not-shared",
-            ".unflatten(-1, (weights.shape[-1], -1)) * share).sum(2)",
-            ".unflatten(-1, (weights.shape[-1], -1))).sum(2)",
-            SCORER,
+            "merged-files-stay",
+            "for part in plan.parts if part.bucket not in plan.merged]",
+            "for part in plan.parts]",
+            PLANS,
         ),
         (
-            "tower-scaled-twice",
-            "(model.config.heads, -1)), 1.0, mask)",
-            "(model.config.heads, -1)), kv.shape[-1] ** -0.5, mask)",
-            SCORER,
+            "parts-not-checked",
+            "check_records(latest.records(kept_table(contract)), ",
+            "check_records([], ",
+            CUT_PARTS,
         ),
     ),
     *of(
-        "camenn_model/shortlist.py",
-        ("draft-errs-once", "- 2 * self.slack)", "- self.slack)", SHORTLIST),
+        "pipelines/shards/pipeline.py",
         (
-            "best-without-slack",
-            "least = audience.best[:, -1:] - self.slack",
-            "least = audience.best[:, -1:]",
-            SHORTLIST,
-        ),
-        ("slack-shrinks", "self.slack = max(self.slack, SAFETY * found)", "self.slack = SAFETY * found", SHORTLIST),
-        ("believed-too-long", "if found > self.slack:", "if found > SAFETY * self.slack:", SHORTLIST),
-        (
-            "best-of-drafts",
-            "torch.cat([audience.best, logits], dim=1)",
-            "torch.cat([audience.best, draft], dim=1)",
-            SHORTLIST,
-        ),
-        ("probed-at-the-top", "places[:: max(1, len(places) // PROBED_PAIRS)]", "places[:PROBED_PAIRS]", SHORTLIST),
-        ("mean-error", "(logits - draft)[both].abs().max()", "(logits - draft)[both].abs().mean()", SHORTLIST),
-        ("error-with-a-sign", "(logits - draft)[both].abs().max()", "(logits - draft)[both].max()", SHORTLIST),
-        (
-            "no-safety",
-            "self.slack = SAFETY * error(compute(_evenly(drafted)))",
-            "self.slack = error(compute(_evenly(drafted)))",
-            SHORTLIST,
-        ),
-        ("draft-at-the-bound", "compute(drafted & (draft >= least))", "compute(drafted & (draft > least))", SHORTLIST),
-    ),
-    *of(
-        "camenn_model/experts.py",
-        ("softmax-over-all", "ordered[..., :keep].softmax(dim=-1)", "ordered.softmax(dim=-1)[..., :keep]", EXPERTS),
-        (
-            "noise-not-positive",
-            "F.softplus(sum(spread[1:], start=spread[0]))",
-            "sum(spread[1:], start=spread[0])",
-            EXPERTS,
-        ),
-        ("chosen-without-noise", "*choose(logits, self.keep))", "*choose(quiet, self.keep))", EXPERTS),
-        ("quiet-is-noisy", "GateOutput(logits, quiet, *", "GateOutput(logits, logits, *", EXPERTS),
-        ("use-of-slots", ".sum(1).float().mean(0)", ".float().mean((0, 1))", EXPERTS),
-        (
-            "slots-not-moved",
-            "torch.arange(len(pairs), device=pairs.device) + filled[0]",
-            "torch.arange(len(pairs), device=pairs.device)",
-            EXPERTS,
-        ),
-        ("sides-not-moved", "side.index + filled[1 + number]", "side.index", EXPERTS),
-        (
-            "sides-not-normal",
-            "side_outputs[number].append(norm(side.tokens))",
-            "side_outputs[number].append(side.tokens)",
-            EXPERTS,
-        ),
-        (
-            "weights-of-the-first",
-            "outputs.index_select(0, slots[:, slot]) * weights[:, slot, None, None]",
-            "outputs.index_select(0, slots[:, slot]) * weights[:, 0, None, None]",
-            EXPERTS,
+            "pieces-numbered-on",
+            'np.searchsorted(day_cuts, start, side="right") - before}',
+            'np.searchsorted(day_cuts, start, side="right")}',
+            FILES_OF_DAYS,
         ),
     ),
     *of(
-        "camenn_model/towers.py",
-        ("scaled-by-all-heads", "* width**-0.5", "* query.shape[-1] ** -0.5", MODEL),
-        ("padding-is-attended", "score if mask is None else score + mask_bias(mask)[:, None]", "score", MODEL),
-        ("no-residual", "task = task + drop(self.out(attended)", "task = drop(self.out(attended)", MODEL),
-        ("feed-forward-not-normal", "self.ffn(self.ffn_norm(task))", "self.ffn(task)", MODEL),
-        ("log-of-the-rate", "math.log(base_rate / (1.0 - base_rate))", "math.log(base_rate)", MODEL),
+        "pipelines/shards/splits.py",
+        ("part-begins-late", 'session_start, side="right")', 'session_start, side="left")', PARTS),
+        ("no-first-gap", "gap=early_stop - window,", "gap=early_stop,", SPLIT),
+        ("no-second-gap", "second_gap = test - window", "second_gap = test", SPLIT),
         (
-            "head-starts-at-a-half",
-            "            init_linear(module)\n    tower.reset_head()",
-            "            init_linear(module)",
-            MODEL,
-        ),
-        ("attention-drops-always", "self.attention_dropout, self.training)", "self.attention_dropout, True)", MODEL),
-        ("sides-not-read", "read = read + weight @ tokens", "read = read + 0 * (weight @ tokens)", MODEL),
-    ),
-    *of(
-        "camenn_model/losses.py",
-        ("share-of-pairs", ".float() / chosen.numel()", ".float() / len(chosen)", LOSSES),
-        ("balance-of-noise", "chosen, _ = choose(gate.quiet, gate.chosen.shape[1])", "chosen = gate.chosen", LOSSES),
-        ("square-of-the-mean", "logsumexp(dim=-1).square().mean()", "logsumexp(dim=-1).mean().square()", LOSSES),
-        (
-            "own-is-masked",
-            "(group[:, None] == group[None, :]) & ~torch.eye(count, dtype=torch.bool, device=group.device)",
-            "group[:, None] == group[None, :]",
-            LOSSES,
+            "early-stop-is-calibration",
+            "at(share - CALIBRATION_SHARE - EARLY_STOP_SHARE)",
+            "at(share - EARLY_STOP_SHARE)",
+            PARTS,
         ),
         (
-            "one-direction",
-            "(F.cross_entropy(masked, own) + F.cross_entropy(masked.T, own)) / 2",
-            "F.cross_entropy(masked, own)",
-            LOSSES,
-        ),
-        (
-            "smoothed-to-one",
-            "labels * (1.0 - smoothing) + smoothing / 2",
-            "labels * (1.0 - smoothing) + smoothing",
-            LOSSES,
-        ),
-        ("alignment-twice", "half = config.alignment / 2", "half = config.alignment", LOSSES),
-        ("variance-not-halved", "log_variances / 2).sum()", "log_variances).sum()", LOSSES),
-        ("choice-turned", "F.softplus(-cvr.choice)", "F.softplus(cvr.choice)", LOSSES),
-        ("ita-weighs-tia", "half * config.ita, half * config.tia", "half * config.tia, half * config.ita", LOSSES),
-    ),
-    *of(
-        "camenn_model/calibration.py",
-        (
-            "raw-labels",
-            "target = np.where(y == 1, (positives + 1) / (positives + 2), 1 / (len(y) - positives + 2))",
-            "target = y",
-            PLATT,
-        ),
-        ("negatives-by-positives", "1 / (len(y) - positives + 2))", "1 / (positives + 2))", PLATT),
-        ("intercept-at-the-centre", "float(w[1] - w[0] * centre / spread)", "float(w[1])", PLATT),
-        ("slope-of-spreads", "float(w[0] / spread)", "float(w[0])", PLATT),
-        (
-            "intercept-of-zero",
-            "float(np.log(positives / (len(y) - positives)) - z[0])",
-            "float(np.log(positives / (len(y) - positives)))",
-            PLATT,
-        ),
-        ("stops-early", "tolerance: float = 1e-10", "tolerance: float = 1e-4", PLATT),
-        ("ranks-may-turn", "if slope <= 0.0:", "if slope == 0.0:", PLATT),
-        ("rate-not-odds", "np.log(positives / (len(y) - positives))", "np.log(positives / len(y))", PLATT),
-    ),
-    *of(
-        "camenn_model/metrics.py",
-        (
-            "ece-equal-width",
-            "bin_of = np.arange(len(y)) * bins // len(y)",
-            "bin_of = np.minimum((p * bins).astype(np.int64), bins - 1)",
-            METRICS,
-        ),
-        ("ece-ties-apart", "y = (np.bincount(tie, weights=y) / np.bincount(tie))[tie]", "y = y + 0 * tie", METRICS),
-        (
-            "ece-mean-of-bins",
-            "float(np.abs(gap).sum() / len(y))",
-            "float(np.abs(gap / np.maximum(np.bincount(bin_of, minlength=bins), 1)).mean())",
-            METRICS,
-        ),
-        (
-            "auc-from-rank-zero",
-            "(ranks[y == 1].sum() - positives * (positives + 1) / 2)",
-            "(ranks[y == 1].sum() - positives * (positives - 1) / 2)",
-            METRICS,
-        ),
-        ("gauc-by-positives", "np.average(within, weights=size[both])", "np.average(within, weights=p)", METRICS),
-        ("gauc-unweighted", "float(np.average(within, weights=size[both]))", "float(np.mean(within))", METRICS),
-        ("ndcg-ideal-of-k", "gained[positives[some]]", "gained[np.minimum(k, len(gained) - 1)]", METRICS),
-        ("hit-before-k", "weights=y * (last <= k))", "weights=y * (last < k))", METRICS),
-        ("hit-one-draw-less", "= k - first[straddles] + 1", "= k - first[straddles]", METRICS),
-        ("recall-ties-count-for", "((sim >= best) & ~own)", "((sim > best) & ~own)", METRICS),
-        ("recall-of-all-queries", "sim, own = sim[possible], own[possible]", "pass", METRICS),
-        ("log-loss-not-clipped", "p = np.clip(p, SMALLEST, 1 - SMALLEST)", "p = np.asarray(p)", METRICS),
-        ("pcoc-turned", "float(p.sum() / y.sum())", "float(y.sum() / p.sum())", METRICS),
-        (
-            "mismatch-is-aligned",
-            "auc(mismatched, -np.asarray(alignment",
-            "auc(mismatched, np.asarray(alignment",
-            METRICS,
-        ),
-        ("ne-of-the-loss", "/ log_loss(y, np.full(len(y), rate))", "/ log_loss(y, np.full(len(y), 0.5))", METRICS),
-    ),
-    *of(
-        "camenn_model/dataset.py",
-        ("own-photo-is-foreign", "                | (table.image_row[a] == table.image_row[b])\n", "", DATASET),
-        ("own-title-is-foreign", "                | (table.title_row[a] == table.title_row[b])\n", "", DATASET),
-        ("delisted-has-a-kind", "keep = (place < size) & (item >= 0)", "keep = place < size", DATASET),
-        (
-            "padding-moves-places",
-            "torch.from_numpy(place - offset if offset else place)",
-            "torch.from_numpy(place)",
-            DATASET + COLLATE,
-        ),
-        (
-            "first-place-is-unknown",
-            "np.clip(position + 1, 0, self.position_size - 1)",
-            "np.clip(position, 0, self.position_size - 1)",
-            DATASET,
-        ),
-        (
-            "session-of-all-stores",
-            'stable_hash(examples["session_id"]), store], axis=1)',
-            'stable_hash(examples["session_id"])], axis=1)',
-            DATASET + COLLATE,
-        ),
-    ),
-    *of(
-        "camenn_model/checkpoint.py",
-        (
-            "version-without-calibration",
-            '    "agreement.safetensors",\n    "calibration.json",\n',
-            '    "agreement.safetensors",\n',
-            CHECKPOINT,
-        ),
-        ("shapes-not-compared", "if own[name].shape != tensors[name].shape", "if False", CHECKPOINT),
-        (
-            "surplus-not-seen",
-            "other = set(own.keys() ^ tensors.keys())",
-            "other = set(own.keys() - tensors.keys())",
-            CHECKPOINT,
-        ),
-        ("dropout-in-scoring", "return model.eval()", "return model", CHECKPOINT),
-        ("written-in-place", 'temporary = path.with_name(f"{path.name}.tmp")', "temporary = path", CHECKPOINT),
-        ("checksum-not-compared", 'given.get("sha256") == _digest(tensors, metadata)', 'given.get("sha256")', DAMAGED),
-    ),
-    *of(
-        "camenn_model/integrity.py",
-        ("bytes-not-compared", "if file_sha256(path) != sha256:", "if not sha256:", DAMAGED),
-        ("known-by-its-times", "status.st_mtime_ns, status.st_ctime_ns)", "status.st_mtime_ns)", REMEMBERED),
-        ("remembered-for-ever", "return 0 <= age < REMEMBERED_S", "return 0 <= age", REMEMBERED),
-        ("remembered-from-the-future", "return 0 <= age < REMEMBERED_S", "return age < REMEMBERED_S", REMEMBERED),
-        ("document-not-compared", "value[CHECKSUM] != document_checksum(value)", "not value[CHECKSUM]", DAMAGED),
-        ("any-key", "other = sorted(value.keys() - set(fields) - {CHECKSUM})", "other: list[str] = []", DOCUMENTS),
-        ("size-not-compared", "if status.st_size != size:", "if status.st_size < size:", OLD_FILES),
-    ),
-    *of(
-        "pipelines/garbage.py",
-        ("by-one-clock", "_file_system_now(root, now), newest)", "_file_system_now(root, now))", GARBAGE),
-        ("by-the-files-alone", "min(now.timestamp(), _file_system_now(root, now), newest)", "newest", GARBAGE),
-        ("young-too", " - YOUNG.total_seconds()", "", GARBAGE),
-        ("first-runs-kept", "recent = list(at)[-keep:]", "recent = list(at)[:keep]", GARBAGE),
-        ("any-run", " and proven.run(run)", "", GARBAGE),
-        ("any-generation", " and proven.generation(files.join(folder, generation))", "", GARBAGE),
-        ("reached-too", " and not vouched & reached", "", GARBAGE),
-        (
-            "proof-first",
-            'return file.path.endswith((".json", f"/{files.OWN}")), file.path',
-            "return False, file.path",
-            GARBAGE,
-        ),
-        ("readers-not-asked", ", files.no_readers(root):", ":", GARBAGE),
-    ),
-    *of(
-        "camenn_model/train.py",
-        ("average-begins-anew", '        self.ema.load_state_dict(part("ema."))\n', "", LATE_RESUME),
-        ("best-is-forgotten", '        self.best = part("best.")\n', "", LATE_RESUME),
-        (
-            "due-at-once",
-            "due = (state.examples // every + 1) * every\n        saved",
-            "due = every\n        saved",
-            LATE_RESUME,
-        ),
-        ("batch-goes-on", "                state.batch = 0\n", "", EPOCHS),
-        (
-            "one-dropout-for-all-steps",
-            "self.options.seed * 1_000_003 + self.state.step + piece.number * PIECE_SEED",
-            "self.options.seed * 1_000_003 + piece.number * PIECE_SEED",
-            SEEDS,
-        ),
-        ("one-dropout-for-all-pieces", "piece.number * PIECE_SEED", "(piece.number << 40)", SEEDS),
-        (
-            "worse-adds-up",
-            "state.best_loss, state.best_step, state.worse = loss, state.step, 0",
-            "state.best_loss, state.best_step = loss, state.step",
-            PATIENCE,
+            "share-of-all-clicks",
+            "calibration = at(share - CALIBRATION_SHARE)",
+            "calibration = at(1 - test_share - CALIBRATION_SHARE)",
+            PARTS,
         ),
     ),
 )

@@ -19,13 +19,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from benchmarks.command import names_of, work_directory
-from benchmarks.processes import Children
 from benchmarks.quality.claims import quick_claims
 from benchmarks.quality.job import Job, say
 from benchmarks.quality.plan import PARTS, list_jobs
 from benchmarks.quality.publish import publish
 from benchmarks.quality.worlds import World
+from benchmarks.support.command import names_of, work_directory
+from benchmarks.support.processes import Children
 
 
 def build_parser() -> argparse.ArgumentParser:

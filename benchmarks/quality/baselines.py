@@ -19,12 +19,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.baselines import feature_frame
-from camenn_model.dataset import ExampleReader, Rows, concat_rows
-from camenn_model.evaluation import CALIBRATED_ON
-from camenn_model.feature_space import FeatureSpace
-from camenn_model.item_table import ItemTable
-from camenn_model.shards import ShardSet
-from pipelines.files import write_json
+from camenn_model.data.batching import concat_rows
+from camenn_model.data.examples import ExampleReader, Rows
+from camenn_model.data.feature_space import FeatureSpace
+from camenn_model.data.item_table import ItemTable
+from camenn_model.data.shard_set import ShardSet
+from camenn_model.evaluation.predictions import CALIBRATED_ON
+from pipelines.io.files import write_json
 
 Floats = NDArray[np.float64]
 SPLITS = ("train", "early_stop", "calibration", "test")

@@ -21,15 +21,18 @@ from benchmarks.quality import representation
 from benchmarks.quality.judge import Prior, judge
 from benchmarks.quality.variants import VARIANTS, make_trainer
 from benchmarks.quality.worlds import World, read_keys, read_truth
-from camenn_model.corpus import Corpus, TrainOptions, open_corpus
-from camenn_model.dataset import AlignmentSampler, Rows, collate, concat_rows
-from camenn_model.evaluation import CALIBRATED_ON, Predictions, align_pairs, calibrate, predict
-from camenn_model.experts import GateOutput
-from camenn_model.item_table import ItemTable
-from camenn_model.model import CameNN
-from camenn_model.optimizer import OptimizerConfig
-from camenn_model.train import popularity
-from pipelines.files import write_json
+from camenn_model.data.alignment_sampler import AlignmentSampler
+from camenn_model.data.batching import collate, concat_rows
+from camenn_model.data.examples import Rows
+from camenn_model.data.item_table import ItemTable
+from camenn_model.evaluation.predictions import CALIBRATED_ON, Predictions, calibrate, predict
+from camenn_model.evaluation.representation import align_pairs
+from camenn_model.model.camenn import CameNN
+from camenn_model.model.experts import GateOutput
+from camenn_model.training.corpus import Corpus, TrainOptions, open_corpus
+from camenn_model.training.optimizer import OptimizerConfig
+from camenn_model.training.train import popularity
+from pipelines.io.files import write_json
 from schemas.contract import InputError
 
 BASELINES = ("lightgbm", "lightgbm_content", "mmoe")

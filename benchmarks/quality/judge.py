@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.quality.worlds import Truth
-from camenn_model import metrics
 from camenn_model.calibration import PlattScaling
-from camenn_model.evaluation import Predictions, cvr_metrics
+from camenn_model.evaluation import metrics
+from camenn_model.evaluation.predictions import Predictions, cvr_metrics
 from simulator.truth import expected_auc
 
 LEAST_GAP = 1e-6

@@ -9,7 +9,7 @@ from benchmarks.quality.job import FROZEN
 from benchmarks.quality.judge import holm
 from benchmarks.quality.plots import draw
 from benchmarks.quality.variants import VARIANTS
-from pipelines.files import write_json
+from pipelines.io.files import write_json
 
 HOLDS = {True: "yes", False: "**no**", None: "-"}
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from camenn_model import metrics
-from camenn_model.agreement import Agreement
-from camenn_model.directions import canonical_directions
-from camenn_model.evaluation import content_vectors, match_scores, modality_states
-from camenn_model.item_table import Ints, ItemTable
-from camenn_model.model import CameNN
+from camenn_model.content.agreement import Agreement
+from camenn_model.content.canonical_directions import canonical_directions
+from camenn_model.data.item_table import Ints, ItemTable
+from camenn_model.evaluation import metrics
+from camenn_model.evaluation.representation import content_vectors, match_scores, modality_states
+from camenn_model.model.camenn import CameNN
 
 Floats = NDArray[np.float32]
 KS = (1, 5, 10)

@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.quality.worlds import World
-from camenn_model.agreement import Agreement
 from camenn_model.config import ITEM_HASH, LossConfig
-from camenn_model.corpus import Corpus, TrainOptions
-from camenn_model.dataset import ExampleReader, Rows
-from camenn_model.feature_space import MISSING, NUMERIC_GROUPS, FeatureSpace, Numeric
-from camenn_model.item_table import Ints, ItemTable
-from camenn_model.train import Trainer
+from camenn_model.content.agreement import Agreement
+from camenn_model.data.examples import ExampleReader, Rows
+from camenn_model.data.feature_space import NUMERIC_GROUPS, FeatureSpace
+from camenn_model.data.field_encoders import MISSING, Numeric
+from camenn_model.data.item_table import Ints, ItemTable
+from camenn_model.training.corpus import Corpus, TrainOptions
+from camenn_model.training.trainer import Trainer
 from schemas.training import ITEM_QUALITY
 from simulator.config import TEXT_FACTORS, VISUAL_FACTORS
 

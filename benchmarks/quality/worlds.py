@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from benchmarks.command import CAMENN
-from benchmarks.processes import Children
+from benchmarks.support.command import CAMENN
+from benchmarks.support.processes import Children
 from simulator.config import preset_config
 from simulator.generate import generate_city
 

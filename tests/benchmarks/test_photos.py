@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.photos import recalls
+from benchmarks.quality.photos import recalls
 
 
 def test_each_description_stands_once() -> None:

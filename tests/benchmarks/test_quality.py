@@ -18,9 +18,6 @@ import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from benchmarks.plant_stage import Job as StageJob
-from benchmarks.plant_stage import run_stage
-from benchmarks.processes import Children
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import baselines, figures, judge, plan, representation
 from benchmarks.quality import job as quality_job
@@ -28,10 +25,13 @@ from benchmarks.quality.job import Job, held_out, run
 from benchmarks.quality.publish import publish
 from benchmarks.quality.variants import VARIANTS, hide, make_trainer, shuffle_images
 from benchmarks.quality.worlds import Truth, World, read_keys, read_truth
-from camenn_model import metrics
-from camenn_model.corpus import Corpus, TrainOptions, open_corpus
-from camenn_model.dataset import concat_rows
-from camenn_model.evaluation import Predictions, predict
+from benchmarks.support.processes import Children
+from benchmarks.support.stage_process import Job as StageJob
+from benchmarks.support.stage_process import run_stage
+from camenn_model.data.batching import concat_rows
+from camenn_model.evaluation import metrics
+from camenn_model.evaluation.predictions import Predictions, predict
+from camenn_model.training.corpus import Corpus, TrainOptions, open_corpus
 from schemas.contract import InputError
 from simulator.truth import expected_auc
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.__main__ import main
-from tests.camenn_model.encoder_sources import SHARED, minilm
+from tests.support.encoder_sources import SHARED, minilm
 
 
 @pytest.mark.slow

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import plant_stage, scaling
-from benchmarks.processes import run_watched
-from benchmarks.stub_encoders import stub_embeddings
+from benchmarks.speed import scaling
+from benchmarks.support import stage_process
+from benchmarks.support.processes import run_watched
+from benchmarks.support.stub_encoders import stub_embeddings
 
 
 def run_here(command: list[str], *, standing: bool, timeout: float) -> tuple[str, dict[str, float] | None]:
     """In the place of `run_watched`: nine processes would spend a minute on their imports."""
-    assert command[1:3] == ["-m", "benchmarks.plant_stage"]
+    assert command[1:3] == ["-m", "benchmarks.support.stage_process"]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert plant_stage.main(command[3:]) == 0
+        assert stage_process.main(command[3:]) == 0
     return out.getvalue(), {"submitter": 100.0}
 
 

@@ -11,12 +11,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import plant_city, plant_stage, polars_shards, shards
+from benchmarks.peers import polars_shards
+from benchmarks.speed import shards
+from benchmarks.support import city, stage_process
 
 
 def run_here(command: list[str], *, standing: bool, timeout: float) -> tuple[str, dict[str, float] | None]:
     """In the place of `run_watched`: processes would spend their time on imports."""
-    module = {"benchmarks.plant_stage": plant_stage, "benchmarks.polars_shards": polars_shards}[command[2]]
+    module = {"benchmarks.support.stage_process": stage_process, "benchmarks.peers.polars_shards": polars_shards}[
+        command[2]
+    ]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert module.main(command[3:]) == 0
@@ -46,11 +50,11 @@ def test_shards_equal_those_of_polars(
 
 
 def test_the_skewed_log_is_skewed(tmp_path: Path) -> None:
-    rows = plant_city.make_city(tmp_path / "even", 100, 4_000, 1)
-    assert plant_city.skew_city(tmp_path / "even", tmp_path / "skew") == rows
+    rows = city.make_city(tmp_path / "even", 100, 4_000, 1)
+    assert city.skew_city(tmp_path / "even", tmp_path / "skew") == rows
     clicks = pq.read_table(tmp_path / "skew" / "clicks")
     assert clicks.num_rows == rows["clicks"]
-    for column, share in (("item_id", plant_city.SKEW_ITEM), ("user_id", plant_city.SKEW_USER)):
+    for column, share in (("item_id", city.SKEW_ITEM), ("user_id", city.SKEW_USER)):
         most = pc.max(pc.value_counts(clicks[column]).field("counts")).as_py()
         assert most / rows["clicks"] == pytest.approx(share, abs=0.03)
     even = pq.read_table(tmp_path / "even" / "clicks")

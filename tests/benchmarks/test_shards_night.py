@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import shards, shards_night
+from benchmarks.speed import shards, shards_night
 from tests.benchmarks.test_shards import run_here
 
 

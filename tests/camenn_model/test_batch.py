@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from camenn_model.batch import check_batch
-from tests.camenn_model.random_batches import random_alignment, random_batch, tiny_config
+from tests.support.random_batches import random_alignment, random_batch, tiny_config
 
 
 def test_check_batch_names_the_offending_tensor() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from camenn_model.calibration import PlattScaling, fit_platt
-from camenn_model.metrics import log_loss, pcoc
+from camenn_model.evaluation.metrics import log_loss, pcoc
 
 
 def sample(slope: float, intercept: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from camenn_model.config import FieldSpec, LossConfig, ModelConfig
-from tests.camenn_model.random_batches import FIELDS, tiny_config
+from tests.support.random_batches import FIELDS, tiny_config
 
 
 def test_model_config_survives_json() -> None:

@@ -1,0 +1,1 @@
+"""Speed and memory: ratios in one run, in turns."""

@@ -1,0 +1,119 @@
+"""What a change costs: stages of this tree against those of another checkout, in turns on one machine.
+
+    git worktree add /tmp/before COMMIT
+    python -m benchmarks.speed.against --before /tmp/before --work WORK
+
+Both trees read the same city, and each has a store, shard set and model of its own making. Runs alternate; a run is a process of its own, with one worker.
+`cpu_ratio` and `wall_ratio`: medians over the turns of this tree's seconds over the other's. `digest`: whether the rows of both are equal to the bit.
+The last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.support.city import make_city, multiply_city
+from benchmarks.support.command import machine, names_of, work_directory
+from benchmarks.support.stage_process import Job
+
+IMAGE_SHAPE, TEXT_SHAPE = (16, 1536), (32, 384)
+CLICKS_PER_USER = 50
+STAGES = ("shards", "score")
+HERE = Path(__file__).resolve().parents[2]
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"against: {text}", file=sys.stderr, flush=True)
+
+
+def run_stage(tree: Path, place: Path, stage: str, out: str, *, rebuild: bool = False) -> dict[str, Any]:
+    """Run one stage of a checkout in a process of its own; returns its result."""
+    job = Job(
+        stage=stage,
+        work=str(place),
+        out=str(place / out),
+        beam_flags=("--direct_num_workers=1",),
+        image_shape=IMAGE_SHAPE,
+        text_shape=TEXT_SHAPE,
+        rebuild=rebuild,
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.support.stage_process", json.dumps(asdict(job))],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All ratios."""
+    trees = {"before": arguments.before.resolve(), "now": HERE}
+    make_city(work / "city", arguments.items, arguments.clicks // arguments.copies, 1, CLICKS_PER_USER)
+    rows = multiply_city(work / "city", work / "data", arguments.copies)
+    say(f"{rows}")
+    for name, tree in trees.items():
+        place = work / name
+        place.mkdir(exist_ok=True)
+        if not (place / "data").is_symlink():
+            (place / "data").symlink_to(work / "data")
+        for stage, out in (("embed", "store"), ("shards", "shards"), ("model", "model")):
+            if not (place / out / "latest.json").exists():
+                say(f"{name}: {stage}")
+                run_stage(tree, place, stage, out)
+    found: dict[str, Any] = {}
+    for stage in arguments.stages:
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
+        for turn in range(arguments.repeats):
+            # Who begins changes, as the second of two finds the files in memory.
+            for name in sorted(trees, reverse=turn % 2 == 1):
+                out = "shards" if stage == "shards" else f"scores-{turn}"
+                result = run_stage(trees[name], work / name, stage, out, rebuild=stage == "shards")
+                runs[name].append(result)
+                say(f"{stage} {turn + 1}/{arguments.repeats}: {name} {result['cpu_seconds']:.1f} CPU s")
+        pairs = list(zip(runs["now"], runs["before"], strict=True))
+        found[stage] = {
+            "cpu_ratio": round(statistics.median(a["cpu_seconds"] / b["cpu_seconds"] for a, b in pairs), 4),
+            "wall_ratio": round(statistics.median(a["seconds"] / b["seconds"] for a, b in pairs), 4),
+            "cpu_seconds": {name: [round(run["cpu_seconds"], 2) for run in results] for name, results in runs.items()},
+            "wall_seconds": {name: [round(run["seconds"], 2) for run in results] for name, results in runs.items()},
+            "same_rows": len({run["digest"] for results in runs.values() for run in results}) == 1,
+        }
+    return found | {"rows": rows}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.against", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--before", type=Path, required=True, help="another checkout of this project")
+    parser.add_argument("--stages", type=names_of(STAGES), default=list(STAGES), help="of shards,score (default: all)")
+    parser.add_argument("--items", type=int, default=20_000, help="listings (default %(default)s)")
+    parser.add_argument("--clicks", type=int, default=2_000_000, help="clicks, about (default %(default)s)")
+    parser.add_argument("--copies", type=int, default=10, help="times that the people are taken (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each (default %(default)s)")
+    parser.add_argument("--work", type=Path, help="directory kept for the next time (default: a temporary one)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print one JSON line."""
+    arguments = build_parser().parse_args(argv)
+    with work_directory(arguments.work, "against") as work:
+        found = measure(work, arguments)
+    print(json.dumps(found | {"stub_encoders": "embeddings of real sizes that say nothing", **machine()}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

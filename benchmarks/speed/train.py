@@ -1,0 +1,275 @@
+"""What training costs: the loader against the same model fed from memory, encoding each listing once, `prefix` against `full` attention, mixing.
+
+    python -m benchmarks.speed.train
+    python -m benchmarks.speed.train --shards WORK/shards --parts mixing
+
+`speed`, for each profile, all ways in turns within one process, medians of their ratios:
+`loader_busy`: examples/s of training (loader, steps, log) over the same steps on batches that lie in memory.
+`vs_bare`: the same over forward, backward and optimiser alone on those batches: no loader, no log.
+`dedup_speedup`: a step that encodes each listing and session of the batch once, over one that encodes them for every example.
+`prefix_speedup`: a step with `prefix` attention over one with `full` attention.
+`loader_alone`: examples/s that the loader gives where nothing is computed, over those of training.
+`mixing`: distinct listings and sessions of a batch where sessions are mixed freely and where a batch draws from few stores, and what that costs in AUC.
+Without --shards the plant's city is simulated, with stub embeddings of real sizes: their values say nothing, so AUC comes from the other features.
+The last line of stdout is one JSON object.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.support.city import make_city
+from benchmarks.support.command import machine, names_of, work_directory
+from benchmarks.support.stage_process import Job, run_stage
+from camenn_model.batch import Batch
+from camenn_model.config import PROFILES
+from camenn_model.data.batching import collate, list_units, stream_batches
+from camenn_model.data.examples import Rows
+from camenn_model.data.item_table import ItemTable
+from camenn_model.evaluation import metrics
+from camenn_model.evaluation.predictions import predict
+from camenn_model.training.corpus import Corpus, TrainOptions, open_corpus
+from camenn_model.training.trainer import MicroBatch, Share, Trainer
+from pipelines.runs.manifest import read_latest
+
+PARTS = ("speed", "mixing")
+IMAGE_SHAPE, TEXT_SHAPE = (16, 1536), (32, 384)
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"train: {text}", file=sys.stderr, flush=True)
+
+
+def prepare(work: Path, items: int, clicks: int) -> str:
+    """A shard set of the plant's city, unless it is there."""
+    make_city(work / "data", items, clicks, 1)
+    for stage, name in (("embed", "store"), ("shards", "shards")):
+        if read_latest(str(work / name)) is None:
+            say(f"{stage} of {items:,} listings and {clicks:,} clicks")
+            run_stage(
+                Job(
+                    stage=stage,
+                    work=str(work),
+                    out=str(work / name),
+                    beam_flags=("--direct_num_workers=1",),
+                    image_shape=IMAGE_SHAPE,
+                    text_shape=TEXT_SHAPE,
+                )
+            )
+    return str(work / "shards")
+
+
+def repeat_sides(rows: Rows, table: ItemTable) -> Batch:
+    """The same examples with a listing and an audience row for each of them, as a loader without deduplication gives them."""
+    once = collate(rows, table)
+    every = torch.arange(len(rows))
+    session = once.pairs.audience
+    audience = replace(once.audience, **{name: value[session] for name, value in vars(once.audience).items()})
+    return replace(
+        once,
+        items=table.batch(rows.item),
+        audience=audience,
+        pairs=replace(once.pairs, item=every, audience=every),
+    )
+
+
+def step_bare(trainer: Trainer, piece: MicroBatch) -> None:
+    """Forward, backward, optimiser: what no loader and no log can do without."""
+    trainer.model.train()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    losses, _ = trainer.objective(piece.batch, piece.alignment)
+    losses.total.backward()
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.options.optimizer.clip)
+    trainer.optimizer.step()
+    trainer.ema.update(trainer.model)
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    """Wall seconds."""
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: int) -> dict[str, Any]:
+    """The ratios of one profile."""
+
+    def nothing(*_: object) -> None:
+        pass
+
+    trainer = Trainer(corpus, options, nothing)
+    full_options = replace(options, attention="full")
+    full_corpus = replace(corpus, config=replace(corpus.config, attention="full"))
+    full = Trainer(full_corpus, full_options, nothing)
+    stream: Iterator[Share] = itertools.chain.from_iterable(trainer.stream() for _ in itertools.count())
+    kept = list(itertools.islice(stream, steps))
+    doubled = [
+        Share(share.examples, [replace(piece, batch=repeat_sides(piece.rows, corpus.table)) for piece in share.pieces])
+        for share in kept
+    ]
+    examples = sum(share.examples for share in kept)
+
+    def train_on(shares: list[Share], with_model: Trainer) -> None:
+        for share in shares:
+            with_model.step(share)
+
+    def from_loader() -> float:
+        # What the loader has ready while other ways are measured does not count.
+        for share in itertools.islice(stream, 2 * options.workers + 2):
+            trainer.step(share)
+        chosen = 0
+        started = time.monotonic()
+        for share in itertools.islice(stream, steps):
+            trainer.step(share)
+            chosen += share.examples
+        return (time.monotonic() - started) / chosen
+
+    def run_bare() -> None:
+        for share in kept:
+            for piece in share.pieces:
+                step_bare(trainer, piece)
+
+    ways: dict[str, Callable[[], float]] = {
+        "loader": from_loader,
+        "memory": lambda: seconds_of(lambda: train_on(kept, trainer)) / examples,
+        "bare": lambda: seconds_of(run_bare) / examples,
+        "repeated": lambda: seconds_of(lambda: train_on(doubled, trainer)) / examples,
+        "full": lambda: seconds_of(lambda: train_on(kept, full)) / examples,
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for warm in (True, *[False] * repeats):
+        for name, way in ways.items():
+            taken = way()
+            if not warm:
+                found[name].append(taken)
+        if not warm:
+            say(", ".join(f"{name} {1 / values[-1]:,.0f}/s" for name, values in found.items()))
+
+    def ratio(above: str, below: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(found[above], found[below], strict=True)), 3)
+
+    drained = 0
+    started = time.monotonic()
+    for share in itertools.islice(trainer.stream(), max(1, 100_000 // options.batch_size)):
+        drained += share.examples
+    loader_pace = drained / (time.monotonic() - started)
+    return {
+        "loader_busy": ratio("memory", "loader"),
+        "vs_bare": ratio("bare", "loader"),
+        "dedup_speedup": ratio("repeated", "memory"),
+        "prefix_speedup": ratio("full", "memory"),
+        "loader_alone": round(loader_pace * statistics.median(found["loader"]), 1),
+        "examples_per_second": {name: round(1 / statistics.median(values), 1) for name, values in found.items()},
+        "batch_size": options.batch_size,
+    }
+
+
+def measure_speed(shards: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The ratios of each profile."""
+    found = {}
+    for profile in arguments.profiles:
+        options = TrainOptions(
+            shards=shards, out=str(out), profile=profile, batch_size=arguments.batch_size, workers=arguments.workers
+        )
+        say(f"profile {profile}")
+        found[profile] = measure_profile(open_corpus(options), options, arguments.steps, arguments.repeats)
+    return {"speed": found}
+
+
+def measure_mixing(shards: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Distinct listings and sessions a batch, and AUC of trained models, for both ways of filling a batch."""
+    found: dict[str, Any] = {}
+    aucs: dict[bool, list[float]] = {False: [], True: []}
+    for seed in range(arguments.seeds):
+        for by_store, values in aucs.items():
+            options = TrainOptions(
+                shards=shards,
+                out=str(out / f"{seed}-{by_store}"),
+                batch_size=arguments.batch_size,
+                workers=arguments.workers,
+                by_store=by_store,
+                seed=seed,
+            )
+            Path(options.out).mkdir(parents=True, exist_ok=True)
+            corpus = open_corpus(options)
+            trainer = Trainer(corpus, options, lambda *_: None)
+            trainer.run()
+            test = predict(trainer.model, corpus.reader, corpus.table, corpus.blocks("test"))
+            values.append(metrics.auc(test.labels, test.logits))
+            say(f"seed {seed}, by_store {by_store}: AUC {values[-1]:.4f}, {trainer.state.examples:,} examples")
+    for by_store, values in aucs.items():
+        units = list_units(corpus.files("train"))
+        batches = stream_batches(
+            corpus.reader, units, arguments.batch_size, np.random.default_rng(0), by_store=by_store
+        )
+        sizes = [
+            (len(rows), len(np.unique(rows.item)), len(np.unique(rows.session)))
+            for rows in itertools.islice(batches, 200)
+        ]
+        rows, items, sessions = (sum(column) for column in zip(*sizes, strict=True))
+        found["by_store" if by_store else "mixed"] = {
+            "test_auc": [round(value, 4) for value in values],
+            "examples_per_listing": round(rows / items, 3),
+            "examples_per_session": round(rows / sessions, 3),
+        }
+    difference = [few - free for few, free in zip(aucs[True], aucs[False], strict=True)]
+    return {"mixing": found | {"auc_cost": round(-statistics.mean(difference), 5)}}
+
+
+MEASURES = {"speed": measure_speed, "mixing": measure_mixing}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.train", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--shards", help="shard set that `camenn shards` wrote (default: one is made)")
+    parser.add_argument("--items", type=int, default=20_000, help="listings of the city (default %(default)s)")
+    parser.add_argument("--clicks", type=int, default=300_000, help="clicks of the city (default %(default)s)")
+    parser.add_argument("--parts", type=names_of(PARTS), default=list(PARTS), help="of speed,mixing (default: all)")
+    profiles = tuple(sorted(PROFILES, reverse=True))
+    parser.add_argument("--profiles", type=names_of(profiles), default=list(profiles), help="(default: all)")
+    parser.add_argument("--batch_size", type=int, default=512, help="examples a step (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each measurement (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each way (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each way of mixing (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="as for camenn train; 0 = half of the cores")
+    parser.add_argument("--workers", type=int, default=1, help="as for camenn train (default %(default)s)")
+    parser.add_argument("--work", type=Path, help="directory kept for the next time (default: a temporary one)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print one JSON line."""
+    arguments = build_parser().parse_args(argv)
+    torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 1) // 2))
+    found: dict[str, Any] = {}
+    with work_directory(arguments.work, "train") as work:
+        shards = arguments.shards or prepare(work, arguments.items, arguments.clicks)
+        for part in arguments.parts:
+            found |= MEASURES[part](shards, work / "models", arguments)
+    found |= {
+        "embeddings": "real" if arguments.shards else "stub, of real sizes",
+        "repeats": arguments.repeats,
+        "threads": torch.get_num_threads(),
+        **machine(),
+    }
+    print(json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""One run of one stage in a process of its own, timed: `python -m benchmarks.support.stage_process JOB` with a JSON job; the last line of stdout is the result.
+
+The seconds are the stage's own, from its first look at the tables to its publication; this process's start and imports are not among them, those of
+worker processes are. Of the plain loop's, building a pipeline of Beam's is left out.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.support import loop_runner
+from camenn_model.data.contents import Contents
+from pipelines.runner.exit_codes import run_main
+from pipelines.runs.manifest import Manifest, new_run, read_latest
+from pipelines.runs.publication import publish
+from schemas.training import EXAMPLE_ORDER, EXAMPLES
+
+CONTENTS_AT_A_TIME = 1_024
+STAGES = ("embed", "shards", "score")
+PLAIN = "plain"
+SORTED_BY = {
+    "items": ["item_id"],
+    "users": ["user_id"],
+    "image_embeddings": ["image_key"],
+    "title_embeddings": ["title_key"],
+    "examples": list(EXAMPLE_ORDER),
+    "scores": ["audience_id", "rank"],
+    "listing_quality": ["item_id"],
+}
+"""Tables of the outputs that are compared, and what orders their rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run. `work`: the prepared city, with data/, and store/, shards/ and model/ where the stage needs them; `out`: an empty directory."""
+
+    stage: str
+    work: str
+    out: str
+    beam_flags: tuple[str, ...]
+    image_shape: Sequence[int]
+    text_shape: Sequence[int]
+    seed: int = 0
+    rebuild: bool = False
+    """Whether `shards` builds days that were final again"""
+
+
+def run_stage(job: Job) -> dict[str, Any]:
+    """Run it; returns its closing table. Imports only what the stage itself does: memory is measured too."""
+    work, flags = Path(job.work), list(job.beam_flags)
+    data = str(work / "data")
+    if job.stage == "embed":
+        from benchmarks.support.stub_encoders import stub_handler, stub_specs
+        from pipelines.embed import stage as embed_stage
+
+        image, text = stub_specs(job.image_shape, job.text_shape)
+        options = embed_stage.EmbedOptions(
+            data=data, store=job.out, image_root=data, allow_absolute=False, image=image, text=text, max_reject_rate=0.0
+        )
+        return embed_stage.run(options, flags, make_handler=stub_handler)
+    if job.stage == "shards":
+        from pipelines.shards import options as shards_options
+        from pipelines.shards import stage as shards_stage
+
+        return shards_stage.run(
+            shards_options.ShardOptions(
+                data=data,
+                store=str(work / "store"),
+                out=job.out,
+                attribution_hours=24.0,
+                history=20,
+                as_of=None,
+                timezone="UTC",
+                test_share=0.2,
+                max_reject_rate=0.0,
+            ),
+            flags,
+            rebuild=job.rebuild,
+        )
+    if job.stage == "score":
+        from pipelines.score import stage as score_stage
+        from pipelines.score.inputs import ScoreOptions
+
+        return score_stage.run(
+            ScoreOptions(
+                data=data,
+                store=str(work / "store"),
+                model=str(work / "model"),
+                out=job.out,
+                score_date=None,
+                top_k=100,
+                audience="auto",
+                timezone="UTC",
+                max_reject_rate=0.0,
+            ),
+            flags,
+        )
+    if job.stage == "model":
+        return write_untrained_model(str(work / "shards"), job.out, job.seed)
+    raise ValueError(f"no stage '{job.stage}'")
+
+
+def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
+    """Publish a `small` model with the weights that training would begin with: as fast as a trained one, and good for nothing else."""
+    import torch
+
+    from camenn_model.calibration import PlattScaling
+    from camenn_model.model.camenn import CameNN
+    from camenn_model.tensors import save_tensors
+    from camenn_model.training.corpus import TrainOptions, open_corpus
+    from camenn_model.training.pretraining import fit_inputs
+
+    corpus = open_corpus(TrainOptions(shards=shards, out=out))
+    torch.manual_seed(seed)
+    model = CameNN(corpus.config)
+    fit_inputs(model, corpus.table, seed, penalty=corpus.space.agreement.penalty)
+    run, directory = new_run(out)
+    given = corpus.shards.manifest["options"]
+    meta = {
+        "model": json.loads(corpus.config.to_json()),
+        "encoders": given["encoders"],
+        "attribution_hours": given["attribution_hours"],
+    }
+    save_tensors(Path(directory) / "model.safetensors", dict(model.state_dict()))
+    for name, text in (
+        ("config", json.dumps(meta)),
+        ("calibration", PlattScaling().to_json()),
+        ("metrics", "{}"),
+    ):
+        (Path(directory) / f"{name}.json").write_text(text)
+    corpus.space.write(Path(directory))
+    publish(out, Manifest(stage="train", run=run))
+    return {"rows_out": 0}
+
+
+def digest(manifest: Manifest) -> str:
+    """Hash the rows of a run's tables, in an order of their own.
+
+    The 16 hex digits are equal for equal rows, in whichever files they lie. Contents are those that the items refer to.
+    """
+    found = hashlib.sha256()
+    _hash_contents(found, manifest)
+    for name, order in SORTED_BY.items():
+        paths = manifest.paths(name)
+        if not paths:
+            continue
+        # One day after another: all examples at once would not fit everywhere.
+        groups: dict[str, list[str]] = {}
+        for record in manifest.records(name):
+            groups.setdefault(f"{Path(record.path).parent.name} {record.split}", []).append(record.path)
+        for folder, members in sorted(groups.items()) if name == "examples" else [("", paths)]:
+            table = pa.concat_tables([pq.ParquetFile(path).read() for path in sorted(members)])
+            table = table.sort_by([(column, "ascending") for column in order]).replace_schema_metadata(None)
+            found.update(f"{name} {folder} {table.num_rows}\n".encode())
+            for column in table.combine_chunks().columns:
+                _hash_values(found, column)
+    return found.hexdigest()[:16]
+
+
+def _hash_contents(found: Any, manifest: Manifest) -> None:
+    """Feed keys and embeddings in order of keys, some at a time."""
+    for kind in ("image", "title"):
+        paths = manifest.paths(f"contents_{kind}s")
+        if not paths:
+            continue
+        items = pa.concat_tables(
+            [pq.ParquetFile(path).read(columns=[f"{kind}_key"]) for path in manifest.paths("items")]
+        )
+        contents = Contents(paths, f"{kind}_key", wanted=items[f"{kind}_key"], keep=False)
+        found.update(f"contents_{kind}s {len(contents)} {contents.shape}\n".encode())
+        for start in range(0, len(contents), CONTENTS_AT_A_TIME):
+            rows = np.arange(start, min(start + CONTENTS_AT_A_TIME, len(contents)))
+            found.update("\n".join(contents.keys.take(pa.array(rows)).to_pylist()).encode())
+            found.update(contents.gather(rows).tobytes())
+
+
+def digest_examples(days: dict[str, list[str]]) -> str:
+    """16 hex digits over the rows of some days' example files, whichever program wrote them: {name of a day: paths}."""
+    found = hashlib.sha256()
+    schema = pa.schema([pa.field(field.name, field.type) for field in EXAMPLES.schema])
+    for day, paths in sorted(days.items()):
+        tables = [pq.ParquetFile(path).read().select(schema.names).replace_schema_metadata(None) for path in paths]
+        table = pa.concat_tables([table.cast(schema) for table in tables])
+        table = table.sort_by([(column, "ascending") for column in SORTED_BY["examples"]])
+        found.update(f"{day} {table.num_rows}\n".encode())
+        for column in table.combine_chunks().columns:
+            _hash_values(found, column)
+    return found.hexdigest()[:16]
+
+
+def _hash_values(found: Any, column: pa.ChunkedArray) -> None:
+    """Feed values, lengths and nulls, whatever the layout of their buffers."""
+    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    table = pa.table({"": array})
+    sink = pa.BufferOutputStream()
+    # Parquet keeps values and not what lies under nulls.
+    pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False, store_schema=False)
+    found.update(sink.getvalue())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job of the first argument; print its result as one JSON line."""
+    job = Job(**json.loads((sys.argv[1:] if argv is None else argv)[0]))
+    loop_runner.building_seconds = 0.0
+    started, worked = time.monotonic(), time.process_time()
+    summary = run_stage(job)
+    worked = time.process_time() - worked
+    # Building the pipeline is Beam's business; a plain program has none.
+    seconds = time.monotonic() - started - loop_runner.building_seconds
+    manifest = read_latest(job.out)
+    assert manifest is not None
+    rows = {name: manifest.rows(name) for name in SORTED_BY if manifest.paths(name)}
+    days: dict[str, list[str]] = {}
+    for path in manifest.paths("examples"):
+        days.setdefault(Path(path).parent.name, []).append(path)
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "cpu_seconds": worked - loop_runner.building_seconds,
+                "rows": rows,
+                "digest": digest(manifest),
+                "digest_examples": digest_examples(days),
+                "pairs": summary.get("pairs"),
+                "bytes": sum(f["bytes"] for table in manifest.tables.values() for f in table["files"]),
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

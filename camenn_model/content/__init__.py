@@ -1,0 +1,1 @@
+"""What is computed from embeddings before and beside the network."""

@@ -1,0 +1,111 @@
+"""Listing quality: do photo and title belong together, and is either of them poor. Judged by what other listings tell (`agreement.py`)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from camenn_model.content.agreement import Ints, Judgement
+
+MISMATCH_AT = 0.5
+"""A photo and a title that are more like a pair of two listings than like a pair of one ..."""
+MISMATCH_PERCENTILE = 0.90
+"""... and among the tenth of the catalog that looks worst: where photos and titles tell little of each other, everything is in doubt."""
+VAGUE_PERCENTILE = 0.05
+"""Among the twentieth of photos with the least sharpness."""
+DARK_BELOW = 0.12
+"""Mean luminance, 0 to 1."""
+SMALL_BELOW = 0.01
+"""Megapixels: 100 × 100 px."""
+SHORT_TITLE = 3
+"""Tokens, [CLS] and [SEP] included: one word piece."""
+UNKNOWN_ABOVE = 0.5
+"""Share of words that the vocabulary does not know."""
+
+
+PRIOR_CLICKS = 20.0
+"""Clicks at which half of what seems lost is believed."""
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Clicks of the last weeks, and the orders credited to them; int64 [N] in the order of the items."""
+
+    clicks: Ints
+    orders: Ints
+
+
+def lost_orders(group: Ints, flagged: NDArray[np.bool_], activity: Activity) -> NDArray[np.float64]:
+    """Orders that flagged listings may have lost to their photo or title, float64 [N]; 0 without a flag. [ours]
+
+    c / (c + 20) · max(0, c · e - o), with c clicks and o orders of the listing, and e the conversion rate of the unflagged listings of its group, smoothed by 20 clicks of the catalog's rate.
+    Orders of people who did not even click are not in it.
+
+    Args:
+        group: number of each listing's subcategory, from 0; -1 = none.
+    """
+    place = group - group.min(initial=0)
+    clicks, orders = (values.astype(np.float64) for values in (activity.clicks, activity.orders))
+    sound = ~flagged
+    total = clicks[sound].sum()
+    rate = orders[sound].sum() / total if total else 0.0
+    size = int(place.max(initial=-1)) + 1
+    of_group = [np.bincount(place[sound], weights=values[sound], minlength=size) for values in (clicks, orders)]
+    expected = (of_group[1] + PRIOR_CLICKS * rate) / (of_group[0] + PRIOR_CLICKS)
+    missing = np.maximum(0.0, clicks * expected[place] - orders)
+    return np.where(flagged, clicks / (clicks + PRIOR_CLICKS) * missing, 0.0)
+
+
+def judge(items: pa.Table, found: Judgement, activity: Activity) -> pa.Table:
+    """Columns of the listing_quality table but model_version, in the order of `items`.
+
+    Args:
+        items: table under the contract `ITEMS`, N rows.
+        found, activity: of all N listings.
+    """
+    mismatch = found.mismatch
+    known = np.isfinite(mismatch)
+    percentile = np.full(len(mismatch), np.nan, dtype=np.float32)
+    if known.any():
+        order = np.sort(mismatch[known])
+        percentile[known] = np.searchsorted(order, mismatch[known], side="left") / len(order)
+    blur, luminance, megapixels, tokens, unknown = (
+        items[name].to_numpy(zero_copy_only=False).astype(np.float64)
+        for name in ("blur", "luminance", "megapixels", "title_tokens", "unknown_share")
+    )
+    no_image = items["image_key"].is_null().to_numpy()
+    no_text = items["title_key"].is_null().to_numpy()
+    sharpness = np.nanquantile(blur, VAGUE_PERCENTILE) if np.isfinite(blur).any() else -np.inf
+    with np.errstate(invalid="ignore"):
+        flags = {
+            "mismatch": (mismatch > MISMATCH_AT) & (percentile >= MISMATCH_PERCENTILE),
+            "no_image": no_image,
+            "no_text": no_text,
+            "vague_image": ~no_image & ((blur < sharpness) | (luminance < DARK_BELOW) | (megapixels < SMALL_BELOW)),
+            "poor_title": ~no_text & ((tokens <= SHORT_TITLE) | (unknown > UNKNOWN_ABOVE)),
+        }
+    listed = [[name for name, mask in flags.items() if mask[row]] for row in range(len(mismatch))]
+
+    flagged = np.logical_or.reduce(list(flags.values()))
+    group, _ = pd.factorize(items["subcategory"].to_pandas())
+    lost = lost_orders(group.astype(np.int64), flagged, activity)
+
+    def nullable(values: NDArray[np.floating]) -> pa.Array:
+        return pa.array(values.astype(np.float32), mask=~np.isfinite(values))
+
+    return pa.table(
+        {
+            "item_id": items["item_id"],
+            "ita": nullable(found.ita),
+            "tia": nullable(found.tia),
+            "cosine": nullable(found.cosine),
+            "mismatch": nullable(mismatch),
+            "mismatch_percentile": nullable(percentile),
+            "flags": pa.array(listed, pa.list_(pa.string())),
+            "clicks": pa.array(activity.clicks),
+            "orders": pa.array(activity.orders),
+            "lost_orders": pa.array(lost.astype(np.float32)),
+        }
+    )

@@ -1,0 +1,1 @@
+"""Read shard sets into batches."""

@@ -1,0 +1,157 @@
+"""Examples, streamed: a seeded order over files and sessions, a bounded buffer, and batches whose items and sessions are encoded once.
+
+Shapes: B examples, S sessions, H history, N items of the table.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from camenn_model.data.feature_space import FeatureSpace
+from camenn_model.data.field_encoders import to_float
+from camenn_model.data.item_table import Ints, ItemTable
+
+Unit = tuple[tuple[str, int, int], ...]
+"""Successive examples of a day, read at a time: (path, first row, rows) of each file that has some of them."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded examples, struct of arrays; everything but embeddings. [B] unless said."""
+
+    item: Ints
+    session: Ints
+    audience_cats: Ints
+    audience_values: NDArray[np.float32]
+    audience_buckets: Ints
+    values: NDArray[np.float32]
+    buckets: Ints
+    position: Ints
+    label: NDArray[np.float32]
+    history: Ints
+    history_kind: Ints
+    history_gap: NDArray[np.float32]
+    user: NDArray[np.uint64]
+    store: NDArray[np.uint64]
+    start: Ints
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def take(self, rows: Ints) -> "Rows":
+        """Some rows, in the given order."""
+        return Rows(**{name: values[rows] for name, values in vars(self).items()})
+
+
+class ExampleReader:
+    """Reads example files into `Rows`.
+
+    Args:
+        table: the items; ids in examples are looked up there.
+        users: table of user_id and fields.
+        history_length, position_size: the model's.
+    """
+
+    def __init__(
+        self, space: FeatureSpace, table: ItemTable, users: pa.Table, history_length: int, position_size: int
+    ) -> None:
+        self.space, self.table, self.users = space, table, users
+        self.history_length, self.position_size = history_length, position_size
+
+    def read(self, path: str) -> Rows:
+        """All rows of one file, in the file's order. Sessions are numbered from 0 within the file."""
+        return self.encode(pq.ParquetFile(path).read())
+
+    def read_unit(self, unit: Unit) -> Rows:
+        """The rows of a unit, in order. Sessions are numbered from 0 within it."""
+        return self.encode(read_examples(unit))
+
+    def encode(self, examples: pa.Table) -> Rows:
+        """Rows of a table under the contract `EXAMPLES`."""
+        from camenn_model.hashing import stable_hash
+
+        item = _codes(examples["item_id"], self.table.ids)
+        user_row = _codes(examples["user_id"], self.users["user_id"].combine_chunks())
+        fields = self.users.take(pa.array(user_row, mask=user_row < 0))
+        hour, weekday = examples["hour"].to_numpy(), examples["weekday"].to_numpy()
+        audience_cats = self.space.encode_audience(examples["user_id"], examples["store_id"], hour, weekday, fields)
+        columns = {name: to_float(examples[name]) for name in self.space.numbers if name in examples.column_names}
+        audience_values, audience_buckets = self.space.encode_numbers(("audience_counts",), columns)
+        values, buckets = self.space.encode_numbers(("item_counts", "pair_counts"), columns)
+        position = np.nan_to_num(to_float(examples["position"]), nan=-1).astype(np.int64)
+        history, kind, gap = self._history(examples)
+        user, store = stable_hash(examples["user_id"]), stable_hash(examples["store_id"])
+        # A session that goes on in another store is another audience row: store and local hour differ.
+        key = np.stack([user, stable_hash(examples["session_id"]), store], axis=1)
+        _, session = np.unique(key, axis=0, return_inverse=True)
+        return Rows(
+            item=item,
+            session=session.astype(np.int64),
+            audience_cats=audience_cats,
+            audience_values=audience_values,
+            audience_buckets=audience_buckets,
+            values=values,
+            buckets=buckets,
+            position=np.clip(position + 1, 0, self.position_size - 1),
+            label=examples["label"].to_numpy().astype(np.float32),
+            history=history,
+            history_kind=kind,
+            history_gap=gap,
+            user=user,
+            store=store,
+            start=examples["session_start"].cast(pa.int64()).to_numpy(),
+        )
+
+    def _history(self, examples: pa.Table) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        column = examples["history_item"].combine_chunks()
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+        item = _codes(pa.chunked_array([column.flatten()]), self.table.ids)
+        kind = examples["history_kind"].combine_chunks().flatten().to_numpy()
+        hours = examples["history_hours"].combine_chunks().flatten().to_numpy()
+        return pack_history(item, kind, hours, lengths, self.history_length)
+
+
+def pack_history(
+    item: Ints, kind: NDArray[np.int8], hours: NDArray[np.float32], lengths: Ints, size: int
+) -> tuple[Ints, Ints, NDArray[np.float32]]:
+    """Flat histories → ([S, H] item row, -1 = padding; [S, H] kind; [S, H] log1p of hours). Items that are no longer listed become padding."""
+    count = len(lengths)
+    row = np.repeat(np.arange(count), lengths)
+    place = np.arange(len(item)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    keep = (place < size) & (item >= 0)
+    history = np.full((count, size), -1, dtype=np.int64)
+    kinds = np.zeros((count, size), dtype=np.int64)
+    gap = np.zeros((count, size), dtype=np.float32)
+    history[row[keep], place[keep]] = item[keep]
+    kinds[row[keep], place[keep]] = kind[keep]
+    gap[row[keep], place[keep]] = np.log1p(np.maximum(hours[keep], 0))
+    return history, kinds, gap
+
+
+def _codes(column: pa.ChunkedArray, known: pa.Array) -> Ints:
+    if len(known) == 0:
+        return np.full(len(column), -1, dtype=np.int64)
+    return pc.fill_null(pc.index_in(column, value_set=known), -1).to_numpy().astype(np.int64)
+
+
+def count_rows(units: Iterable[Unit]) -> int:
+    """Count the examples of some units."""
+    return sum(rows for unit in units for _, _, rows in unit)
+
+
+def read_examples(unit: Unit, columns: list[str] | None = None) -> pa.Table:
+    """Read a unit's examples, or some of their columns."""
+    pieces = []
+    for path, first, rows in unit:
+        with pq.ParquetFile(path) as file:
+            ends = np.cumsum([file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)])
+            low, high = np.searchsorted(ends, [first, first + rows - 1], side="right").tolist()
+            start = int(ends[low - 1]) if low else 0
+            found = file.read_row_groups(list(range(low, high + 1)), columns=columns)
+        pieces.append(found.slice(first - start, rows))
+    return pa.concat_tables(pieces)

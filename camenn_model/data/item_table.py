@@ -1,0 +1,177 @@
+"""All items, ready to be gathered: codes in memory, embeddings mapped. Serves training, validation and scoring.
+
+Shapes: N items of the table, I items of a batch, T text tokens, P patches, G history items.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from camenn_model.batch import HistoryItems, ItemBatch
+from camenn_model.config import ITEM_HASH, SUBCATEGORY, ModelConfig
+from camenn_model.content.agreement import FOLDS, Agreement, Judgement
+from camenn_model.content.price_against_similar import Likeness, alike_prices
+from camenn_model.data.contents import Contents, Means
+from camenn_model.data.feature_space import FeatureSpace, Told
+from camenn_model.data.field_encoders import to_float
+from camenn_model.hashing import stable_hash
+
+HELD_OUT_SHARE = 0.1
+"""Share of products whose listings never enter an alignment loss: representation is measured on them."""
+
+MOST_FITTED = 8_192
+"""Listings that `Likeness` and `Agreement` are found on"""
+
+Ints = NDArray[np.int64]
+
+
+class ItemTable:
+    """The `items` table with its contents; `encode` adds what a feature space makes of its columns.
+
+    Args:
+        items: table under the contract `ITEMS`.
+        images, titles: mapped embeddings; their keys are the items' image_key and title_key.
+        keep: keep the mean features of all photos and titles in memory, and the columns after they are encoded. Scoring asks for few of them.
+        config: of the model that they are for, which has a shape for contents of which there are none; None for a model that is still to be made.
+    """
+
+    cats: Ints
+    values: NDArray[np.float32]
+    buckets: Ints
+    history_cats: Ints
+    subcategory: Ints
+
+    def __init__(
+        self,
+        items: pa.Table,
+        images: Contents,
+        titles: Contents,
+        keep: bool = True,
+        config: ModelConfig | None = None,
+    ) -> None:
+        self.items, self.keep = items, keep
+        if config is not None:
+            images.expect((config.patches, config.image_width))
+            titles.expect((config.text_tokens, config.text_width))
+        self.ids: pa.Array = items["item_id"].combine_chunks()
+        self.images, self.titles = images, titles
+        self.image_row = images.rows_of(items["image_key"])
+        self.title_row = titles.rows_of(items["title_key"])
+        self.tokens = np.nan_to_num(to_float(items["title_tokens"])).astype(np.int64)
+        used = np.ones(len(titles), dtype=np.int64)
+        used[self.title_row[self.title_row >= 0]] = self.tokens[self.title_row >= 0]
+        means = Means(images), Means(titles, used)
+        # What is not kept is asked for by rows, as an array is.
+        self.pooled_images, self.pooled_titles = (
+            each.kept() if keep else cast("NDArray[np.float16]", each) for each in means
+        )
+        # Listings of one product, or with the same photo or title, must not be taken for each other's mismatch.
+        product = stable_hash(items["product_key"])
+        null = items["product_key"].is_null().to_numpy()
+        self.product = np.where(null, stable_hash(items["item_id"]), product)
+        self.held_out = (self.product >> np.uint64(7)) % np.uint64(1000) < np.uint64(1000 * HELD_OUT_SHARE)
+        self.fold = ((self.product >> np.uint64(23)) % np.uint64(FOLDS)).astype(np.int64)
+
+    @classmethod
+    def of_files(
+        cls, items: pa.Table, images: Sequence[str], titles: Sequence[str], config: ModelConfig
+    ) -> "ItemTable":
+        """For scoring, which reads each content once or twice: of contents files, of which nothing stays in memory."""
+        return cls(
+            items,
+            Contents(list(images), "image_key", wanted=items["image_key"], keep=False),
+            Contents(list(titles), "title_key", wanted=items["title_key"], keep=False),
+            keep=False,
+            config=config,
+        )
+
+    def encode(self, space: FeatureSpace, told: Told | None = None) -> "ItemTable":
+        """Encode the columns; returns itself. `told`: what `tell` finds by the space, where it is known already."""
+        told = self.tell(space.likeness, space.agreement) if told is None else told
+        self.cats, self.values, self.buckets = space.encode_items(self.items, told)
+        names = [field.name for field in space.fields if field.group == "item"]
+        self.history_cats = self.cats[:, [names.index(ITEM_HASH), names.index(SUBCATEGORY)]]
+        self.subcategory = self.cats[:, names.index(SUBCATEGORY)]
+        if not self.keep:
+            del self.items
+        return self
+
+    def tell(self, likeness: Likeness, agreement: Agreement) -> Told:
+        """What photos and titles of all listings tell of each."""
+        return Told(self.alike_prices(likeness), self.judge(agreement).agreement)
+
+    def fit_agreement(self) -> Agreement:
+        """On some training listings that have both photo and title."""
+        rows = self._fitted()
+        images, titles = self.pooled_images[self.image_row[rows]], self.pooled_titles[self.title_row[rows]]
+        return Agreement.fit(images, titles, self.product[rows], self.fold[rows])
+
+    def judge(self, agreement: Agreement) -> Judgement:
+        """How well each listing's photo and title belong together, [N] each."""
+        return agreement.judge(self.pooled_images, self.pooled_titles, self.image_row, self.title_row, self.fold)
+
+    def fit_likeness(self) -> Likeness:
+        """On the same listings."""
+        rows = self._fitted()
+        return Likeness.fit(self.pooled_images[self.image_row[rows]], self.pooled_titles[self.title_row[rows]])
+
+    def _fitted(self) -> Ints:
+        """Rows of the training listings that have both photo and title, by their hashes; where they are many those of the smallest."""
+        rows = np.flatnonzero(self.with_content() & ~self.held_out)
+        return rows[np.argsort(stable_hash(self.ids)[rows])[:MOST_FITTED]]
+
+    def alike_prices(self, likeness: Likeness) -> NDArray[np.float32]:
+        """What each listing costs against those that look and read most like it, float32 [N]; NaN = unknown."""
+        vectors = likeness.vectors(self.pooled_images, self.pooled_titles, self.image_row, self.title_row)
+        group = self.items[SUBCATEGORY].combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy()
+        return alike_prices(vectors, to_float(self.items["price"]), group.astype(np.int64), stable_hash(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Ints, *, content_only: bool = False) -> ItemBatch:
+        """ItemBatch of table rows, int64 [I]. With `content_only`, fields are left empty (the alignment tasks never look at them)."""
+        image_row, title_row = self.image_row[rows], self.title_row[rows]
+        text = self.titles.gather(title_row)
+        tokens = np.where(title_row >= 0, self.tokens[rows], 0)
+        cats, values, buckets = (
+            array[rows, :0] if content_only else array[rows] for array in (self.cats, self.values, self.buckets)
+        )
+        return ItemBatch(
+            text=torch.from_numpy(text),
+            text_mask=torch.from_numpy(np.arange(text.shape[1])[None, :] < tokens[:, None]),
+            has_text=torch.from_numpy(title_row >= 0),
+            patches=torch.from_numpy(self.images.gather(image_row)),
+            has_image=torch.from_numpy(image_row >= 0),
+            cats=torch.from_numpy(cats),
+            values=torch.from_numpy(values),
+            buckets=torch.from_numpy(buckets),
+        )
+
+    def history(self, rows: Ints) -> HistoryItems:
+        """HistoryItems of table rows, int64 [G]."""
+        image_row, title_row = self.image_row[rows], self.title_row[rows]
+        image = _rows_or_zero(self.pooled_images, image_row)
+        text = _rows_or_zero(self.pooled_titles, title_row)
+        return HistoryItems(
+            image=torch.from_numpy(image),
+            text=torch.from_numpy(text),
+            has_image=torch.from_numpy(image_row >= 0),
+            has_text=torch.from_numpy(title_row >= 0),
+            cats=torch.from_numpy(self.history_cats[rows]),
+        )
+
+    def with_content(self) -> NDArray[np.bool_]:
+        """Which items have both a photo and a title, bool [N]."""
+        return (self.image_row >= 0) & (self.title_row >= 0)
+
+
+def _rows_or_zero(table: NDArray[np.float16], rows: Ints) -> NDArray[np.float16]:
+    out = np.zeros((len(rows), table.shape[1]), dtype=np.float16)
+    some = rows >= 0
+    out[some] = table[rows[some]]
+    return out

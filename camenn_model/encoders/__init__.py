@@ -1,0 +1,1 @@
+"""Photo and text encoders, and how they are named."""

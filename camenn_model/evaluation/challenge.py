@@ -1,0 +1,195 @@
+"""Trained models on days that they have not seen: is the published one still calibrated, and does a new one predict as well?
+
+Both questions are asked of the latest closed days of a shard set: all of them are in its test part, which no model was trained on that was trained on this
+shard set or on an earlier one of the same log.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camenn_model.data.batching import list_units
+from camenn_model.data.examples import ExampleReader, Unit
+from camenn_model.data.item_table import ItemTable
+from camenn_model.data.shard_set import ShardSet, date_of
+from camenn_model.evaluation import metrics
+from camenn_model.evaluation.predictions import predict_rows
+from camenn_model.package import Package
+
+LEAST_EXAMPLES = 2_000
+"""So many examples are looked at, where there are as many: one quiet day says little."""
+MOST_EXAMPLES = 20_000
+"""More would cost a night minutes and tell nothing more; units are then taken at even distances."""
+
+
+@dataclass(frozen=True)
+class Days:
+    """Examples of some days. `first` and `last`: dates, both included."""
+
+    first: str
+    last: str
+    units: list[Unit]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model's calibration on some days."""
+
+    first_day: str
+    last_day: str
+    examples: int
+    orders: int
+    pcoc: float | None
+    """Predicted over observed orders; None where nothing was ordered"""
+    standard_error: float | None
+    """Of `pcoc`, by chance alone: of these days' orders, sqrt(Σ p (1 - p)) / Σ y, and of the orders that the model was calibrated on, pcoc / √n"""
+    log_loss: float
+    expected: float = 0.0
+    """Orders that the model predicts"""
+    expected_error: float = 0.0
+    """Standard error of `expected` as a prediction of the orders: of these days' chance, and of the orders that the model was calibrated on"""
+
+    @property
+    def orders_are_missing(self) -> bool:
+        """Whether nothing was ordered although something should have been, by two standard errors: a fault of the logs sooner than of the model."""
+        return not self.orders and self.expected > 2 * self.expected_error
+
+    def off_by(self) -> float:
+        """How far `pcoc` is from 1 beyond two standard errors; 0 = no further than chance explains, infinite where orders are missing."""
+        if self.pcoc is None or self.standard_error is None:
+            return math.inf if self.orders_are_missing else 0.0
+        return max(0.0, abs(self.pcoc - 1) - 2 * self.standard_error)
+
+    def words(self) -> str:
+        """For a log."""
+        if self.pcoc is None:
+            return (
+                f"nothing was ordered after {self.examples:,} clicks of {self.first_day} to {self.last_day}, "
+                f"{self.expected:,.1f} (± {self.expected_error:.1f}) orders were predicted"
+            )
+        return f"predicted over observed orders is {self.pcoc:.3f} (± {self.standard_error:.3f}) on {self.examples:,} clicks of {self.first_day} to {self.last_day}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As a manifest keeps it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A challenger against the published model on the same clicks; losses are mean log losses of calibrated probabilities."""
+
+    first_day: str
+    last_day: str
+    examples: int
+    champion_log_loss: float
+    challenger_log_loss: float
+    standard_error: float
+    """Of the difference of the two, paired by click"""
+    champion_auc: float | None
+    challenger_auc: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the challenger takes over: unless it is worse by more than a standard error. Of two alike the one that knows later days is to be had."""
+        return self.challenger_log_loss - self.champion_log_loss <= self.standard_error
+
+    def words(self) -> str:
+        """For a log and a gate."""
+        return (
+            f"the new model's log loss is {self.challenger_log_loss:.4f}, the published one's {self.champion_log_loss:.4f} "
+            f"(difference {self.challenger_log_loss - self.champion_log_loss:+.4f} ± {self.standard_error:.4f}) "
+            f"on {self.examples:,} clicks of {self.first_day} to {self.last_day}; worse by one standard error is allowed"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As a manifest keeps it."""
+        return asdict(self)
+
+
+def latest_closed_days(shards: ShardSet) -> Days | None:
+    """The latest days whose labels are complete: as many as give `LEAST_EXAMPLES`. None where the test part has no closed day."""
+    closed_before = shards.closed_before()
+    by_date: dict[str, list[tuple[str, int]]] = {}
+    for path, rows in shards.examples("test"):
+        if date_of(path) < closed_before:
+            by_date.setdefault(date_of(path), []).append((path, rows))
+    chosen: list[str] = []
+    found = 0
+    for date in sorted(by_date, reverse=True):
+        chosen.append(date)
+        found += sum(rows for _, rows in by_date[date])
+        if found >= LEAST_EXAMPLES:
+            break
+    if not found:
+        return None
+    units = list_units([file for date in sorted(chosen) for file in by_date[date]])
+    share = min(1.0, MOST_EXAMPLES / found)
+    kept = np.unique(np.linspace(0, len(units) - 1, max(1, math.ceil(share * len(units)))).round().astype(int))
+    return Days(chosen[-1], chosen[0], [units[place] for place in kept])
+
+
+def reads_embeddings_of(package: Package, shards: ShardSet) -> bool:
+    """Whether a model was trained on embeddings of the encoders that the shard set's are of."""
+    there = shards.manifest["options"]["encoders"]
+    return all(package.encoders[kind]["fingerprint"] == there[kind]["fingerprint"] for kind in ("image", "text"))
+
+
+def judge_calibration(package: Package, shards: ShardSet) -> Calibration | None:
+    """A model's calibration on the latest closed days; None where there are none, or the model reads other embeddings."""
+    days = latest_closed_days(shards)
+    if days is None or not reads_embeddings_of(package, shards):
+        return None
+    labels, probability, _ = _predict(package, shards, days)
+    orders = float(labels.sum())
+    expected, positives = float(probability.sum()), max(package.calibration.positives, 1)
+    expected_error = math.sqrt(float((probability * (1 - probability)).sum()) + expected**2 / positives)
+    return Calibration(
+        first_day=days.first,
+        last_day=days.last,
+        examples=len(labels),
+        orders=int(orders),
+        pcoc=expected / orders if orders else None,
+        standard_error=expected_error / orders if orders else None,
+        log_loss=metrics.log_loss(labels, probability),
+        expected=expected,
+        expected_error=expected_error,
+    )
+
+
+def hold_duel(champion: Package, challenger: Package, shards: ShardSet) -> Duel | None:
+    """Both models on the latest closed days; None where there are none, or the published model cannot read the shard set's embeddings."""
+    days = latest_closed_days(shards)
+    if days is None or not reads_embeddings_of(champion, shards):
+        return None
+    labels, old, old_logits = _predict(champion, shards, days)
+    _, new, new_logits = _predict(challenger, shards, days)
+    old_loss, new_loss = (-np.log(np.where(labels == 1, p, 1 - p)) for p in (old, new))
+    both_classes = 0 < labels.sum() < len(labels)
+    return Duel(
+        first_day=days.first,
+        last_day=days.last,
+        examples=len(labels),
+        champion_log_loss=float(old_loss.mean()),
+        challenger_log_loss=float(new_loss.mean()),
+        standard_error=float((new_loss - old_loss).std() / np.sqrt(len(labels))),
+        champion_auc=metrics.auc(labels, old_logits) if both_classes else None,
+        challenger_auc=metrics.auc(labels, new_logits) if both_classes else None,
+    )
+
+
+def _predict(
+    package: Package, shards: ShardSet, days: Days
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """(labels, calibrated probabilities, logits) of the examples of some days, float64 [n] each."""
+    model = package.model()
+    table = ItemTable(shards.items, shards.images, shards.titles, config=package.config).encode(package.space)
+    config = package.config
+    reader = ExampleReader(package.space, table, shards.users, config.history_length, config.position_size)
+    rows = [reader.read_unit(unit) for unit in days.units]
+    labels = np.concatenate([piece.label.astype(np.float64) for piece in rows])
+    logits = np.concatenate([predict_rows(model, table, piece) for piece in rows])
+    # Log losses are to be finite.
+    return labels, np.clip(package.calibration(logits), 1e-12, 1 - 1e-12), logits

@@ -1,0 +1,118 @@
+"""What the alignment tasks add to the model: task tokens, and the contrastive head.
+
+Shapes: I items, A pairs, C items of the contrastive loss, N tokens, d width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camenn_model.config import ModelConfig
+from camenn_model.content.canonical_directions import Start
+from camenn_model.model.layers import Side, init_embedding, init_linear
+from camenn_model.model.tokens import Content, FrozenProjection
+
+START_TEMPERATURE = 0.07
+LARGEST_SCALE = 100.0
+SIZE = 2
+"""Dimensions that photos and titles are compared in, times the model's width."""
+START_LENGTH = 16.0
+"""Factor on the canonical directions. Lengths are divided out; but steps are of one size, and beside short vectors the states would soon be louder than what they add to."""
+START_SLOPE, START_MIDDLE = 6.0, 0.35
+"""Of the logit over the cosine, and the cosine at which it is 0."""
+
+
+class ContrastiveHead(nn.Module):
+    """Unit vectors of photos and titles, and the learned temperature of their similarities.
+
+    A vector is the sum of two maps: of the ``[IMG]`` or ``[TXT]`` state out of the shared bottom, and of the frozen encoder's mean feature, which starts as
+    the canonical correlation analysis of the two and is as good as that before the first step.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.size = SIZE * config.width
+        self.image_norm = nn.LayerNorm(config.width)
+        self.text_norm = nn.LayerNorm(config.width)
+        self.image = nn.Linear(config.width, self.size, bias=False)
+        self.text = nn.Linear(config.width, self.size, bias=False)
+        self.image_frozen = FrozenProjection(config.image_width, self.size)
+        self.text_frozen = FrozenProjection(config.text_width, self.size)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / START_TEMPERATURE)))
+        self.slope = nn.Parameter(torch.full((2,), START_SLOPE))
+        self.offset = nn.Parameter(torch.full((2,), -START_SLOPE * START_MIDDLE))
+
+    @torch.no_grad()
+    def start(self, start: Start, images: Tensor, titles: Tensor) -> None:
+        """Starts the maps of frozen features on the shared directions, weighted by the roots of their correlations, and those of the states at 0.
+
+        Args:
+            images, titles: means of the frozen features, [image_width] and [text_width].
+        """
+        weight = torch.from_numpy(start.correlations).clamp(min=0).sqrt()
+        for part, directions, center in (
+            (self.image_frozen, start.shared_image, images),
+            (self.text_frozen, start.shared_text, titles),
+        ):
+            part.linear.weight.zero_()
+            part.linear.bias.zero_()
+            part.start(torch.from_numpy(directions) * (weight * START_LENGTH), center)
+        for states in (self.image, self.text):
+            states.weight.zero_()
+
+    def forward(
+        self, image: Tensor, text: Tensor, patches: Tensor, tokens: Tensor, has_image: Tensor, has_text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Two [C, e] float32 of length 1.
+
+        Args:
+            image, text: ``[IMG]`` and ``[TXT]`` states, [C, d].
+            patches, tokens: the frozen encoders' features, means over patches [C, image_width] and real tokens [C, text_width].
+            has_image, has_text: bool [C, 1]; where False the state alone counts.
+        """
+        image = self.image(self.image_norm(image)) + self.image_frozen(patches) * has_image
+        text = self.text(self.text_norm(text)) + self.text_frozen(tokens) * has_text
+        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+
+    def similarities(self, image: Tensor, text: Tensor) -> Tensor:
+        """[C, C] float32: cosine of each image (rows) with each text, over the temperature (scale ≤ 100, as CLIP)."""
+        with torch.autocast(image.device.type, enabled=False):
+            return image @ text.T * self.log_scale.exp().clamp(max=LARGEST_SCALE)
+
+    def belongs(self, task: int, cosine: Tensor) -> Tensor:
+        """What the cosine [A] of a pair's photo and title says by itself: logits [A] for task 0 (ITA) or 1 (TIA)."""
+        return self.slope[task] * cosine + self.offset[task]
+
+
+class TaskTokens(nn.Module):
+    """``[ITA]`` and ``[TIA]``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(2, config.width))
+        self.norm = nn.LayerNorm(config.width)
+        init_embedding(self.tokens)
+
+    def forward(self, task: int, count: int) -> Tensor:
+        """[count, 1, d]; task 0 = ITA, 1 = TIA."""
+        token: Tensor = self.norm(self.tokens[task])
+        return token.expand(count, 1, -1)
+
+
+def pair_content(content: Content, image_of: Tensor, text_of: Tensor) -> Side:
+    """Photo of one row and title of another as one item without fields: a side with a row for each of the A pairs."""
+    return Side(
+        tokens=torch.cat([content.text.index_select(0, text_of), content.image.index_select(0, image_of)], dim=1),
+        mask=torch.cat([content.text_mask[text_of], content.image_mask[image_of]], dim=1),
+        index=torch.arange(len(text_of), device=text_of.device),
+    )
+
+
+def init_heads(head: ContrastiveHead) -> None:
+    """Truncated normal weights."""
+    init_linear(head.image)
+    init_linear(head.text)

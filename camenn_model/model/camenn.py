@@ -1,0 +1,260 @@
+"""CameNN: three tasks over a shared transformer bottom and a gated mixture of transformer experts.
+
+Source: "Cross-Modal Alignment with Mixture Experts Neural Network for Intral-City Retail Recommendation"
+(arXiv 2009.09926); ``docs/model.md`` tells which parts come from it and which are choices of this project.
+
+Shapes: B pairs, I items, S audience rows, A alignment pairs, C items of the contrastive loss, E experts, d width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from camenn_model.batch import AlignmentBatch, AlignmentPairs, Batch, ItemBatch
+from camenn_model.config import STORE, ModelConfig
+from camenn_model.content.canonical_directions import PENALTY, find_start
+from camenn_model.model.alignment import ContrastiveHead, TaskTokens, init_heads, pair_content
+from camenn_model.model.bilinear import Affinity
+from camenn_model.model.count_network import Counts
+from camenn_model.model.experts import Gate, GateOutput, Mixed, Mixture
+from camenn_model.model.layers import EncoderLayer, Side, init_linear, layers_of
+from camenn_model.model.tokens import AudienceTokens, Content, ItemTokens, PairTokens, masked_mean
+from camenn_model.model.towers import Tower, init_tower
+from camenn_model.model.wide import Wide
+
+
+@dataclass(frozen=True)
+class CvrOutput:
+    """The CVR task's answer."""
+
+    logits: Tensor  # [B] float32, raw (before calibration)
+    gate: GateOutput
+    computed: Tensor  # [E, 1 + sides] int64: pairs and side rows each expert was computed for
+    choice: Tensor  # [B] float32, ``Affinity.choice``
+
+
+@dataclass(frozen=True)
+class AlignOutput:
+    """The alignment tasks' answers."""
+
+    ita: Tensor  # [A_ita] float32 logits
+    tia: Tensor  # [A_tia] float32 logits
+    ita_gate: GateOutput
+    tia_gate: GateOutput
+    similarities: Tensor  # [C, C] float32, images x texts, over the temperature
+    group: Tensor  # [C] int64, the product of each; items that lack a modality are left out
+    image: Tensor  # [C, e] float32 unit vectors
+    text: Tensor  # [C, e]
+    computed: Tensor  # [E] int64: pairs each expert was computed for, ITA and TIA together
+
+
+class CameNN(nn.Module):
+    """The model. ``forward`` is the CVR task, ``align`` the alignment tasks; both train the same bottom and experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.item_tokens = ItemTokens(config)
+        self.audience_tokens = AudienceTokens(config)
+        self.pair_tokens = PairTokens(config)
+        self.task_tokens = TaskTokens(config)
+        self.shared = nn.ModuleList(EncoderLayer(config) for _ in range(config.shared_layers))
+        self.mixture = Mixture(config)
+        self.cvr_gate = Gate((3 * width, 2 * width), config)
+        self.ita_gate = Gate((2 * width,), config)
+        self.tia_gate = Gate((2 * width,), config)
+        self.affinity = Affinity(config)
+        self.wide = Wide(config)
+        self.counts = Counts(config)
+        self.cvr_tower = Tower(config, config.base_rate)
+        self.ita_tower = Tower(config, 0.5)
+        self.tia_tower = Tower(config, 0.5)
+        self.contrastive = ContrastiveHead(config)
+        for part in (self.shared, self.mixture):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    init_linear(module)
+        for tower in (self.cvr_tower, self.ita_tower, self.tia_tower):
+            init_tower(tower)
+        init_heads(self.contrastive)
+
+    @torch.no_grad()
+    def fit_features(self, items: ItemBatch) -> None:
+        """Sets the standardisation of the frozen features from a sample of training items (some hundred will do).
+
+        Call it once, before training. Without it the features enter as they are. Raises ValueError where the sample
+        holds no photo or no title.
+        """
+        if not items.has_image.any() or not items.has_text.any():
+            raise ValueError("fit_features: the sample must hold at least one photo and one title")
+        text, mask = items.text.float(), items.text_mask & items.has_text[:, None]
+        patches = items.patches[items.has_image].float()
+        titled = mask.any(1)
+        pooled = (text * mask[..., None]).sum(1)[titled] / mask.sum(1)[titled, None]
+        self.item_tokens.text.fit(text[mask])
+        self.item_tokens.patch.fit(patches.flatten(0, 1))
+        for part in (self.audience_tokens.text, self.contrastive.text_frozen):
+            part.fit(pooled)
+        for part in (self.audience_tokens.image, self.contrastive.image_frozen):
+            part.fit(patches.mean(1))
+
+    @torch.no_grad()
+    def start_projections(
+        self, images: Tensor, titles: Tensor, *, aligned: bool = True, penalty: float = PENALTY
+    ) -> None:
+        """Starts the projections on the directions that photos and titles share (unless not ``aligned``), and on each one's own (``canonical_directions.py``).
+
+        Call it once, after ``fit_features``, with mean patch features [n, image_width] and mean token states [n, text_width] of the same n training items.
+        """
+        images, titles = images.float(), titles.float()
+        given = images.numpy(), titles.numpy(), self.config.width, self.contrastive.size
+        start = find_start(*given, aligned=aligned, penalty=penalty)
+        center = images.mean(0), titles.mean(0)
+        for patch, text in (
+            (self.item_tokens.patch, self.item_tokens.text),
+            (self.audience_tokens.image, self.audience_tokens.text),
+        ):
+            patch.start(torch.from_numpy(start.image), center[0])
+            text.start(torch.from_numpy(start.text), center[1])
+        if aligned:
+            self.contrastive.start(start, *center)
+
+    def forward(self, batch: Batch) -> CvrOutput:
+        """Logit of an order for each pair. In eval mode every display position counts as unknown."""
+        pairs = batch.pairs
+        items = self.item_tokens(batch.items)
+        audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.liked(batch.history))
+        gate = self.cvr_gate((items.gate, audience.gate), (pairs.item, pairs.audience))
+        sides = (
+            Side(items.tokens, items.mask, pairs.item),
+            Side(audience.tokens, audience.mask, pairs.audience),
+        )
+        ours, our_task = self.affinity.vectors(items.summary, side=0)
+        theirs, their_task = self.affinity.vectors(audience.summary, side=1)
+        told = our_task.index_select(0, pairs.item) + their_task.index_select(0, pairs.audience)
+        factors = (
+            torch.cat([self.affinity.of_orders(ours), self.wide.item_factors(batch.items)], dim=1),
+            torch.cat([theirs, self.wide.audience_factors(batch.audience)], dim=1),
+        )
+        direct = (factors[0].index_select(0, pairs.item) * factors[1].index_select(0, pairs.audience)).sum(-1)
+        direct = direct + self.wide.of_pairs(pairs.values, pairs.buckets)
+        counted = self.counts.of_audience(batch.audience).index_select(0, pairs.audience)
+        direct = direct + self.counts(counted, pairs.values, pairs.buckets)
+        x = self.pair_tokens(pairs, told)
+        mixed = self._bottom_and_experts(sides, x, gate)
+        logits = self.cvr_tower(mixed) + direct + self.affinity.of_token(x[:, 0])
+        choice = self.affinity.choice(ours, theirs, pairs.item, pairs.audience, self._stores(batch))
+        return CvrOutput(logits, gate, mixed.computed, choice)
+
+    def choose(self, batch: Batch) -> Tensor:
+        """``CvrOutput.choice`` alone, [B]: no layer is computed for it."""
+        ours, theirs = self._tastes(batch)
+        return self.affinity.choice(ours, theirs, batch.pairs.item, batch.pairs.audience, self._stores(batch))
+
+    def liked(self, batch: Batch) -> Tensor:
+        """Pieces of the product of tastes, [B, 3] float32: no layer is computed for them."""
+        return self.affinity.pieces(*self._tastes(batch), batch.pairs.item, batch.pairs.audience)
+
+    def _tastes(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Factors of the product, items' [I, 3 d] and audience rows' [S, 3 d]."""
+        items = self.item_tokens(batch.items)
+        audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.liked(batch.history))
+        return self.affinity.vectors(items.summary, side=0)[0], self.affinity.vectors(audience.summary, side=1)[0]
+
+    def _stores(self, batch: Batch) -> Tensor:
+        """Store of each audience row, int64 [S]; without such a field all are one."""
+        names = [field.name for field in self.config.audience_categorical]
+        if STORE not in names:
+            return torch.zeros_like(batch.audience.cats[:, 0])
+        return batch.audience.cats[:, names.index(STORE)]
+
+    def align(self, batch: AlignmentBatch) -> AlignOutput:
+        """ITA and TIA logits and the contrastive similarities; fields are hidden, photos and titles are all there is.
+
+        Raises ValueError where an ITA or TIA pair lacks a photo or a title.
+        """
+        items = batch.items
+        for pairs in (batch.ita, batch.tia):
+            if not (items.has_image[pairs.image_of].all() and items.has_text[pairs.text_of].all()):
+                raise ValueError("align: every ITA and TIA pair needs a photo and a title")
+        content = self.item_tokens.content(items)
+        image, text = self._states(items, content)
+        states = (image, text)
+        ita, ita_gate, ita_computed = self._match(0, self.ita_gate, self.ita_tower, content, states, batch.ita)
+        tia, tia_gate, tia_computed = self._match(1, self.tia_gate, self.tia_tower, content, states, batch.tia)
+        whole = items.has_image[batch.index] & items.has_text[batch.index]
+        index = batch.index[whole]
+        image, text = image.index_select(0, index), text.index_select(0, index)
+        return AlignOutput(
+            ita=ita,
+            tia=tia,
+            ita_gate=ita_gate,
+            tia_gate=tia_gate,
+            similarities=self.contrastive.similarities(image, text),
+            group=batch.group[whole],
+            image=image,
+            text=text,
+            computed=ita_computed + tia_computed,
+        )
+
+    def content_vectors(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
+        """Photo and title of each item as unit vectors, two [I, e] float32, each from its own modality alone.
+
+        Their dot product is the cosine used for retrieval. Where a modality is absent its vector is that of
+        ``no image`` or ``no text``: mind ``has_image`` and ``has_text``.
+        """
+        return self._states(items, self.item_tokens.content(items))
+
+    def modality_states(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
+        """``[IMG]`` and ``[TXT]`` of each item out of the shared bottom, two [I, d], each from its own modality alone. Absent ones as in `content_vectors`."""
+        return self._alone(self.item_tokens.content(items))
+
+    def _match(
+        self,
+        task: int,
+        gate: Gate,
+        tower: Tower,
+        content: Content,
+        states: tuple[Tensor, Tensor],
+        pairs: AlignmentPairs,
+    ) -> tuple[Tensor, GateOutput, Tensor]:
+        """Logits [A], gate and computed pairs [E] of one alignment task; ``states``: ``_states`` of the content."""
+        side = pair_content(content, pairs.image_of, pairs.text_of)
+        features = torch.cat([content.text_gate[pairs.text_of], content.image_gate[pairs.image_of]], dim=-1)
+        chosen = gate((features,), (side.index,))
+        if len(pairs) == 0:
+            return chosen.logits.sum(1), chosen, torch.zeros(self.config.experts, dtype=torch.int64)
+        mixed = self._bottom_and_experts((side,), self.task_tokens(task, len(pairs)), chosen)
+        cosine = (states[0].index_select(0, pairs.image_of) * states[1].index_select(0, pairs.text_of)).sum(-1)
+        return tower(mixed) + self.contrastive.belongs(task, cosine), chosen, mixed.computed[:, 0]
+
+    def _states(self, items: ItemBatch, content: Content) -> tuple[Tensor, Tensor]:
+        """Photo and title of each item as unit vectors [I, e], each from its own modality alone: ``[IMG]`` and ``[TXT]`` out of the shared bottom, and the frozen features."""
+        image, text = self._alone(content)
+        seen = items.has_image[:, None], (items.text_mask & items.has_text[:, None])
+        patches = items.patches.float().mean(1) * seen[0]
+        tokens = masked_mean(items.text.float(), seen[1])
+        return self.contrastive(image, text, patches, tokens, seen[0], seen[1].any(1, keepdim=True))
+
+    def _alone(self, content: Content) -> tuple[Tensor, Tensor]:
+        """``[IMG]`` and ``[TXT]`` out of the shared bottom, two [I, d]."""
+        image, text = content.image, content.text
+        for layer in layers_of(self.shared):
+            image, text = layer.own(image, content.image_mask)[0], layer.own(text, content.text_mask)[0]
+        return image[:, 0], text[:, 0]
+
+    def _bottom_and_experts(self, sides: tuple[Side, ...], x: Tensor, gate: GateOutput) -> Mixed:
+        """Shared layers, experts and mixture under either kind of attention; x [B, X, d] starts with the task token."""
+        x_mask = None
+        if self.config.attention == "full":
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            x_mask = torch.cat([real, *(side.mask.index_select(0, side.index) for side in sides)], dim=1)
+            x = torch.cat([x, *(side.tokens.index_select(0, side.index) for side in sides)], dim=1)
+            sides = ()
+        for layer in layers_of(self.shared):
+            sides, x = layer(sides, x, x_mask)
+        return self.mixture(sides, x, x_mask, gate)

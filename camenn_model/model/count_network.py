@@ -1,0 +1,85 @@
+"""What the as-of counts say together: a small network of their own, fitted before the linear part and kept. [ours; docs/decisions.md has the figures]
+
+Shapes: S audience rows, B pairs or examples, n numeric fields, h ``HIDDEN``.
+
+How often something was bought, how long ago, by someone who buys how often: such numbers tell together what none of them tells alone, as trees find and a linear part cannot. A network of some 26,000 weights
+finds it too, but not in the single pass over the log that ids and tokens bear before they are learned by heart. Counts of a listing, an audience row and the two are no identity, so they bear as many passes as they need.
+Each enters as its value, as its rank among training values, and as being missing or lowest; a weight for each bucket would be learned by heart again. Of the passes, the one with the least log loss on the
+early-stop part is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camenn_model.batch import AudienceBatch
+from camenn_model.config import FieldSpec, ModelConfig
+from camenn_model.model.layers import drop
+
+HIDDEN = 128
+MEASURES = 4
+"""Numbers that each field enters as"""
+
+
+class Measures(nn.Module):
+    """Numeric fields' part of the first layer: a linear map of ``MEASURES`` numbers of each."""
+
+    top: Tensor
+
+    def __init__(self, fields: tuple[FieldSpec, ...]) -> None:
+        super().__init__()
+        self.register_buffer("top", torch.tensor([field.size - 1.0 for field in fields]), persistent=False)
+        self.weight = nn.Parameter(torch.empty(MEASURES * len(fields), HIDDEN))
+
+    def forward(self, values: Tensor, buckets: Tensor) -> Tensor:
+        """values [..., n] float32, buckets [..., n] int64, 0 = missing → [..., h] float32."""
+        known = buckets > 0
+        rank = 2 * buckets / self.top - 1
+        measures = [
+            torch.where(known, values, 0.0),
+            torch.where(known, rank, 0.0),
+            (~known).to(values.dtype),
+            (buckets == 1).to(values.dtype),
+        ]
+        return torch.cat(measures, dim=-1) @ self.weight
+
+
+class Counts(nn.Module):
+    """Two hidden layers on the counts of an audience row, of an item and of the pair. Says 0 until ``fit_counts``; no other optimiser moves it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.audience = Measures(config.audience_numeric)
+        self.pairs = Measures(config.pair_numeric)
+        inputs = MEASURES * (len(config.audience_numeric) + len(config.pair_numeric))
+        self.bias = nn.Parameter(torch.zeros(HIDDEN))
+        self.hidden = nn.Linear(HIDDEN, HIDDEN)
+        self.out = nn.Linear(HIDDEN, 1)
+        for part in (self.audience, self.pairs):
+            # As torch begins a linear map of all inputs.
+            nn.init.uniform_(part.weight, -(max(1, inputs) ** -0.5), max(1, inputs) ** -0.5)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.requires_grad_(False)
+
+    def of_audience(self, audience: AudienceBatch) -> Tensor:
+        """The audience rows' part of the first layer, [S, h] float32."""
+        with torch.autocast(audience.values.device.type, enabled=False):
+            part: Tensor = self.audience(audience.values, audience.buckets)
+        return part
+
+    def forward(self, of_audience: Tensor, values: Tensor, buckets: Tensor, dropout: float = 0.0) -> Tensor:
+        """Logits [B] float32 of pairs, from their audience rows' part [B, h] and their numbers [B, n]; ``dropout`` of the hidden numbers."""
+        with torch.autocast(values.device.type, enabled=False):
+            first = F.gelu(of_audience + self.pairs(values, buckets) + self.bias)
+            second = F.gelu(self.hidden(drop(first, dropout, True)))
+            logits: Tensor = self.out(drop(second, dropout, True))
+        return logits.squeeze(-1)
+
+    @torch.no_grad()
+    def scale(self, worth: float) -> None:
+        """Makes what it says ``worth`` times as much."""
+        self.out.weight.mul_(worth)
+        self.out.bias.mul_(worth)

@@ -1,0 +1,393 @@
+"""From a batch to tokens: what the shared bottom reads.
+
+Shapes: I items, S audience rows, G history items, B pairs, T text tokens, P patches, F fields, H history, d width.
+
+Every token is (features → d) + type + position embedding, then LayerNorm. ``[TXT]`` and ``[IMG]`` carry the mean of
+their modality's projected features beside a learned vector, so that they say something below the shared bottom too,
+where the gates read them. An absent modality leaves its summary token alone, with a learned ``no image`` / ``no text``
+vector in place of the mean; its other tokens are masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camenn_model.batch import AudienceBatch, HistoryItems, ItemBatch, PairBatch
+from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec, ModelConfig
+from camenn_model.content.taste_directions import TasteSpace
+from camenn_model.model.layers import drop, init_embedding, init_linear, wide_scale
+from schemas.training import CLICKED, PURCHASED
+
+DOUBT, GAIN = 3.0, 4.0
+"""Where the shrinkage of a history's means starts, and what they are multiplied by: a mean of some entries is smaller than one of them."""
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x [R, N, d] over the tokens where mask [R, N] is True; 0 where there is none."""
+    weight = mask.to(x.dtype).unsqueeze(-1)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+
+def forget_ids(ids: Tensor, rate: float, training: bool) -> Tensor:
+    """``ids`` [R] int64 with a share ``rate`` set to 0 (unknown), in training only: new items then look familiar."""
+    if not training or rate == 0.0:
+        return ids
+    return torch.where(torch.rand(ids.shape, device=ids.device) < rate, torch.zeros_like(ids), ids)
+
+
+def init_tables(tables: Iterable[nn.Module]) -> None:
+    """Truncated normal rows."""
+    for table in tables:
+        for weight in table.parameters():
+            init_embedding(weight)
+
+
+class FrozenProjection(nn.Module):
+    """Linear map from a frozen encoder's feature to the width, after standardising each feature.
+
+    Mean and scale are buffers (0 and 1 until ``fit`` is called), stored with the weights.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, width)
+        init_linear(self.linear, wide_scale(inputs, width))
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+
+    def fit(self, sample: Tensor) -> None:
+        """Takes mean and spread from a sample [n, inputs]; a tenth of the mean spread is added, for rare features."""
+        sample = sample.float()
+        spread = sample.std(0, correction=0)
+        self.mean.copy_(sample.mean(0))
+        self.scale.copy_(1.0 / (spread + 0.1 * spread.mean() + 1e-6))
+
+    def start(self, directions: Tensor, center: Tensor) -> None:
+        """Sets the first m dimensions to (x - ``center`` [inputs]) @ ``directions`` [inputs, m]; call it after ``fit``. The others stay random."""
+        count = directions.shape[1]
+        self.linear.weight[:count] = (directions / self.scale[:, None]).T
+        self.linear.bias[:count] = (self.mean - center) @ directions
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Folded into the weight: the features are far larger than the map.
+        weight = self.linear.weight * self.scale
+        return F.linear(x.to(weight.dtype), weight, self.linear.bias - weight @ self.mean)
+
+
+class TasteMap(nn.Module):
+    """Where a listing's photo and title lie in the space of tastes (``taste_directions.py``), whether it is offered or in a history.
+
+    The maps are found from clicks before training and stay; what stands for an absent photo or title is learned.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.image = nn.Linear(config.image_width, config.width)
+        self.text = nn.Linear(config.text_width, config.width)
+        for part in (self.image, self.text):
+            init_linear(part, wide_scale(part.in_features, config.width))
+            part.requires_grad_(False)
+        self.no_image = nn.Parameter(torch.zeros(config.width))
+        self.no_text = nn.Parameter(torch.zeros(config.width))
+
+    @torch.no_grad()
+    def start(self, image: TasteSpace | None, text: TasteSpace | None) -> None:
+        """Takes over the directions; dimensions beyond them, and a modality that nobody has, are 0."""
+        for part, found in ((self.image, image), (self.text, text)):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
+            if found is not None:
+                count = found.directions.shape[1]
+                part.weight[:count] = torch.from_numpy(found.directions.T).to(part.weight)
+                part.bias[:count] = torch.from_numpy(-found.center @ found.directions).to(part.bias)
+
+    def forward(self, image: Tensor, has_image: Tensor, text: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor]:
+        """(looks, words), [R, d] float32 each, of mean features [R, image_width] and [R, text_width]."""
+        with torch.autocast(image.device.type, enabled=False):
+            looks = torch.where(has_image[:, None], self.image(image.float()), self.no_image)
+            words = torch.where(has_text[:, None], self.text(text.float()), self.no_text)
+        return looks, words
+
+
+class NumericToken(nn.Module):
+    """One token from a group of numeric fields: the sum over fields of bucket embedding + value x learned vector."""
+
+    offsets: Tensor
+
+    def __init__(self, fields: tuple[FieldSpec, ...], width: int) -> None:
+        super().__init__()
+        sizes = torch.tensor([field.size for field in fields])
+        self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)
+        self.table = nn.Embedding(int(sizes.sum()), width)
+        self.slope = nn.Parameter(torch.empty(len(fields), width))
+        self.kind = nn.Parameter(torch.empty(width))
+        for weight in (self.table.weight, self.slope, self.kind):
+            init_embedding(weight)
+
+    def forward(self, values: Tensor, buckets: Tensor) -> Tensor:
+        """values [..., n] float32, buckets [..., n] int64 → [..., d]; a value counts only where its bucket is not 0."""
+        count = buckets.shape[-1]
+        rows = (buckets + self.offsets).reshape(-1, count)
+        known = torch.where(buckets > 0, values, 0.0)
+        total = F.embedding_bag(rows, self.table.weight, mode="sum").view(*buckets.shape[:-1], -1)
+        return total + known.to(self.slope.dtype) @ self.slope + self.kind
+
+
+class NumericTokens(nn.Module):
+    """One ``NumericToken`` for each group that has fields; columns run through the groups in order."""
+
+    def __init__(self, config: ModelConfig, groups: tuple[str, ...]) -> None:
+        super().__init__()
+        fields = [config.group(group) for group in groups if config.group(group)]
+        self.sizes = [len(group) for group in fields]
+        self.parts = nn.ModuleList(NumericToken(group, config.width) for group in fields)
+
+    def forward(self, values: Tensor, buckets: Tensor) -> list[Tensor]:
+        """values, buckets [..., n] → a token [..., d] for each group."""
+        columns = zip(self.parts, values.split(self.sizes, -1), buckets.split(self.sizes, -1), strict=True)
+        return [part(value, bucket) for part, value, bucket in columns] if self.sizes else []
+
+
+@dataclass(frozen=True)
+class Content:
+    """A listing's photo and title as tokens; ``*_gate`` are gate inputs, before dropout."""
+
+    text: Tensor  # [I, 1 + T, d], [TXT] first
+    text_mask: Tensor  # [I, 1 + T] bool
+    image: Tensor  # [I, 1 + P, d], [IMG] first
+    image_mask: Tensor  # [I, 1 + P] bool
+    text_gate: Tensor  # [I, d]: [TXT]
+    image_gate: Tensor  # [I, d]: mean of patches
+    looks: Tensor  # [I, d] float32, ``TasteMap``
+    words: Tensor  # [I, d]
+
+
+@dataclass(frozen=True)
+class SideTokens:
+    """Tokens of one side and its gate input."""
+
+    tokens: Tensor  # [R, N, d]
+    mask: Tensor  # [R, N] bool
+    gate: Tensor  # [R, gate width]
+    summary: Tensor  # what ``Affinity`` reads: [I, 3 d] or [S, 7 d]
+
+
+class ItemTokens(nn.Module):
+    """Tokens of group I: title, photo, static fields."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.text = FrozenProjection(config.text_width, width)
+        self.patch = FrozenProjection(config.image_width, width)
+        self.text_summary = nn.Parameter(torch.empty(width))
+        self.image_summary = nn.Parameter(torch.empty(width))
+        self.no_text = nn.Parameter(torch.empty(width))
+        self.no_image = nn.Parameter(torch.empty(width))
+        self.text_type = nn.Parameter(torch.empty(width))
+        self.patch_type = nn.Parameter(torch.empty(width))
+        self.text_position = nn.Parameter(torch.empty(config.text_tokens, width))
+        self.row = nn.Parameter(torch.empty(config.patch_grid, width))
+        self.column = nn.Parameter(torch.empty(config.patch_grid, width))
+        self.tables = nn.ModuleList(nn.Embedding(field.size, width) for field in config.item_categorical)
+        self.field_type = nn.Parameter(torch.empty(len(config.item_categorical), width))
+        self.groups = NumericTokens(config, ("item_numeric", "item_quality"))
+        self.tastes = TasteMap(config)
+        self.text_norm = nn.LayerNorm(width)
+        self.image_norm = nn.LayerNorm(width)
+        self.field_norm = nn.LayerNorm(width)
+        names = [field.name for field in config.item_categorical]
+        self.identity_columns = (names.index(ITEM_HASH), names.index(SUBCATEGORY))
+        for weight in self.parameters(recurse=False):
+            init_embedding(weight)
+        init_tables(self.tables)
+
+    def content(self, items: ItemBatch, modality_dropout: float = 0.0) -> Content:
+        """Photo and title of each item; in training a share ``modality_dropout`` of either is taken as absent."""
+        text_mask, has_text, has_image = items.text_mask, items.has_text, items.has_image
+        if self.training and modality_dropout > 0.0:
+            has_text = has_text & (torch.rand(has_text.shape, device=has_text.device) >= modality_dropout)
+            has_image = has_image & (torch.rand(has_image.shape, device=has_image.device) >= modality_dropout)
+        text_mask = text_mask & has_text[:, None]
+        patch_mask = has_image[:, None].expand(-1, items.patches.shape[1])
+
+        text = self.text(items.text)
+        summary = torch.where(has_text[:, None], masked_mean(text, text_mask), self.no_text)
+        text = text + self.text_type + self.text_position[: text.shape[1]]
+        text = torch.cat([(summary + self.text_summary)[:, None], text], dim=1)
+        patches = self.patch(items.patches)
+        summary = torch.where(has_image[:, None], masked_mean(patches, patch_mask), self.no_image)
+        place = (self.row[:, None] + self.column[None, :]).flatten(0, 1)  # row-major
+        patches = patches + self.patch_type + place
+        image = torch.cat([(summary + self.image_summary)[:, None], patches], dim=1)
+
+        looks, words = self.tastes(
+            items.patches.mean(1, dtype=torch.float32), has_image, masked_mean(items.text.float(), text_mask), has_text
+        )
+        text, image = self.text_norm(text), self.image_norm(image)
+        mean_patch = torch.where(has_image[:, None], masked_mean(image[:, 1:], patch_mask), image[:, 0])
+        always = torch.ones_like(has_text)[:, None]
+        return Content(
+            text=drop(text, self.config.dropout, self.training),
+            text_mask=torch.cat([always, text_mask], dim=1),
+            image=drop(image, self.config.dropout, self.training),
+            image_mask=torch.cat([always, patch_mask], dim=1),
+            text_gate=text[:, 0],
+            image_gate=mean_patch,
+            looks=looks,
+            words=words,
+        )
+
+    def forward(self, items: ItemBatch) -> SideTokens:
+        """All item tokens: text, image, fields. Gate: mean of fields ‖ [TXT] ‖ mean of patches, [I, 3 d]."""
+        content = self.content(items, self.config.modality_dropout)
+        fields = []
+        for column, table in enumerate(self.tables):
+            ids = items.cats[:, column]
+            if column == self.identity_columns[0]:
+                ids = forget_ids(ids, self.config.id_dropout, self.training)
+            fields.append(table(ids) + self.field_type[column])
+        fields += self.groups(items.values, items.buckets)
+        field_tokens = self.field_norm(torch.stack(fields, dim=1))
+        mean_field = field_tokens.mean(1)
+        field_tokens = drop(field_tokens, self.config.dropout, self.training)
+        real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=field_tokens.device)
+        gate = torch.cat([mean_field, content.text_gate, content.image_gate], dim=-1)
+        return SideTokens(
+            tokens=torch.cat([content.text, content.image, field_tokens], dim=1),
+            mask=torch.cat([content.text_mask, content.image_mask, real], dim=1),
+            gate=gate,
+            summary=torch.cat([mean_field, content.looks, content.words], dim=-1),
+        )
+
+    def identity(self, cats: Tensor) -> Tensor:
+        """Item hash + subcategory of history items, cats [G, 2] → [G, d], from the item fields' own tables."""
+        hashes = forget_ids(cats[:, 0], self.config.id_dropout, self.training)
+        item_table, subcategory_table = (self.tables[column] for column in self.identity_columns)
+        return item_table(hashes) + subcategory_table(cats[:, 1])
+
+    def liked(self, history: HistoryItems) -> Tensor:
+        """What tastes know history items by, [G, 3 d]: identity, looks, words."""
+        places = self.tastes(history.image, history.has_image, history.text, history.has_text)
+        return torch.cat([self.identity(history.cats), *places], dim=-1)
+
+
+class AudienceTokens(nn.Module):
+    """Tokens of group U: user and context fields, and the history."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.tables = nn.ModuleList(nn.Embedding(field.size, width) for field in config.audience_categorical)
+        self.field_type = nn.Parameter(torch.empty(len(config.audience_categorical), width))
+        counts = config.audience_numeric
+        self.counts = NumericToken(counts, width) if counts else None
+        self.image = FrozenProjection(config.image_width, width)
+        self.text = FrozenProjection(config.text_width, width)
+        self.no_image = nn.Parameter(torch.empty(width))
+        self.no_text = nn.Parameter(torch.empty(width))
+        self.history_type = nn.Parameter(torch.empty(width))
+        self.kind = nn.Embedding(3, width)
+        self.gap = nn.Parameter(torch.empty(width))
+        self.log_doubt = nn.Parameter(torch.full((2,), math.log(DOUBT)))
+        self.log_gain = nn.Parameter(torch.full((2,), math.log(GAIN)))
+        self.slot = nn.Parameter(torch.empty(config.history_length, width))
+        self.field_norm = nn.LayerNorm(width)
+        self.history_norm = nn.LayerNorm(width)
+        self.user_column = [field.name for field in config.audience_categorical].index(USER_HASH)
+        for name, weight in self.named_parameters(recurse=False):
+            if not name.startswith("log_"):
+                init_embedding(weight)
+        init_tables([*self.tables, self.kind])
+
+    def forward(self, audience: AudienceBatch, history: HistoryItems, liked: Tensor) -> SideTokens:
+        """Audience tokens; ``liked`` [G, 3 d]: ``ItemTokens.liked``. Gate: mean of fields ‖ of history, [S, 2 d]."""
+        fields = []
+        for column, table in enumerate(self.tables):
+            ids = audience.cats[:, column]
+            if column == self.user_column:
+                ids = forget_ids(ids, self.config.id_dropout, self.training)
+            fields.append(table(ids) + self.field_type[column])
+        if self.counts is not None:
+            fields.append(self.counts(audience.values, audience.buckets))
+        field_tokens = self.field_norm(torch.stack(fields, dim=1))
+
+        looks = torch.where(history.has_image[:, None], self.image(history.image), self.no_image)
+        words = torch.where(history.has_text[:, None], self.text(history.text), self.no_text)
+        past = (
+            _padded(liked[:, : looks.shape[1]] + looks + words, audience.history)
+            + self.kind(audience.history_kind)
+            + audience.history_gap.to(self.gap.dtype)[..., None] * self.gap
+            + self.slot[: audience.history.shape[1]]
+            + self.history_type
+        )
+        past = self.history_norm(past)
+        past_mask = audience.history >= 0
+        mean_field = field_tokens.mean(1)
+        doubts, gains = self.log_doubt.exp(), self.log_gain.exp()
+        kinds = [
+            gain * _mean_of_kind(liked, audience, kind, doubt)
+            for kind, doubt, gain in zip((PURCHASED, CLICKED), doubts, gains, strict=True)
+        ]
+        real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=past.device)
+        return SideTokens(
+            tokens=drop(torch.cat([field_tokens, past], dim=1), self.config.dropout, self.training),
+            mask=torch.cat([real, past_mask], dim=1),
+            gate=torch.cat([mean_field, masked_mean(past, past_mask)], dim=-1),
+            summary=torch.cat([mean_field, *kinds], dim=-1),
+        )
+
+
+def _padded(known: Tensor, history: Tensor) -> Tensor:
+    """Rows of ``known`` [G, n] at ``history`` [S, H], 0 where it is -1."""
+    return F.embedding(history + 1, F.pad(known, (0, 0, 1, 0)))
+
+
+def _mean_of_kind(known: Tensor, audience: AudienceBatch, kind: int, doubt: Tensor) -> Tensor:
+    """Mean of ``known`` [G, n] over the entries of one kind in each row's history, [S, n], drawn to 0 as by ``doubt`` more entries that tell nothing.
+
+    The posterior mean of a Gaussian taste of which each entry is a noisy sight.
+    """
+    weight = ((audience.history >= 0) & (audience.history_kind == kind)).to(known.dtype)
+    every = F.pad(known, (0, 0, 1, 0))  # row 0: padding
+    total = F.embedding_bag(audience.history + 1, every, per_sample_weights=weight, mode="sum")
+    return total / (weight.sum(1, keepdim=True) + doubt)
+
+
+class PairTokens(nn.Module):
+    """Tokens of group X: ``[CVR]`` first, then the item's counts, the pair's counts, the display position."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.task = nn.Parameter(torch.empty(config.width))
+        self.position = nn.Embedding(config.position_size, config.width)
+        self.groups = NumericTokens(config, ("item_counts", "pair_counts"))
+        self.norm = nn.LayerNorm(config.width)
+        init_embedding(self.task)
+        init_embedding(self.position.weight)
+
+    def forward(self, pairs: PairBatch, told: Tensor) -> Tensor:
+        """[B, X, d]; ``told`` [B, d] is added to the task token. In training ``position_dropout`` of the positions become unknown; in eval mode all are."""
+        if self.training:
+            position = forget_ids(pairs.position, self.config.position_dropout, True)
+        else:
+            position = torch.zeros_like(pairs.position)
+        return drop(self.embed(pairs.values, pairs.buckets, position, told), self.config.dropout, self.training)
+
+    def embed(self, values: Tensor, buckets: Tensor, position: Tensor, told: Tensor) -> Tensor:
+        """values, buckets [..., n], position [...], told [..., d] → [..., X, d], without any dropout."""
+        groups = self.groups(values, buckets)
+        tokens = [sum(groups, self.task + told), *groups, self.position(position)]
+        return self.norm(torch.stack(tokens, dim=-2))

@@ -1,0 +1,92 @@
+"""A task's tower: one transformer layer of which only the task token is a query, then an MLP to one logit.
+
+Shapes: B pairs, N tokens, h heads, c = d / h, d width.
+
+Keys have no bias (it would add the same number to every score) and values none (``out``'s bias carries it, as the
+attention weights and the gate weights both sum to 1): nothing but linear maps stands between the experts' mixed outputs
+and the attention, which is what lets the scorer cache W_K and W_V of each expert's output and mix afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camenn_model.config import ModelConfig
+from camenn_model.model.experts import Mixed
+from camenn_model.model.layers import FeedForward, drop, init_linear, mask_bias
+
+
+class Tower(nn.Module):
+    """From the mixed experts to one logit for each pair."""
+
+    def __init__(self, config: ModelConfig, base_rate: float) -> None:
+        """``base_rate``: the probability that the tower starts from."""
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.attention_dropout = config.attention_dropout
+        self.query_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn = FeedForward(config)
+        self.head_norm = nn.LayerNorm(width)
+        self.head_hidden = nn.Linear(width, width)
+        self.head = nn.Linear(width, 1)
+        self.start = math.log(base_rate / (1.0 - base_rate))
+
+    def ask(self, task: Tensor) -> Tensor:
+        """Scaled query of the task tokens [..., d] → [..., h, c]."""
+        query: Tensor = self.query(self.query_norm(task))
+        width = query.shape[-1] // self.heads
+        return query.unflatten(-1, (self.heads, width)) * width**-0.5
+
+    def answer(self, task: Tensor, attended: Tensor) -> Tensor:
+        """Logits [...] float32 from the task tokens [..., d] and what they attended to [..., d] (before ``out``)."""
+        task = task + drop(self.out(attended), self.dropout, self.training)
+        task = task + drop(self.ffn(self.ffn_norm(task)), self.dropout, self.training)
+        hidden = F.gelu(self.head_hidden(self.head_norm(task)))
+        with torch.autocast(task.device.type, enabled=False):  # bfloat16 has three digits: too few for a logit
+            logits: Tensor = self.head(hidden.float())
+        return logits.squeeze(-1)
+
+    def forward(self, mixed: Mixed) -> Tensor:
+        """Logits [B] float32.
+
+        With one query for each pair it is cheaper to carry W_K over to the query, and W_V past the sum, than to project
+        every token: q·(W_K y) = (W_Kᵀ q)·y and Σ α (W_V y) = W_V Σ α y, head by head.
+        """
+        task = mixed.x[:, 0]
+        width = task.shape[-1]
+        by_head = (self.heads, width // self.heads, width)
+        query = torch.einsum("bhc,hcd->bhd", self.ask(task), self.key.weight.view(by_head))
+        scores = []
+        for tokens, mask in ((mixed.x, mixed.x_mask), *mixed.sides):
+            score = query @ tokens.transpose(1, 2)  # [B, h, N]
+            scores.append(score if mask is None else score + mask_bias(mask)[:, None])
+        weights = drop(torch.cat(scores, dim=-1).softmax(dim=-1), self.attention_dropout, self.training)
+        split = weights.split([score.shape[-1] for score in scores], dim=-1)
+        read = split[0] @ mixed.x
+        for weight, (tokens, _) in zip(split[1:], mixed.sides, strict=True):
+            read = read + weight @ tokens
+        attended = torch.einsum("bhd,hcd->bhc", read, self.value.weight.view(by_head)).flatten(1)
+        return self.answer(task, attended)
+
+    def reset_head(self) -> None:
+        """The head's bias at the logit of the base rate."""
+        nn.init.constant_(self.head.bias, self.start)
+
+
+def init_tower(tower: Tower) -> None:
+    """Truncated normal weights, zero biases, the head's bias at the base rate's logit."""
+    for module in tower.modules():
+        if isinstance(module, nn.Linear):
+            init_linear(module)
+    tower.reset_head()

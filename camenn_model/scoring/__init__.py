@@ -1,0 +1,1 @@
+"""Score many pairs with cached states."""

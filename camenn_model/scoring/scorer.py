@@ -1,0 +1,297 @@
+"""The one scoring path: validation, ``camenn score`` and any service go through here.
+
+Shapes: I items, S audience rows, N tokens of a side, X tokens of a pair, E experts, h heads, c = d / h, d width.
+
+A tile is every item of one batch against every audience row of another. Item states are computed once per item and
+audience states once per row; in the tile only the X tokens are computed, for the chosen experts alone. Attention is two
+batched matrix products, one per side (all pairs of an item against its keys, all pairs of an audience row against its
+keys), merged under one softmax: nothing of a side is gathered per pair. The tile equals the model's plain forward pass
+in eval mode up to float32 rounding; pairs whose K-th and next gate logits nearly tie may choose differently
+(``margin``).
+
+In bfloat16 (``draft``) the transformer layers are computed in it; embeddings, gates, and all that is added to the
+tower's logit stay float32, so that a pair goes to the same experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from camenn_model.batch import AudienceBatch, Batch, HistoryItems, ItemBatch
+from camenn_model.model.camenn import CameNN
+from camenn_model.model.experts import choose
+from camenn_model.model.layers import layers_of
+from camenn_model.model.tokens import SideTokens
+from camenn_model.scoring.tile_attention import Part, Places, divide, find_places, keys_values, read_part, run_layer
+
+TILE_PAIRS = 2048
+"""Pairs of a tile that are computed at a time: small enough that the X tokens stay in a core's cache (measured)."""
+
+
+@dataclass
+class SideStates:
+    """What a side leaves for its pairs. Experts are filled in when a pair first chooses them."""
+
+    gate: Tensor  # [R, E] float32, the side's part of the CVR gate's logits
+    mask: Tensor  # [R, N] bool
+    shared: list[Part]  # per shared layer
+    tokens: Tensor  # [R, N, d] out of the shared bottom
+    filled: Tensor  # [E, R] bool: expert computed for this row
+    vector: Tensor  # [R, 3 d + C + 2] float32: factors of ``Affinity`` and of ``Wide``
+    task: Tensor  # [R, d]: the side's part of what ``[CVR]`` is told
+    counts: Tensor | None  # [R, h] float32, ``Counts.of_audience``; items have none
+    experts: dict[int, Part] = field(default_factory=dict)  # rows not filled are 0
+    tower: Part | None = None  # of all experts: keys [R, h, E c, N], values [R, h, N, E c + 1]; not filled: 0
+
+    def __len__(self) -> int:
+        return self.gate.shape[0]
+
+
+class Scorer:
+    """Scores tiles of items x audience rows with a model in eval mode."""
+
+    def __init__(self, model: CameNN, draft: bool = False) -> None:
+        """``draft``: layers in bfloat16, logits with errors of some thousandths."""
+        self.model = model
+        self.draft = draft
+
+    @torch.inference_mode()
+    def item_states(self, items: ItemBatch) -> SideStates:
+        """States of I items, on the model's device. Raises ValueError in training mode or with ``full`` attention."""
+        self._check()
+        return self._states(self.model.item_tokens(items), self.model.wide.item_factors(items), None, side=0)
+
+    @torch.inference_mode()
+    def audience_states(self, audience: AudienceBatch, history: HistoryItems) -> SideStates:
+        """States of S audience rows. Raises ValueError in training mode or with ``full`` attention."""
+        self._check()
+        tokens = self.model.audience_tokens(audience, history, self.model.item_tokens.liked(history))
+        counts = self.model.counts.of_audience(audience)
+        return self._states(tokens, self.model.wide.audience_factors(audience), counts, side=1)
+
+    @torch.inference_mode()
+    def score_tile(
+        self,
+        items: SideStates,
+        audience: SideStates,
+        values: Tensor,
+        buckets: Tensor,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """Raw logits [S, I] float32; ``values`` float32 and ``buckets`` int64 are [S, I, n_pair_num].
+
+        Only pairs where ``wanted`` [S, I] is True are computed, the others are -inf; None = all. The display position
+        is unknown. The states are completed on the way (experts that a pair is first to choose).
+        """
+        count_s, count_i = len(audience), len(items)
+        if values.shape[:2] != (count_s, count_i) or buckets.shape != values.shape:
+            raise ValueError(
+                f"score_tile: values {tuple(values.shape)}, buckets {tuple(buckets.shape)} for "
+                f"{count_s} audience rows x {count_i} items"
+            )
+        if wanted is None:
+            wanted = torch.ones(count_s, count_i, dtype=torch.bool, device=values.device)
+        logits = (audience.vector @ items.vector.T).masked_fill_(~wanted, -torch.inf)
+        step_s = min(count_s, max(1, int(TILE_PAIRS**0.5)))
+        step_i = max(1, TILE_PAIRS // max(1, step_s))
+        for start_i in range(0, count_i, step_i):
+            rows_i = slice(start_i, min(start_i + step_i, count_i))
+            for start_s in range(0, count_s, step_s):
+                rows_s = slice(start_s, min(start_s + step_s, count_s))
+                some = wanted[rows_s, rows_i].T
+                if some.any():
+                    given = (column[rows_s, rows_i].transpose(0, 1)[some] for column in (values, buckets))
+                    with self._layers():
+                        logits[rows_s, rows_i].T[some] += self._tile(
+                            _Rows(items, rows_i), _Rows(audience, rows_s), some, *given
+                        )
+        return logits
+
+    @torch.inference_mode()
+    def margin(self, items: SideStates, audience: SideStates) -> Tensor:
+        """K-th minus next gate logit of each pair, [S, I] float32: below 1e-5 the choice of experts is a matter of
+        rounding. Infinite where all experts are kept."""
+        logits = audience.gate[:, None] + items.gate[None, :]
+        keep = self.model.config.top_k
+        if keep == self.model.config.experts:
+            return torch.full(logits.shape[:2], torch.inf, device=logits.device)
+        ordered = logits.sort(dim=-1, descending=True).values
+        return ordered[..., keep - 1] - ordered[..., keep]
+
+    @torch.inference_mode()
+    def score_pairs(self, batch: Batch) -> Tensor:
+        """Raw logits [B] float32 of listed pairs by the plain forward pass: either kind of attention, any pairs."""
+        if self.model.training:
+            raise ValueError("Scorer: call model.eval() first")
+        return self.model(batch).logits
+
+    def _check(self) -> None:
+        if self.model.training:
+            raise ValueError("Scorer: call model.eval() first")
+        if self.model.config.attention != "prefix":
+            raise ValueError("Scorer: states need attention='prefix'; use score_pairs with 'full'")
+
+    def _states(self, side_tokens: SideTokens, wide: Tensor, counts: Tensor | None, side: int) -> SideStates:
+        """Runs the shared bottom on one side."""
+        tokens, shared = side_tokens.tokens, []
+        with self._layers():
+            for layer in layers_of(self.model.shared):
+                tokens, kv = layer.own(tokens, side_tokens.mask)
+                shared.append(keys_values(kv, kv.shape[-1] ** -0.5, side_tokens.mask))
+        gate = self.model.cvr_gate.part(side, side_tokens.gate)
+        filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
+        vector, task = self.model.affinity.vectors(side_tokens.summary, side)
+        if side == 0:
+            vector = self.model.affinity.of_orders(vector)
+        vector = torch.cat([vector, wide], dim=1)
+        return SideStates(gate, side_tokens.mask, shared, tokens, filled, vector, task, counts)
+
+    def _layers(self) -> torch.autocast:
+        """What transformer layers are computed in."""
+        return torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=self.draft)
+
+    def _tile(self, items: _Rows, audience: _Rows, some: Tensor, values: Tensor, buckets: Tensor) -> Tensor:
+        """Logits [n] of the pairs of one cache-sized tile where ``some`` [I, S] is True, item by item; values, buckets [n, ·]."""
+        model = self.model
+        by_item, by_audience = some.nonzero(as_tuple=True)
+        with torch.autocast(values.device.type, enabled=False):
+            unknown = torch.zeros(len(buckets), dtype=torch.int64, device=values.device)
+            told = items.task.index_select(0, by_item) + audience.task.index_select(0, by_audience)
+            x = model.pair_tokens.embed(values, buckets, unknown, told)  # [n, X, d]
+            below = model.affinity.of_token(x[:, 0]) + model.wide.of_pairs(values, buckets)
+            below = below + model.counts(audience.counts.index_select(0, by_audience), values, buckets)
+        all_i, all_s = find_places(some, model.config.heads)
+        for number, layer in enumerate(layers_of(model.shared)):
+            x = run_layer(layer, x, ((items.shared(number), all_i), (audience.shared(number), all_s)))
+
+        logits = items.gate.index_select(0, by_item) + audience.gate.index_select(0, by_audience)  # [n, E]
+        chosen, kept = choose(logits, model.config.top_k)
+        weights = torch.zeros_like(logits).scatter_(-1, chosen, kept)
+        picked = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
+        mixed = torch.zeros_like(x)
+        for expert, (layer, norm) in enumerate(zip(layers_of(model.mixture.experts), model.mixture.norms, strict=True)):
+            pairs = picked[:, expert].nonzero().squeeze(1)
+            if len(pairs) == 0:
+                continue
+            of_expert = torch.zeros_like(some)
+            of_expert[by_item.index_select(0, pairs), by_audience.index_select(0, pairs)] = True
+            rows_i, rows_s = of_expert.any(1).nonzero().squeeze(1), of_expert.any(0).nonzero().squeeze(1)
+            for side, rows in ((items, rows_i), (audience, rows_s)):
+                _fill(model, side.states, expert, rows + side.start)
+            place_i, place_s = find_places(of_expert[rows_i][:, rows_s], model.config.heads)
+            sides = ((items.expert(expert, rows_i), place_i), (audience.expert(expert, rows_s), place_s))
+            tokens = norm(run_layer(layer, x.index_select(0, pairs), sides))
+            share = weights[:, expert].index_select(0, pairs)
+            mixed.index_add_(0, pairs, tokens * share[:, None, None])
+        sides = ((items.tower(), all_i), (audience.tower(), all_s))
+        return self._tower(mixed, weights, sides) + below
+
+    def _tower(self, mixed: Tensor, weights: Tensor, sides: tuple[tuple[Part, Places], ...]) -> Tensor:
+        """Logits [n] from the mixed X tokens [n, X, d] and dense gate weights [n, E].
+
+        logit_j = sum over e of g_e q·kappa_{e,j}: as one product with the gate weights on the query's side.
+        """
+        tower = self.model.cvr_tower
+        task = mixed[:, 0]
+        query = tower.ask(task)  # [n, h, c]
+        # The X part, as in the tower's own forward: W_K and W_V moved to the query's side.
+        width = task.shape[-1]
+        by_head = (tower.heads, width // tower.heads, width)
+        key, value = tower.key.weight.view(by_head), tower.value.weight.view(by_head)
+
+        def read(dtype: torch.dtype | None) -> Tensor:
+            asked, x, share, w_key, w_value = (
+                given if dtype is None else given.to(dtype) for given in (query, mixed, weights, key, value)
+            )
+            share = share[:, None, :, None]  # [n, 1, E, 1]
+            own = (torch.einsum("nhc,hcd->nhd", asked, w_key) @ x.transpose(1, 2)).exp_()  # [n, h, X]
+            total = torch.einsum("nhd,hcd->nhc", own @ x, w_value)
+            mass = own.sum(-1)
+            gated = (asked[:, :, None] * share).flatten(2)[:, None]  # [n, 1, h, E c]
+            for part, places in sides:
+                answer = read_part(gated, part.to(dtype), places).reshape(*asked.shape[:2], -1)  # [n, h, E c + 1]
+                total = total + (answer[..., :-1].unflatten(-1, (weights.shape[-1], -1)) * share).sum(2)
+                mass = mass + answer[..., -1]
+            return torch.cat([total, mass[..., None]], dim=-1)
+
+        return tower.answer(task, divide(read).to(task.dtype).flatten(1))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A run of rows of a side's states."""
+
+    states: SideStates
+    rows: slice
+
+    @property
+    def start(self) -> int:
+        return int(self.rows.start)
+
+    @property
+    def gate(self) -> Tensor:
+        return self.states.gate[self.rows]
+
+    @property
+    def task(self) -> Tensor:
+        return self.states.task[self.rows]
+
+    @property
+    def counts(self) -> Tensor:
+        assert self.states.counts is not None  # asked of audience rows alone
+        return self.states.counts[self.rows]
+
+    def shared(self, number: int) -> Part:
+        return self._of(self.states.shared[number])
+
+    def expert(self, expert: int, rows: Tensor) -> Part:
+        """``rows``: [r] int64, counted from the start of the run."""
+        part = self._of(self.states.experts[expert])
+        if len(rows) == len(part.keys):
+            return part
+        return Part(part.keys.index_select(0, rows), part.values.index_select(0, rows))
+
+    def tower(self) -> Part:
+        """Of all experts."""
+        assert self.states.tower is not None  # the tower is asked after the experts
+        return self._of(self.states.tower)
+
+    def _of(self, part: Part) -> Part:
+        return Part(part.keys[self.rows], part.values[self.rows])
+
+
+def _fill(model: CameNN, states: SideStates, expert: int, rows: Tensor) -> None:
+    """Computes an expert and the tower's keys and values of its output for those of ``rows`` that lack them."""
+    rows = rows[~states.filled[expert, rows]]
+    if len(rows) == 0:
+        return
+    layer, norm, tower = layers_of(model.mixture.experts)[expert], model.mixture.norms[expert], model.cvr_tower
+    mask = states.mask.index_select(0, rows)
+    tokens, kv = layer.own(states.tokens.index_select(0, rows), mask)
+    normal = norm(tokens)
+    of_expert = keys_values(kv, kv.shape[-1] ** -0.5, mask)
+    pairs = torch.stack([tower.key(normal), tower.value(normal)], dim=2)
+    of_tower = keys_values(pairs.unflatten(-1, (model.config.heads, -1)), 1.0, mask)  # the tower's query is scaled
+    count, width = len(states), of_tower.keys.shape[2]
+    if expert not in states.experts:
+        states.experts[expert] = _zeros(of_expert, count, 1)
+    if states.tower is None:
+        states.tower = _zeros(of_tower, count, model.config.experts)
+        states.tower.values[..., -1] = states.mask[:, None]
+    states.experts[expert].keys[rows], states.experts[expert].values[rows] = of_expert.keys, of_expert.values
+    place = slice(expert * width, (expert + 1) * width)
+    states.tower.keys[rows, :, place] = of_tower.keys
+    states.tower.values[rows, :, :, place] = of_tower.values[..., :-1]
+    states.filled[expert, rows] = True
+
+
+def _zeros(like: Part, rows: int, times: int) -> Part:
+    """Zeros for so many rows, of ``times`` the width."""
+    _, heads, width, length = like.keys.shape
+    return Part(
+        like.keys.new_zeros(rows, heads, width * times, length),
+        like.values.new_zeros(rows, heads, length, width * times + 1),
+    )

@@ -1,0 +1,160 @@
+"""What a training run is asked for, and the encoded shard set that it reads."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from camenn_model.config import LossConfig, ModelConfig
+from camenn_model.content.agreement import Agreement
+from camenn_model.data.batching import list_units
+from camenn_model.data.examples import ExampleReader, Rows, Unit, count_rows, read_examples
+from camenn_model.data.feature_space import FeatureSpace
+from camenn_model.data.item_table import ItemTable
+from camenn_model.data.shard_set import BLOCK_ROWS, ShardSet
+from camenn_model.training.optimizer import OptimizerConfig
+from schemas.contract import InputError
+
+Progress = Callable[[str, int, int, str], None]
+"""(phase, examples done, examples in all, note): called after every step."""
+
+FIT_ROWS = 1_000_000
+"""Training examples that vocabularies and quantiles are fitted on, from whole blocks, the latest ones."""
+LATEST_ROWS = 500_000
+"""Training examples that the space of tastes and the linear part are found from, from whole blocks, the latest ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """One training run, resolved."""
+
+    shards: str
+    out: str
+    profile: str = "small"
+    attention: str = "prefix"
+    epochs: int = 1
+    batch_size: int = 128
+    """Examples a step, over all processes"""
+    micro_batches: int = 1
+    """Pieces that a step's batch is cut into; the number of processes divides it"""
+    by_store: bool = False
+    """Whether a batch draws from few stores, and so holds fewer distinct listings"""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3, ema_decay=0.99))
+    evaluations: int = 4
+    patience: int = 4
+    seed: int = 0
+    device: str = "cpu"
+    precision: str = "fp32"
+    loss: LossConfig = field(default_factory=LossConfig)
+    alignment: bool = True
+    alignment_passes: int = 8
+    """Times that each listing is seen in the steps of alignment alone, before the clicks, and again at most in the steps with clicks; 0 = never"""
+    choice_passes: int = 4
+    """Times that each click is seen in the steps that learn who clicks what, before what is ordered; 0 = no such steps"""
+    checkpoint_seconds: float = 60.0
+    workers: int = 1
+    """Threads that gather batches"""
+
+    def request(self) -> dict[str, Any]:
+        """What the result depends on: not on how often it is saved, nor on the threads that gather."""
+        return {name: value for name, value in asdict(self).items() if name not in ("workers", "checkpoint_seconds")}
+
+
+@dataclass
+class Corpus:
+    """What training reads: the shard set, encoded."""
+
+    shards: ShardSet
+    space: FeatureSpace
+    table: ItemTable
+    reader: ExampleReader
+    config: ModelConfig
+
+    def files(self, split: str) -> list[tuple[str, int]]:
+        """(path, rows) of a split."""
+        return self.shards.examples(split)
+
+    def blocks(self, split: str) -> list[Unit]:
+        """List the large pieces of a split, in order of time."""
+        return list_units(self.files(split), BLOCK_ROWS)
+
+    def rows(self, split: str) -> int:
+        """Examples of a split."""
+        return sum(rows for _, rows in self.files(split))
+
+    def latest(self, split: str) -> Iterator[Rows]:
+        """Whole blocks of a split, the latest first, up to `LATEST_ROWS` examples."""
+        return map(self.reader.read_unit, _latest_blocks(self.blocks(split), LATEST_ROWS))
+
+
+def open_corpus(options: TrainOptions) -> Corpus:
+    """Open a shard set, fit the feature space on its training part, and size the model.
+
+    Raises:
+        InputError: a part is empty, labels are of one class only, or no listing has a photo or a title.
+    """
+    shards = ShardSet(options.shards)
+    for split in ("train", "early_stop", "calibration", "test"):
+        if not shards.examples(split):
+            raise InputError(
+                f"--shards {options.shards}: part '{split}' is empty: the log is too short to be split by time with a gap of the attribution window. "
+                "Give a longer log, or a smaller --test_share or --attribution_hours to `camenn shards`."
+            )
+    blocks = list_units(shards.examples("train"), BLOCK_ROWS)
+    examples = pa.concat_tables([read_examples(block) for block in _latest_blocks(blocks, FIT_ROWS)])
+    base_rate = float(np.mean(examples["label"].to_numpy()))
+    for split in ("early_stop", "calibration", "test"):
+        labels = np.concatenate(
+            [pq.ParquetFile(path).read(columns=["label"])["label"].to_numpy() for path, _ in shards.examples(split)]
+        )
+        _check_classes(options.shards, split, float(labels.mean()))
+    _check_classes(options.shards, "train", base_rate)
+    if not len(shards.images) or not len(shards.titles):
+        missing = "photo" if not len(shards.images) else "title"
+        raise InputError(
+            f"--shards {options.shards}: no listing has a {missing} that could be encoded: CameNN needs both. See the store's `defects`."
+        )
+    table = ItemTable(shards.items, shards.images, shards.titles)
+    likeness = table.fit_likeness()
+    agreement = table.fit_agreement() if options.alignment else Agreement.none()
+    told = table.tell(likeness, agreement)
+    space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, agreement, told)
+    table.encode(space, told)
+    patches, image_width = shards.images.shape
+    tokens, text_width = shards.titles.shape
+    config = ModelConfig.profile(
+        options.profile,
+        fields=space.fields,
+        text_width=text_width,
+        image_width=image_width,
+        base_rate=base_rate,
+        history_length=int(shards.manifest["options"]["history"]),
+        text_tokens=tokens,
+        patch_grid=math.isqrt(patches),
+        attention=options.attention,  # type: ignore[arg-type]
+    )
+    reader = ExampleReader(space, table, shards.users, config.history_length, config.position_size)
+    return Corpus(shards, space, table, reader, config)
+
+
+def _latest_blocks(blocks: list[Unit], most: int) -> Iterator[Unit]:
+    """The last one first, until they hold `most` rows or there are no more."""
+    count = 0
+    for block in reversed(blocks):
+        yield block
+        count += count_rows([block])
+        if count >= most:
+            return
+
+
+def _check_classes(root: str, split: str, rate: float) -> None:
+    if rate in (0.0, 1.0):
+        found = "no click was followed by an order" if rate == 0.0 else "every click was followed by an order"
+        raise InputError(
+            f"--shards {root}: part '{split}' has one class only ({found}): there is nothing to learn. "
+            "Check that orders carry the same user_id and item_id as clicks, and that --attribution_hours fits."
+        )

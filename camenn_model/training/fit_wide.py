@@ -1,0 +1,98 @@
+"""Fit the linear part by penalised maximum likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from camenn_model.model.wide import Catalog, Wide, WideRows
+
+PENALTIES = (10_000.0, 3_000.0, 1_000.0, 300.0, 100.0, 30.0, 10.0)
+"""Half of it times the sum of squares of the numbers of categories, crosses and content is added to the summed log loss. Tried from the largest on, as long as the early-stop part gains."""
+SLOPE_PENALTY, BUCKET_PENALTY = 10.0, 300.0
+"""The same of slopes, which every example tells of, and of buckets of numeric fields, which tell how a field differs from its slope."""
+ITERATIONS = 40
+"""Of L-BFGS for each penalty; each begins where the one before ended."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found."""
+
+    penalty: float
+    loss: float  # mean log loss on the early-stop part
+    worth: tuple[float, ...]  # of each of the other parts' logits
+
+
+def fit_wide(
+    wide: Wide,
+    base: float,
+    catalog: Catalog,
+    train: WideRows,
+    stop: WideRows,
+    progress: Callable[[int, int, str], None],
+) -> Fit:
+    """Fits all weights, in place.
+
+    Args:
+        base: what the rest of the model says, a logit, which the linear part's is added to.
+        train, stop: what to fit on, and what to choose the penalty by.
+    """
+    worth = torch.zeros(train.told.shape[1], requires_grad=True, device=train.told.device)
+    weights = [*wide.parameters(), worth]
+    numbers = (wide.item_numbers, wide.audience_numbers, wide.pair_numbers)
+    slopes, buckets = [worth, *(part.slope for part in numbers)], [part.number for part in numbers]
+    free = {id(weight) for weight in (wide.bias, *slopes, *buckets)}
+    others = [weight for weight in wide.parameters() if id(weight) not in free]
+    count = len(train.label)
+
+    def loss_of(rows: WideRows) -> Tensor:
+        logits = base + wide.of_examples(catalog, rows) + rows.told @ worth
+        return F.binary_cross_entropy_with_logits(logits, rows.label)
+
+    best: Fit | None = None
+    kept: list[Tensor] = []
+    try:
+        for weight in wide.parameters():
+            weight.requires_grad_(True)
+        for number, penalty in enumerate(PENALTIES):
+            optimizer = torch.optim.LBFGS(
+                weights, max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-9
+            )
+
+            def closure(penalty: float = penalty, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                squares = ((slopes, SLOPE_PENALTY), (buckets, BUCKET_PENALTY), (others, penalty))
+                loss = loss_of(train) + sum(_squares(weights, each / count) for weights, each in squares)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            with torch.no_grad():
+                found = Fit(penalty, float(loss_of(stop)), tuple(worth.tolist()))
+            better = best is None or found.loss < best.loss
+            progress(
+                number + 1 if better else len(PENALTIES),
+                len(PENALTIES),
+                f"penalty {penalty:g}, early-stop log loss {found.loss:.4f}, tastes worth {found.worth[0]:.2f}",
+            )
+            if not better:
+                break
+            best, kept = found, [weight.detach().clone() for weight in wide.parameters()]
+    finally:
+        for weight in wide.parameters():
+            weight.requires_grad_(False)
+            weight.grad = None
+    assert best is not None
+    with torch.no_grad():
+        for weight, value in zip(wide.parameters(), kept, strict=True):
+            weight.copy_(value)
+    return best
+
+
+def _squares(weights: Sequence[Tensor], penalty: float) -> Tensor:
+    return 0.5 * penalty * torch.stack([weight.square().sum() for weight in weights]).sum()

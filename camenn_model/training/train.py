@@ -1,0 +1,110 @@
+"""Train CameNN on a shard set and write its package."""
+
+import csv
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from camenn_model.evaluation.predictions import CALIBRATED_ON, Predictions, calibrate, cvr_metrics, predict, reliability
+from camenn_model.evaluation.representation import representation
+from camenn_model.tensors import save_tensors
+from camenn_model.training.corpus import Corpus, Progress, TrainOptions, open_corpus
+from camenn_model.training.distributed import Processes
+from camenn_model.training.trainer import Trainer
+
+
+def train(
+    options: TrainOptions, directory: Path, progress: Progress, processes: Processes | None = None
+) -> dict[str, Any]:
+    """Train, calibrate, measure, and write the package into `directory`; returns the metrics.
+
+    Of several processes the first one does so; the others take part in the steps, and return {}.
+
+    Raises:
+        InputError: the shard set cannot be trained on (see `open_corpus`), or the loss stopped being finite.
+    """
+    started = time.monotonic()
+    corpus = open_corpus(options)
+    trainer = Trainer(corpus, options, progress, processes)
+    if not trainer.processes.first:
+        trainer.run()
+        return {}
+    trainer.run()
+    model, state = trainer.model, trainer.state
+    found = {
+        split: predict(
+            model,
+            corpus.reader,
+            corpus.table,
+            corpus.blocks(split),
+            lambda done, total, split=split: progress(f"measure {split}", done, total, ""),
+        )
+        for split in (*CALIBRATED_ON, "test")
+    }
+    calibration = calibrate(found)
+    test = found["test"]
+    metrics: dict[str, Any] = {
+        "test": cvr_metrics(test, calibration, corpus.config.base_rate),
+        "baselines": {"popularity": popularity_metrics(corpus, found)},
+        "reliability": reliability(test, calibration),
+        "representation": None,
+        "early_stop_log_loss": state.best_loss,
+        "train": {
+            "examples": state.examples,
+            "steps": state.step,
+            "best_step": state.best_step,
+            "epochs": options.epochs,
+            "seconds": round(state.seconds, 1),
+            "examples_per_second": round(state.examples / max(state.seconds, 1e-9), 1),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "alignment_listings": len(trainer.sampler) if trainer.sampler else 0,
+        },
+    }
+    retrieval: dict[str, Any] = {"queries": []}
+    if trainer.sampler is not None:
+        metrics["representation"], retrieval["queries"] = representation(model, corpus.table, options.seed)
+    metrics["seconds"] = round(time.monotonic() - started, 1)
+    save_tensors(directory / "model.safetensors", dict(model.state_dict()))
+    meta = {
+        "model": json.loads(corpus.config.to_json()),
+        "loss": asdict(options.loss),
+        "encoders": corpus.shards.manifest["options"]["encoders"],
+        "attribution_hours": corpus.shards.manifest["options"]["attribution_hours"],
+    }
+    (directory / "config.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
+    corpus.space.write(directory)
+    (directory / "calibration.json").write_text(calibration.to_json())
+    (directory / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
+    (directory / "retrieval.json").write_text(json.dumps(retrieval, indent=1))
+    write_curves(directory / "curves.csv", state.curves)
+    shutil.rmtree(trainer.checkpoint_path.parent, ignore_errors=True)
+    return metrics
+
+
+def popularity(corpus: Corpus, split: str) -> NDArray[np.float64]:
+    """log(1 + orders of the listing before the session) of each example of a split, [n]."""
+    files = [pq.ParquetFile(path).read(columns=["item_orders"]) for path, _ in corpus.files(split)]
+    return np.log1p(np.concatenate([table["item_orders"].to_numpy() for table in files]).astype(np.float64))
+
+
+def popularity_metrics(corpus: Corpus, found: dict[str, Predictions]) -> dict[str, Any]:
+    """The popularity baseline, calibrated like the model: listings by their orders before the session. `found`: predictions of the same examples."""
+    popular = {split: predictions.with_logits(popularity(corpus, split)) for split, predictions in found.items()}
+    return cvr_metrics(popular["test"], calibrate(popular), corpus.config.base_rate)
+
+
+def write_curves(path: Path, curves: list[dict[str, float]]) -> None:
+    """One CSV row per step; an empty cell where nothing was measured."""
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(curves[0]) if curves else ["step"])
+        writer.writeheader()
+        for row in curves:
+            writer.writerow({name: "" if math.isnan(value) else f"{value:.6g}" for name, value in row.items()})

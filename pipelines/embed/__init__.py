@@ -1,0 +1,1 @@
+"""Stage `embed`: encode every distinct photo and title of the catalog, once."""

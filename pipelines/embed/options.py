@@ -1,0 +1,63 @@
+"""What one run of `camenn embed` is asked for."""
+
+from dataclasses import dataclass
+
+from camenn_model.encoders.spec import ImageSpec, TextSpec
+from pipelines.embed.handlers import MakeHandler, chunk_handler
+from pipelines.io.tables import Source
+from pipelines.runs.store import IMAGES, generation
+from schemas.contract import Contract
+from schemas.embeddings import image_embeddings, title_embeddings
+
+STAGE = "embed"
+ROWS_PER_BUCKET = 16_384
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """One embed run, resolved."""
+
+    data: str
+    store: str
+    image_root: str
+    allow_absolute: bool
+    image: ImageSpec
+    text: TextSpec
+    max_reject_rate: float
+    accelerator: str | None = None
+    """Dataflow's accelerator for the encoder steps; changes no row"""
+
+
+def store_place(options: EmbedOptions, kind: str) -> tuple[str, Contract]:
+    """Directory and contract of one kind's generation in the store."""
+    spec = options.image if kind == IMAGES else options.text
+    contract = image_embeddings(*spec.shape) if kind == IMAGES else title_embeddings(*spec.shape)
+    return generation(options.store, kind, spec.fingerprint), contract
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedJob:
+    """One job of the stage. `plan`: it ends where encoding would begin."""
+
+    options: EmbedOptions
+    source: Source
+    previous: Source | None
+    run_directory: str
+    progress: str | None
+    threads: int | None
+    make_handler: MakeHandler = chunk_handler
+    plan: bool = False
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self.run_directory.rsplit("/", 1)[-1]
+
+    @property
+    def buckets(self) -> int:
+        """Buckets that contents and listings are shuffled into."""
+        return max(1, -(-self.source.rows // ROWS_PER_BUCKET))
+
+    def spec(self, kind: str) -> ImageSpec | TextSpec:
+        """The encoder of one kind."""
+        return self.options.image if kind == IMAGES else self.options.text

@@ -1,0 +1,150 @@
+"""From the catalog to items: which photo and which title each listing has, and which contents are wanted."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+
+from camenn_model.hashing import content_key, normalise_title
+from pipelines.embed.options import STAGE
+from pipelines.inputs.catalog import add_origin, drop_duplicates
+from pipelines.inputs.photo_files import FileDefect, PhotoFiles, UriDefect, photo_status
+from pipelines.io.rejects import drop_unusable
+from pipelines.io.tables import Slice
+from pipelines.runs.accounting import Count
+from schemas.catalog import CATALOG
+from schemas.embeddings import EMBEDDED_ITEMS
+
+READ_THREADS = 8
+
+WANTED_IMAGE = pa.schema([("image_key", pa.string()), ("path", pa.string()), ("bytes", pa.binary())])
+WANTED_TITLE = pa.schema([("title_key", pa.string()), ("title", pa.string())])
+
+
+class CleanRows(beam.DoFn):
+    """(Slice, catalog rows) → rows with their origin; rejects and counts beside."""
+
+    def process(self, element: tuple[Slice, pa.Table]) -> Iterator[Any]:
+        where, table = element
+        kept, rejects = drop_unusable(STAGE, where, add_origin(where, table), CATALOG)
+        yield kept
+        yield beam.pvalue.TaggedOutput("counts", Count("catalog", "in", table.num_rows))
+        if rejects.num_rows:
+            yield beam.pvalue.TaggedOutput("rejects", rejects)
+            yield beam.pvalue.TaggedOutput("counts", Count("catalog", "rejected", rejects.num_rows))
+
+
+@dataclass(frozen=True)
+class _Photo:
+    """What is known of one listing's photo."""
+
+    key: str | None = None
+    path: str | None = None
+    size: int | None = None
+    mtime: float | None = None
+    data: bytes | None = None
+    defect: str | None = None
+    detail: str | None = None
+
+
+class ResolveItems(beam.DoFn):
+    """One bucket of the catalog → its items, and the photos and titles that they want.
+
+    A photo whose (address, size, modification time) is the previous run's is not opened: its key is known.
+    """
+
+    def __init__(self, image_root: str, allow_absolute: bool) -> None:
+        self.photos = PhotoFiles(image_root, allow_absolute)
+        self.real_directory: Callable[[str], str] = os.path.realpath
+        self.read = beam.metrics.Metrics.counter(STAGE, "photos-read")
+
+    def process(self, element: tuple[int, dict[str, pa.Table]]) -> Iterator[Any]:
+        _, kinds = element
+        if "catalog" not in kinds:
+            return
+        rows, rejects, copies = drop_duplicates(STAGE, kinds["catalog"])
+        known: dict[str, tuple[str, int, float, str]] = {}
+        if "previous" in kinds:
+            columns = [
+                kinds["previous"][name].to_pylist()
+                for name in ("item_id", "image_uri", "image_size", "image_mtime", "image_key")
+            ]
+            known = {
+                item: (uri, size, mtime, key)
+                for item, uri, size, mtime, key in zip(*columns, strict=True)
+                if key is not None
+            }
+        items, uris, inline = (rows[name].to_pylist() for name in ("item_id", "image_uri", "image_bytes"))
+        # Anew for each bucket: links may be changed between runs of a worker that lives on.
+        self.real_directory = functools.lru_cache(4_096)(os.path.realpath)
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            photos = list(
+                pool.map(
+                    lambda row: self._photo(row[1], row[2], known.get(row[0])), zip(items, uris, inline, strict=True)
+                )
+            )
+        titles = [normalise_title(title) for title in rows["title"].to_pylist()]
+        title_keys = [content_key(title.encode()) if title else None for title in titles]
+        yield pa.table(
+            {
+                "item_id": items,
+                "title_key": title_keys,
+                "image_key": [photo.key for photo in photos],
+                "image_uri": uris,
+                "image_size": [photo.size for photo in photos],
+                "image_mtime": [photo.mtime for photo in photos],
+                "image_defect": [photo.defect for photo in photos],
+                "image_defect_detail": [photo.detail for photo in photos],
+            },
+            schema=EMBEDDED_ITEMS.schema,
+        )
+        wanted = {photo.key: photo for photo in photos if photo.key is not None}
+        yield beam.pvalue.TaggedOutput(
+            "images",
+            pa.table(
+                {
+                    "image_key": list(wanted),
+                    "path": [p.path for p in wanted.values()],
+                    "bytes": [p.data for p in wanted.values()],
+                },
+                schema=WANTED_IMAGE,
+            ),
+        )
+        by_key = {key: title for key, title in zip(title_keys, titles, strict=True) if key is not None}
+        yield beam.pvalue.TaggedOutput(
+            "titles", pa.table({"title_key": list(by_key), "title": list(by_key.values())}, schema=WANTED_TITLE)
+        )
+        if rejects.num_rows:
+            yield beam.pvalue.TaggedOutput("rejects", rejects)
+        yield beam.pvalue.TaggedOutput("counts", Count("catalog", "out", rows.num_rows))
+        yield beam.pvalue.TaggedOutput("counts", Count("catalog", "rejected", rejects.num_rows))
+        yield beam.pvalue.TaggedOutput("counts", Count("catalog", "duplicates", copies))
+
+    def _photo(self, uri: str | None, data: bytes | None, known: tuple[str, int, float, str] | None) -> _Photo:
+        if data is not None:
+            return _Photo(key=content_key(data), data=data, size=len(data), mtime=0.0)
+        if uri is None or not uri.strip():
+            return _Photo()
+        try:
+            path = self.photos.resolve(uri, self.real_directory)
+            size, mtime = photo_status(path)
+            if known is not None and known[:3] == (uri, size, mtime):
+                return _Photo(key=known[3], path=path, size=size, mtime=mtime)
+            key = content_key(self.photos.read(path))
+            self.read.inc()
+            return _Photo(key=key, path=path, size=size, mtime=mtime)
+        except UriDefect as defect:
+            return _Photo(defect=defect.reason, detail=defect.detail)
+        except FileDefect as defect:
+            return _Photo(defect=defect.reason, detail=f"column 'image_uri': '{uri}' {defect.detail}")
+        except FileNotFoundError:
+            detail = f"column 'image_uri': '{uri}' is not a file under {self.photos.image_root}. Upload the photo, or mend the address."
+            return _Photo(defect="missing_image", detail=detail)
+        except OSError as error:
+            detail = f"column 'image_uri': '{uri}' cannot be read ({error.strerror or error}). Mend its permissions, or upload it again."
+            return _Photo(defect="unreadable_image", detail=detail)

@@ -1,0 +1,1 @@
+"""Attribution and as-of features, as pure functions of arrays."""

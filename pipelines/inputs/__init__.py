@@ -1,0 +1,1 @@
+"""What users hand in: catalog, stores, users, logs, photos; and stored contents."""

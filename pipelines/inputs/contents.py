@@ -1,0 +1,190 @@
+"""Copy embeddings out of the store into a run's own `contents/`."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from camenn_model.integrity import DamagedError
+from pipelines.inputs.items import CONTENT_FILE_BYTES, read_stored
+from pipelines.io import files
+from pipelines.io.tables import FileRecord
+from pipelines.runs.manifest import CONTENTS, Manifest, check_records
+from pipelines.runs.store import ROW_GROUP, chunk_name
+from schemas.embeddings import embedding_shape
+
+
+@dataclass(frozen=True)
+class ContentJob:
+    """Rows of some store parts that become one contents file."""
+
+    kind: str
+    groups: tuple[tuple[str, tuple[int, ...]], ...]
+    """Store parts, by path, and the row groups of each that have the rows"""
+    wanted: str
+    """Path of an Arrow IPC stream: the content keys to copy from there, ordered.
+
+    A job is part of the pipeline that is submitted: a name, not the keys.
+    """
+
+
+def plan_contents(
+    kind: str, store: Manifest, wanted: pa.ChunkedArray, present: list[str], directory: str
+) -> list[ContentJob]:
+    """Plan how the embeddings of `wanted` keys are copied.
+
+    Keys that a file of `present` holds already are left out. All jobs together are one pass over the store's parts: in
+    order of keys, which are hashes and lie in all parts, they would be as many passes as there are files. Each job's
+    keys are written under `directory`.
+    """
+    key, table = f"{kind[:-1]}_key", f"{kind[:-1]}_embeddings"
+    stored = read_stored(store, table, [key])
+    keep = pc.is_in(stored[key], pc.drop_null(wanted).unique())
+    for path in present:
+        with pa.memory_map(path) as mapped:
+            keep = pc.and_not(keep, pc.is_in(stored[key], pa.ipc.open_file(mapped).read_all()[key]))
+    chosen = stored.filter(keep)
+    if not chosen.num_rows:
+        return []
+    paths = sorted(store.paths(table))
+    with files.open_read(paths[0]) as handle:
+        shape = embedding_shape(pq.ParquetFile(handle).schema_arrow)
+    limit = max(1, CONTENT_FILE_BYTES // (2 * shape[0] * shape[1]))
+    numbers, groups = chosen["part"].to_numpy(), chosen["group"].to_numpy()
+    edges = np.append(np.flatnonzero((np.diff(numbers) != 0) | (np.diff(groups) != 0)) + 1, len(numbers))
+    jobs: list[ContentJob] = []
+    start = 0
+    while start < len(numbers):
+        # Whole row groups, at least one: none is read by two jobs.
+        place = int(np.searchsorted(edges, start + limit, side="right")) - 1
+        end = int(edges[place]) if place >= 0 and edges[place] > start else int(edges[place + 1])
+        path = files.join(directory, f"{kind}-{len(jobs)}.arrows")
+        with files.atomic_write(path) as handle:
+            handle.write(files.ipc_bytes(chosen.slice(start, end - start).select([key]).sort_by(key)))
+        read = {
+            paths[number]: tuple(np.unique(groups[start:end][numbers[start:end] == number]).tolist())
+            for number in np.unique(numbers[start:end])
+        }
+        jobs.append(ContentJob(kind, tuple(read.items()), path))
+        start = end
+    return jobs
+
+
+def copy_contents(job: ContentJob, directory: str) -> FileRecord:
+    """Copy a job's rows into one Arrow IPC file.
+
+    It is not compressed, so that a reader can map it and gather rows without decoding. Columns: the content key, in
+    order, and `embedding` as fixed_size_binary (float16, shape in the field's metadata). The file is named by its keys:
+    a job that is done again, by a retried bundle or after a crash, writes the same file again.
+
+    Raises:
+        RuntimeError: the store's parts no longer have all that was planned.
+    """
+    key = f"{job.kind[:-1]}_key"
+    with files.open_read(job.wanted) as source:
+        wanted = files.ipc_table(source.read())[key].combine_chunks()
+    rows: NDArray[np.void] | None = None
+    missing = np.ones(len(wanted), dtype=bool)
+    field = None
+    for batch in _read_batches(job, [key, "embedding"]):
+        keys, column = batch[key], batch["embedding"]
+        if rows is None:
+            field = batch.schema.field("embedding")
+            rows = np.empty(len(wanted), dtype=np.dtype((np.void, field.type.byte_width)))
+        place = pc.fill_null(pc.index_in(keys, value_set=wanted), -1).to_numpy()
+        fresh = np.flatnonzero(place >= 0)
+        fresh = fresh[missing[place[fresh]]]
+        # Where a retry wrote a key twice the first row stays.
+        found, first = np.unique(place[fresh], return_index=True)
+        values = np.frombuffer(column.buffers()[1], dtype=rows.dtype)[column.offset : column.offset + len(column)]
+        rows[found] = values[fresh[first]]
+        missing[found] = False
+    if rows is None or field is None or missing.any():
+        raise RuntimeError(
+            f"{', '.join(path for path, _ in job.groups)}: {missing.sum():,} of {len(wanted):,} contents that were there a moment ago are not ({wanted[int(np.argmax(missing))]} is the first)."
+        )
+    path = files.join(directory, f"part-{chunk_name(CONTENTS, wanted.to_pylist())}.arrow")
+    schema = pa.schema([pa.field(key, pa.string()), pa.field("embedding", field.type, metadata=field.metadata)])
+    embeddings = pa.FixedSizeBinaryArray.from_buffers(field.type, len(rows), [None, pa.py_buffer(rows)])
+    with files.atomic_write(path) as handle, pa.ipc.new_file(handle, schema) as writer:
+        writer.write_batch(pa.record_batch([wanted, embeddings], schema=schema))
+    return FileRecord.of(f"contents_{job.kind}", path, len(wanted), handle.written)
+
+
+def _read_batches(job: ContentJob, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a job's row groups, `ROW_GROUP` rows at a time."""
+    for path, groups in job.groups:
+        with files.open_read(path) as source:
+            # Read ahead, each of the reading threads would keep 33 MB for good.
+            yield from pq.ParquetFile(source, pre_buffer=False).iter_batches(
+                ROW_GROUP, row_groups=list(groups), columns=columns, use_threads=False
+            )
+
+
+@dataclass(frozen=True)
+class PlacedJob:
+    """A job and the directory that its file goes to."""
+
+    directory: str
+    job: ContentJob
+
+
+class CopyContents(beam.DoFn):
+    """PlacedJob → FileRecord of the contents file it wrote."""
+
+    @staticmethod
+    def copy(placed: PlacedJob) -> FileRecord:
+        """Do one job, here and now."""
+        return copy_contents(placed.job, placed.directory)
+
+    def process(self, placed: PlacedJob) -> Iterator[FileRecord]:
+        yield self.copy(placed)
+
+
+def contents_jobs(
+    store: Manifest, items: pa.Table, latest: Manifest | None, root: str, run_directory: str
+) -> tuple[list[PlacedJob], list[FileRecord]]:
+    """What is still to be copied into `root`/contents/KIND/FINGERPRINT/, and the files of the last run that stay in use.
+
+    Contents are only ever added; those of another encoder lie in another directory and are not used.
+    """
+    jobs: list[PlacedJob] = []
+    kept: list[FileRecord] = []
+    for kind in ("images", "titles"):
+        generation = str(store.options["image" if kind == "images" else "text"]["fingerprint"])
+        directory = files.join(root, CONTENTS, kind, generation)
+        files.make_directory(directory)
+        files.mark_own(directory)
+        present = [
+            record
+            for record in (latest.records(f"contents_{kind}") if latest else [])
+            if record.path.startswith(directory) and _is_whole(record)
+        ]
+        kept += present
+        jobs += [
+            PlacedJob(directory, job)
+            for job in plan_contents(
+                kind,
+                store,
+                items[f"{kind[:-1]}_key"],
+                [record.path for record in present],
+                files.join(run_directory, "wanted"),
+            )
+        ]
+    return jobs, kept
+
+
+def _is_whole(record: FileRecord) -> bool:
+    """Tell whether a contents file can stay in use; what was in one that cannot is copied from the store again."""
+    try:
+        check_records([record], "Its embeddings are copied again from the store.")
+    except DamagedError as error:
+        print(f"{error}", file=sys.stderr)
+        return False
+    return True

@@ -1,0 +1,207 @@
+"""Read click and order logs: clean events, times in UTC, and codes instead of texts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.io.clock import EARLIEST, can_be
+from pipelines.io.rejects import Fault, drop_faults, find_unusable, make_rejects
+from pipelines.io.tables import Slice, Source, read_groups
+from pipelines.runs.accounting import Count, Outcomes
+from schemas.contract import Contract, without_dictionary
+from schemas.events import CLICKS
+from schemas.rejects import REJECTS
+
+SLICE = "slice"
+"""int32: number of the row group that a row was read from"""
+UNCODED = ("exposure_id", "order_id")
+"""Ids that hardly ever come again"""
+
+
+def time_column(contract: Contract) -> str:
+    """Name of a log's time."""
+    return next(column.name for column in contract.columns if pa.types.is_timestamp(column.type))
+
+
+def drop_impossible(
+    stage: str, where: Slice, table: pa.Table, contract: Contract, latest: int
+) -> tuple[pa.Table, pa.Table]:
+    """(events to keep, rejects): without those that `find_unusable` finds and those whose time cannot be.
+
+    One time in the future would end the log there: windows that are open would count as closed, and days that are to come as final.
+    """
+    name = time_column(contract)
+    times = table[name].cast(pa.int64()).fill_null(EARLIEST).to_numpy()
+    wrong = Fault(
+        "impossible_time",
+        ~can_be(times, latest),
+        lambda row: (
+            f"column '{name}' is {np.datetime64(int(times[row]), 'us')}: before {np.datetime64(EARLIEST, 'us')} or after {np.datetime64(latest, 'us')}, a day from now. "
+            "Write times in microseconds, UTC, or leave the row out."
+        ),
+    )
+    return drop_faults(stage, where, table, contract, [*find_unusable(table, contract), wrong])
+
+
+class CleanEvents(beam.DoFn):
+    """(Slice, rows) → rows that have what is required and whose time can be (up to `latest`), with SLICE; rejects and counts beside."""
+
+    def __init__(self, stage: str, contract: Contract, latest: int) -> None:
+        self.stage = stage
+        self.contract = contract
+        self.latest = latest
+
+    def process(self, element: tuple[Slice, pa.Table]) -> Iterator[Any]:
+        where, table = element
+        kept, rejects = drop_impossible(
+            self.stage, where, table.select(self.contract.names), self.contract, self.latest
+        )
+        yield kept.append_column(SLICE, pa.array(np.full(kept.num_rows, where.number, dtype=np.int32)))
+        yield beam.pvalue.TaggedOutput("counts", Count(self.contract.name, "in", table.num_rows))
+        yield beam.pvalue.TaggedOutput("counts", Count(self.contract.name, "rejected", rejects.num_rows))
+        if rejects.num_rows:
+            yield beam.pvalue.TaggedOutput("rejects", rejects)
+
+
+@dataclass(frozen=True)
+class CleanLog:
+    """Events of a log that count: each user's in order of time and key, all in order of time."""
+
+    events: pd.DataFrame
+    """Columns of the contract but for those of its key alone; times are int64 microseconds, texts codes, int64, of the values in `texts`"""
+    texts: dict[str, pa.Array]
+    """Column → its values, string"""
+    rejects: pa.Table
+    copies: int
+    """Exact copies that were left out"""
+
+
+def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
+    """Collapse exact copies of events.
+
+    Of a user's clicks that share an exposure_id and differ, the first by time and values stays and the others are rejects; those of two users are
+    not compared, as users are read in buckets and the answer must not depend on which share one.
+    """
+    time = time_column(contract)
+    times = table[time].cast(pa.int64()).to_numpy()
+    order = np.argsort(times, kind="stable")
+    moments = times[order]
+    # Only events of one moment and user can be copies, and only they need the rest of the order.
+    same = moments[1:] == moments[:-1]
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    users = encode_texts(table["user_id"].take(pa.array(order[tied])))[0]
+    tied = tied[pd.DataFrame({"moment": moments[tied], "user": users}).duplicated(keep=False).to_numpy()]
+    copies = np.zeros(len(order), dtype=bool)
+    if len(tied):
+        names = [time, *contract.key, *(name for name in contract.names if name not in (time, *contract.key))]
+        rows = to_frame(table.take(pa.array(order[tied])), contract.names)
+        rows[time] = moments[tied]
+        ordered = rows.sort_values(names, kind="stable")
+        copies[tied] = ordered.duplicated().to_numpy()
+        order[tied] = order[tied[ordered.index.to_numpy()]]
+    order = order[~copies]
+    rejects = REJECTS.schema.empty_table()
+    if contract is CLICKS and len(pc.unique(table["exposure_id"])) < len(order):
+        rows = to_frame(table.take(pa.array(order)), ["user_id", "exposure_id", "item_id"])
+        again = rows.duplicated(["user_id", "exposure_id"]).to_numpy()
+        if again.any():
+            # Which file it came from is not known here: kept logs are of row groups, whichever file they lie in. User, item and time find the row.
+            left_out = rows[again].assign(at=times[order[again]].view("datetime64[us]"))
+            details = [
+                f"table 'clicks': column 'exposure_id': '{row.exposure_id}' stands on different clicks of user_id '{row.user_id}'. "
+                f"Left out is the one on item_id '{row.item_id}' at {row.at.isoformat()}. Give each exposure its own id."
+                for row in left_out.itertuples()
+            ]
+            keys = [f"clicks:{exposure}" for exposure in left_out["exposure_id"]]
+            rejects = make_rejects(stage, keys, "duplicate_exposure_id", details)
+            order = order[~again]
+    columns: dict[str, Any] = {}
+    texts: dict[str, pa.Array] = {}
+    for column in contract.columns:
+        if column.name == time:
+            columns[time] = times[order]
+        elif not pa.types.is_string(column.type):
+            columns[column.name] = table[column.name].to_pandas().to_numpy()[order]
+        elif column.name not in UNCODED:
+            codes, texts[column.name] = encode_texts(table[column.name])
+            columns[column.name] = codes[order]
+    return CleanLog(pd.DataFrame(columns), texts, rejects, int(copies.sum()))
+
+
+def to_frame(table: pa.Table, names: list[str]) -> pd.DataFrame:
+    """Some columns for pandas, texts as Arrow's strings, which pandas' own would cost a Python object each."""
+    table = pa.table({name: without_dictionary(table[name]) for name in names})
+    return table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
+
+
+def encode_texts(*columns: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """(code of each value of some columns one after another, int64, equal for equal strings; the values of the codes). Texts may be dictionary-encoded."""
+    chunks: list[pa.Array] = []
+    for column in columns:
+        coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        chunks += coded.chunks if isinstance(coded, pa.ChunkedArray) else [coded]
+    encoded = pa.chunked_array(chunks, pa.dictionary(pa.int32(), pa.string())).unify_dictionaries().combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        return np.zeros(0, dtype=np.int64), pa.array([], pa.string())
+    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary
+
+
+def share_codes(clicks: CleanLog, orders: CleanLog, name: str) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    """One column of both logs under the same codes: those of each one's own codes, int64, and their values."""
+    both, values = encode_texts(clicks.texts[name], orders.texts[name])
+    edge = len(clicks.texts[name])
+    return both[:edge], both[edge:], values
+
+
+def first_of_each(codes: np.ndarray) -> np.ndarray:
+    """Whether each code stands there for the first time, bool [n]; codes are numbered as they come, from 0."""
+    return np.diff(np.maximum.accumulate(codes), prepend=-1) > 0
+
+
+def item_codes(log: CleanLog, known: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Row of each event's listing in `known`, int64 [n]; -1 = not there."""
+    value_set = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
+    found = pc.fill_null(pc.index_in(log.texts["item_id"], value_set=value_set), -1)
+    return found.to_numpy(zero_copy_only=False).astype(np.int64)[log.events["item_id"].to_numpy()]
+
+
+def usable_orders(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
+    """Orders that feed labels and counts, with their `item` code: known by `as_of`, of a listing of the catalog, not returned."""
+    orders = log.events.assign(item=item_codes(log, known))
+    orders = outcomes.keep(orders, (orders["ordered_at"] <= as_of).to_numpy(dtype=bool), "after_as_of")
+    orders = outcomes.keep(orders, (orders["quantity"] > 0).to_numpy(dtype=bool), "returns")
+    return outcomes.keep(orders, (orders["item"] >= 0).to_numpy(dtype=bool), "unknown_item")
+
+
+def usable_clicks(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
+    """Clicks that feed counts and examples, with their `item` code, their `session` and its start (its first click, `session_start`)."""
+    clicks = log.events.assign(item=item_codes(log, known))
+    clicks = outcomes.keep(clicks, (clicks["clicked_at"] <= as_of).to_numpy(dtype=bool), "after_as_of")
+    sessions = max(1, len(log.texts["session_id"]))
+    session = pd.factorize(clicks["user_id"].to_numpy() * np.int64(sessions) + clicks["session_id"].to_numpy())[0]
+    # The session starts at its first click, whether or not the catalog knows that click's listing; clicks are in order of time.
+    start = clicks["clicked_at"].to_numpy()[first_of_each(session)][session]
+    clicks = clicks.assign(session=session, session_start=start)
+    return outcomes.keep(clicks, (clicks["item"] >= 0).to_numpy(dtype=bool), "unknown_item")
+
+
+def read_times(source: Source, latest: int) -> np.ndarray:
+    """The times of a log, int64 microseconds, nulls and those that cannot be left out: eight bytes a row in the submitting process.
+
+    Raises:
+        InputError: times finer than microseconds.
+    """
+    column = time_column(source.contract)
+    contract = replace(source.contract, columns=tuple(c for c in source.contract.columns if c.name == column))
+    pieces = []
+    for path in source.files:
+        times = read_groups(path, contract, columns=[column])[column]
+        found = pc.drop_null(times).cast(pa.int64()).to_numpy()
+        pieces.append(found[can_be(found, latest)])
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)

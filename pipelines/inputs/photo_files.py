@@ -1,0 +1,272 @@
+"""The one door to a catalog's photos: which addresses are let in, and how what lies there is opened.
+
+`image_uri` comes with the catalog, from whoever writes listings. It reads nothing beyond `--image_root`, nothing that is no file, and no more than a photo's bytes.
+"""
+
+import errno
+import fcntl
+import functools
+import importlib.util
+import os
+import re
+import stat
+import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from apache_beam.io.filesystems import FileSystems
+
+from pipelines.inputs.photos import LIMITS, Defect
+from pipelines.io import files
+from schemas.contract import InputError
+
+STORES = ("gs", "s3")
+"""Schemes of object stores"""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file|https?|ftps?):", re.IGNORECASE)
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_READ = 2**20
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+RealDirectory = Callable[[str], str]
+"""`os.path.realpath`, or one that remembers, for a caller with many photos"""
+
+
+class UriDefect(Defect):
+    """An address that is not read.
+
+    `reason`: unsupported_scheme, outside_root or malformed_uri. `detail`: column, value and remedy, for a person.
+    """
+
+
+class FileDefect(Defect):
+    """What lies at an address and is no photo, whatever its bytes are.
+
+    `reason`: not_a_file or too_many_bytes. `detail`: what was found and what to do, for a person; the caller knows the address and puts it before.
+    """
+
+
+def resolve_uri(uri: str, image_root: str, allow_absolute: bool, real_directory: RealDirectory | None = None) -> str:
+    """Return the path to open for a catalog's `image_uri`, which lies under `image_root`.
+
+    An address of gs:// or s3:// is as it stands, and lies under an `image_root` of that scheme, bucket and prefix, or nowhere. With `allow_absolute`, an
+    address may lead out of `image_root`, or have nothing to do with it. Whether the file is there is not asked.
+
+    Raises:
+        UriDefect: another scheme, or one whose library is not installed; an address that leaves `image_root` (by '..', from the file system's root, through
+        a symbolic link, to another bucket); or no path at all.
+    """
+    column = f"column 'image_uri': '{uri[:200]}'"
+    if not uri.strip() or "\0" in uri:
+        raise UriDefect("malformed_uri", f"{column} is no path. Leave it null, or give a path under --image_root.")
+    scheme = _SCHEME.match(uri)
+    if scheme and (scheme[1] or scheme[2]).lower() not in STORES:
+        remedy = "Copy the photo under --image_root, gs:// or s3:// and give that path."
+        raise UriDefect(
+            "unsupported_scheme", f"{column}: '{(scheme[1] or scheme[2]).lower()}' addresses are not read. {remedy}"
+        )
+    if scheme or not files.is_local(image_root):
+        return _resolve_object(uri, column, image_root, allow_absolute)
+    remedy = "Move the photo under --image_root, or pass --allow_absolute."
+    if os.path.isabs(uri):
+        if not allow_absolute:
+            raise UriDefect("outside_root", f"{column} is an absolute path. {remedy}")
+        return uri
+    path = os.path.join(image_root, uri)
+    if not allow_absolute:
+        real = real_directory or os.path.realpath
+        directory, name = os.path.split(path)
+        # A directory holds many photos: what it is in truth is asked once, and of a photo only whether it is a link.
+        if name in ("", ".", "..") or os.path.islink(path):
+            found = os.path.realpath(path)
+        else:
+            found = os.path.join(real(directory), name)
+        if not _is_below(found, real(image_root)):
+            raise UriDefect("outside_root", f"{column} leads out of {image_root}. {remedy}")
+    return path
+
+
+def _resolve_object(uri: str, column: str, image_root: str, allow_absolute: bool) -> str:
+    """An address in an object store, or one relative to a root that lies there."""
+    remedy = "Copy the photo under --image_root, or pass --allow_absolute."
+    if os.path.isabs(uri):
+        if not allow_absolute:
+            raise UriDefect("outside_root", f"{column} is an absolute path. {remedy}")
+        return uri
+    root = image_root.rstrip("/")
+    if not files.is_local(root):
+        root = _lower_scheme(root)
+    path = _lower_scheme(uri) if _SCHEME.match(uri) else f"{root}/{uri}"
+    scheme, _, rest = path.partition("://")
+    bucket, _, name = rest.partition("/")
+    if not _BUCKET.fullmatch(bucket) or not name.strip("/"):
+        raise UriDefect(
+            "malformed_uri", f"{column} names no object. Give {scheme}://BUCKET/PATH, or a path under --image_root."
+        )
+    # A store takes names as they are, but not every client on the way to it does.
+    if any(urllib.parse.unquote(part) in (".", "..") for part in name.split("/")):
+        raise UriDefect(
+            "outside_root",
+            f"{column} has '.' or '..' in it, which {scheme}:// does not know. Give the photo's own path.",
+        )
+    if not allow_absolute and not path.startswith(f"{root}/"):
+        raise UriDefect("outside_root", f"{column} is not under {image_root}. {remedy}")
+    missing = missing_library(scheme)
+    if missing:
+        raise UriDefect("unsupported_scheme", f"{column}: {missing}")
+    return path
+
+
+def _lower_scheme(path: str) -> str:
+    scheme, separator, rest = path.partition("://")
+    return f"{scheme.lower()}{separator}{rest}"
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return path.startswith(directory.rstrip(os.sep) + os.sep)
+
+
+def check_root_scheme(image_root: str) -> None:
+    """Refuse, before any work is done, a root from which no photo could be read.
+
+    Raises:
+        InputError: another scheme than gs:// and s3://, or one whose library is not installed.
+    """
+    if files.is_local(image_root):
+        return
+    scheme = image_root.partition("://")[0].lower()
+    if scheme not in STORES:
+        raise InputError(
+            f"--image_root {image_root}: '{scheme}' addresses are not read. Give a directory, gs:// or s3://."
+        )
+    missing = missing_library(scheme)
+    if missing:
+        raise InputError(f"--image_root {image_root}: {missing}")
+
+
+@functools.cache
+def missing_library(scheme: str) -> str | None:
+    """What this installation lacks for an object store's scheme, and how to install it; None where nothing is."""
+    if scheme == "s3" and importlib.util.find_spec("boto3") is None:
+        return "boto3 is not installed, which reads s3://. Install it: pip install boto3"
+    try:
+        FileSystems.get_filesystem(f"{scheme}://bucket/object")
+    except ValueError:
+        return f"Google's client libraries are not installed, which read {scheme}://. Install them: pip install 'camenn[gcp]' -c constraints.txt"
+    return None
+
+
+@dataclass(frozen=True)
+class PhotoFiles:
+    """Reads photos by the addresses that a catalog gives.
+
+    Args:
+        image_root: directory or gs:// or s3:// prefix that addresses are relative to.
+        allow_absolute: whether an address may lead out of it.
+    """
+
+    image_root: str
+    allow_absolute: bool
+
+    def resolve(self, uri: str, real_directory: RealDirectory | None = None) -> str:
+        """The path of a photo. Raises as `resolve_uri` does."""
+        return resolve_uri(uri, self.image_root, self.allow_absolute, real_directory)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a photo whose path `resolve` gave.
+
+        Raises:
+            UriDefect: the file that was opened lies elsewhere: a link was put on the way to it in between.
+            FileDefect: it is no file, or larger than a photo may be.
+            OSError: it is not there, or cannot be read.
+        """
+        if self.allow_absolute or not files.is_local(path):
+            return read_photo(path)
+        directory = os.open(self.image_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return read_photo(path, within=_path_of(directory))
+        finally:
+            os.close(directory)
+
+
+def photo_status(path: str) -> tuple[int, float]:
+    """Bytes and time of the last change (seconds since 1970, UTC) of a photo, which is not opened.
+
+    Raises:
+        FileDefect: it is no file, or larger than a photo may be. OSError: it is not there, or cannot be looked at.
+    """
+    if files.is_local(path):
+        status = os.stat(path)
+        _check_status(status)
+        return status.st_size, status.st_mtime
+    found = files.find([path])
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, "there is no such object", path)
+    _check_size(found[0].bytes)
+    return found[0].bytes, found[0].written_at
+
+
+def read_photo(path: str, within: str | None = None) -> bytes:
+    """The bytes of a photo; of what is larger than a photo may be, one byte more than that is read and no more.
+
+    Args:
+        within: where a directory lies, as the kernel knows it, that a local file must lie in once it is open.
+
+    Raises:
+        UriDefect, FileDefect, OSError: see `PhotoFiles.read`.
+    """
+    if not files.is_local(path):
+        with files.open_read(path) as handle:
+            data = handle.read(LIMITS.bytes + 1)
+        _check_size(len(data))
+        return data
+    # To open a device may do something to it.
+    _check_status(os.stat(path))
+    # A FIFO that took the file's place would wait for a writer, for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        _check_status(os.fstat(descriptor))
+        found = _path_of(descriptor) if within is not None else None
+        if within is not None and found is not None and not _is_below(found, within):
+            raise UriDefect(
+                "outside_root", f"column 'image_uri': {path} leads out of {within}. Move the photo into it."
+            )
+        pieces, left = [], LIMITS.bytes + 1
+        # Whatever the file says of its size: it may grow meanwhile, and some of the kernel's have no end.
+        while left and (piece := os.read(descriptor, min(_READ, left))):
+            pieces.append(piece)
+            left -= len(piece)
+    finally:
+        os.close(descriptor)
+    _check_size(LIMITS.bytes + 1 - left)
+    return b"".join(pieces)
+
+
+def _check_status(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+        raise FileDefect("not_a_file", f"is {kind}. Put the photo itself there, or mend the address.")
+    _check_size(status.st_size)
+
+
+def _check_size(size: int) -> None:
+    if size > LIMITS.bytes:
+        raise FileDefect("too_many_bytes", f"has more than {LIMITS.bytes:,} bytes. Upload a smaller photo.")
+
+
+def _path_of(descriptor: int) -> str | None:
+    """Where an open file lies, as the kernel knows it; None where it does not tell."""
+    get_path = getattr(fcntl, "F_GETPATH", None)
+    if get_path is not None:
+        return os.fsdecode(fcntl.fcntl(descriptor, get_path, bytes(1024)).rstrip(b"\0"))
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return None

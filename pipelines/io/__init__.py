@@ -1,0 +1,1 @@
+"""Read and write files and tables; no stage, no run."""

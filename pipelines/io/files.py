@@ -1,0 +1,519 @@
+"""Files through Beam's FileSystems: local paths, gs:// and s3:// alike. Every write is atomic: a unique temporary name, then the final one."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from camenn_model.integrity import dump_document, parse_document
+from pipelines.io import clock, files
+from pipelines.io.errors import reading
+from schemas.contract import InputError
+
+
+def join(*parts: str) -> str:
+    """Join path parts on the file system that the first part names."""
+    return FileSystems.join(*parts)
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` is on this machine's own file system."""
+    return "://" not in path
+
+
+def absolute(path: str) -> str:
+    """A local path from the root on, since workers run elsewhere; others as they are."""
+    return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path
+
+
+def exists(path: str) -> bool:
+    """Whether a file or directory exists."""
+    return FileSystems.exists(path)
+
+
+def open_read(path: str) -> BinaryIO:
+    """Open for reading bytes, as they are (a .gz stays compressed)."""
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+def read_json(path: str) -> Any:
+    """Parse one JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON.
+    """
+    with reading(path, "not JSON", remedy="Write it again, or remove it."), open_read(path) as handle:
+        return json.loads(handle.read())
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file that is there."""
+
+    path: str
+    bytes: int
+    written_at: float
+    """Seconds since 1970, UTC"""
+
+
+def match(directory: str, pattern: str) -> list[Found]:
+    """Files below a directory whose paths match, in no order; `*` matches no slash, `**` does. The directory is taken as it is, whatever its name has of `[*?`."""
+    return _match([join(_literal(directory), pattern)])
+
+
+def find(paths: Iterable[str]) -> list[Found]:
+    """Those of some files that are there. Their names are taken as they are."""
+    found, remote = [], []
+    for path in paths:
+        if not is_local(path):
+            remote.append(_literal(path))
+        elif os.path.isfile(path):
+            status = os.stat(path)
+            found.append(Found(path, status.st_size, status.st_mtime))
+    return found + (_match(remote) if remote else [])
+
+
+def _match(patterns: list[str]) -> list[Found]:
+    return [
+        Found(file.path, file.size_in_bytes, file.last_updated_in_seconds)
+        for result in FileSystems.match(patterns)
+        for file in result.metadata_list
+    ]
+
+
+def _literal(path: str) -> str:
+    """A pattern that matches this path alone. Beam knows no quoting, but sets of one character; `[` may not begin one, and no path has a backslash before it."""
+    return re.sub(r"[*?[]", lambda found: r"[\[]" if found[0] == "[" else f"[{found[0]}]", path)
+
+
+def make_directory(path: str) -> None:
+    """Create a local directory and its parents; object stores need none."""
+    if is_local(path):
+        os.makedirs(path, exist_ok=True)
+
+
+def delete_directory(path: str) -> None:
+    """Remove a directory with all that is in it. Object stores know names only: there, a last slash means all that begin so."""
+    if is_local(path):
+        shutil.rmtree(path)
+    else:
+        FileSystems.delete([f"{path}/"])
+
+
+def delete(paths: Sequence[str]) -> None:
+    """Remove files. Beam would take their names for patterns."""
+    for path in filter(is_local, paths):
+        os.remove(path)
+    remote = [_literal(path) for path in paths if not is_local(path)]
+    if remote:
+        FileSystems.delete(remote)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a finished file holds: its size in bytes and the SHA-256 of them, 64 hex digits."""
+
+    bytes: int
+    sha256: str
+
+
+class Sink:
+    """A binary handle that computes the checksum of what is written through it, from the first byte to the last."""
+
+    closed = False
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle = handle
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: Any) -> int:
+        """Write bytes; returns how many."""
+        self._digest.update(data)
+        self._bytes += memoryview(data).nbytes
+        return self._handle.write(data)
+
+    def tell(self) -> int:
+        """Return the bytes written so far."""
+        return self._bytes
+
+    def flush(self) -> None:
+        """Hand everything to the file system."""
+        self._handle.flush()
+
+    def close(self) -> None:
+        """Do nothing: who opened the file closes it (Arrow closes what it is given)."""
+
+    def readable(self) -> bool:
+        """Say that nothing is read."""
+        return False
+
+    def writable(self) -> bool:
+        """Say that bytes are written."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that bytes are written in order."""
+        return False
+
+    @property
+    def written(self) -> Written:
+        """Size and checksum of all that was written."""
+        return Written(self._bytes, self._digest.hexdigest())
+
+
+@contextlib.contextmanager
+def atomic_write(path: str, *, durable: bool = False) -> Iterator[Sink]:
+    """Yield a sink; `path` appears, whole, when the block ends without an error.
+
+    On object stores an object appears only when it is complete, so it is written under its own name at once: a rename would copy it.
+
+    Args:
+        path: of the file.
+        durable: whether it must outlast a power cut from the moment that it appears. It costs a wait for the disk.
+    """
+    if not is_local(path):
+        with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as handle:
+            yield Sink(handle)
+        return
+    directory = os.path.dirname(path) or os.curdir
+    make_directory(directory)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as handle:
+            yield Sink(handle)
+            if durable:
+                handle.flush()
+                _sync(handle.fileno())
+        os.replace(temporary, path)
+        if durable:
+            sync_directory(directory)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+_FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+"""macOS: fsync alone leaves bytes in the drive's own memory"""
+
+
+def _sync(descriptor: int) -> None:
+    if _FULL_SYNC is not None:
+        fcntl.fcntl(descriptor, _FULL_SYNC)
+    else:
+        os.fsync(descriptor)
+
+
+def sync_file(path: str) -> None:
+    """Wait until a local file's bytes are on the disk, whoever wrote them."""
+    if not is_local(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: str) -> None:
+    """Wait until a local directory's names are on the disk: a new file's name is none of its bytes."""
+    if not is_local(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a directory, and need not: a name is on the server when it is given.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: str, paths: Iterable[str]) -> None:
+    """Wait until local files below `root`, and all names on the way to them, are on the disk."""
+    if not is_local(root):
+        return
+    directories = {root}
+    for path in paths:
+        sync_file(path)
+        directory = os.path.dirname(path)
+        while directory.startswith(root) and directory not in directories:
+            directories.add(directory)
+            directory = os.path.dirname(directory)
+    # Deepest first: a name is worth nothing before what it names.
+    for directory in sorted(directories, key=len, reverse=True):
+        sync_directory(directory)
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write one JSON file atomically."""
+    with atomic_write(path) as handle:
+        handle.write(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def write_document(path: str, value: dict[str, Any], *, durable: bool = False) -> None:
+    """Write a JSON object with its own checksum, atomically; `read_document` reads it."""
+    with atomic_write(path, durable=durable) as handle:
+        handle.write(dump_document(value))
+
+
+def read_document(path: str, fields: Collection[str], remedy: str) -> dict[str, Any]:
+    """Read a JSON object that `write_document` wrote.
+
+    Args:
+        path: of the file.
+        fields: every key that it may have.
+        remedy: sentence for the message: what to do where it cannot be used.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    with open_read(path) as handle:
+        return parse_document(handle.read(), path, fields, remedy)
+
+
+def write_parquet(path: str, table: pa.Table, *, row_group_size: int = 65_536, durable: bool = False) -> Written:
+    """Write a table atomically: zstd, dictionary-encoded strings, a checksum for every page."""
+    with atomic_write(path, durable=durable) as handle:
+        pq.write_table(table, handle, compression="zstd", row_group_size=row_group_size, write_page_checksum=True)
+    return handle.written
+
+
+def has_table(path: str) -> bool:
+    """Return whether a table is there as `path`.parquet or as a directory `path`, readable or not."""
+    names = (f"{path}.parquet", path)
+    return any(os.path.lexists(name) if is_local(name) else exists(name) for name in names)
+
+
+def list_parquet(path: str, table: str) -> list[str]:
+    """Files of a table given as `DIR/table.parquet`, a directory `DIR/table` of Parquet files, or a file itself; sorted by name.
+
+    Below the table's own directory, names that begin with `_` or `.` are passed over: see `is_hidden`.
+
+    Raises:
+        InputError: nothing is there (the message names both places that were tried), or what is there cannot be opened.
+    """
+    names = [path] if path.endswith(".parquet") else [f"{path}.parquet", path]
+    # A directory of the table's name goes before a file.
+    names.sort(key=lambda name: name != path or not (is_local(name) and os.path.isdir(name)))
+    for name in names:
+        with reading(name, f"table '{table}' cannot be listed", remedy="Look at its files."):
+            # Spark and others write a directory under the name of a file.
+            found = _list_local(name, table) if is_local(name) else _list_remote(name)
+        if found:
+            return sorted(found)
+    empty = [name for name in names if is_local(name) and os.path.isdir(name)]
+    told = f" ({empty[0]} is a directory without any; names that begin with _ or . do not count)" if empty else ""
+    raise InputError(
+        f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with .parquet files exists{told}. Put it there."
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name in a table's directory is none of its data.
+
+    Writers have such files under way, or keep them beside: `_temporary`, `.spark-staging-1`, `_delta_log`. The rule is
+    Spark's (InMemoryFileIndex.shouldFilterOutPathName): `_x=1`, a partition by a column `_x`, is data.
+    """
+    return name.startswith(".") or (name.startswith("_") and "=" not in name) or name.endswith("._COPYING_")
+
+
+def _list_remote(name: str) -> list[str]:
+    # Object stores list what begins with the directory's name as it was given.
+    below = len(name.rstrip("/")) + 1
+    found = find([name]) if name.endswith(".parquet") else []
+    return [
+        file.path
+        for file in found or match(name, "**.parquet")
+        if not any(map(is_hidden, file.path[below:].split("/")))
+    ]
+
+
+def _list_local(name: str, table: str) -> list[str]:
+    if os.path.isdir(name):
+        found = list(_walk(name, table, frozenset()))
+    elif os.path.lexists(name):
+        found = [_plain_file(name, table)]
+    else:
+        # Of a place that may not be looked at nobody knows whether it is there.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(name)
+        found = []
+    for path in found:
+        if not _is_utf8(path):
+            shown = os.fsencode(path).decode(errors="backslashreplace")
+            raise InputError(f"{shown}: table '{table}': the file's path is not UTF-8. Give it another name.")
+    return found
+
+
+def _walk(directory: str, table: str, above: frozenset[str]) -> Iterator[str]:
+    """Parquet files below a directory.
+
+    Beam's listing would leave out, unsaid, what may not be read and what links lead to.
+    """
+    real = os.path.realpath(directory)
+    if real in above:
+        raise InputError(f"{directory}: table '{table}': a symbolic link leads back to {real}. Remove it.")
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, table, above | {real})
+            elif entry.name.endswith(".parquet"):
+                yield _plain_file(entry.path, table)
+
+
+def _plain_file(path: str, table: str) -> str:
+    if not os.path.isfile(path):
+        wrong = f"a symbolic link to {os.readlink(path)}, where nothing is" if os.path.islink(path) else "no plain file"
+        raise InputError(f"{path}: table '{table}': is {wrong}. Put the file there, or remove it.")
+    return path
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def fingerprint(paths: list[str]) -> str:
+    """16 hex digits over names, sizes and modification times of files: changes when any of them does."""
+    lines = [f"{file.path}:{file.bytes}:{file.written_at}" for file in find(paths)]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+LOCK = ".lock"
+"""Name of the file in an output that a writer holds locked"""
+
+
+class InUseError(InputError):
+    """Another process writes to an output."""
+
+
+@contextlib.contextmanager
+def single_writer(root: str) -> Iterator[None]:
+    """Hold the output root for one writer.
+
+    Raises:
+        InUseError: another process writes there now.
+        InputError: nothing can be written there, or its file system has no locks.
+    """
+    if not is_local(root):
+        # An object store offers no lock to hold; two writers make two runs, and the later latest.json wins whole.
+        yield
+        return
+    try:
+        make_directory(root)
+        handle = open(os.path.join(root, LOCK), "w")  # noqa: SIM115 - closed below, after the lock is given back
+    except OSError as error:
+        raise InputError(
+            f"{root}: cannot be written to ({error.strerror}). Give another output, or mend its permissions."
+        ) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InUseError(
+                f"{root}: another camenn process is writing there. Wait for it to end, or choose another output."
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"{root}: its file system has no locks ({error.strerror}), and two runs at once would harm each other. "
+                "Mount it with locks (NFS 4, or without `nolock`), or give an output on another disk."
+            ) from error
+        yield
+
+
+READING = ".reading"
+"""Name of the file in an output that readers hold locked together, and `camenn gc` alone"""
+
+
+@contextlib.contextmanager
+def shared_reader(*roots: str) -> Iterator[None]:
+    """Keep `camenn gc` from removing files of some outputs while the block reads them.
+
+    An output that cannot be written to is read without: nothing can be removed from it by this user either.
+    """
+    with contextlib.ExitStack() as stack:
+        for root in filter(is_local, roots):
+            with contextlib.suppress(OSError):
+                handle = stack.enter_context(open(os.path.join(root, READING), "a"))
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+@contextlib.contextmanager
+def no_readers(root: str) -> Iterator[None]:
+    """Hold an output while nobody reads it.
+
+    Raises:
+        InUseError: a command is reading it.
+    """
+    if not is_local(root):
+        yield
+        return
+    with open(os.path.join(root, READING), "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InUseError(f"{root}: another camenn process is reading it. Wait for it to end.") from error
+        yield
+
+
+OWN = ".camenn"
+"""Name of the record in a directory that camenn made"""
+
+
+def mark_own(directory: str) -> None:
+    """Record in a directory that camenn made it: `camenn gc` removes nothing from others."""
+    path = join(directory, OWN)
+    if not exists(path):
+        write_document(path, {"made_at": clock.utc_stamp()})
+
+
+def is_own(directory: str) -> bool:
+    """Tell whether a directory says that camenn made it."""
+    return exists(join(directory, OWN))
+
+
+def ipc_bytes(table: pa.Table, compression: str = "lz4") -> bytes:
+    """An Arrow IPC stream: what travels through a shuffle."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def ipc_table(data: bytes) -> pa.Table:
+    """The table of an Arrow IPC stream."""
+    return pa.ipc.open_stream(data).read_all()
+
+
+def local_only(path: str, flag: str) -> str:
+    """`path`, if it is on this machine.
+
+    Raises:
+        InputError: it is on an object store, whose files cannot be mapped into memory.
+    """
+    if not files.is_local(path):
+        raise InputError(
+            f"{flag} {path}: embeddings are mapped into memory, which needs a local directory. Copy it, or mount the bucket."
+        )
+    return os.path.abspath(path)

@@ -1,0 +1,277 @@
+"""Reading and writing tables in Beam: one pair of transforms, bound to a contract. Elements are Arrow tables, not rows."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.io.errors import reading
+from pipelines.io.files import Written, fingerprint, join, list_parquet, open_read, write_parquet
+from schemas.contract import Contract, InputError, check_output, conform, find_not_utf8, is_text, without_dictionary
+
+ROWS_PER_FILE = 262_144
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One table's files, with the row count of their footers and a fingerprint of what they hold."""
+
+    contract: Contract
+    files: tuple[str, ...]
+    rows: int
+    fingerprint: str
+
+    @classmethod
+    def find(cls, directory: str, contract: Contract, *, name: str | None = None) -> "Source":
+        """Find `DIR/name.parquet` or `DIR/name/`, and hold every file's columns and types to the contract before any work starts.
+
+        Raises:
+            InputError: the table is missing, or a file's columns cannot be read under the contract.
+        """
+        files = list_parquet(join(directory, name or contract.name), contract.name)
+        rows = 0
+        for path in files:
+            with open_table(path, contract) as (_, parquet):
+                conform(parquet.schema_arrow.empty_table(), contract, path)
+                rows += parquet.metadata.num_rows
+        return cls(contract=contract, files=tuple(files), rows=rows, fingerprint=fingerprint(files))
+
+    def read_all(self, columns: list[str] | None = None) -> pa.Table:
+        """The whole table in memory: for small dimensions (users, stores, audience).
+
+        Raises:
+            InputError: a file cannot be read, has a text that is not UTF-8, or does not fit the others.
+        """
+        tables = []
+        for path in self.files:
+            table = read_groups(path, self.contract)
+            for name in table.column_names:
+                column = without_dictionary(table[name])
+                wrong = find_not_utf8(column)
+                if wrong is not None:
+                    row = pc.index(wrong, value=True).as_py()
+                    raise InputError(f"{path}: row {row}: {tell_not_utf8(name, column[row])}")
+            tables.append(table)
+        try:
+            table = pa.concat_tables(tables, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise InputError(
+                f"{self.files[0]}: the files of table '{self.contract.name}' do not fit together ({error}). Write each column with the same type in all of them."
+            ) from error
+        return table.select(columns) if columns else table
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One row group of a file, with the number of its first row (from 0): where a reject says that it was found."""
+
+    file: str
+    row_group: int
+    first_row: int
+    number: int = 0
+    """Within the shard set, of a log's: see pipelines/shards/log_cache.py"""
+
+
+@contextlib.contextmanager
+def open_table(path: str, contract: Contract) -> Iterator[tuple[BinaryIO, pq.ParquetFile]]:
+    """Open one of a table's files: (its bytes, what Arrow reads of them).
+
+    Raises:
+        InputError: naming the file, for whatever goes wrong in the block.
+    """
+    with reading(path, f"table '{contract.name}' cannot be read"), open_read(path) as handle:
+        yield handle, open_parquet(handle)
+
+
+def open_parquet(handle: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
+    """Open Parquet, pages held to their checksums where there are any.
+
+    `texts`: columns to read as dictionaries of strings.
+    """
+    return pq.ParquetFile(handle, page_checksum_verification=True, read_dictionary=list(texts))
+
+
+def read_groups(
+    path: str, contract: Contract, groups: Sequence[int] | None = None, columns: list[str] | None = None
+) -> pa.Table:
+    """Read some row groups of a file, or all, and some of its columns, or all, conformed to the contract.
+
+    Raises:
+        InputError: naming file, row group and column of what cannot be read.
+    """
+    with open_table(path, contract) as (handle, parquet):
+        wanted = list(range(parquet.num_row_groups) if groups is None else groups)
+        try:
+            table = parquet.read_row_groups(wanted, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            # Of most dictionaries Arrow checks the values while it reads, and does not say which one is wrong.
+            texts = [field.name for field in parquet.schema_arrow if _is_coded_text(field.type)]
+            parquet = open_parquet(handle, texts)
+            table = _read_columns(path, contract, parquet, wanted, columns, error)
+    return conform(table, contract, path)
+
+
+def _is_coded_text(kind: pa.DataType) -> bool:
+    return pa.types.is_dictionary(kind) and is_text(kind.value_type)
+
+
+def _read_columns(
+    path: str,
+    contract: Contract,
+    parquet: pq.ParquetFile,
+    groups: Iterable[int],
+    columns: list[str] | None,
+    error: Exception,
+) -> pa.Table:
+    """Read again what `error` ended the reading of, and find where."""
+    tables = []
+    for group in groups:
+        try:
+            tables.append(parquet.read_row_group(group, columns=columns))
+        except (pa.ArrowException, OSError):
+            for name in columns or parquet.schema_arrow.names:
+                where = f"row group {group}: column '{name}' of table '{contract.name}' cannot be read"
+                with reading(path, where):
+                    parquet.read_row_group(group, columns=[name])
+            raise error from None
+    return pa.concat_tables(tables)
+
+
+def list_slices(source: Source) -> list[Slice]:
+    """Row groups of a table's files, in order."""
+    slices = []
+    for path in source.files:
+        with open_table(path, source.contract) as (_, parquet):
+            metadata = parquet.metadata
+        first = 0
+        for group in range(metadata.num_row_groups):
+            slices.append(Slice(path, group, first))
+            first += metadata.row_group(group).num_rows
+    return slices
+
+
+def read_slice(where: Slice, contract: Contract, columns: list[str] | None = None) -> pa.Table:
+    """One row group, or some of its columns, conformed to its contract."""
+    return read_groups(where.file, contract, [where.row_group], columns)
+
+
+class _ReadSlice(beam.DoFn):
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
+        self.read_msec = beam.metrics.Metrics.counter("read", f"{contract.name}-msec")
+        self.rows = beam.metrics.Metrics.counter("read", f"{contract.name}-rows")
+
+    def process(self, element: Slice) -> Iterator[tuple[Slice, pa.Table]]:
+        started = time.monotonic()
+        table = read_slice(element, self.contract)
+        self.read_msec.inc(int(1000 * (time.monotonic() - started)))
+        self.rows.inc(table.num_rows)
+        yield element, table
+
+
+@dataclass
+class ReadTable(beam.PTransform):
+    """Read a table as (Slice, Arrow table) per row group, conformed to its contract; row groups are spread over the workers.
+
+    `slices`: those of its row groups that are wanted; None = all.
+    """
+
+    source: Source
+    slices: tuple[Slice, ...] | None = None
+
+    def expand(self, pipeline: beam.Pipeline) -> beam.PCollection:
+        return (
+            pipeline
+            | "ListRowGroups" >> beam.Create(list_slices(self.source) if self.slices is None else self.slices)
+            | "Spread" >> beam.Reshuffle()
+            | "ReadRowGroup" >> beam.ParDo(_ReadSlice(self.source.contract))
+        )
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A finished file: what the manifest lists."""
+
+    table: str
+    path: str
+    rows: int
+    bytes: int
+    split: str = ""
+    """Part of the log, of example files"""
+    sha256: str = ""
+    """64 hex digits over its bytes; '' where an earlier version of camenn wrote it"""
+
+    @classmethod
+    def of(cls, table: str, path: str, rows: int, written: Written, split: str = "") -> "FileRecord":
+        """Return the record of a file that was just written."""
+        return cls(table, path, rows, written.bytes, split, written.sha256)
+
+
+class _WriteTables(beam.DoFn):
+    """Buffers Arrow tables up to a file's worth of rows, then writes one file with a unique name."""
+
+    def __init__(self, contract: Contract, directory: str, rows_per_file: int) -> None:
+        self.contract = contract
+        self.directory = directory
+        self.rows_per_file = rows_per_file
+        self.write_msec = beam.metrics.Metrics.counter("write", f"{contract.name}-msec")
+
+    def start_bundle(self) -> None:
+        self.buffer: list[pa.Table] = []
+        self.buffered = 0
+
+    def _flush(self) -> FileRecord:
+        started = time.monotonic()
+        table = check_output(pa.concat_tables(self.buffer), self.contract)
+        path = join(self.directory, f"part-{uuid.uuid4().hex}.parquet")
+        written = write_parquet(path, table)
+        self.write_msec.inc(int(1000 * (time.monotonic() - started)))
+        self.buffer, self.buffered = [], 0
+        return FileRecord.of(self.contract.name, path, table.num_rows, written)
+
+    def process(self, table: pa.Table) -> Iterator[FileRecord]:
+        if table.num_rows == 0:
+            return
+        self.buffer.append(table)
+        self.buffered += table.num_rows
+        if self.buffered >= self.rows_per_file:
+            yield self._flush()
+
+    def finish_bundle(self) -> Iterator[beam.utils.windowed_value.WindowedValue]:
+        if self.buffered:
+            yield beam.transforms.window.GlobalWindows.windowed_value(self._flush())
+
+
+@dataclass
+class WriteTable(beam.PTransform):
+    """Write Arrow tables under `directory` as uniquely named Parquet files that meet the contract; yields a FileRecord per file."""
+
+    contract: Contract
+    directory: str
+    rows_per_file: int = ROWS_PER_FILE
+
+    def expand(self, tables: beam.PCollection) -> beam.PCollection:
+        return tables | "WriteParquet" >> beam.ParDo(_WriteTables(self.contract, self.directory, self.rows_per_file))
+
+
+def write_table(directory: str, name: str, table: pa.Table) -> FileRecord:
+    """Write a small table from the submitting process, as DIRECTORY/NAME/part-0.parquet."""
+    path = join(directory, name, "part-0.parquet")
+    return FileRecord.of(name, path, table.num_rows, write_parquet(path, table))
+
+
+def tell_not_utf8(name: str, text: pa.StringScalar) -> str:
+    """Return column, value (foreign bytes as \\xe9) and remedy of a text that is not UTF-8."""
+    return f"column '{name}' is not UTF-8: '{show_text(text)}'. Convert the text to UTF-8 (from Latin-1, perhaps), or leave the row out."
+
+
+def show_text(text: pa.StringScalar) -> str:
+    """A text for a person, whatever its bytes are."""
+    return str(text.cast(pa.large_binary()).as_py().decode(errors="backslashreplace"))

@@ -1,0 +1,1 @@
+"""Stage `nightly`: run the other stages from one config file, unattended."""

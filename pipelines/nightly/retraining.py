@@ -1,0 +1,86 @@
+"""Whether tonight is a night to train: by the days that the logs have grown since the last training, or because the published model drifts."""
+
+import datetime
+from dataclasses import dataclass
+
+from pipelines.io import files
+from pipelines.nightly.config import NightlyConfig
+from pipelines.runs.manifest import Manifest, read_latest, read_run
+from schemas.contract import InputError
+from schemas.manifest import MANIFEST
+
+AS_OF = "shards_as_of"
+"""Where a training's summary says up to when its shards had read the logs"""
+ONCE_A_DAY = 0.9
+"""Days of log that must have come since the last training before drift starts another."""
+SLACK = 0.1
+"""Days: a log that ends a little earlier tonight than it did a week ago is a week later all the same."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to train, and why or why not, in words for the log."""
+
+    due: bool
+    words: str
+
+
+def decide(config: NightlyConfig) -> Decision:
+    """Look at the published model, the trainings since, and the shard set of tonight."""
+    shards, model = read_latest(config.output("shards")), read_latest(config.output("model"))
+    if shards is None:
+        raise RuntimeError("shards must be built before training is thought of")
+    if model is None:
+        return Decision(True, "there is no model yet")
+    from camenn_model.data.shard_set import ShardSet
+    from camenn_model.evaluation.challenge import judge_calibration, reads_embeddings_of
+    from camenn_model.package import open_package
+
+    try:
+        package = open_package(config.output("model"))
+    except InputError as error:
+        # As after an upgrade that encodes features otherwise: no night could score until somebody trained by hand.
+        return Decision(True, f"the published model cannot be read ({error})")
+    last = last_training(config.output("model"), model)
+    if AS_OF not in last.summary:
+        return Decision(True, "the published model does not tell which days it was trained on")
+    if last.inputs["shards"] == shards.request:
+        return Decision(False, "the shards are those of the last training")
+    shard_set = ShardSet(config.output("shards"))
+    if not reads_embeddings_of(package, shard_set):
+        return Decision(True, "the store's embeddings are of other encoders than the model's")
+    days = days_between(last.summary[AS_OF], shards.summary["as_of"])
+    every = config.retrain.every_days
+    age = f"the logs have grown by {days:.1f} days since the last training"
+    if every and days >= every - SLACK:
+        return Decision(True, f"{age} (every {every:g})")
+    plan = f"{age} (every {every:g})" if every else f"{age} (no schedule)"
+    if not config.retrain.on_drift:
+        return Decision(False, plan)
+    calibration = judge_calibration(package, shard_set)
+    if calibration is None:
+        return Decision(False, f"{plan}; calibration cannot be told: the test part has no closed day")
+    if calibration.orders_are_missing:
+        return Decision(False, f"{calibration.words()}: nothing is to be learned from a log that lacks its orders")
+    if calibration.off_by() > config.retrain.drift:
+        words = f"{calibration.words()}, further from 1 than {config.retrain.drift:g} beyond chance"
+        if days >= ONCE_A_DAY:
+            return Decision(True, words)
+        return Decision(False, f"{words}, but {age}: once a day is enough")
+    return Decision(False, f"{plan}; {calibration.words()}")
+
+
+def last_training(root: str, published: Manifest) -> Manifest:
+    """The training that ended last, published or held back: one that lost against the published model is not repeated every night."""
+    newest = published
+    for found in files.match(files.join(root, "runs"), f"*/{MANIFEST}"):
+        other = read_run(root, found.path.split("/")[-2])
+        if other.summary.get(AS_OF, "") > newest.summary.get(AS_OF, ""):
+            newest = other
+    return newest
+
+
+def days_between(before: str, after: str) -> float:
+    """Days from one moment of a log to another, both ISO text; negative where the log was set back."""
+    early, late = (datetime.datetime.fromisoformat(text) for text in (before, after))
+    return (late - early).total_seconds() / 86_400

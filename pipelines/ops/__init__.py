@@ -1,0 +1,1 @@
+"""Look after outputs and machines: doctor, publish, rollback, gc, fsck."""

@@ -1,0 +1,1 @@
+"""Stage `report`: write one self-contained HTML page about a run."""

@@ -1,0 +1,124 @@
+"""The report's accounts: what became of the rows of every table, and why they fell out."""
+
+from dataclasses import dataclass
+
+from pipelines.report.data import Reason, Work, count_reasons
+from pipelines.report.labels import OUTCOMES, SPLIT_WORDS, phrase
+
+EXAMPLES_PER_REASON = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a funnel: rows that remain before it, and those that it takes. Shares are of the rows that came in."""
+
+    name: str
+    meaning: str
+    rows: int
+    offset: float
+    share: float
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Book:
+    """The account of one table of one stage."""
+
+    stage: str
+    table: str
+    rows_in: int
+    rows_out: int
+    exclusions: dict[str, int]
+
+    @property
+    def balances(self) -> bool:
+        """Whether every row that came in is accounted for."""
+        return self.rows_in == self.rows_out + sum(self.exclusions.values())
+
+
+def books(work: Work) -> list[Book]:
+    """The accounts of all tables of all stages."""
+    found = []
+    for stage, manifest in work.manifests.items():
+        for table, counts in sorted(manifest.counts.items()):
+            exclusions = {name: rows for name, rows in counts.items() if name not in ("in", "out") and rows}
+            order = sorted(
+                exclusions, key=lambda name: (list(OUTCOMES).index(name) if name in OUTCOMES else len(OUTCOMES), name)
+            )
+            found.append(
+                Book(
+                    stage=stage,
+                    table=table,
+                    rows_in=counts.get("in", 0),
+                    rows_out=counts.get("out", 0),
+                    exclusions={name: exclusions[name] for name in order},
+                )
+            )
+    return found
+
+
+def click_funnel(work: Work) -> list[Step] | None:
+    """From all clicks to training examples: what came in, what each reason took, what was left."""
+    manifest = work.manifests.get("shards")
+    if manifest is None or "clicks" not in manifest.counts:
+        return None
+    book = next(book for book in books(work) if book.stage == "shards" and book.table == "clicks")
+    total = max(book.rows_in, 1)
+    steps = [
+        Step(
+            name="clicks read",
+            meaning="every row of the click log",
+            rows=book.rows_in,
+            offset=0.0,
+            share=1.0,
+            kind="in",
+        )
+    ]
+    left = book.rows_in
+    for name, rows in book.exclusions.items():
+        left -= rows
+        steps.append(
+            Step(
+                name=phrase(name),
+                meaning=OUTCOMES.get(name, ""),
+                rows=-rows,
+                offset=left / total,
+                share=rows / total,
+                kind="lost",
+            )
+        )
+    steps.append(
+        Step(
+            name="examples kept",
+            meaning="one per listing clicked in a session",
+            rows=book.rows_out,
+            offset=0.0,
+            share=book.rows_out / total,
+            kind="out",
+        )
+    )
+    return steps
+
+
+def splits(work: Work) -> list[Step]:
+    """The examples by part of time, in order of time."""
+    manifest = work.manifests.get("shards")
+    found: dict[str, int] = manifest.summary.get("examples", {}) if manifest else {}
+    total = max(sum(found.values()), 1)
+    order = sorted(found, key=lambda name: list(SPLIT_WORDS).index(name) if name in SPLIT_WORDS else len(SPLIT_WORDS))
+    return [
+        Step(
+            name=phrase(name),
+            meaning=SPLIT_WORDS.get(name, ""),
+            rows=found[name],
+            offset=0.0,
+            share=found[name] / total,
+            kind=f"split-{name}",
+        )
+        for name in order
+    ]
+
+
+def reasons(work: Work) -> dict[str, list[Reason]]:
+    """Rejects and defects by reason."""
+    return {table: count_reasons(work.manifests, table, EXAMPLES_PER_REASON) for table in ("rejects", "defects")}

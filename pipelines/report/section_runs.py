@@ -1,0 +1,114 @@
+"""The report's account of how the runs were made: time and speed, encoders, versions, and the commands that repeat them."""
+
+import shlex
+from typing import Any
+
+from pipelines.report.data import STAGES, Work
+from pipelines.report.labels import STAGE_TITLES
+from pipelines.runs.manifest import Manifest
+
+REPEAT_FLAGS = {
+    stage: tuple(names.split())
+    for stage, names in {
+        "embed": "data store image_root allow_absolute image_weights text_encoder grid patch_size max_tokens device precision max_reject_rate",
+        "shards": "data store out attribution_hours history as_of timezone test_share max_reject_rate",
+        "train": "shards out profile attention epochs batch_size learning_rate weighting no_alignment seed device precision",
+        "score": "data store model out score_date top_k audience timezone max_reject_rate shards",
+    }.items()
+}
+"""Flags of each stage that a manifest's options give back; a test holds them to the stages' own parsers."""
+
+
+def timings(work: Work) -> list[dict[str, Any]]:
+    """Stages with their seconds, rows and speed; `share` is of the longest."""
+    longest = max((manifest.seconds for manifest in work.manifests.values()), default=0.0) or 1.0
+    trained = (work.metrics or {}).get("train", {})
+    found = []
+    for stage, manifest in work.manifests.items():
+        unit = {"train": "examples", "score": "pairs"}.get(stage, "rows")
+        # A stage's work: the examples that were trained on, the pairs that were scored, else the rows that were read.
+        rows = {"train": trained.get("examples"), "score": manifest.summary.get("pairs")}.get(
+            stage, manifest.summary.get("rows_in")
+        )
+        speed = rows / manifest.seconds if rows and manifest.seconds else None
+        if stage == "train":
+            speed = trained.get("examples_per_second")
+        found.append(
+            {
+                "title": STAGE_TITLES[stage],
+                "stage": stage,
+                "seconds": manifest.seconds,
+                "share": manifest.seconds / longest,
+                "rows": rows,
+                "speed": speed,
+                "unit": unit,
+                "images": manifest.summary.get("encoded_images"),
+                "titles": manifest.summary.get("encoded_titles"),
+                "summary": manifest.summary,
+            }
+        )
+    return found
+
+
+def encoders(work: Work) -> list[dict[str, Any]]:
+    """The encoders of the embedding store; `untrained` where the weights are random."""
+    manifest = work.manifests.get("embed")
+    if manifest is None:
+        return []
+    titles = {"image": "Photos: InceptionV4", "text": "Titles: BERT"}
+    found = []
+    for name, title in titles.items():
+        spec = manifest.options.get(name, {})
+        description = str(spec.get("description", "not recorded"))
+        found.append(
+            {
+                "title": title,
+                "description": description,
+                "untrained": str(spec.get("source", description)).startswith("random:"),
+                "fingerprint": spec.get("fingerprint", ""),
+            }
+        )
+    return found
+
+
+def version_sets(work: Work) -> list[tuple[str, str]]:
+    """(stages, versions in one line): once for all stages that ran with the same ones."""
+    found: dict[str, list[str]] = {}
+    for stage, manifest in work.manifests.items():
+        found.setdefault(", ".join(f"{name} {value}" for name, value in sorted(manifest.versions.items())), []).append(
+            stage
+        )
+    return [(", ".join(stages), line) for line, stages in found.items()]
+
+
+def commands(work: Work) -> list[list[str]]:
+    """What to type to get these runs again, from the options in their manifests."""
+    found = [repeat_command(stage, work.manifests[stage]) for stage, _ in STAGES if stage in work.manifests]
+    return [*found, ["camenn report", f"--run {shlex.quote(work.root)}"]]
+
+
+def repeat_command(stage: str, manifest: Manifest) -> list[str]:
+    """One stage's command line, as the command and its flags with their values."""
+    options = dict(manifest.options)
+    if stage == "embed":
+        image, text = options.get("image", {}), options.get("text", {})
+        options |= {name: image.get(name) for name in ("grid", "patch_size", "device", "precision")}
+        options |= {
+            "image_weights": image.get("source"),
+            "text_encoder": text.get("source"),
+            "max_tokens": text.get("max_tokens"),
+        }
+    if stage == "train":
+        options |= {
+            "learning_rate": options.get("optimizer", {}).get("learning_rate"),
+            "weighting": options.get("loss", {}).get("weighting"),
+        }
+        options["no_alignment"] = options.get("alignment") is False
+    words = [f"camenn {stage}"]
+    for name in REPEAT_FLAGS[stage]:
+        value = options.get(name)
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words.append(f"--{name} {shlex.quote(str(value))}")
+    return words

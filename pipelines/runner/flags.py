@@ -1,0 +1,94 @@
+"""Declare the flags that stages share; the rest go to Beam unchanged."""
+
+import argparse
+import difflib
+from typing import Any
+
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipelines.runner.beam import check_runner
+
+JOB_SERVER_OPTIONS = (
+    "parallelism",
+    "max_parallelism",
+    "checkpointing_interval",
+    "object_reuse",
+    "state_backend",
+    "execution_mode_for_batch",
+)
+"""Options that Flink's job server announces only when a job is submitted; Python's parsers do not know them."""
+
+
+def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
+    """Which encoders, and what they see: `embed` runs them, `doctor` looks for them."""
+    parser.add_argument(
+        "--image_weights",
+        default="timm/inception_v4.tf_in1k",
+        help="InceptionV4: hub name, .safetensors file or its directory, or random:SEED (default %(default)s)",
+    )
+    parser.add_argument(
+        "--text_encoder",
+        default="google-bert/bert-base-uncased",
+        help="BERT: hub name or directory (default %(default)s)",
+    )
+    parser.add_argument(
+        "--grid", type=int, default=8, help="patches per side of a photo (default %(default)s: 64 patches)"
+    )
+    parser.add_argument(
+        "--patch_size", type=int, default=75, help="pixels per side of a patch, 75 or more (default %(default)s)"
+    )
+    parser.add_argument("--max_tokens", type=int, default=32, help="tokens kept of a title (default %(default)s)")
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """`--json`, which every command has."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the closing table as one JSON object on the last line of stdout"
+    )
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """`--json` and `--max_reject_rate`, which every stage that reads tables has."""
+    add_json_flag(parser)
+    parser.add_argument(
+        "--max_reject_rate",
+        type=float,
+        default=0.01,
+        help="share of a table's rows that may be rejected before the run stops (default %(default)s)",
+    )
+
+
+def new_parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """A stage's parser. Abbreviated flags are refused: they would shadow Beam's."""
+    return argparse.ArgumentParser(
+        prog=f"camenn {stage}",
+        description=description,
+        allow_abbrev=False,
+        epilog="Flags not listed here go to Apache Beam unchanged.",
+    )
+
+
+def parse_with_beam(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a stage's flags; returns them and the flags for Beam. A flag that neither knows ends the program with a suggestion."""
+    arguments, rest = parser.parse_known_args(argv)
+    beam_parser: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    for options in _all_option_classes():
+        options._add_argparse_args(beam_parser)
+    for name in JOB_SERVER_OPTIONS:
+        beam_parser.add_argument(f"--{name}")
+    _, unknown = beam_parser.parse_known_args(rest)
+    if unknown:
+        known = [flag for p in (parser, beam_parser) for action in p._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unknown argument {unknown[0]}{hint} (neither camenn nor Apache Beam has it)")
+    check_runner(rest)
+    return arguments, rest
+
+
+def _all_option_classes() -> list[type[PipelineOptions]]:
+    found: dict[str, type[PipelineOptions]] = {}
+    for options in PipelineOptions.__subclasses__():
+        if options.__module__.startswith("apache_beam.options"):
+            found[options.__name__] = options
+    return list(found.values())

@@ -1,0 +1,235 @@
+"""Publication: a run's directory, its manifest, and `latest.json`, the one file that ever changes; `published/` tells what it pointed to, one file each time."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from camenn_model.integrity import DamagedError, check_files, file_sha256
+from pipelines.io import clock, files
+from pipelines.io.tables import FileRecord
+from schemas.contract import SCHEMA_VERSION, InputError
+from schemas.manifest import (
+    LATEST,
+    LATEST_FIELDS,
+    MANIFEST,
+    MANIFEST_FIELDS,
+    PUBLISHED,
+    RUNS,
+    not_of_stage,
+    nothing_published,
+    pointer_lost,
+    remedy,
+    repair_hint,
+)
+
+RUN_NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
+"""What `new_run` calls a run"""
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """What a finished run is made of."""
+
+    stage: str
+    run: str
+    request: str = ""
+    """16 hex digits; two runs of a stage with equal ones hold the same rows, however often they were run."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    """What was held against earlier nights before publication: name, passed, and words that tell by how much"""
+    seconds: float = 0.0
+    created_at: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def listed(self, table: str) -> list[str]:
+        """Return the paths of a table's files, whether they are there or not."""
+        return [record.path for record in self.records(table)]
+
+    def paths(self, table: str) -> list[str]:
+        """Return the paths of a table's files, each of them whole.
+
+        Raises:
+            DamagedError: one is gone, or is not what was written.
+        """
+        self.check(table)
+        return self.listed(table)
+
+    def check(self, table: str) -> None:
+        """Check that a table's files are what was written; object stores check what they send themselves.
+
+        Raises:
+            DamagedError: see `camenn_model.integrity.check_file`.
+        """
+        check_records(self.records(table), remedy(self.stage, table))
+
+    def records(self, table: str) -> list[FileRecord]:
+        """A table's files as the records that a job emitted."""
+        return [
+            FileRecord(
+                table, entry["path"], entry["rows"], entry["bytes"], entry.get("split", ""), entry.get("sha256", "")
+            )
+            for entry in self.tables.get(table, {}).get("files", [])
+        ]
+
+    def rows(self, table: str) -> int:
+        """Rows of a table."""
+        return sum(entry["rows"] for entry in self.tables.get(table, {}).get("files", []))
+
+
+def check_records(records: Iterable[FileRecord], remedy: str) -> None:
+    """Check that local files are what was written, see `camenn_model.integrity.check_file`."""
+    local = [record for record in records if files.is_local(record.path)]
+    check_files([(record.path, record.bytes, record.sha256) for record in local], remedy)
+
+
+def request_fingerprint(inputs: dict[str, str], options: dict[str, Any]) -> str:
+    """16 hex digits over inputs, options and the program's version: equal ones give equal output, so the work need not be done again."""
+    value = {"inputs": inputs, "options": options, "camenn": versions()["camenn"], "schema": SCHEMA_VERSION}
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def new_run(root: str) -> tuple[str, str]:
+    """Name and directory of a run that does not exist yet: names sort by time."""
+    stamp = clock.utc_now().strftime("%Y%m%dT%H%M%S")
+    run = f"{stamp}-{secrets.token_hex(3)}"
+    directory = files.join(root, RUNS, run)
+    files.make_directory(directory)
+    files.mark_own(directory)
+    return run, directory
+
+
+def versions() -> dict[str, str]:
+    """Versions that results depend on."""
+    packages = ("camenn", "apache-beam", "torch", "transformers", "timm", "pyarrow", "pandas", "numpy")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}
+
+
+def read_pointer(root: str) -> dict[str, Any] | None:
+    """Read `latest.json`: {run, stage, manifest}, or None where nothing was ever published.
+
+    Raises:
+        DamagedError: it is damaged, or gone although runs were published.
+    """
+    path = files.join(root, LATEST)
+    if files.exists(path):
+        return files.read_document(path, LATEST_FIELDS, repair_hint(root))
+    # The very first publication may have been cut off between its record and the pointer.
+    if len(published_files(root)) > 1:
+        raise DamagedError(pointer_lost(root))
+    return None
+
+
+def read_latest(root: str) -> Manifest | None:
+    """Manifest of the published run, or None where nothing was published. Its paths are made absolute under `root`.
+
+    Raises:
+        DamagedError: `latest.json` or the manifest is lost or damaged.
+    """
+    pointer = read_pointer(root)
+    return None if pointer is None else read_run(root, pointer["run"])
+
+
+def read_run(root: str, run: str) -> Manifest:
+    """Manifest of one run; paths are made absolute under `root`.
+
+    Raises:
+        DamagedError: it is lost or damaged.
+    """
+    path = files.join(root, RUNS, run, MANIFEST)
+    if "/" in run or not files.exists(path):
+        raise DamagedError(f"{path}: this file is gone: run {run} cannot be read. {repair_hint(root)}")
+    manifest = Manifest(**files.read_document(path, MANIFEST_FIELDS, repair_hint(root)))
+    if manifest.schema_version > SCHEMA_VERSION:
+        raise InputError(
+            f"{root}: run {run} has schema version {manifest.schema_version}, this camenn reads up to {SCHEMA_VERSION}. Install the newer camenn."
+        )
+    for table in manifest.tables.values():
+        for entry in table["files"]:
+            entry["path"] = files.join(root, entry["path"])
+    return manifest
+
+
+def require_latest(root: str, stage: str, flag: str) -> Manifest:
+    """The published run of `stage` at `root`.
+
+    Raises:
+        InputError: nothing is published there, or it was written by another stage.
+    """
+    manifest = read_latest(root)
+    if manifest is None:
+        raise nothing_published(root, stage, flag)
+    if manifest.stage != stage:
+        raise not_of_stage(root, manifest.stage, stage, flag)
+    return manifest
+
+
+def write_manifest(root: str, manifest: Manifest) -> None:
+    """Write a finished run's manifest, after all that it names is on the disk. Readers do not see the run yet."""
+    manifest.created_at = clock.utc_stamp()
+    manifest.versions = versions()
+    # A run without files has no directory yet.
+    files.make_directory(files.join(root, RUNS, manifest.run))
+    files.sync_tree(root, _new_files(root, manifest))
+    record = asdict(manifest)
+    prefix = root.rstrip("/") + "/"
+    for table in record["tables"].values():
+        for entry in table["files"]:
+            if "sha256" not in entry and files.is_local(entry["path"]):
+                # An earlier version of camenn wrote the file: from now on it must stay as it is.
+                entry["sha256"] = file_sha256(entry["path"])
+            # Relative paths, so that a directory can be moved or copied whole.
+            entry["path"] = entry["path"].removeprefix(prefix)
+        table["files"].sort(key=lambda entry: entry["path"])
+    files.write_document(files.join(root, RUNS, manifest.run, MANIFEST), record, durable=True)
+
+
+def _new_files(root: str, manifest: Manifest) -> list[str]:
+    """Files of a run that the published one does not name: those that may be in memory only."""
+    try:
+        latest = read_latest(root)
+    except DamagedError:
+        # Whatever it named, what is named now must be on the disk.
+        latest = None
+    synced = {path for table in latest.tables for path in latest.listed(table)} if latest else set()
+    return [path for table in manifest.tables for path in manifest.listed(table) if path not in synced]
+
+
+def published_files(root: str) -> list[tuple[int, str]]:
+    """(number, path) of each entry of `published/`, oldest first; other files there are not ours."""
+    found = files.match(files.join(root, PUBLISHED), "*.json")
+    names = ((file.path.rpartition("/")[2].removesuffix(".json"), file.path) for file in found)
+    return sorted((int(name), path) for name, path in names if re.fullmatch(r"\d{8}", name))
+
+
+def add_files(manifest: Manifest, contracts: dict[str, str], records: Iterable[FileRecord]) -> None:
+    """Enter finished files under their tables; `contracts` maps a table's name to its contract's fingerprint."""
+    for name, contract_fingerprint in contracts.items():
+        manifest.tables.setdefault(name, {"fingerprint": contract_fingerprint, "files": []})
+    for record in records:
+        entry: dict[str, Any] = {"path": record.path, "rows": record.rows, "bytes": record.bytes}
+        if record.sha256:
+            entry["sha256"] = record.sha256
+        if record.split:
+            entry["split"] = record.split
+        manifest.tables[record.table]["files"].append(entry)
+
+
+CONTENTS = "contents"
+"""Folder in which shard sets and scores keep the embeddings that they use"""

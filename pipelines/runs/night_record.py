@@ -1,0 +1,130 @@
+"""What a night leaves behind: `WORK/nights/00000031/record.json` and `log.txt`, written as it goes, so that a night that was killed tells how far it came."""
+
+import contextlib
+import os
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from pipelines.io import clock, files
+from pipelines.runs.manifest import versions
+
+NIGHTS = "nights"
+RESERVED_BYTES = 64 * 2**10
+"""A stage that fills the disk leaves no room for the record that tells of it."""
+RECORD = "record.json"
+LOG = "log.txt"
+
+DONE, UNCHANGED, NOT_DUE, HELD, FAILED, RUNNING = "done", "unchanged", "not due", "held back", "failed", "running"
+
+
+@dataclass
+class StageRecord:
+    """One stage of a night."""
+
+    stage: str
+    status: str = RUNNING
+    words: str = ""
+    """What changed and what was left out; or what went wrong"""
+    seconds: float = 0.0
+    run: str | None = None
+    """The run that is published after it"""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Night:
+    """A night's record. `directory`: where it is written."""
+
+    number: int
+    directory: str
+    config: dict[str, Any]
+    started_at: str = field(default_factory=clock.utc_stamp)
+    finished_at: str | None = None
+    exit_code: int | None = None
+    """None = it runs, or was killed"""
+    message: str = ""
+    published: dict[str, Any] | None = None
+    """Scores that readers see after it: run, at, hours since"""
+    stages: list[StageRecord] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        """Of the record."""
+        return files.join(self.directory, RECORD)
+
+    def write(self) -> None:
+        """Write the record as it stands. A disk that is full must not keep a night from ending as it should, so that is said and no more."""
+        record = asdict(self) | {"versions": versions()}
+        for last in (False, True):
+            try:
+                files.write_document(self.path, record)
+                return
+            except OSError as error:
+                if last or not self._release():
+                    _say(f"{self.path} cannot be written: {error}")
+                    return
+
+    def reserve(self) -> None:
+        """Take room on the disk that the record gets when there is no other."""
+        with contextlib.suppress(OSError), open(self._reserve, "wb") as handle:
+            handle.write(os.urandom(RESERVED_BYTES))
+
+    def _release(self) -> bool:
+        """Give the reserved room back; tells whether there was any."""
+        try:
+            os.remove(self._reserve)
+        except OSError:
+            return False
+        return True
+
+    @property
+    def _reserve(self) -> str:
+        return files.join(self.directory, "reserve")
+
+    def finish(self) -> None:
+        """Write the record for the last time."""
+        self.write()
+        self._release()
+
+    def say(self, text: str) -> None:
+        """One line for whoever watches, and for the log."""
+        line = _say(text)
+        try:
+            with open(files.join(self.directory, LOG), "a") as handle:
+                handle.write(line + "\n")
+        except OSError as error:
+            _say(f"{files.join(self.directory, LOG)} cannot be written: {error}")
+
+
+def _say(text: str) -> str:
+    line = f"{clock.utc_stamp()} nightly: {text}"
+    print(line, file=sys.stderr, flush=True)
+    return line
+
+
+def read_nights(work: str) -> list[dict[str, Any]]:
+    """Records of all nights, oldest first; a night that was cut off while it wrote its first one is left out."""
+    found = sorted(files.match(files.join(work, NIGHTS), f"*/{RECORD}"), key=lambda file: file.path)
+    return [read_night(file.path) for file in found]
+
+
+def read_night(path: str) -> dict[str, Any]:
+    """Read one night's record.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    names = (*(entry.name for entry in fields(Night)), "versions")
+    return files.read_document(path, names, "Remove the folder of that night: it only tells what happened.")
+
+
+def new_night(work: str, config: dict[str, Any]) -> tuple[Night, dict[str, Any] | None]:
+    """(tonight's record, written; the record of the night before). Numbers, not times, tell the order: a clock may be set back."""
+    before = read_nights(work)
+    number = max((record["number"] for record in before), default=0) + 1
+    night = Night(number, files.join(work, NIGHTS, f"{number:08d}"), config)
+    files.make_directory(night.directory)
+    night.write()
+    night.reserve()
+    return night, before[-1] if before else None

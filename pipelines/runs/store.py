@@ -1,0 +1,288 @@
+"""The embedding store: content-addressed parts under one generation per encoder fingerprint, each with a commit marker.
+
+    STORE/images/FINGERPRINT/part-X.parquet    distinct photos' patch features
+    STORE/images/FINGERPRINT/part-X.json       commit marker: rows, bytes, kernels, photos that could not be decoded, photos that were gone
+    STORE/titles/FINGERPRINT/...               the same for titles
+    STORE/runs/RUN/items/...                   which photo and title each listing has; rejects/, defects/, manifest.json
+    STORE/latest.json
+
+A part without its marker was cut off by a crash: nobody reads it. Every night adds small parts, so every run that encoded something also merges small ones
+into large ones; the marker of a merged part names the parts that it replaces, and from that moment on nobody reads them. They are removed once
+they have been replaced for two days and the published run does not list them.
+"""
+
+import datetime
+import hashlib
+import itertools
+from collections.abc import Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from camenn_model.integrity import check_file
+from pipelines.io import clock, files
+from schemas.contract import Contract, check_output
+from schemas.embeddings import stamp_embeddings
+from schemas.manifest import MARKER_FIELDS, remedy
+
+IMAGES, TITLES = "images", "titles"
+MERGED_BYTES = 256 * 2**20
+"""Parts of half this size or more are left alone; smaller ones are merged up to it."""
+SMALL_PARTS = 32
+"""So many small parts of a generation are left unmerged: a night adds a few, and merging them every night would rewrite the same rows again and again."""
+READERS_HAVE = datetime.timedelta(hours=48)
+"""How long a part that was replaced stays, for readers who began before."""
+ROW_GROUP = 256
+"""Rows; what is held in memory when a part is read or merged."""
+_READ_THREADS = 8
+_REMEDY = remedy("embed", "image_embeddings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A committed part of a generation."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str = ""
+    """64 hex digits over its bytes; '' where an earlier version of camenn wrote it"""
+    failures: tuple[tuple[str, str, str], ...] = ()
+    """(content key, reason, detail) of contents in the chunk that could not be encoded."""
+    unread: tuple[tuple[str, str, str], ...] = ()
+    """The same of contents that were not there any more: true of that run only, so that later ones try again."""
+    kernels: str = ""
+    """What computed the embeddings, see `EncoderSpec.kernels`: other ones give other last bits."""
+    seconds: float = 0.0
+    """Time of encoding: from the chunk to the arrays, reading and decoding included; 0 = not known."""
+    replaces: tuple[str, ...] = ()
+    """Names of the parts that were merged into this one."""
+    written_at: str = ""
+    """ISO time, UTC"""
+
+    def check(self) -> None:
+        """Check that the part is what was written.
+
+        Raises:
+            DamagedError: it is gone, or has another size or other bytes than its marker says.
+        """
+        if files.is_local(self.path):
+            check_file(self.path, self.bytes, self.sha256, _REMEDY)
+
+    @property
+    def name(self) -> str:
+        """The part's own name: what `part-` and `.parquet` stand around."""
+        return self.path.rpartition("/")[2].removeprefix("part-").removesuffix(".parquet")
+
+
+def generation(store: str, kind: str, fingerprint: str) -> str:
+    """Directory of one kind's generation."""
+    return files.join(store, kind, fingerprint)
+
+
+def list_parts(directory: str) -> list[Part]:
+    """Committed parts of a generation that no other one replaces, ordered by path: each content is in one of them."""
+    parts = _all_parts(directory)
+    replaced = {name for part in parts for name in part.replaces}
+    return [part for part in parts if part.name not in replaced]
+
+
+def _all_parts(directory: str) -> list[Part]:
+    markers = files.match(directory, "part-*.json")
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return list(pool.map(read_marker, sorted(marker.path for marker in markers)))
+
+
+def read_marker(path: str) -> Part:
+    """The part that a commit marker vouches for."""
+    value = files.read_document(path, MARKER_FIELDS, _REMEDY)
+    failures, unread = (
+        tuple((key, reason, detail) for key, reason, detail in value[name]) for name in ("failures", "unread")
+    )
+    return Part(
+        path=path.removesuffix(".json") + ".parquet",
+        rows=value["rows"],
+        bytes=value["bytes"],
+        sha256=value.get("sha256", ""),
+        failures=failures,
+        unread=unread,
+        kernels=value["kernels"],
+        seconds=value["seconds"],
+        replaces=tuple(value["replaces"]),
+        written_at=value["written_at"],
+    )
+
+
+def chunk_name(run: str, keys: list[str]) -> str:
+    """Name of the part that one run makes of some content keys: a retried bundle writes the same part again, not a second one."""
+    return hashlib.sha256("\n".join([run, *keys]).encode()).hexdigest()[:32]
+
+
+def find_part(directory: str, name: str) -> Part | None:
+    """The committed part of that name, if there is one."""
+    marker = files.join(directory, f"part-{name}.json")
+    return read_marker(marker) if files.exists(marker) else None
+
+
+def fixed_binary(arrays: NDArray[np.float16]) -> pa.FixedSizeBinaryArray:
+    """Values of an `embedding` column from an array [n, rows, width] in row-major order."""
+    size = arrays.dtype.itemsize * arrays.shape[1] * arrays.shape[2]
+    buffer = pa.py_buffer(np.ascontiguousarray(arrays))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(arrays), [None, buffer])
+
+
+def commit_part(
+    directory: str,
+    contract: Contract,
+    shape: tuple[int, int],
+    name: str,
+    table: pa.Table,
+    *,
+    kernels: str,
+    seconds: float = 0.0,
+    failures: Iterable[tuple[str, str, str]] = (),
+    unread: Iterable[tuple[str, str, str]] = (),
+) -> Part:
+    """Write a part and then its marker: from that moment on its contents are never encoded again."""
+    stamped = stamp_embeddings(check_output(table, contract), shape, kernels)
+    path = files.join(directory, f"part-{name}.parquet")
+    written = files.write_parquet(path, stamped, row_group_size=ROW_GROUP, durable=True)
+    part = Part(
+        path=path,
+        rows=table.num_rows,
+        bytes=written.bytes,
+        sha256=written.sha256,
+        failures=tuple(failures),
+        unread=tuple(unread),
+        kernels=kernels,
+        seconds=seconds,
+    )
+    return _write_marker(part)
+
+
+def _write_marker(part: Part) -> Part:
+    # Durable, and after its part: what it vouches for is never encoded again.
+    files.write_document(
+        part.path.removesuffix(".parquet") + ".json",
+        {
+            "rows": part.rows,
+            "bytes": part.bytes,
+            "sha256": part.sha256,
+            "kernels": part.kernels,
+            "seconds": round(part.seconds, 3),
+            "failures": part.failures,
+            "unread": part.unread,
+            "replaces": part.replaces,
+            "written_at": clock.utc_stamp(),
+        },
+        durable=True,
+    )
+    return part
+
+
+# --- merging
+
+
+def plan_merges(parts: Iterable[Part], *, target: int = MERGED_BYTES, leave: int | None = None) -> list[list[Part]]:
+    """Which parts to merge with one another, smallest first: none as long as there are at most `leave` small ones.
+
+    `target`: bytes of a merged part, about. `leave`: `SMALL_PARTS` by default. Parts of different kernels are never merged, so that a file's embeddings come from the same ones.
+    """
+    small = [part for part in parts if part.bytes < target // 2]
+    if len(small) <= (SMALL_PARTS if leave is None else leave):
+        return []
+    groups: list[list[Part]] = []
+    order = sorted(small, key=lambda part: (part.kernels, part.bytes, part.path))
+    for _, alike in itertools.groupby(order, key=lambda part: part.kernels):
+        group: list[Part] = []
+        for part in alike:
+            group.append(part)
+            if sum(member.bytes for member in group) >= target:
+                groups.append(group)
+                group = []
+        groups.append(group)
+    return [group for group in groups if len(group) > 1]
+
+
+def merge_parts(directory: str, group: list[Part]) -> Part:
+    """One part with the contents of several, a row group in memory at a time; merging the same ones again finds it done."""
+    names = [part.name for part in group]
+    name = chunk_name("merge", names)
+    done = find_part(directory, name)
+    if done is not None:
+        return done
+    # What a merged part replaced must stay replaced when its own marker is gone.
+    older = [name for part in group for name in part.replaces]
+    if older:
+        there = {part.name for part in _all_parts(directory)}
+        names += [name for name in older if name in there]
+    path = files.join(directory, f"part-{name}.parquet")
+    for part in group:
+        part.check()
+    with files.atomic_write(path, durable=True) as sink:
+        with files.open_read(group[0].path) as handle:
+            schema = pq.ParquetFile(handle).schema_arrow
+        # The writer closes only what it opened itself.
+        with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+            for table in _row_groups(group):
+                writer.write_table(table, row_group_size=ROW_GROUP)
+    return _write_marker(
+        Part(
+            path=path,
+            rows=sum(part.rows for part in group),
+            bytes=sink.written.bytes,
+            sha256=sink.written.sha256,
+            failures=tuple(sorted({failure for part in group for failure in part.failures})),
+            kernels=group[0].kernels,
+            seconds=sum(part.seconds for part in group),
+            replaces=tuple(names),
+        )
+    )
+
+
+def _row_groups(group: list[Part]) -> Iterator[pa.Table]:
+    """The rows of several parts in tables of `ROW_GROUP` rows, but the last."""
+    waiting: list[pa.Table] = []
+    rows = 0
+    for part in group:
+        with files.open_read(part.path) as handle:
+            source = pq.ParquetFile(handle)
+            for number in range(source.num_row_groups):
+                waiting.append(source.read_row_group(number))
+                rows += waiting[-1].num_rows
+                while rows >= ROW_GROUP:
+                    whole = pa.concat_tables(waiting)
+                    yield whole.slice(0, ROW_GROUP)
+                    waiting, rows = [whole.slice(ROW_GROUP)], rows - ROW_GROUP
+    if rows:
+        yield pa.concat_tables(waiting)
+
+
+def drop_replaced(
+    directory: str, listed: set[str], now: datetime.datetime | None = None, *, unseen: Container[str] = ()
+) -> int:
+    """Remove parts that were replaced `READERS_HAVE` ago and are not among `listed` (paths of runs that are or may be published); returns how many.
+
+    Those named in `unseen`, which no published run ever listed, go as soon as they are replaced.
+
+    The marker goes last: a removal that was cut off is finished by the next one.
+    """
+    parts = {part.name: part for part in _all_parts(directory)}
+    limit = (now or clock.utc_now()) - READERS_HAVE
+    replaced = {
+        name
+        for part in parts.values()
+        if part.replaces
+        for name in part.replaces
+        if name in unseen or datetime.datetime.fromisoformat(part.written_at) <= limit
+    }
+    gone = [part for name, part in parts.items() if name in replaced and part.path not in listed]
+    for part in gone:
+        for path in (part.path, part.path.removesuffix(".parquet") + ".json"):
+            if files.exists(path):
+                files.delete([path])
+    return len(gone)

@@ -1,0 +1,1 @@
+"""Stage `score`: score the catalog for an audience."""

@@ -1,0 +1,57 @@
+"""Hold the audience rows of a run as arrays."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.features.time_index import Ints
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class AudienceRows:
+    """All audience rows, encoded; [S] or [S, ·]."""
+
+    user: Ints
+    store: Ints
+    cats: Ints
+    values: NDArray[np.float32]
+    buckets: Ints
+    history: Ints
+    kind: Ints
+    gap: NDArray[np.float32]
+
+    def table(self) -> pa.Table:
+        """For writing: matrices become fixed-size lists."""
+        columns: dict[str, pa.Array] = {}
+        for name, array in vars(self).items():
+            flat = pa.array(array.reshape(-1))
+            columns[name] = flat if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+        return pa.table(columns)
+
+    @classmethod
+    def read(cls, table: pa.Table) -> "AudienceRows":
+        """What `table` wrote."""
+
+        def column(name: str) -> NDArray[Any]:
+            array = table[name].combine_chunks()
+            return (
+                array.flatten().to_numpy().reshape(len(array), -1)
+                if pa.types.is_fixed_size_list(array.type)
+                else array.to_numpy()
+            )
+
+        return cls(**{name: column(name).copy() for name in cls.__dataclass_fields__})
+
+    def batch(self, rows: slice) -> tuple[Any, Ints]:
+        """(AudienceBatch, item rows of its histories) of some rows."""
+        from camenn_model.data.batching import audience_batch
+
+        return audience_batch(
+            self.cats[rows], self.values[rows], self.buckets[rows], self.history[rows], self.kind[rows], self.gap[rows]
+        )

@@ -1,0 +1,145 @@
+"""What the submitter of `camenn score` reads, and which pairs there are to score: shared by the run and by `--plan`."""
+
+import datetime
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.inputs.logs import read_times
+from pipelines.inputs.users_and_stores import read_timezones, read_users
+from pipelines.io.clock import latest_time
+from pipelines.io.files import local_only
+from pipelines.io.tables import Source
+from pipelines.runs.manifest import Manifest, request_fingerprint, require_latest
+from pipelines.score.audience import has_candidates, read_audience
+from schemas.audience import AUDIENCE, CANDIDATES
+from schemas.catalog import CATALOG
+from schemas.contract import InputError
+from schemas.events import CLICKS, ORDERS
+
+if TYPE_CHECKING:
+    from camenn_model.package import Package
+
+
+STAGE = "score"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """One score run, resolved."""
+
+    data: str
+    store: str
+    model: str
+    out: str
+    score_date: str | None
+    top_k: int
+    audience: str
+    timezone: str
+    max_reject_rate: float
+    precision: str = "fp32"
+    """"fp32", or "bf16" where only what can be among a row's best is computed in fp32"""
+    shards: str | None = None
+    """Shard set on whose latest closed days the model must be calibrated; None = not asked"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreInputs:
+    """What a run reads, opened and checked; no event has been read yet."""
+
+    catalog: Source
+    clicks: Source
+    orders: Source
+    users: pa.Table
+    timezones: dict[str, str]
+    audience: pa.Table | None
+    """The table `audience`, where it is there and asked for"""
+    store: Manifest
+    package: "Package"
+    sources: dict[str, Source]
+    """The tables that are there, by name"""
+    fingerprints: dict[str, str]
+    """Of each input: those of one run and the next tell whether there is anything to do"""
+    request: str
+
+
+def open_inputs(options: ScoreOptions) -> ScoreInputs:
+    """Find the tables, the store and the model, and check that they fit together.
+
+    Raises:
+        InputError: one is missing or of the wrong kind, or the model was trained on other embeddings.
+    """
+    from camenn_model.package import open_package
+
+    catalog, clicks, orders = (Source.find(options.data, contract) for contract in (CATALOG, CLICKS, ORDERS))
+    users, users_source = read_users(options.data)
+    timezones, stores_source = read_timezones(options.data, options.timezone)
+    given = read_audience(options.data) if options.audience == "auto" else None
+    store = require_latest(options.store, "embed", "--store")
+    package = open_package(local_only(options.model, "--model"))
+    if package.config.attention != "prefix":
+        raise InputError(
+            f"--model {options.model}: was trained with --attention {package.config.attention}, with which nothing can be computed once for many pairs. Train with --attention prefix."
+        )
+    check_encoders(store, package.encoders, options.model)
+    optional = {"users": users_source, "stores": stores_source, "audience": given[1] if given else None}
+    sources = {"catalog": catalog, "clicks": clicks, "orders": orders}
+    sources |= {name: source for name, source in optional.items() if source is not None}
+    fingerprints = {name: source.fingerprint for name, source in sources.items()}
+    if has_candidates(options.data):
+        fingerprints["candidates"] = Source.find(options.data, CANDIDATES).fingerprint
+    fingerprints |= {"store": store.request, "model": package.version}
+    if options.shards is not None:
+        fingerprints["shards"] = require_latest(options.shards, "shards", "--shards").request
+    return ScoreInputs(
+        catalog=catalog,
+        clicks=clicks,
+        orders=orders,
+        users=users,
+        timezones=timezones,
+        audience=given[0] if given else None,
+        store=store,
+        package=package,
+        sources=sources,
+        fingerprints=fingerprints,
+        request=request_fingerprint(fingerprints, asdict(options)),
+    )
+
+
+def user_fields(inputs: ScoreInputs, audience: pa.Table) -> pa.Table:
+    """Return the users' columns, a row for each audience row: they come from the users table, the audience's own go before."""
+    users = inputs.users
+    place = pc.index_in(audience["user_id"], value_set=users["user_id"].combine_chunks()).combine_chunks()
+    # A null user must not be found as a null key.
+    place = pc.if_else(pc.is_null(audience["user_id"]).combine_chunks(), pa.scalar(None, pa.int32()), place)
+    fields = users.take(place)
+    for name in audience.column_names:
+        if name not in AUDIENCE.names:
+            column = audience[name]
+            known = fields[name] if name in fields.column_names else pa.nulls(audience.num_rows, pa.string())
+            merged = pc.coalesce(column, known)
+            fields = fields.drop_columns([name]) if name in fields.column_names else fields
+            fields = fields.append_column(name, merged)
+    return fields
+
+
+def check_encoders(store: Manifest, encoders: dict[str, Any], model: str) -> None:
+    """Raises InputError where the model was trained on other embeddings than the store's."""
+    for kind in ("image", "text"):
+        if store.options[kind]["fingerprint"] != encoders[kind]["fingerprint"]:
+            raise InputError(
+                f"--model {model}: was trained on embeddings of {encoders[kind]['description']}, the store's are of {store.options[kind]['description']}. "
+                "Embed with the model's encoders and flags, or train on shards of this store."
+            )
+
+
+def default_date(clicks: Source, orders: Source) -> str:
+    """The day after the smaller of both logs' ends: everything known is read."""
+    latest = latest_time()
+    ends = [times.max() for times in (read_times(clicks, latest), read_times(orders, latest)) if len(times)]
+    if not ends:
+        raise InputError(f"{clicks.files[0]}: both logs are empty. Give --score_date, or a log with rows.")
+    end = datetime.datetime.fromtimestamp(int(min(ends)) / 1e6, tz=datetime.UTC).date()
+    return (end + datetime.timedelta(days=1)).isoformat()

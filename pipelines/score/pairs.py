@@ -1,0 +1,111 @@
+"""Cut audience rows and listings into the pairs, chunks and tiles that are scored."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.features.time_index import Ints
+from pipelines.runs.accounting import Count
+from pipelines.score.joins import Join
+from pipelines.score.snapshot import Log
+from pipelines.score.tiles import Tile
+
+if TYPE_CHECKING:
+    pass
+
+
+TILE_ITEMS = 512
+CHUNK_ROWS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Audience rows [first, last) and the listings that they meet."""
+
+    audience: tuple[int, int]
+    items: Ints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """The pairs to score, and all that their features come from."""
+
+    score_date: str
+    weekday: int
+    items: pa.Table
+    audience: pa.Table
+    """Ordered by store and audience_id"""
+    log: Log
+    candidates: Ints | None
+    """Rows of (audience, item) that were asked for, int64 [n, 2]; None = all"""
+    candidates_unknown: int
+    chunks: list[Chunk]
+    rejects: pa.Table
+    counts: list[Count]
+    joins: dict[str, Join]
+    """How the ids of the tables join, by the gate's name"""
+
+    met: Ints
+    """How many listings each audience row is scored against, int64 [S]"""
+
+    @property
+    def count(self) -> int:
+        """Pairs that are computed."""
+        return self.rows(0)
+
+    def rows(self, top_k: int) -> int:
+        """Rows that scores must have: per audience row the smaller of top_k (0 = all) and the listings it meets."""
+        return int(np.minimum(self.met, top_k).sum() if top_k else self.met.sum())
+
+
+def plan_chunks(audience: pa.Table, items: pa.Table, candidates: Ints | None) -> list[Chunk]:
+    """Cut the audience, ordered by store, into chunks that meet the same listings: their own store's, and those of no store."""
+    item_store = items["store_id"].to_pandas()
+    shared = item_store.isna().to_numpy()
+    stores = audience["store_id"].to_pandas().to_numpy(dtype=object)
+    edges = (
+        np.flatnonzero(np.append(stores[1:] != stores[:-1], True)) + 1 if not shared.all() else np.array([len(stores)])
+    )
+    chunks = []
+    start = 0
+    for end in edges:
+        mine = (
+            np.flatnonzero(shared | (item_store == stores[start]).to_numpy(dtype=bool))
+            if not shared.all()
+            else np.arange(items.num_rows)
+        )
+        for first in range(start, int(end), CHUNK_ROWS):
+            last = min(first + CHUNK_ROWS, int(end))
+            met = mine
+            if candidates is not None:
+                asked = candidates[(candidates[:, 0] >= first) & (candidates[:, 0] < last), 1]
+                met = np.intersect1d(mine, asked)
+            if len(met):
+                chunks.append(Chunk(audience=(first, last), items=met))
+        start = int(end)
+    return chunks
+
+
+def cut_tiles(chunks: list[Chunk]) -> list[Tile]:
+    """Tiles of at most 512 listings × 512 audience rows."""
+    return [
+        Tile(number, chunk.audience, chunk.items[first : first + TILE_ITEMS].astype(np.int32).tobytes())
+        for number, chunk in enumerate(chunks)
+        for first in range(0, len(chunk.items), TILE_ITEMS)
+    ]
+
+
+def listings_met(chunks: list[Chunk], candidates: Ints | None, audience_rows: int) -> Ints:
+    """How many listings each audience row is scored against, int64 [S]."""
+    met = np.zeros(audience_rows, dtype=np.int64)
+    for chunk in chunks:
+        first, last = chunk.audience
+        if candidates is None:
+            met[first:last] = len(chunk.items)
+        else:
+            pairs = candidates[(candidates[:, 0] >= first) & (candidates[:, 0] < last)]
+            pairs = pairs[np.isin(pairs[:, 1], chunk.items)]
+            met[first:last] = np.bincount(pairs[:, 0] - first, minlength=last - first)
+    return met

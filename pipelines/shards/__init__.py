@@ -1,0 +1,1 @@
+"""Stage `shards`: label clicks, add as-of features, write training shards."""

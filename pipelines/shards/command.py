@@ -1,0 +1,82 @@
+"""`camenn shards`: flags, checks, closing table."""
+
+import argparse
+import sys
+
+from pipelines.io import files
+from pipelines.runner.console import closing_table
+from pipelines.runner.exit_codes import run_main
+from pipelines.runner.flags import add_common_flags, new_parser, parse_with_beam
+from pipelines.shards.options import STAGE, ShardOptions
+from pipelines.shards.stage import run
+from schemas.contract import InputError
+
+
+def check_flags(options: ShardOptions) -> None:
+    """Raises InputError, naming the flag, for a number that makes no sense."""
+    hours, history, share, late = options.attribution_hours, options.history, options.test_share, options.late_days
+    if not 0 <= late <= 365:
+        raise InputError(f"--late_days {late}: must be between 0 and 365.")
+    if not 0 < hours <= 24 * 365:
+        raise InputError(f"--attribution_hours {hours}: must be more than 0 and at most a year.")
+    if not 1 <= history <= 1_000:
+        raise InputError(f"--history {history}: must be between 1 and 1000 entries.")
+    if not 0 < share < 0.9:
+        raise InputError(f"--test_share {share}: must be more than 0 and less than 0.9.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `camenn shards`."""
+    parser = new_parser(STAGE, "Label clicks, add as-of features, and write a self-contained training shard set.")
+    parser.add_argument(
+        "--data", required=True, help="data directory with catalog, clicks, orders and, optionally, users and stores"
+    )
+    parser.add_argument("--store", required=True, help="embedding store that `camenn embed` wrote")
+    parser.add_argument("--out", required=True, help="shard set; made if it is not there")
+    parser.add_argument(
+        "--attribution_hours",
+        type=float,
+        default=24.0,
+        help="an order within so many hours after a click is credited to it (default %(default)s)",
+    )
+    parser.add_argument("--history", type=int, default=20, help="entries of a user's history (default %(default)s)")
+    parser.add_argument("--as_of", help="read nothing after this time, UTC (default: the smaller of both logs' ends)")
+    parser.add_argument(
+        "--timezone",
+        default="UTC",
+        help="IANA zone of stores that the table `stores` does not name (default %(default)s)",
+    )
+    parser.add_argument(
+        "--test_share",
+        type=float,
+        default=0.2,
+        help="share of clicks, the last by time, in the test part (default %(default)s)",
+    )
+    parser.add_argument(
+        "--late_days",
+        type=float,
+        default=2.0,
+        help="days after a day's last attribution window until its labels are final and later runs keep it as it is (default %(default)s)",
+    )
+    parser.add_argument("--rerun", action="store_true", help="run again although neither inputs nor flags changed")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="build all days again, also final ones; the manifest records it"
+    )
+    add_common_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, print."""
+    a, beam_flags = parse_with_beam(build_parser(), argv)
+    options = ShardOptions(
+        data=files.absolute(a.data), store=files.absolute(a.store), out=files.absolute(a.out), attribution_hours=a.attribution_hours, history=a.history, as_of=a.as_of,
+        timezone=a.timezone, test_share=a.test_share, max_reject_rate=a.max_reject_rate, late_days=a.late_days,
+    )  # fmt: skip
+    check_flags(options)
+    closing_table(STAGE, run(options, beam_flags, rerun=a.rerun, rebuild=a.rebuild), as_json=a.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

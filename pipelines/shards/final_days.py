@@ -1,0 +1,224 @@
+"""Days of a shard set: which are final, what a run keeps of the run before, and which part of the log each file belongs to.
+
+A day is that of a session's start, UTC. It may change until attribution and late orders are over; then it is final, and the next run takes its files as
+they are, whatever the logs say by then. Of a day that is still open, labels are computed anew; features stay what they were when a row was first built.
+"""
+
+import datetime
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from camenn_model.data.shard_set import UNIT_ROWS, date_of
+from camenn_model.hashing import stable_hash
+from pipelines.features.as_of import FEATURES_VERSION
+from pipelines.features.time_index import DAY_US, day_of
+from pipelines.io import files
+from pipelines.io.clock import can_be
+from pipelines.io.rejects import keep_usable
+from pipelines.io.tables import FileRecord, Slice, read_slice
+from pipelines.runs.manifest import Manifest
+from schemas.contract import Contract, InputError, check_output
+from schemas.training import EXAMPLES
+
+SKETCH = 16
+"""Exposures of each day that are remembered: the next run finds them again in a log that only grew."""
+ROW_SETTINGS = ("attribution_hours", "history", "timezone")
+"""Flags that rows depend on: under others, days do not fit together."""
+
+
+def start_of(date: str) -> int:
+    """Midnight at which a date begins, int64 microseconds."""
+    return (datetime.date.fromisoformat(date) - datetime.date(1970, 1, 1)).days * DAY_US
+
+
+def read_starts(record: FileRecord) -> np.ndarray:
+    """`session_start` of an example file, int64 microseconds."""
+    with files.open_read(record.path) as handle:
+        starts = pq.read_table(handle, columns=["session_start"])["session_start"]
+    return starts.cast(pa.int64()).to_numpy()
+
+
+def write_part(directory: str, date: str, name: str, split: str, rows: pa.Table) -> FileRecord:
+    """Write some of a day's examples, which belong to one split."""
+    path = files.join(directory, f"date={date}", f"part-{name}.parquet")
+    written = files.write_parquet(path, check_output(rows, EXAMPLES), row_group_size=UNIT_ROWS)
+    return FileRecord.of("examples", path, rows.num_rows, written, split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a run takes over from the published one."""
+
+    frozen_before: int = 0
+    """Sessions that started before are not built again, int64 microseconds"""
+    records: list[FileRecord] = field(default_factory=list)
+    """Example files of the final days"""
+    open_paths: dict[str, list[str]] = field(default_factory=dict)
+    """By date: example files of the days that may still change"""
+    sketches: dict[str, list[int]] = field(default_factory=dict)
+    """By date: a sample of the log that these days were built from (`sketch_days`)"""
+
+    @property
+    def dates(self) -> set[str]:
+        """The final days."""
+        return {date_of(record.path) for record in self.records}
+
+
+def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, late: int, out: str) -> Kept:
+    """What of the published run stays: nothing where there is none.
+
+    Args:
+        settings: `ROW_SETTINGS` of this run.
+        as_of: of this run.
+        late: microseconds after a day's end until it is final: attribution window and late orders.
+
+    Raises:
+        InputError: rows of this run would not fit those of the published one, or one of its files is lost or damaged.
+    """
+    if latest is None:
+        return Kept()
+    remedy = "Give --rebuild to build all days again, or another --out."
+    for name, value in settings.items():
+        if latest.options.get(name) != value:
+            raise InputError(
+                f"--{name} {value}: the days in {out} were built with {latest.options.get(name)}. {remedy}"
+            )
+    if latest.tables["examples"]["fingerprint"] != EXAMPLES.fingerprint() or "days" not in latest.options:
+        raise InputError(f"--out {out}: its examples have the columns of another version of camenn. {remedy}")
+    if latest.options["days"].get("features") != FEATURES_VERSION:
+        raise InputError(f"--out {out}: another version of camenn computed its features in another way. {remedy}")
+    before = int(latest.options["days"]["as_of"])
+    if as_of < before:
+        raise InputError(
+            f"--as_of {np.datetime64(as_of, 'us')}: the days in {out} were built as of {np.datetime64(before, 'us')}, which is later. {remedy}"
+        )
+    # All of them, also those that this run does not read: it publishes them again.
+    latest.check("examples")
+    frozen_before = (before - late) // DAY_US * DAY_US
+    final: list[FileRecord] = []
+    open_paths: dict[str, list[str]] = {}
+    for record in latest.records("examples"):
+        date = date_of(record.path)
+        if start_of(date) < frozen_before:
+            final.append(record)
+        else:
+            open_paths.setdefault(date, []).append(record.path)
+    return Kept(
+        frozen_before=frozen_before,
+        records=final,
+        open_paths=open_paths,
+        sketches={date: list(found) for date, found in latest.options["days"].get("samples", {}).items()},
+    )
+
+
+def sketch_days(
+    contract: Contract, slices: Iterable[Slice], latest: int, known: dict[str, list[int]] | None = None
+) -> dict[str, list[int]]:
+    """A sample of each day of the click log that growth by late clicks leaves nearly as it was: of its clicks' numbers, uint64, the `SKETCH` least.
+
+    A click's number begins with 32 bits of its time's hash and ends with 32 of its exposure's: exposures are hashed only where a time may be among the least.
+
+    Args:
+        contract: of clicks.
+        slices: row groups to look at.
+        latest: clicks after it cannot be (`pipelines.io.clock.latest_time`).
+        known: the sample of the others.
+    """
+    found = {start_of(date) // DAY_US: np.array(numbers, dtype=np.uint64) for date, numbers in (known or {}).items()}
+    names = ("exposure_id", "clicked_at")
+    contract = replace(contract, columns=tuple(c for c in contract.columns if c.name in names))
+    for where in slices:
+        table = keep_usable(read_slice(where, contract, list(names)), contract)
+        time = table["clicked_at"].cast(pa.int64()).to_numpy()
+        possible = can_be(time, latest)
+        if not possible.all():
+            table, time = table.filter(pa.array(possible)), time[possible]
+        mixed, day = mix(time), time // DAY_US
+        for value in np.unique(day):
+            rows = np.flatnonzero(day == value)
+            rows = rows[mixed[rows] <= _least(mixed[rows], SKETCH)[-1]]
+            exposure = stable_hash(table["exposure_id"].take(pa.array(rows)))
+            numbers = mixed[rows] << np.uint64(32) | exposure & np.uint64(2**32 - 1)
+            found[value] = np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SKETCH]
+    return {day_of(int(day) * DAY_US): [int(value) for value in values] for day, values in sorted(found.items())}
+
+
+def mix(time: np.ndarray) -> np.ndarray:
+    """32 bits of each time in which near ones lie far apart, uint64 [n] (the finalizer of SplitMix64, Steele et al. 2014)."""
+    bits = time.astype(np.uint64)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (bits ^ (bits >> np.uint64(31))) >> np.uint64(32)
+
+
+def _least(values: np.ndarray, count: int) -> np.ndarray:
+    """The least `count` distinct values, or all of them, in order."""
+    size = 4 * count
+    while size < len(values):
+        # Values that stand several times may leave fewer distinct ones.
+        least = np.unique(np.partition(values, size - 1)[:size])
+        if len(least) >= count:
+            return least[:count]
+        size *= 4
+    return np.unique(values)[:count]
+
+
+def check_same_log(kept: Kept, now: dict[str, list[int]], out: str) -> None:
+    """A log may grow, late clicks may come, old days may leave it; but a final day must be the day that was built.
+
+    Raises:
+        InputError: most exposures of a final day are not in the log any more.
+    """
+    # Of the day at which the log begins a part may have left it.
+    first = min(now, default="")
+    for date in sorted((kept.dates & now.keys() & kept.sketches.keys()) - {first}):
+        known = kept.sketches[date]
+        # Late clicks push some of the least hashes out of the sample, and none of those below its end.
+        end = now[date][-1] if len(now[date]) == SKETCH else np.inf
+        expected = [value for value in known if value <= end]
+        missing = len(set(expected) - set(now[date]))
+        if expected and missing > len(expected) / 2:
+            raise InputError(
+                f"table 'clicks': the clicks of {date} are not those that {out} was built from: {missing} of {len(expected)} exposures that were looked for are gone. "
+                "Give --rebuild to build all days again, or another --out."
+            )
+
+
+def keep_features(rows: pa.Table, paths: list[str]) -> pa.Table:
+    """The examples of an open day, with the features that earlier runs gave to those that they had; labels are the new ones."""
+    if not paths or not rows.num_rows:
+        return rows
+    rows = check_output(rows, EXAMPLES)
+    earlier = pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
+    keys = pa.concat_tables([earlier.select(EXAMPLES.key), rows.select(EXAMPLES.key)]).to_pandas()
+    group = keys.groupby(list(EXAMPLES.key), sort=False).ngroup().to_numpy()
+    place = pd.Series(np.arange(earlier.num_rows), index=group[: earlier.num_rows])
+    old = place.reindex(group[earlier.num_rows :]).to_numpy()
+    known = ~np.isnan(old)
+    stay = earlier.take(pa.array(old[known].astype(np.int64)))
+    label = rows.column_names.index("label")
+    stay = stay.set_column(label, rows.schema.field("label"), rows["label"].filter(pa.array(known)))
+    return pa.concat_tables([stay, rows.filter(pa.array(~known))])
+
+
+def delisted_items(items: pa.Table, earlier: list[str], kept: list[FileRecord]) -> pa.Table:
+    """Listings of the earlier `items` files that final days refer to and the catalog no longer has."""
+    if not earlier or not kept:
+        return items.slice(0, 0)
+    before = pa.concat_tables([pq.ParquetFile(path).read() for path in earlier])
+    gone = before.filter(pc.invert(pc.is_in(before["item_id"], items["item_id"].combine_chunks())))
+    if not gone.num_rows:
+        return items.slice(0, 0)
+    wanted = pa.chunked_array(
+        [
+            pc.unique(pq.ParquetFile(record.path).read(columns=["item_id"])["item_id"].combine_chunks())
+            for record in kept
+        ]
+    ).unique()
+    return gone.filter(pc.is_in(gone["item_id"], wanted)).select(items.column_names).cast(items.schema)

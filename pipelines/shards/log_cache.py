@@ -1,0 +1,346 @@
+"""What a shard set keeps of the logs, so that the next run reads only what is new of them.
+
+A row group of a log file is known again by a hash of its bytes, wherever it lies by then. Its rows are kept as they came out of cleaning, in files of one bucket of
+users each, and go to the user pass from there; a row group that is new is read, one that is gone is forgotten with its rows. So the rows
+that a run sees are those of tonight's logs, row for row, whatever was known. A row group with a row that was rejected is read anew each time, so that the reject names
+the file of tonight.
+
+Files are Arrow IPC streams, texts dictionary-encoded, in order of time; their schema's metadata tells the bucket and how many rows are of which row group.
+"""
+
+import hashlib
+import json
+import sys
+import uuid
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from camenn_model.integrity import DamagedError
+from pipelines.features.time_index import DAY_US, Ints, day_of
+from pipelines.inputs.logs import SLICE, UNCODED, time_column
+from pipelines.io import files
+from pipelines.io.clock import EARLIEST, latest_time
+from pipelines.io.shuffle import Parcel
+from pipelines.io.tables import FileRecord, Slice, Source, open_table
+from pipelines.runs.manifest import Manifest, check_records
+from schemas.contract import TIMESTAMP, Contract, without_dictionary
+
+MERGE = 8
+"""Files of a bucket from which on they are merged"""
+
+
+def kept_table(contract: Contract) -> str:
+    """Name of a log's kept rows among a run's tables."""
+    return f"kept_{contract.name}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of kept rows."""
+
+    record: FileRecord
+    bucket: int
+    slices: dict[int, int]
+    """Number of a row group → rows that are of it"""
+
+    @classmethod
+    def read(cls, record: FileRecord) -> "Part":
+        """Of a file that is there."""
+        with files.open_read(record.path) as handle:
+            metadata = pa.ipc.open_stream(handle).schema.metadata
+        slices = json.loads(metadata[b"slices"])
+        return cls(record, int(metadata[b"bucket"]), {int(number): rows for number, rows in slices.items()})
+
+    @property
+    def parcel(self) -> Parcel:
+        """The file as what a shuffle brings."""
+        return (self.record.path, 0, self.record.bytes)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a log."""
+
+    number: int
+    """Within the shard set"""
+    rows: int
+    first: int | None = None
+    last: int | None = None
+    """Its earliest and latest time, int64 microseconds; None where its file does not tell"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogPlan:
+    """What of one log is read tonight, and what is there already."""
+
+    contract: Contract
+    groups: dict[str, RowGroup] = field(default_factory=dict)
+    """By hash: the row groups of tonight's log"""
+    places: tuple[Slice, ...] = ()
+    """Where each of them lies, with its number, in the same order"""
+    known: frozenset[int] = frozenset()
+    """Numbers of those whose rows are kept"""
+    parts: tuple[Part, ...] = ()
+    merged: frozenset[int] = frozenset()
+    """Buckets whose files become one tonight"""
+    next_number: int = 0
+    forgotten: tuple[RowGroup, ...] = ()
+    """Those that were known and are gone"""
+
+    @property
+    def fresh(self) -> tuple[Slice, ...]:
+        """Row groups to read."""
+        return tuple(place for place in self.places if place.number not in self.known)
+
+    @property
+    def fresh_rows(self) -> int:
+        """Rows to read."""
+        return sum(group.rows for group in self.groups.values()) - self.known_rows
+
+    @property
+    def known_rows(self) -> int:
+        """Rows that are kept and count tonight."""
+        return sum(group.rows for group in self.groups.values() if group.number in self.known)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether some kept rows are of row groups that are gone, or that are read anew."""
+        return any(not part.slices.keys() <= self.known for part in self.parts)
+
+    def unsampled(self) -> tuple[list[Slice], set[str] | None]:
+        """(row groups to look at for a sample of each day; the days whose sample of before does not stand, None = all).
+
+        A day from which rows have gone is sampled anew, of all row groups that may have some of it.
+        """
+        spans = [(group.first, group.last) for group in self.forgotten]
+        if not self.known or any(first is None or last is None for first, last in spans):
+            return list(self.places), None
+        days = [(first // DAY_US, last // DAY_US) for first, last in spans if first is not None and last is not None]
+        wanted = []
+        for group, place in zip(self.groups.values(), self.places, strict=True):
+            if group.number not in self.known or group.first is None or group.last is None:
+                wanted.append(place)
+                continue
+            first, last = group.first // DAY_US, group.last // DAY_US
+            if any(first <= end and last >= start for start, end in days):
+                wanted.append(place)
+        return wanted, {day_of(day * DAY_US) for start, end in days for day in range(start, end + 1)}
+
+
+def hash_row_groups(source: Source) -> list[tuple[str, Slice, RowGroup]]:
+    """(hash, place, the row group without its number) of every row group, in order. The hash is SHA-256 of the bytes of the contract's columns and of their types; row groups alike
+    are told apart by how many came before.
+    """
+    found: list[tuple[str, Slice, RowGroup]] = []
+    time = time_column(source.contract)
+    seen: dict[str, int] = {}
+    for path in source.files:
+        with open_table(path, source.contract) as (handle, parquet):
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+            places = [place for place in range(metadata.num_columns) if _name(metadata, place) in source.contract.names]
+            types = ",".join(
+                f"{_name(metadata, place)} {schema.field(_name(metadata, place)).type}" for place in places
+            )
+            first = 0
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                digest = hashlib.sha256(f"{types};{group.num_rows}".encode())
+                span: tuple[int | None, int | None] = (None, None)
+                for place in places:
+                    chunk = group.column(place)
+                    if _name(metadata, place) == time:
+                        span = _span(chunk.statistics, schema.field(time).type)
+                    start = chunk.data_page_offset
+                    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+                        start = min(start, chunk.dictionary_page_offset)
+                    handle.seek(start)
+                    digest.update(
+                        f";{_name(metadata, place)} {chunk.compression} {chunk.total_compressed_size};".encode()
+                    )
+                    digest.update(handle.read(chunk.total_compressed_size))
+                name = digest.hexdigest()[:32]
+                seen[name] = seen.get(name, 0) + 1
+                again = f"{name}-{seen[name]}" if seen[name] > 1 else name
+                found.append((again, Slice(path, number, first), RowGroup(-1, group.num_rows, *span)))
+                first += group.num_rows
+    return found
+
+
+def _span(statistics: pq.Statistics | None, kind: pa.DataType) -> tuple[int | None, int | None]:
+    """Earliest and latest time of a column's statistics, int64 microseconds; (None, None) where they do not tell, or tell of times that cannot be."""
+    if statistics is None or not statistics.has_min_max or not pa.types.is_timestamp(kind):
+        return None, None
+    # As Python's times they would end the run where they lie beyond its years.
+    raw = pa.array([statistics.min_raw, statistics.max_raw], pa.int64())
+    try:
+        first, last = (
+            raw.cast(pa.timestamp(kind.unit)).cast(TIMESTAMP, safe=kind.unit != "ns").cast(pa.int64()).to_pylist()
+        )
+    except pa.ArrowInvalid:
+        return None, None
+    return (first, last) if first >= EARLIEST and last <= latest_time() else (None, None)
+
+
+def _name(metadata: pq.FileMetaData, place: int) -> str:
+    return str(metadata.schema.column(place).path)
+
+
+def plan_logs(
+    sources: Iterable[Source], latest: Manifest | None, rows_per_bucket: int
+) -> tuple[dict[str, LogPlan], int]:
+    """({table: what is read of it}, buckets of users). With `latest` None everything is new."""
+    found = {source.contract.name: hash_row_groups(source) for source in sources}
+    contracts = {source.contract.name: source.contract for source in sources}
+    needed = max(1, -(-sum(group.rows for groups in found.values() for _, _, group in groups) // rows_per_bucket))
+    earlier = _earlier(latest, contracts, needed)
+    buckets = earlier["buckets"] if earlier else needed
+    plans = {}
+    for name, groups in found.items():
+        before: dict[str, RowGroup] = earlier["tables"][name]["groups"] if earlier else {}
+        parts: list[Part] = earlier["tables"][name]["parts"] if earlier else []
+        following: int = earlier["tables"][name]["next"] if earlier else 0
+        there = _count_rows(parts)
+        now: dict[str, RowGroup] = {}
+        for key, _, group in groups:
+            # Where rows were rejected, fewer are there than were read.
+            if key in before and there.get(before[key].number, 0) == group.rows:
+                now[key] = before[key]
+            else:
+                now[key] = replace(group, number=following)
+                following += 1
+        known = frozenset(group.number for key, group in now.items() if group == before.get(key))
+        parts = [part for part in parts if part.slices.keys() & known]
+        counted: dict[int, int] = {}
+        for part in parts:
+            counted[part.bucket] = counted.get(part.bucket, 0) + 1
+        plans[name] = LogPlan(
+            contract=contracts[name],
+            groups=now,
+            places=tuple(replace(place, number=now[key].number) for key, place, _ in groups),
+            known=known,
+            parts=tuple(parts),
+            merged=frozenset(bucket for bucket, number in counted.items() if number >= MERGE),
+            next_number=following,
+            forgotten=tuple(before[key] for key in before.keys() - now.keys()),
+        )
+    return plans, buckets
+
+
+def _count_rows(parts: Iterable[Part]) -> dict[int, int]:
+    """Rows that are kept of each row group."""
+    there: dict[int, int] = {}
+    for part in parts:
+        for number, rows in part.slices.items():
+            there[number] = there.get(number, 0) + rows
+    return there
+
+
+def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: int) -> dict[str, Any] | None:
+    """What the published run kept, where it can be used: {buckets, tables: {name: {groups, next, parts}}}."""
+    log = latest.options.get("log") if latest is not None else None
+    if latest is None or log is None or not log["buckets"] / 4 <= needed <= 2 * log["buckets"]:
+        return None
+    tables = {}
+    for name, contract in contracts.items():
+        table = log["tables"].get(name)
+        if table is None or table["contract"] != contract.fingerprint():
+            return None
+        try:
+            check_records(latest.records(kept_table(contract)), "The whole log is read again.")
+        except DamagedError as error:
+            print(f"shards: {error}", file=sys.stderr)
+            return None
+        parts = [Part.read(record) for record in latest.records(kept_table(contract))]
+        groups = {key: RowGroup(*values) for key, values in table["groups"].items()}
+        tables[name] = {"groups": groups, "next": table["next"], "parts": parts}
+    return {"buckets": int(log["buckets"]), "tables": tables}
+
+
+def remember(plans: dict[str, LogPlan], buckets: int) -> tuple[dict[str, Any], list[FileRecord]]:
+    """(what the manifest says of the logs, files of earlier runs that stay in use)."""
+    tables, kept = {}, []
+    for name, plan in plans.items():
+        kept += [part.record for part in plan.parts if part.bucket not in plan.merged]
+        tables[name] = {
+            "contract": plan.contract.fingerprint(),
+            "next": plan.next_number,
+            "groups": {key: astuple(group) for key, group in plan.groups.items()},
+        }
+    return {"buckets": buckets, "tables": tables}, kept
+
+
+def encode_rows(table: pa.Table) -> pa.Table:
+    """Rows of a log, read just now or kept, in one piece, with their texts dictionary-encoded; ids that hardly ever come again stay as they are."""
+    # First in one piece: dictionaries of thousands of pieces would be merged one by one, each time all their values.
+    table = table.combine_chunks()
+    for place, column in enumerate(table.schema):
+        if pa.types.is_string(column.type) and column.name not in UNCODED:
+            table = table.set_column(place, column.name, table[column.name].dictionary_encode())
+    return _whole(table)
+
+
+def _whole(table: pa.Table) -> pa.Table:
+    """In one piece, with one dictionary a column."""
+    return table.unify_dictionaries().combine_chunks()
+
+
+def living(table: pa.Table, known: Ints) -> pa.Table:
+    """Kept rows but for those of row groups that are not known any more."""
+    return table.filter(pa.array(np.isin(table[SLICE].to_numpy(), known)))
+
+
+def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table) -> FileRecord:
+    """Keep the rows of a bucket of users, encoded, in one piece and with SLICE, in a new file."""
+    table = table.take(pa.array(np.argsort(table[time_column(contract)].cast(pa.int64()).to_numpy(), kind="stable")))
+    numbers, rows = np.unique(table[SLICE].to_numpy(), return_counts=True)
+    slices = {str(number): int(count) for number, count in zip(numbers, rows, strict=True)}
+    table = table.replace_schema_metadata({"bucket": str(bucket), "slices": json.dumps(slices)})
+    path = files.join(directory, kept_table(contract), f"bucket-{bucket}-{uuid.uuid4().hex}.arrows")
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with files.atomic_write(path) as handle, pa.ipc.new_stream(handle, table.schema, options=options) as writer:
+        writer.write_table(table)
+    return FileRecord.of(kept_table(contract), path, table.num_rows, handle.written)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptRows:
+    """What the user pass must know of one log's kept rows; travels to workers."""
+
+    contract: Contract
+    directory: str
+    """Of the run"""
+    known: Ints
+    """Numbers of the row groups whose rows count, int64, in order"""
+    dropped: bool
+    merged: frozenset[int]
+
+    @classmethod
+    def of(cls, plan: LogPlan, directory: str) -> "KeptRows":
+        """As planned."""
+        known = np.array(sorted(plan.known), dtype=np.int64)
+        return cls(contract=plan.contract, directory=directory, known=known, dropped=plan.dropped, merged=plan.merged)
+
+    def join(self, bucket: int, kinds: dict[str, pa.Table]) -> tuple[pa.Table, list[FileRecord]]:
+        """(the log of a bucket of users: kept rows and those read just now, texts dictionary-encoded; the files that keep what was read)."""
+        pieces = []
+        kept, fresh = kinds.get(kept_table(self.contract)), kinds.get(self.contract.name)
+        if kept is not None:
+            pieces.append(living(kept, self.known) if self.dropped else kept)
+        if fresh is not None:
+            pieces.append(encode_rows(fresh))
+        if not pieces:
+            return self.contract.schema.empty_table(), []
+        table = _whole(pa.concat_tables(pieces))
+        if bucket in self.merged:
+            # Dictionaries may hold values that no row has any more.
+            plain = pa.table({name: without_dictionary(table[name]) for name in table.column_names})
+            new = encode_rows(plain)
+        else:
+            new = pieces[-1] if fresh is not None else table.slice(0, 0)
+        written = [write_rows(self.directory, self.contract, bucket, new)] if new.num_rows else []
+        return table, written

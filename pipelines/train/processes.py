@@ -1,0 +1,76 @@
+"""Training with several processes of one machine, which meet over a file and loopback: what torchrun opens listens on every interface."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from types import FrameType
+
+from pipelines.runner.exit_codes import HELD_BACK, MENDABLE, HeldBack
+from schemas.contract import InputError
+
+COMMAND = (sys.executable, "-m", "pipelines.train.command")
+
+_LOOK_EVERY_S = 0.1
+
+
+def train_in_processes(count: int, argv: list[str]) -> None:
+    """Run `camenn train` with `argv` in `count` processes to their end; the first one prints what one alone would.
+
+    Raises:
+        InputError, HeldBack, RuntimeError: one of them ended so. It has said why, and the others are ended.
+    """
+    # The processes import torch, not this one.
+    from camenn_model.training.distributed import MEETING
+
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    with tempfile.TemporaryDirectory(prefix="camenn-train-") as directory:
+        shared = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "GLOO_SOCKET_IFNAME": loopback,
+            "NCCL_SOCKET_IFNAME": loopback,
+            MEETING: os.path.join(directory, "meeting"),
+        }
+        started: list[subprocess.Popen[bytes]] = []
+        before = signal.getsignal(signal.SIGTERM)
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _end)
+        try:
+            for rank in map(str, range(count)):
+                own = {"RANK": rank, "LOCAL_RANK": rank}
+                started.append(subprocess.Popen([*COMMAND, *argv], env={**os.environ, **shared, **own}))
+            code = _wait(started)
+        finally:
+            if before is signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, before)
+            for process in started:
+                process.terminate()
+            for process in started:
+                process.wait()
+    if code == MENDABLE:
+        raise InputError("a training process ended with what it says above.")
+    if code == HELD_BACK:
+        raise HeldBack("the trained model, for the reason that stands above")
+    if code:
+        raise RuntimeError(f"a training process ended with exit code {code}; it said why above")
+
+
+def _wait(started: list[subprocess.Popen[bytes]]) -> int:
+    """The first exit code that is not 0, as soon as a process ends with one; 0 when all ended well."""
+    while True:
+        codes = [process.poll() for process in started]
+        bad = [code for code in codes if code]
+        if bad:
+            return bad[0]
+        if None not in codes:
+            return 0
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # As at a signal that nobody waits for, the others ended first.
+    raise SystemExit(128 + number)

@@ -1,0 +1,35 @@
+"""The reference in docs/ is what the schemas and parsers say, and the README speaks of things that exist."""
+
+import re
+from pathlib import Path
+
+from docs import generate
+from pipelines.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_tables_reference_is_current() -> None:
+    assert (ROOT / "docs" / "tables.md").read_text() == generate.tables(), "run `make docs`"
+
+
+def test_flags_reference_is_current() -> None:
+    assert (ROOT / "docs" / "flags.md").read_text() == generate.flags(), "run `make docs`"
+
+
+def test_readme_links_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_readme_names_every_command_and_no_unknown_flag() -> None:
+    text = (ROOT / "README.md").read_text()
+    for command in COMMANDS:
+        assert f"camenn {command}" in text or f"**{command}**" in text or command == "simulate", command
+    known = generate.flags()
+    beam = {"--runner", "--flink_master", "--flink_job_server_jar", "--environment_type", "--environment_config"}
+    beam |= {"--direct_num_workers", "--direct_running_mode", "--all"}
+    beam |= {"--standalone", "--nproc_per_node"}
+    for flag in set(re.findall(r"--[a-z_]+", text)) - beam:
+        assert flag in known, flag

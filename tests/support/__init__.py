@@ -1,0 +1,1 @@
+"""Shared by the tests: small cities, references, clusters."""
