@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 CHECKSUM = "checksum"
 """Key of a JSON document's own checksum"""

@@ -19,7 +19,7 @@ from camenn_model.data.feature_space import FeatureSpace
 from camenn_model.model.camenn import CameNN
 from camenn_model.published import check_table_files, read_manifest, read_published
 from camenn_model.tensors import load_tensors
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.manifest import MANIFEST, RUNS, remedy
 
 VERSIONED = (

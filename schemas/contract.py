@@ -13,15 +13,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from schemas.errors import InputError
+
 TIMESTAMP = pa.timestamp("us")
 """Every time in every table: microseconds, UTC, written without a zone."""
-
 SCHEMA_VERSION = 1
 """Raised when a published table changes in a way that old readers cannot follow; written into every manifest."""
-
-
-class InputError(ValueError):
-    """Input that cannot be used at all. The message names the file, the column, the row's key where there is one, and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)

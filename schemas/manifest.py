@@ -4,7 +4,7 @@ Each is a JSON object with a checksum of its own (`camenn_model.integrity`). A d
 The messages about them are here as well: the packages that read them share no other module.
 """
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 LATEST = "latest.json"
 """The published run: {run, stage, manifest}"""
@@ -13,6 +13,9 @@ LATEST_FIELDS = ("run", "stage", "manifest")
 PUBLISHED = "published"
 """Folder with a numbered record of each publication"""
 PUBLISHED_FIELDS = ("run", "stage", "at", "reason", "forced", "rolled_back_from", "repaired")
+
+KEEP = 7
+"""Runs published last that `camenn gc` keeps"""
 
 RUNS = "runs"
 """Folder with a directory a run"""

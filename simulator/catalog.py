@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 from simulator.classes import ProductClass, class_vectors
 from simulator.config import TEXT_FACTORS, CityConfig
 from simulator.corruption import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 from simulator.class_table import CLASS_TABLE
 from simulator.config import CityConfig
 

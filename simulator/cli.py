@@ -6,13 +6,15 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from schemas.contract import InputError
+from schemas.errors import InputError
 from simulator.config import MAX_PHOTOS, PRESETS, CityConfig, preset_config
-from simulator.generate import CitySummary, generate_city
-from simulator.truth import LADDER_RUNGS
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from simulator.generate import CitySummary
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -44,6 +46,8 @@ class ProgressPrinter:
         """Show that `done` of `total` are done."""
         if sys.stderr.isatty():
             if what != self._what:
+                from tqdm import tqdm
+
                 self.close()
                 self._bar = tqdm(total=total, desc=what, file=sys.stderr)
             if self._bar is not None:
@@ -95,7 +99,9 @@ def read_config(args: argparse.Namespace) -> CityConfig:
     return preset_config(args.preset, fields)
 
 
-def _print_summary(out: Path, summary: CitySummary, seconds: float) -> None:
+def _print_summary(out: Path, summary: "CitySummary", seconds: float) -> None:
+    from simulator.truth import LADDER_RUNGS
+
     ladder = json.loads((out / "truth" / "ladder.json").read_text())["all"]
     print(f"{'what':<32}{'count':>12}  where")
     for name in ("listings", "clicks", "orders", "users", "stores"):
@@ -112,6 +118,9 @@ def _print_summary(out: Path, summary: CitySummary, seconds: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run; 0 when the data directory is there, 2 when the input does not allow it (the reason is on stderr)."""
     args = build_parser().parse_args(argv)
+    # The simulator's libraries take a while: not for `--help`.
+    from simulator.generate import generate_city
+
     started = time.monotonic()
     progress = ProgressPrinter()
     try:

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 VISUAL_FACTORS = ("freshness", "pieces", "fill", "label")
 """What only the photo tells: share of unbrowned surface, number of pieces, fill of the pack, a label present."""

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.catalog import CATALOG
-from schemas.contract import Contract, InputError, conform
+from schemas.contract import Contract, conform
+from schemas.errors import InputError
 from schemas.events import CLICKS, ORDERS
 from schemas.users import STORES, USERS
 from simulator import tables

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 from simulator.catalog import PhotoBank
 from simulator.classes import Look, ProductClass
 from simulator.config import CityConfig

@@ -33,7 +33,7 @@ from camenn_model.training.corpus import Corpus, TrainOptions, open_corpus
 from camenn_model.training.optimizer import OptimizerConfig
 from camenn_model.training.train import popularity
 from pipelines.io.files import write_json
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 BASELINES = ("lightgbm", "lightgbm_content", "mmoe")
 POPULARITY = "popularity"

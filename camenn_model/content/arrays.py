@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -17,7 +17,7 @@ from camenn_model.config import CATEGORY, ITEM_HASH, SUBCATEGORY, USER_HASH, Fie
 from camenn_model.content.agreement import Agreement
 from camenn_model.content.price_against_similar import Likeness
 from camenn_model.data.field_encoders import MISSING, HashedIds, Numeric, Vocabulary, to_float
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
 
 PRICE_ALIKE = "price_alike"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from camenn_model.data.contents import Contents
 from camenn_model.published import check_table_files, read_manifest, read_published
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.manifest import RUNS, remedy
 from schemas.training import EXAMPLE_ORDER
 

@@ -25,7 +25,7 @@ from camenn_model.encoders.weights import (
     random_seed,
     text_config,
 )
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 PRECISIONS = ("fp32", "bf16")
 IMAGE_WIDTH = 1536

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 IMAGE_FLAG, TEXT_FLAG = "--image_weights", "--text_encoder"
 

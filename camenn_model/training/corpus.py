@@ -17,7 +17,7 @@ from camenn_model.data.feature_space import FeatureSpace
 from camenn_model.data.item_table import ItemTable
 from camenn_model.data.shard_set import BLOCK_ROWS, ShardSet
 from camenn_model.training.optimizer import OptimizerConfig
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 Progress = Callable[[str, int, int, str], None]
 """(phase, examples done, examples in all, note): called after every step."""

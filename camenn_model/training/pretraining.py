@@ -22,7 +22,7 @@ from camenn_model.training.fit_counts import CountRows, fit_counts, say
 from camenn_model.training.fit_wide import fit_wide
 from camenn_model.training.losses import MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
 from camenn_model.training.optimizer import OptimizerConfig, build_optimizer, set_rate
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 FIT_ITEMS = 512
 """Listings whose embeddings the input standardisation is fitted on."""

@@ -32,7 +32,7 @@ from camenn_model.training.distributed import Processes
 from camenn_model.training.losses import Losses, MultiTaskLoss
 from camenn_model.training.optimizer import WeightAverage, build_optimizer, set_rate
 from camenn_model.training.pretraining import Pretraining, fit_inputs
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 LISTINGS_PER_PAIR = 4
 """Listings whose photos and titles are told apart in a step with clicks, for each ITA pair of it"""

@@ -4,22 +4,15 @@ import argparse
 import re
 import sys
 
-from camenn_model.encoders.spec import ImageSpec, TextSpec
-from pipelines.embed.options import STAGE, EmbedOptions
-from pipelines.embed.stage import plan, run
-from pipelines.inputs.photo_files import check_root_scheme
-from pipelines.io import files
-from pipelines.runner.beam import is_dataflow
-from pipelines.runner.console import closing_table
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_common_flags, add_encoder_flags, new_parser, parse_with_beam
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `camenn embed`."""
     parser = new_parser(
-        STAGE, "Encode every distinct photo (InceptionV4 on grid patches) and title (BERT) of the catalog, once."
+        "embed", "Encode every distinct photo (InceptionV4 on grid patches) and title (BERT) of the catalog, once."
     )
     parser.add_argument("--data", required=True, help="data directory with the table `catalog`")
     parser.add_argument("--store", required=True, help="embedding store; made if it is not there")
@@ -84,6 +77,14 @@ def check_workers(device: str, precision: str, accelerator: str | None, dataflow
 def main(argv: list[str] | None = None) -> int:
     """Parse, resolve the encoders once, run, print."""
     arguments, beam_flags = parse_with_beam(build_parser(), argv)
+    from camenn_model.encoders.spec import ImageSpec, TextSpec
+    from pipelines.embed.options import STAGE, EmbedOptions
+    from pipelines.embed.stage import plan, run
+    from pipelines.inputs.photo_files import check_root_scheme
+    from pipelines.io import files
+    from pipelines.runner.beam import is_dataflow
+    from pipelines.runner.console import closing_table
+
     check_workers(arguments.device, arguments.precision, arguments.accelerator, is_dataflow(beam_flags))
     check_root_scheme(arguments.image_root or arguments.data)
     image = ImageSpec.resolve(

@@ -16,7 +16,7 @@ from pipelines.io.tables import FileRecord, Source, list_slices, read_slice
 from pipelines.runs.gate import LEAST_ROWS, NEARLY_NONE, Gate, hold_photos
 from pipelines.runs.manifest import Manifest
 from schemas.catalog import CATALOG
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 LEAST_NAMED = 5
 """Of so many photos that a first catalog names, not all are broken, not even where a third of them is: one such catalog

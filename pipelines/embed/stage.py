@@ -32,13 +32,13 @@ from pipelines.runner.beam import is_local_run, local_workers, open_pipeline, wo
 from pipelines.runner.console import watch
 from pipelines.runner.exit_codes import HeldBack
 from pipelines.runs.accounting import FinishRun, check_accounting, check_reject_rate, read_finished, read_rejects
-from pipelines.runs.garbage import KEEP
 from pipelines.runs.manifest import Manifest, add_files, new_run, read_latest, request_fingerprint, write_manifest
 from pipelines.runs.outputs import check_output, hold_output
 from pipelines.runs.publication import publish, published_manifests
 from pipelines.runs.store import IMAGES, TITLES, Part, drop_replaced, list_parts, plan_merges
 from schemas.catalog import CATALOG
 from schemas.embeddings import EMBEDDED_ITEMS
+from schemas.manifest import KEEP
 from schemas.rejects import DEFECTS, REJECTS
 
 

@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from camenn_model.integrity import DamagedError
-from pipelines.inputs.items import CONTENT_FILE_BYTES, read_stored
+from pipelines.inputs.items import read_stored
 from pipelines.io import files
 from pipelines.io.tables import FileRecord
 from pipelines.runs.manifest import CONTENTS, Manifest, check_records
 from pipelines.runs.store import ROW_GROUP, chunk_name
 from schemas.embeddings import embedding_shape
+
+CONTENT_FILE_BYTES = 128 * 2**20
+"""Embeddings of a contents file, at most: they are in memory while it is written"""
 
 
 @dataclass(frozen=True)

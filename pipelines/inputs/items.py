@@ -11,11 +11,8 @@ from pipelines.inputs.catalog import read_catalog
 from pipelines.io import files
 from pipelines.io.tables import Source
 from pipelines.runs.manifest import Manifest
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.training import ITEMS
-
-CONTENT_FILE_BYTES = 128 * 2**20
-"""Embeddings of a contents file, at most: they are in memory while it is written"""
 
 
 def read_stored(manifest: Manifest, table: str, columns: list[str]) -> pa.Table:

@@ -18,7 +18,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipelines.inputs.photos import LIMITS, Defect
 from pipelines.io import files
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 STORES = ("gs", "s3")
 """Schemes of object stores"""

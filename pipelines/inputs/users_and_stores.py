@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 from camenn_model.config import USER_HASH
 from pipelines.io import files
 from pipelines.io.tables import Source, open_table
-from schemas.contract import Contract, InputError
+from schemas.contract import Contract
+from schemas.errors import InputError
 from schemas.training import AUDIENCE_COUNTS, PAIR_COUNTS
 from schemas.users import STORES, USERS
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 REMEDIES = {
     errno.EACCES: "Give the user that runs camenn the right to it, or name another place.",
@@ -97,18 +97,6 @@ def one_line(error: BaseException) -> str:
     """Return an error's text on one line, without a full stop, cut where it is very long."""
     text = " ".join(str(error).split()).removesuffix(".")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-
-
-def refuse_not_utf8(words: Sequence[str]) -> None:
-    """Raise InputError where a word of the command line is not UTF-8: tables and documents could not name it."""
-    for word in words:
-        try:
-            word.encode()
-        except UnicodeEncodeError as error:
-            shown = os.fsencode(word).decode(errors="backslashreplace")
-            raise InputError(
-                f"{shown}: the path or flag is not UTF-8. Give the file or directory another name."
-            ) from error
 
 
 def input_error_behind(error: BaseException, given: Sequence[str] = ()) -> InputError | None:

@@ -21,7 +21,7 @@ from apache_beam.io.filesystems import FileSystems
 from camenn_model.integrity import dump_document, parse_document
 from pipelines.io import clock, files
 from pipelines.io.errors import reading
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def join(*parts: str) -> str:

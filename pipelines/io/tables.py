@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from pipelines.io.errors import reading
 from pipelines.io.files import Written, fingerprint, join, list_parquet, open_read, write_parquet
-from schemas.contract import Contract, InputError, check_output, conform, find_not_utf8, is_text, without_dictionary
+from schemas.contract import Contract, check_output, conform, find_not_utf8, is_text, without_dictionary
+from schemas.errors import InputError
 
 ROWS_PER_FILE = 262_144
 

@@ -3,12 +3,9 @@
 import argparse
 import sys
 
-from pipelines.io.errors import input_error_behind
-from pipelines.nightly.config import example, read_config
-from pipelines.nightly.night import run_night
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_json_flag
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,10 +27,16 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, run the night, print."""
     arguments = build_parser().parse_args(argv)
     if arguments.init:
+        from pipelines.nightly.config import example
+
         print(example(), end="")
         return 0
     if arguments.config is None:
         raise InputError("--config is missing. `camenn nightly --init` prints a config to start from.")
+    from pipelines.io.errors import input_error_behind
+    from pipelines.nightly.config import read_config
+    from pipelines.nightly.night import run_night
+
     config = read_config(arguments.config)
     try:
         return run_night(config, arguments.json)

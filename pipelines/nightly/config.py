@@ -14,7 +14,7 @@ from typing import Any
 
 from pipelines.io import files
 from pipelines.io.errors import reading
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 STAGES = {
     "embed": "pipelines.embed.command",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pipelines.io import files
 from pipelines.nightly.config import NightlyConfig
 from pipelines.runs.manifest import Manifest, read_latest, read_run
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.manifest import MANIFEST
 
 AS_OF = "shards_as_of"

@@ -3,10 +3,9 @@
 import argparse
 import sys
 
-from pipelines.runner.console import closing_table
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_json_flag
-from pipelines.runs.garbage import KEEP, collect
+from schemas.manifest import KEEP
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, collect, print."""
     arguments = build_parser().parse_args(argv)
+    from pipelines.runner.console import closing_table
+    from pipelines.runs.garbage import collect
+
     summary = collect(arguments.out, arguments.keep, arguments.retention_days, dry_run=arguments.dry_run)
     closing_table("gc", summary, as_json=arguments.json)
     return 0

@@ -3,10 +3,8 @@
 import argparse
 import sys
 
-from pipelines.runner.console import closing_table
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_json_flag
-from pipelines.runs.publication import republish
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,6 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, publish, print."""
     arguments = build_parser().parse_args(argv)
+    from pipelines.runner.console import closing_table
+    from pipelines.runs.publication import republish
+
     summary = republish(arguments.run, force=arguments.force, reason=arguments.reason)
     closing_table("publish", summary, as_json=arguments.json)
     return 0

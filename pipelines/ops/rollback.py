@@ -3,10 +3,8 @@
 import argparse
 import sys
 
-from pipelines.runner.console import closing_table
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_json_flag
-from pipelines.runs.publication import rollback
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,6 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, roll back, print."""
     arguments = build_parser().parse_args(argv)
+    from pipelines.runner.console import closing_table
+    from pipelines.runs.publication import rollback
+
     closing_table("rollback", rollback(arguments.out, arguments.reason), as_json=arguments.json)
     return 0
 

@@ -3,17 +3,14 @@
 import argparse
 import sys
 
-from pipelines.io import files
-from pipelines.report.page import COMMAND, ReportOptions, run
-from pipelines.runner.console import closing_table
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_json_flag, new_parser
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `camenn report`."""
-    parser = new_parser(COMMAND, "Write one self-contained HTML page about a working directory.")
+    parser = new_parser("report", "Write one self-contained HTML page about a working directory.")
     # Nothing here runs on Beam.
     parser.epilog = None
     parser.add_argument(
@@ -31,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if not arguments.run:
         raise InputError("--run: the working directory is empty text. Give its path.")
+    from pipelines.io import files
+    from pipelines.report.page import COMMAND, ReportOptions, run
+    from pipelines.runner.console import closing_table
+
     options = ReportOptions(run=arguments.run, out=arguments.out or files.join(arguments.run, "report"))
     closing_table(COMMAND, run(options), as_json=arguments.json)
     return 0

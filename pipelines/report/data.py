@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipelines.io import files
 from pipelines.runs.manifest import Manifest, read_latest
 from pipelines.runs.publication import previous_run
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 STAGES = (("embed", "store"), ("shards", "shards"), ("train", "model"), ("score", "scores"))
 """Stage and the folder of the working directory that it publishes in."""

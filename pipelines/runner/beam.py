@@ -10,10 +10,11 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 
+from pipelines.runner.exit_codes import DryRun
 from pipelines.runner.flink_jar import check_jar
 from pipelines.runner.loopback import is_loopback, keep_servers_local
 from pipelines.runner.worker_version import guard
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 WORKERS_KEPT_MS = 20_000
 """How long Flink keeps idle SDK workers of a job. Shorter than its restart delay should be: a restarted job must not find its dead workers."""
@@ -45,14 +46,6 @@ JAVA_OPENS = tuple(
     )
 )
 """What Flink's and Kryo's reflection needs from Java 17; Java 11 takes the flags as well."""
-
-
-class DryRun(Exception):
-    """The job was built and, as `--dry_run=True` asked, not submitted. `job`: what the runner would have submitted."""
-
-    def __init__(self, job: Any) -> None:
-        super().__init__("the job was built and not submitted")
-        self.job = job
 
 
 def check_runner(beam_flags: list[str]) -> None:
@@ -180,3 +173,12 @@ def worker_threads(beam_flags: list[str]) -> int | None:
     if not is_local_run(beam_flags):
         return None
     return max(1, (os.cpu_count() or 1) // local_workers(beam_flags))
+
+
+def option_classes() -> list[type[PipelineOptions]]:
+    """Return the classes of flags that Beam itself declares."""
+    found: dict[str, type[PipelineOptions]] = {}
+    for options in PipelineOptions.__subclasses__():
+        if options.__module__.startswith("apache_beam.options"):
+            found[options.__name__] = options
+    return list(found.values())

@@ -3,18 +3,27 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from pipelines.io.errors import input_error_behind, refuse_not_utf8
-from pipelines.runner.beam import DryRun
-
-if TYPE_CHECKING:
-    pass
-
+from schemas.errors import InputError
 
 MENDABLE, HELD_BACK = 2, 3
 """Exit codes: what the user can mend; a finished run that its gates keep from readers"""
+UNFORESEEN, BUSY, STALE = 1, 4, 5
+"""Exit codes of a night: a bug or a crash; another night is running; the published scores are older than they may be"""
+
+
+class HeldBack(Exception):
+    """A run is finished and whole, and its gates failed: readers keep what was published before."""
+
+
+class DryRun(Exception):
+    """The job was built and, as `--dry_run=True` asked, not submitted. `job`: what the runner would have submitted."""
+
+    def __init__(self, job: Any) -> None:
+        super().__init__("the job was built and not submitted")
+        self.job = job
 
 
 def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
@@ -36,6 +45,8 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
         print(f"camenn: held back: {held}", file=sys.stderr)
         return HELD_BACK
     except Exception as error:
+        from pipelines.io.errors import input_error_behind
+
         cause = input_error_behind(error, given)
         if cause is None:
             raise
@@ -43,8 +54,13 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
         return MENDABLE
 
 
-class HeldBack(Exception):
-    """A run is finished and whole, and its gates failed: readers keep what was published before."""
-
-
-UNFORESEEN, BUSY, STALE = 1, 4, 5
+def refuse_not_utf8(words: Sequence[str]) -> None:
+    """Raise InputError where a word of the command line is not UTF-8: tables and documents could not name it."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(word).decode(errors="backslashreplace")
+            raise InputError(
+                f"{shown}: the path or flag is not UTF-8. Give the file or directory another name."
+            ) from error

@@ -4,10 +4,6 @@ import argparse
 import difflib
 from typing import Any
 
-from apache_beam.options.pipeline_options import PipelineOptions
-
-from pipelines.runner.beam import check_runner
-
 JOB_SERVER_OPTIONS = (
     "parallelism",
     "max_parallelism",
@@ -71,8 +67,11 @@ def new_parser(stage: str, description: str) -> argparse.ArgumentParser:
 def parse_with_beam(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Parse a stage's flags; returns them and the flags for Beam. A flag that neither knows ends the program with a suggestion."""
     arguments, rest = parser.parse_known_args(argv)
+    # Beam takes seconds to import: not for `--help`, nor for a flag of ours that is wrong.
+    from pipelines.runner.beam import check_runner, option_classes
+
     beam_parser: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
-    for options in _all_option_classes():
+    for options in option_classes():
         options._add_argparse_args(beam_parser)
     for name in JOB_SERVER_OPTIONS:
         beam_parser.add_argument(f"--{name}")
@@ -84,11 +83,3 @@ def parse_with_beam(parser: argparse.ArgumentParser, argv: list[str] | None) -> 
         parser.error(f"unknown argument {unknown[0]}{hint} (neither camenn nor Apache Beam has it)")
     check_runner(rest)
     return arguments, rest
-
-
-def _all_option_classes() -> list[type[PipelineOptions]]:
-    found: dict[str, type[PipelineOptions]] = {}
-    for options in PipelineOptions.__subclasses__():
-        if options.__module__.startswith("apache_beam.options"):
-            found[options.__name__] = options
-    return list(found.values())

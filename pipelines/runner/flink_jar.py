@@ -13,7 +13,7 @@ import uuid
 import zipfile
 from dataclasses import dataclass
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 CLASS = "org/apache/beam/sdk/fn/server/ServerFactory$InetSocketAddressServerFactory.class"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 _LOG = logging.getLogger(__name__)
 

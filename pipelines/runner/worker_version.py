@@ -11,7 +11,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 _PACKAGES = ("schemas", "camenn_model", "pipelines")
 _LIBRARIES = ("apache-beam", "torch", "transformers", "timm", "pyarrow", "pandas", "numpy")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipelines.io import files
 from pipelines.io.tables import FileRecord
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 FINISHED = "finished.json"
 

@@ -17,12 +17,11 @@ from pipelines.runs.accounting import FINISHED
 from pipelines.runs.manifest import CONTENTS, RUN_NAME, read_latest, read_run
 from pipelines.runs.publication import publications
 from pipelines.runs.store import IMAGES, TITLES, read_marker
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.manifest import LATEST, MANIFEST, PUBLISHED, RUNS
 
 YOUNG = datetime.timedelta(hours=48)
 """Files of this age or younger are never removed: a run may be writing them, and a reader may have begun before the last publication."""
-KEEP = 7
 
 _HEX = "[0-9a-f]{32}"
 _PART = re.compile(rf"part-{_HEX}\.(parquet|json|arrow)(\.{_HEX}\.tmp)?")

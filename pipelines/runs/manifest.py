@@ -13,7 +13,8 @@ from typing import Any
 from camenn_model.integrity import DamagedError, check_files, file_sha256
 from pipelines.io import clock, files
 from pipelines.io.tables import FileRecord
-from schemas.contract import SCHEMA_VERSION, InputError
+from schemas.contract import SCHEMA_VERSION
+from schemas.errors import InputError
 from schemas.manifest import (
     LATEST,
     LATEST_FIELDS,

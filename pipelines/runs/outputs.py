@@ -13,7 +13,7 @@ from camenn_model.integrity import DamagedError
 from pipelines.io import files
 from pipelines.runs.manifest import CONTENTS, read_pointer
 from pipelines.runs.store import IMAGES, TITLES
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.manifest import LATEST, PUBLISHED, RUNS
 
 CHECKPOINTS = "checkpoints"

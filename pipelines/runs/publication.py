@@ -6,7 +6,7 @@ from typing import Any
 from camenn_model.integrity import DamagedError
 from pipelines.io import clock, files
 from pipelines.runs.manifest import Manifest, check_records, published_files, read_latest, read_run, write_manifest
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.manifest import LATEST, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS, repair_hint
 
 

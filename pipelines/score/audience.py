@@ -14,7 +14,7 @@ from pipelines.io.tables import Source
 from pipelines.score.joins import Side, column_of
 from pipelines.score.snapshot import Log, active_users
 from schemas.audience import AUDIENCE, CANDIDATES
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 BUCKET_HOURS = 4
 

@@ -4,13 +4,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from pipelines.io import files
-from pipelines.runner.console import closing_table
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_common_flags, new_parser, parse_with_beam
-from pipelines.score.inputs import STAGE, ScoreOptions
-from pipelines.score.stage import plan, run
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 if TYPE_CHECKING:
     pass
@@ -19,7 +15,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `camenn score`."""
     parser = new_parser(
-        STAGE, "Score listings for an audience as of a date, judge the listings' photos and titles, and publish both."
+        "score", "Score listings for an audience as of a date, judge the listings' photos and titles, and publish both."
     )
     parser.add_argument(
         "--data",
@@ -76,6 +72,11 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(
             "--precision bf16 saves nothing where all listings are published: give --top_k 1 or more, or leave it out."
         )
+    from pipelines.io import files
+    from pipelines.runner.console import closing_table
+    from pipelines.score.inputs import STAGE, ScoreOptions
+    from pipelines.score.stage import plan, run
+
     options = ScoreOptions(
         data=files.absolute(a.data), store=files.absolute(a.store), model=files.absolute(a.model), out=files.absolute(a.out), score_date=a.score_date, top_k=a.top_k, audience=a.audience,
         precision=a.precision, timezone=a.timezone, max_reject_rate=a.max_reject_rate, shards=files.absolute(a.shards) if a.shards else None,

@@ -18,7 +18,7 @@ from pipelines.runs.gate import LEAST_FOUND, LEAST_ROWS, NEARLY_NONE
 from pipelines.score.audience import Candidates
 from pipelines.score.gates import LEAST_COVERAGE, MOST_RECODED, Coverage
 from pipelines.score.joins import SEARCHED_FROM, Join, Side, column_of, join_ids
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 if TYPE_CHECKING:
     from pipelines.score.inputs import ScoreInputs

@@ -17,7 +17,7 @@ from pipelines.score.coverage import check_ids, check_meeting, id_joins
 from pipelines.score.inputs import STAGE, ScoreInputs, ScoreOptions, default_date, user_fields
 from pipelines.score.pairs import Pairs, listings_met, plan_chunks
 from pipelines.score.snapshot import Log, audience_features, build_log
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 if TYPE_CHECKING:
     pass

@@ -13,7 +13,7 @@ from camenn_model.evaluation.distribution import EDGES, decile_shares, histogram
 from pipelines.io import files
 from pipelines.runs.gate import LEAST_ROWS, MOST_PSI, NEARLY_NONE, Gate
 from pipelines.runs.manifest import Manifest
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 if TYPE_CHECKING:
     from camenn_model.evaluation.challenge import Calibration

@@ -16,7 +16,7 @@ from pipelines.runs.manifest import Manifest, request_fingerprint, require_lates
 from pipelines.score.audience import has_candidates, read_audience
 from schemas.audience import AUDIENCE, CANDIDATES
 from schemas.catalog import CATALOG
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.events import CLICKS, ORDERS
 
 if TYPE_CHECKING:

@@ -3,31 +3,13 @@
 import argparse
 import sys
 
-from pipelines.io import files
-from pipelines.runner.console import closing_table
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_common_flags, new_parser, parse_with_beam
-from pipelines.shards.options import STAGE, ShardOptions
-from pipelines.shards.stage import run
-from schemas.contract import InputError
-
-
-def check_flags(options: ShardOptions) -> None:
-    """Raises InputError, naming the flag, for a number that makes no sense."""
-    hours, history, share, late = options.attribution_hours, options.history, options.test_share, options.late_days
-    if not 0 <= late <= 365:
-        raise InputError(f"--late_days {late}: must be between 0 and 365.")
-    if not 0 < hours <= 24 * 365:
-        raise InputError(f"--attribution_hours {hours}: must be more than 0 and at most a year.")
-    if not 1 <= history <= 1_000:
-        raise InputError(f"--history {history}: must be between 1 and 1000 entries.")
-    if not 0 < share < 0.9:
-        raise InputError(f"--test_share {share}: must be more than 0 and less than 0.9.")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `camenn shards`."""
-    parser = new_parser(STAGE, "Label clicks, add as-of features, and write a self-contained training shard set.")
+    parser = new_parser("shards", "Label clicks, add as-of features, and write a self-contained training shard set.")
     parser.add_argument(
         "--data", required=True, help="data directory with catalog, clicks, orders and, optionally, users and stores"
     )
@@ -69,6 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, print."""
     a, beam_flags = parse_with_beam(build_parser(), argv)
+    from pipelines.io import files
+    from pipelines.runner.console import closing_table
+    from pipelines.shards.options import STAGE, ShardOptions, check_flags
+    from pipelines.shards.stage import run
+
     options = ShardOptions(
         data=files.absolute(a.data), store=files.absolute(a.store), out=files.absolute(a.out), attribution_hours=a.attribution_hours, history=a.history, as_of=a.as_of,
         timezone=a.timezone, test_share=a.test_share, max_reject_rate=a.max_reject_rate, late_days=a.late_days,

@@ -23,7 +23,8 @@ from pipelines.io.clock import can_be
 from pipelines.io.rejects import keep_usable
 from pipelines.io.tables import FileRecord, Slice, read_slice
 from pipelines.runs.manifest import Manifest
-from schemas.contract import Contract, InputError, check_output
+from schemas.contract import Contract, check_output
+from schemas.errors import InputError
 from schemas.training import EXAMPLES
 
 SKETCH = 16

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from camenn_model.data.shard_set import BLOCK_ROWS
 from pipelines.io.tables import Source
 from pipelines.shards.final_days import Kept
 from pipelines.shards.log_cache import LogPlan
 from pipelines.shards.splits import SplitTimes
+from schemas.errors import InputError
 
 STAGE = "shards"
-ROWS_PER_FILE = BLOCK_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +53,16 @@ class Plan:
     """See `cut_long_days`"""
     scratch: str | None = None
     """Where shuffles lie, on the local runner (pipelines/io/shuffle.py)"""
+
+
+def check_flags(options: ShardOptions) -> None:
+    """Raises InputError, naming the flag, for a number that makes no sense."""
+    hours, history, share, late = options.attribution_hours, options.history, options.test_share, options.late_days
+    if not 0 <= late <= 365:
+        raise InputError(f"--late_days {late}: must be between 0 and 365.")
+    if not 0 < hours <= 24 * 365:
+        raise InputError(f"--attribution_hours {hours}: must be more than 0 and at most a year.")
+    if not 1 <= history <= 1_000:
+        raise InputError(f"--history {history}: must be between 1 and 1000 entries.")
+    if not 0 < share < 0.9:
+        raise InputError(f"--test_share {share}: must be more than 0 and less than 0.9.")

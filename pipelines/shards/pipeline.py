@@ -21,10 +21,11 @@ from pipelines.io.files import open_read
 from pipelines.io.shuffle import Packer, Parcel, ShuffleByBucket, unpack
 from pipelines.io.tables import FileRecord, ReadTable, WriteTable
 from pipelines.runner.console import ProgressFile
+from pipelines.shards import sizes
 from pipelines.shards.examples import build_item_features, build_user_examples, finish_examples
 from pipelines.shards.final_days import keep_features, write_part
 from pipelines.shards.log_cache import KeptRows, kept_table
-from pipelines.shards.options import ROWS_PER_FILE, STAGE, Plan, ShardOptions
+from pipelines.shards.options import STAGE, Plan, ShardOptions
 from pipelines.shards.splits import cut_splits
 from schemas.events import CLICKS, ORDERS
 from schemas.rejects import REJECTS
@@ -130,7 +131,6 @@ class ItemPass(beam.DoFn):
             yield day, table.drop_columns(["session_start"])
 
 
-ROWS_PER_BUCKET = 262_144
 WRITERS = 2
 
 
@@ -190,9 +190,9 @@ class WriteDays(beam.DoFn):
         table = keep_features(table, self.open_paths.get(date, []))
         table = table.sort_by([(name, "ascending") for name in EXAMPLE_ORDER])
         pieces = [
-            (split, rows.slice(start, ROWS_PER_FILE))
+            (split, rows.slice(start, sizes.ROWS_PER_FILE))
             for split, rows in cut_splits(table, self.splits)
-            for start in range(0, rows.num_rows, ROWS_PER_FILE)
+            for start in range(0, rows.num_rows, sizes.ROWS_PER_FILE)
         ]
         return [
             write_part(self.directory, date, f"{piece}-{number}", split, rows)
@@ -258,7 +258,7 @@ class BuildExamples(beam.PTransform):
                 "queries", "item_events", "files", "rejects", "counts", main="examples"
             )
         )
-        item_buckets = max(1, -(-plan.item_rows // ROWS_PER_BUCKET))
+        item_buckets = max(1, -(-plan.item_rows // sizes.ROWS_PER_BUCKET))
         counts = (
             {"queries": by_user.queries, "item_events": by_user.item_events}
             | "ByItem"

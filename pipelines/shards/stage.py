@@ -35,6 +35,7 @@ from pipelines.runs.accounting import Count, FinishRun, check_accounting, check_
 from pipelines.runs.manifest import Manifest, add_files, new_run, read_latest, request_fingerprint, require_latest
 from pipelines.runs.outputs import hold_output
 from pipelines.runs.publication import publish
+from pipelines.shards import sizes
 from pipelines.shards.examples import cut_long_days
 from pipelines.shards.final_days import (
     ROW_SETTINGS,
@@ -46,11 +47,11 @@ from pipelines.shards.final_days import (
     sketch_days,
 )
 from pipelines.shards.log_cache import kept_table, plan_logs, remember
-from pipelines.shards.options import ROWS_PER_FILE, STAGE, Plan, ShardOptions
-from pipelines.shards.pipeline import ROWS_PER_BUCKET, BuildExamples
+from pipelines.shards.options import STAGE, Plan, ShardOptions
+from pipelines.shards.pipeline import BuildExamples
 from pipelines.shards.splits import split_records, split_times
 from schemas.catalog import CATALOG
-from schemas.contract import InputError
+from schemas.errors import InputError
 from schemas.events import CLICKS, ORDERS
 from schemas.rejects import REJECTS
 from schemas.training import EXAMPLES, ITEMS
@@ -140,7 +141,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         settings = {name: getattr(options, name) for name in ROW_SETTINGS}
         late = window + int(options.late_days * DAY_US)
         kept = Kept() if rebuild else keep_days(latest, settings, as_of, late, out)
-        logs, user_buckets = plan_logs([clicks, orders], None if rebuild else latest, ROWS_PER_BUCKET)
+        logs, user_buckets = plan_logs([clicks, orders], None if rebuild else latest, sizes.ROWS_PER_BUCKET)
         unsampled, changed = logs["clicks"].unsampled()
         begins = day_of(int(clicked_at.min()))
         sampled = {
@@ -171,7 +172,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         plan = Plan(
             clicks=clicks, orders=orders, logs=logs, user_buckets=user_buckets, item_rows=item_rows, items_path=written[0].path, as_of=as_of, latest=latest_event, window=window,
             splits=splits, timezones=timezones, directory=directory, kept=kept,
-            day_cuts=cut_long_days(built, ROWS_PER_FILE),
+            day_cuts=cut_long_days(built, sizes.ROWS_PER_FILE),
             scratch=files.join(directory, "shuffle") if local else None,
         )  # fmt: skip
         days_kept = split_records(kept.records, splits, files.join(directory, "examples"))

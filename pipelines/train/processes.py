@@ -10,7 +10,7 @@ import time
 from types import FrameType
 
 from pipelines.runner.exit_codes import HELD_BACK, MENDABLE, HeldBack
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 COMMAND = (sys.executable, "-m", "pipelines.train.command")
 

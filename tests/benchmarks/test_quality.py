@@ -32,7 +32,7 @@ from camenn_model.data.batching import concat_rows
 from camenn_model.evaluation import metrics
 from camenn_model.evaluation.predictions import Predictions, predict
 from camenn_model.training.corpus import Corpus, TrainOptions, open_corpus
-from schemas.contract import InputError
+from schemas.errors import InputError
 from simulator.truth import expected_auc
 
 CITY = {"clicks": 3_000}

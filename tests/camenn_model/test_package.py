@@ -13,7 +13,7 @@ from camenn_model.calibration import PlattScaling
 from camenn_model.model.camenn import CameNN
 from camenn_model.package import VERSIONED, Package, open_package
 from camenn_model.tensors import load_tensors, save_tensors
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.support.random_batches import tiny_config
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 from simulator.catalog import make_catalog
 from simulator.classes import make_classes
 from simulator.config import PRESETS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 from simulator.classes import SUBCATEGORIES, TEXTURES, class_vectors, drawn_classes, folder_classes
 from simulator.config import PRESETS
 from simulator.scene import CONTAINERS

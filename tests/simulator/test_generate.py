@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from schemas.catalog import CATALOG
-from schemas.contract import Contract, InputError, conform
+from schemas.contract import Contract, conform
+from schemas.errors import InputError
 from schemas.events import CLICKS, ORDERS
 from schemas.users import STORES, USERS
 from simulator.generate import generate_city

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from schemas.contract import InputError
+from schemas.errors import InputError
 from simulator.catalog import make_catalog
 from simulator.classes import Look, drawn_classes, make_classes
 from simulator.config import PRESETS

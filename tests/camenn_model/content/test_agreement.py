@@ -18,7 +18,7 @@ from camenn_model.content.agreement import (
     fit_logistic,
 )
 from camenn_model.evaluation import metrics
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 Floats = NDArray[np.float32]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from camenn_model.content import price_against_similar
 from camenn_model.content.price_against_similar import Likeness, alike_prices
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def slow(

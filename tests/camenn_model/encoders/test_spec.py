@@ -14,7 +14,7 @@ from camenn_model.encoders import spec
 from camenn_model.encoders.spec import COMPILE_PAYS_AT, DeviceError, ImageSpec, TextSpec, resolve_device_precision
 from camenn_model.encoders.weights import WeightsError, hash_safetensors
 from camenn_model.hashing import normalise_title
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.support.encoder_sources import PROJECT, minilm
 
 

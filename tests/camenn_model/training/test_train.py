@@ -42,7 +42,7 @@ from camenn_model.training.trainer import Trainer
 from pipelines.runner.exit_codes import HeldBack, run_main
 from pipelines.shards import command as shards_command
 from pipelines.train import processes
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.support.listeners import beyond_loopback, listeners, process_tree
 from tests.support.small_city import catalog_table, random_city, write_data, write_store
 

@@ -19,8 +19,8 @@ from pipelines.io.files import write_parquet
 from pipelines.runner.exit_codes import run_main
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.publication import publications
-from schemas.contract import InputError
 from schemas.embeddings import EMBEDDED_ITEMS
+from schemas.errors import InputError
 from tests.pipelines.embed.test_stage import write_catalog
 
 LISTINGS = 24

@@ -18,11 +18,11 @@ from camenn_model.encoders.spec import has_compiler
 from camenn_model.hashing import normalise_title
 from pipelines import cli
 from pipelines.runs import store as store_module
-from pipelines.runs.garbage import KEEP
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.publication import check_whole, published_manifests
 from schemas.catalog import CATALOG
 from schemas.embeddings import KERNELS_KEY, embedding_shape
+from schemas.manifest import KEEP
 from tests.support.encoder_sources import minilm
 
 

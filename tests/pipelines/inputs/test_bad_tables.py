@@ -20,11 +20,12 @@ from pipelines.io.tables import Slice, Source
 from pipelines.runner.exit_codes import run_main
 from pipelines.score.audience import read_audience, score_time
 from pipelines.shards import command as shards_command
-from pipelines.shards import pipeline as shards_pipeline
+from pipelines.shards import sizes
 from pipelines.shards import stage as shards_stage
 from schemas.audience import AUDIENCE
 from schemas.catalog import CATALOG
-from schemas.contract import Contract, InputError, conform
+from schemas.contract import Contract, conform
+from schemas.errors import InputError
 from schemas.events import CLICKS, ORDERS
 from tests.pipelines.shards.test_examples import LATER, a_click, an_order
 from tests.support.shard_reference import DAY, HOUR, Row, Settings
@@ -499,7 +500,7 @@ def test_a_row_group_of_rejects_only_and_buckets_without_examples(data: Data, mo
         pq.write_table(nothing, data.root / "data" / name / "b.parquet")
         pq.write_table(nothing.slice(0, 0), data.root / "data" / name / "c.parquet")
         del data.tables[name]
-    monkeypatch.setattr(shards_pipeline, "ROWS_PER_BUCKET", 4)
+    monkeypatch.setattr(sizes, "ROWS_PER_BUCKET", 4)
     as_of = (datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=START + DAYS * DAY)).isoformat()
     assert data.shards("--max_reject_rate", "0.5", "--as_of", as_of) == 0
     counts = data.counts("clicks")

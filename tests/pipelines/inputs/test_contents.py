@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from camenn_model.data.contents import Contents
-from pipelines.inputs import items
+from pipelines.inputs import contents as contents_module
 from pipelines.inputs.contents import ContentJob, copy_contents, plan_contents
 from pipelines.io.tables import FileRecord
 from pipelines.runs.manifest import Manifest, add_files
@@ -119,7 +119,7 @@ def numbers_of(path: str) -> list[str]:
 def test_contents_are_copied_once_in_files_of_bounded_size(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(items, "CONTENT_FILE_BYTES", 8 * 10)
+    monkeypatch.setattr(contents_module, "CONTENT_FILE_BYTES", 8 * 10)
     wanted = [*range(0, 20, 2), 3, *range(20, 23), *range(30, 41), 99]
     jobs = store.jobs(wanted, [])
     records = [copy_contents(job, str(tmp_path / "contents")) for job in jobs]

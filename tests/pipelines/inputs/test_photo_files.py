@@ -15,7 +15,7 @@ from pipelines.inputs import photo_files
 from pipelines.inputs.photo_files import FileDefect, PhotoFiles, UriDefect, check_root_scheme, photo_status, resolve_uri
 from pipelines.inputs.photos import Limits
 from pipelines.report.photos import Photos
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 BUCKET = "gs://bucket/photos"
 
@@ -127,7 +127,7 @@ import sys
 for name in ("boto3", "google.cloud.storage", "apitools"):
     sys.modules[name] = None
 from pipelines.photo_files import UriDefect, check_root_scheme, resolve_uri
-from schemas.contract import InputError
+from schemas.errors import InputError
 for scheme in ("gs", "s3"):
     try:
         print(resolve_uri(f"{scheme}://bucket/1.jpg", "/photos", True))

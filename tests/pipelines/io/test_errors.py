@@ -10,10 +10,10 @@ import apache_beam as beam
 import pytest
 
 from pipelines.io import files
-from pipelines.io.errors import REMEDIES, REMEDIES_OF_PATHS, input_error_behind, reading, refuse_not_utf8
+from pipelines.io.errors import REMEDIES, REMEDIES_OF_PATHS, input_error_behind, reading
 from pipelines.runner.beam import open_pipeline
-from pipelines.runner.exit_codes import run_main
-from schemas.contract import InputError
+from pipelines.runner.exit_codes import refuse_not_utf8, run_main
+from schemas.errors import InputError
 
 ANYWHERE = sorted(REMEDIES)
 OF_PATHS = sorted(REMEDIES_OF_PATHS)

@@ -25,7 +25,8 @@ from pipelines.shards.final_days import sketch_days
 from pipelines.shards.log_cache import hash_row_groups
 from schemas.audience import AUDIENCE, CANDIDATES
 from schemas.catalog import CATALOG
-from schemas.contract import Contract, InputError, conform
+from schemas.contract import Contract, conform
+from schemas.errors import InputError
 from schemas.events import CLICKS, ORDERS
 from schemas.users import STORES, USERS
 from tests.pipelines.inputs.test_bad_tables import Data, put

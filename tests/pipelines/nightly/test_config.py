@@ -9,7 +9,7 @@ from pipelines.nightly import command as nightly_command
 from pipelines.nightly import night
 from pipelines.nightly.config import OWN, STAGES, Keep, Retrain, example, read_config, stage_actions
 from pipelines.runner.exit_codes import run_main
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def write(tmp_path: Path, text: str) -> str:

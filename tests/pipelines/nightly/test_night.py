@@ -16,7 +16,7 @@ from pipelines.runner.exit_codes import HeldBack, run_main
 from pipelines.runs.manifest import Manifest
 from pipelines.runs.night_record import DONE, FAILED, HELD, NOT_DUE, StageRecord, read_nights
 from pipelines.runs.publication import publish
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 Outcomes = dict[str, BaseException]
 

@@ -26,7 +26,6 @@ from pipelines.embed import command as embed_command
 from pipelines.io import clock
 from pipelines.nightly import command as nightly_command
 from pipelines.runner.exit_codes import run_main
-from pipelines.runs import gate
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.night_record import DONE, FAILED, HELD, NOT_DUE, UNCHANGED, read_nights
 from pipelines.runs.publication import check_whole, publications
@@ -381,7 +380,7 @@ FAULTS: dict[int, Callable[[Month], None]] = {
 @pytest.mark.slow
 def test_thirty_nights(month: Month, monkeypatch: pytest.MonkeyPatch) -> None:
     # A hundred listings, and models of some steps: scores move from night to night as no city's do. The gates' own thresholds: test_gates.py.
-    monkeypatch.setattr(gate, "MOST_PSI", 1.0)
+    monkeypatch.setattr(gates, "MOST_PSI", 1.0)
     monkeypatch.setattr(gates, "MOST_MEAN_CHANGE", 0.5)
     trained = []
     for night in range(1, NIGHTS + 1):

@@ -12,7 +12,7 @@ from pipelines.nightly.config import NightlyConfig, Retrain
 from pipelines.nightly.retraining import decide
 from pipelines.runs.manifest import Manifest, write_manifest
 from pipelines.runs.publication import publish
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def config(root: Path, **retrain: Any) -> NightlyConfig:

@@ -32,7 +32,7 @@ from pipelines.runs.publication import publish
 from pipelines.score.command import build_parser as score_parser
 from pipelines.shards.command import build_parser as shards_parser
 from pipelines.train.command import build_parser as train_parser
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.support.documents import edit_document
 from tests.support.work_directory import EVIL_TITLE, make_work
 

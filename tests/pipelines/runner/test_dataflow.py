@@ -27,12 +27,12 @@ from camenn_model.training.corpus import TrainOptions, open_corpus
 from pipelines import cli
 from pipelines.embed import command as embed_command
 from pipelines.embed import stage as embed_stage
-from pipelines.runner.beam import DryRun
+from pipelines.runner.exit_codes import DryRun
 from pipelines.runs.manifest import Manifest, read_latest
 from pipelines.runs.publication import publish
 from pipelines.score import command as score_command
 from pipelines.shards import command as shards_command
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.support.small_city import catalog_table, random_city, write_data, write_store
 
 apiclient = pytest.importorskip(

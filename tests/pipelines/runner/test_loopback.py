@@ -19,7 +19,7 @@ from apache_beam.runners.portability.fn_api_runner import worker_handlers
 from pipelines.runner import flink_jar, loopback
 from pipelines.runner.beam import check_runner, open_pipeline, pipeline_options
 from pipelines.runner.loopback import is_loopback, local_server, peer_users, read_address
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.support.listeners import beyond_loopback, listeners, run_all
 
 LINUX = pytest.mark.skipif(not Path(loopback.TABLES[0]).exists(), reason="the system has no table of connections")

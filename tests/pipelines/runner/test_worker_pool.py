@@ -15,7 +15,7 @@ from pipelines.io.errors import input_error_behind
 from pipelines.runner import worker_version
 from pipelines.runner.loopback import TABLES, loopback_addresses
 from pipelines.runner.worker_version import check_package, guard, package_fingerprint
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.support.flink_cluster import PROJECT, free_port, wait_until
 from tests.support.listeners import beyond_loopback, listening
 

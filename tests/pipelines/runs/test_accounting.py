@@ -16,10 +16,10 @@ from pipelines.inputs.catalog import read_catalog
 from pipelines.io import files
 from pipelines.io.tables import Source
 from pipelines.runs import accounting, manifest
-from pipelines.shards import pipeline as shards_pipeline
+from pipelines.shards import sizes
 from pipelines.shards import stage as shards_stage
 from schemas.catalog import CATALOG
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.pipelines.shards.test_examples import shard_options
 from tests.support import shard_reference
 from tests.support.shard_reference import DAY, HOUR, Row, Settings
@@ -173,7 +173,7 @@ def test_shards_do_not_depend_on_how_the_input_is_cut(city: City, monkeypatch: p
     }
     write_data(city.root / f"data-{cut}", clicks, orders, catalog=catalog, **cuts[cut])
     if cut == "buckets":
-        monkeypatch.setattr(shards_pipeline, "ROWS_PER_BUCKET", 61)
+        monkeypatch.setattr(sizes, "ROWS_PER_BUCKET", 61)
     city.build(f"data-{cut}", f"shards-{cut}")
     assert read_published(city.root / f"shards-{cut}") == read_published(city.out)
 

@@ -23,7 +23,7 @@ from camenn_model.tensors import load_tensors, save_tensors
 from pipelines.cli import main
 from pipelines.io import files
 from pipelines.io.tables import FileRecord
-from pipelines.ops import fsck
+from pipelines.runs import fsck
 from pipelines.runs.manifest import Manifest, add_files, read_latest
 from pipelines.runs.night_record import new_night, read_nights
 from pipelines.runs.publication import publications, publish

@@ -11,7 +11,7 @@ from pipelines.runs import manifest
 from pipelines.runs.accounting import check_accounting, check_reject_rate
 from pipelines.runs.manifest import Manifest, read_latest, request_fingerprint
 from pipelines.runs.publication import publications, publish
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def run(name: str) -> Manifest:

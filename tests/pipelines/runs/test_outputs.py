@@ -16,7 +16,7 @@ from pipelines.io import files
 from pipelines.runs.manifest import Manifest
 from pipelines.runs.outputs import find_foreign, hold_output
 from pipelines.runs.publication import publish
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.support.encoder_sources import minilm
 from tests.support.small_city import catalog_table, random_city, write_data, write_store
 

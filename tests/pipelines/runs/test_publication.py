@@ -15,7 +15,7 @@ from pipelines.io.tables import FileRecord
 from pipelines.runs import garbage, publication
 from pipelines.runs.manifest import Manifest, add_files, read_latest, write_manifest
 from pipelines.runs.publication import publications, publish
-from schemas.contract import InputError
+from schemas.errors import InputError
 
 
 def write(path: Path, rows: int = 3) -> FileRecord:

@@ -21,7 +21,7 @@ from pipelines.score.find_pairs import find_pairs
 from pipelines.score.gates import Coverage, Night, check_night
 from pipelines.score.inputs import ScoreOptions, open_inputs, user_fields
 from schemas.catalog import CATALOG
-from schemas.contract import InputError
+from schemas.errors import InputError
 from tests.support.small_city import START, STEP, write_data, write_store
 
 Edit = Callable[[dict[str, pa.Table]], None]
@@ -137,7 +137,7 @@ def city(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> City:
         meta={"attribution_hours": 24},
         version="m1",
     )
-    monkeypatch.setattr(package, "open_package", lambda _: package)
+    monkeypatch.setattr("camenn_model.package.open_package", lambda _: package)
     return City(tmp_path)
 
 

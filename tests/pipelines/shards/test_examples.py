@@ -16,8 +16,7 @@ from camenn_model.data.shard_set import ShardSet
 from pipelines.features.as_of import Events
 from pipelines.features.history import user_history
 from pipelines.features.time_index import HOUR_US, NEVER, TimeIndex, day_of
-from pipelines.shards import options as shards_options
-from pipelines.shards import pipeline as shards_pipeline
+from pipelines.shards import sizes
 from pipelines.shards import stage as shards_stage
 from pipelines.shards.examples import ROW, cut_long_days
 from pipelines.shards.options import ShardOptions
@@ -337,7 +336,7 @@ def check_shards(tmp_path: Path, clicks: list[Row], orders: list[Row], *, files:
 def test_shards_pipeline_equals_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Two seeds: one bucket, and several buckets with several files per table."""
     if seed > 1:
-        monkeypatch.setattr(shards_pipeline, "ROWS_PER_BUCKET", 90)
+        monkeypatch.setattr(sizes, "ROWS_PER_BUCKET", 90)
     check_shards(tmp_path, *random_city(seed, 300, 200), files=seed)
 
 
@@ -352,8 +351,8 @@ def test_shards_are_right_where_one_listing_and_one_user_have_most_clicks(
             row |= {"item_id": ITEMS[0], "store_id": STORES[0]}
         if rng.random() < 0.05 and row["user_id"] is not None:
             row["user_id"] = "u0"
-    monkeypatch.setattr(shards_pipeline, "ROWS_PER_BUCKET", 20)
-    monkeypatch.setattr(shards_options, "ROWS_PER_FILE", 8)
+    monkeypatch.setattr(sizes, "ROWS_PER_BUCKET", 20)
+    monkeypatch.setattr(sizes, "ROWS_PER_FILE", 8)
     check_shards(tmp_path, clicks, orders, files=2)
     # Long days are cut by time: their files, one after another, are the day in order.
     shards = ShardSet(str(tmp_path / "shards"))

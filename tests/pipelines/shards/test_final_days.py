@@ -33,7 +33,8 @@ from pipelines.shards.final_days import (
     sketch_days,
     start_of,
 )
-from schemas.contract import TIMESTAMP, InputError
+from schemas.contract import TIMESTAMP
+from schemas.errors import InputError
 from schemas.events import CLICKS
 from schemas.training import AUDIENCE_COUNTS, EXAMPLES, ITEM_COUNTS, PAIR_COUNTS, SPLITS
 from tests.pipelines.shards.test_examples import shard_options

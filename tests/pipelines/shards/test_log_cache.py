@@ -20,8 +20,7 @@ from pipelines.io.shuffle import split_by_bucket, unpack
 from pipelines.io.tables import Source, list_slices, read_slice
 from pipelines.runs.accounting import read_rejects
 from pipelines.runs.manifest import Manifest, add_files, read_latest
-from pipelines.shards import log_cache
-from pipelines.shards import pipeline as shards_pipeline
+from pipelines.shards import log_cache, sizes
 from pipelines.shards import stage as shards_stage
 from pipelines.shards.final_days import sketch_days
 from pipelines.shards.log_cache import KeptRows, LogPlan, hash_row_groups, plan_logs, remember
@@ -108,7 +107,7 @@ def kept_rows(manifest: Manifest) -> int:
 def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(shards_pipeline, "ROWS_PER_BUCKET", 150)
+    monkeypatch.setattr(sizes, "ROWS_PER_BUCKET", 150)
     monkeypatch.setattr(log_cache, "MERGE", 3)
     logs = Logs(tmp_path, seed)
     logs.add_days(*range(6))
@@ -209,13 +208,13 @@ def test_kept_rows_that_are_not_whole_are_read_again(
 
 
 def test_a_log_that_outgrew_its_buckets_is_cut_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_pipeline, "ROWS_PER_BUCKET", 400)
+    monkeypatch.setattr(sizes, "ROWS_PER_BUCKET", 400)
     logs = Logs(tmp_path, 5)
     logs.add_days(*range(6))
     logs.build()
     logs.add_days(*range(6, 8))
     assert logs.build_both()["log_rows_kept"] > 0
-    monkeypatch.setattr(shards_pipeline, "ROWS_PER_BUCKET", 50)
+    monkeypatch.setattr(sizes, "ROWS_PER_BUCKET", 50)
     logs.add_days(8)
     assert logs.build_both()["log_rows_kept"] == 0
     logs.add_days(9)

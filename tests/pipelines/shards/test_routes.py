@@ -23,11 +23,10 @@ from camenn_model.training.corpus import TrainOptions
 from camenn_model.training.train import train
 from pipelines.embed import stage as embed_stage
 from pipelines.features.time_index import DAY_US
-from pipelines.inputs import items
+from pipelines.inputs import contents
 from pipelines.runs import store as runs_store
 from pipelines.runs.manifest import Manifest, read_latest
-from pipelines.shards import options as shards_options
-from pipelines.shards import pipeline as shards_pipeline
+from pipelines.shards import sizes
 from pipelines.shards import stage as shards_stage
 from tests.pipelines.shards.test_examples import shard_options
 
@@ -127,9 +126,9 @@ def by_route(city: City, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     with monkeypatch.context() as patch:
         # Row groups of a part, files and user buckets as many as a large city has.
         patch.setattr(runs_store, "ROW_GROUP", 8)
-        patch.setattr(items, "CONTENT_FILE_BYTES", 10 * 2 * 96)
-        patch.setattr(shards_pipeline, "ROWS_PER_BUCKET", 500)
-        patch.setattr(shards_options, "ROWS_PER_FILE", 20)
+        patch.setattr(contents, "CONTENT_FILE_BYTES", 10 * 2 * 96)
+        patch.setattr(sizes, "ROWS_PER_BUCKET", 500)
+        patch.setattr(sizes, "ROWS_PER_FILE", 20)
         city.night(last, "pieces")
     with monkeypatch.context() as patch:
         patch.setattr(runs_store, "SMALL_PARTS", 1)

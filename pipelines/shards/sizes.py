@@ -1,0 +1,9 @@
+"""How many rows the shards stage keeps together. Looked up as `sizes.NAME`, so that tests can set them."""
+
+from camenn_model.data.shard_set import BLOCK_ROWS
+
+ROWS_PER_BUCKET = 262_144
+"""Clicks of a bucket of users, or of listings, about: what a worker holds at a time"""
+
+ROWS_PER_FILE = BLOCK_ROWS
+"""Examples of a file: one block of training"""

@@ -1,0 +1,52 @@
+"""Options of the train stage."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from schemas.errors import InputError
+
+STAGE = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """One training, as its flags ask for it. `camenn_model.training.corpus.TrainOptions` is what becomes of it on a machine."""
+
+    shards: str
+    out: str
+    profile: str = "small"
+    attention: str = "prefix"
+    epochs: int = 1
+    batch_size: int = 128
+    micro_batches: int = 0
+    processes: int = 1
+    by_store: bool = False
+    learning_rate: float = 1e-3
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    no_alignment: bool = False
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    threads: int = 0
+    workers: int = 0
+    challenge: bool = False
+    rerun: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 2),
+            ("processes", 1),
+            ("micro_batches", 0),
+            ("threads", 0),
+            ("workers", 0),
+        ):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}.")
+        if not self.learning_rate > 0 or math.isinf(self.learning_rate):
+            raise InputError(f"--learning_rate {self.learning_rate}: must be a number above 0, such as 0.001.")
+        if self.micro_batches > self.batch_size:
+            raise InputError(
+                f"--micro_batches {self.micro_batches}: a batch of {self.batch_size} examples cannot be cut into so many. Give fewer, or a larger --batch_size."
+            )
