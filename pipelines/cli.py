@@ -8,13 +8,11 @@ import os
 import sys
 from typing import NoReturn
 
+from pipelines.stages import STAGES
+
 COMMANDS = {
     "simulate": ("simulator.cli", "make a data directory: a simulated city with known truth"),
-    "embed": ("pipelines.embed.command", "encode every distinct photo and title of the catalog, once"),
-    "shards": ("pipelines.shards.command", "label clicks, add as-of features, write training shards"),
-    "train": ("pipelines.train.command", "train CameNN on a shard set, calibrate it, write a model package"),
-    "score": ("pipelines.score.command", "score the catalog for an audience, and publish"),
-    "report": ("pipelines.report.command", "write one self-contained HTML page about a run"),
+    **{stage.name: (stage.command, stage.summary) for stage in STAGES.values()},
     "nightly": ("pipelines.nightly.command", "embed, shards, train if due, score and report, from one config file"),
     "publish": ("pipelines.ops.publish", "let readers see a finished run that is not the published one"),
     "rollback": ("pipelines.ops.rollback", "let readers see the run that was published before"),

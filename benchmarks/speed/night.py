@@ -24,13 +24,13 @@ from benchmarks.support.command import CAMENN, machine, work_directory
 from benchmarks.support.processes import run_watched
 from benchmarks.support.stage_process import write_untrained_model
 from pipelines.runs.manifest import read_latest
+from pipelines.stages import OUTPUT_FOLDERS
 from schemas.catalog import CATALOG
 from schemas.contract import conform
 from simulator.config import CityConfig
 from simulator.generate import generate_city
 
 CHANGED = 0.01
-OUTPUTS = ("store", "shards", "model", "scores")
 
 
 def say(text: str) -> None:
@@ -121,7 +121,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for number in range(arguments.repeats):
         say(f"second night {number + 1}/{arguments.repeats}")
         shutil.rmtree(work / "second", ignore_errors=True)
-        for name in OUTPUTS:
+        for name in OUTPUT_FOLDERS.values():
             shutil.copytree(work / "first" / name, work / "second" / name, copy_function=os.link)
         nights.append(run_night(data, work / "second", arguments))
     seconds = {

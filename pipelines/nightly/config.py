@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import importlib
 import json
 import os
 import re
@@ -14,15 +13,8 @@ from typing import Any
 
 from pipelines.io import files
 from pipelines.io.errors import reading
+from pipelines.stages import STAGES
 from schemas.errors import InputError
-
-STAGES = {
-    "embed": "pipelines.embed.command",
-    "shards": "pipelines.shards.command",
-    "train": "pipelines.train.command",
-    "score": "pipelines.score.command",
-    "report": "pipelines.report.command",
-}
 
 LARGEST = 2**20
 """Bytes of a config"""
@@ -116,7 +108,7 @@ class NightlyConfig:
 
 def stage_actions(stage: str) -> dict[str, argparse.Action]:
     """The flags of a stage that a config may set, by name."""
-    parser = importlib.import_module(STAGES[stage]).build_parser()
+    parser = STAGES[stage].module().build_parser()
     return {action.dest: action for action in parser._actions if action.option_strings and action.dest not in OWN}
 
 

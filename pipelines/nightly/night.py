@@ -6,7 +6,6 @@ scores are older than they may be. After each of them readers see tonight's scor
 """
 
 import contextlib
-import importlib
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 
 from pipelines.io import clock, files
 from pipelines.io.errors import input_error_behind
-from pipelines.nightly.config import STAGES, NightlyConfig, describe
+from pipelines.nightly.config import NightlyConfig, describe
 from pipelines.nightly.retraining import decide
 from pipelines.runner.console import closing_table
 from pipelines.runner.exit_codes import BUSY, HELD_BACK, MENDABLE, STALE, UNFORESEEN, HeldBack
@@ -27,14 +26,14 @@ from pipelines.runs.garbage import collect
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.night_record import DONE, FAILED, HELD, NOT_DUE, UNCHANGED, Night, StageRecord, new_night
 from pipelines.runs.publication import publications
+from pipelines.stages import OUTPUT_FOLDERS, STAGES
 
-OUTPUTS = {"embed": "store", "shards": "shards", "train": "model", "score": "scores"}
 FAILURE_COMMAND_S = 300.0
 
 
 def stage_command(config: NightlyConfig, stage: str) -> list[str]:
     """The flags that a stage is called with tonight."""
-    store, shards, model, scores = (config.output(name) for name in OUTPUTS.values())
+    store, shards, model, scores = (config.output(name) for name in OUTPUT_FOLDERS.values())
     own = {
         "embed": ["--data", config.data, "--store", store],
         "shards": ["--data", config.data, "--store", store, "--out", shards],
@@ -42,7 +41,7 @@ def stage_command(config: NightlyConfig, stage: str) -> list[str]:
         "score": ["--data", config.data, "--store", store, "--model", model, "--out", scores, "--shards", shards],
         "report": ["--run", config.work],
     }[stage]
-    beam = list(config.beam) if stage in ("embed", "shards", "score") else []
+    beam = list(config.beam) if STAGES[stage].on_beam else []
     return [*own, *config.stage_flags(stage), *beam]
 
 
@@ -118,9 +117,9 @@ class _Nightly:
     def run_stage(self, record: StageRecord) -> None:
         """Call a stage's command; what it published goes into the record."""
         stage = record.stage
-        root = self.config.output(OUTPUTS[stage]) if stage in OUTPUTS else None
+        root = self.config.output(OUTPUT_FOLDERS[stage]) if stage in OUTPUT_FOLDERS else None
         before = read_latest(root) if root else None
-        code = int(importlib.import_module(STAGES[stage]).main(stage_command(self.config, stage)))
+        code = int(STAGES[stage].module().main(stage_command(self.config, stage)))
         if code:
             raise RuntimeError(f"camenn {stage} ended with exit code {code}")
         after = read_latest(root) if root else None
@@ -150,7 +149,7 @@ class _Nightly:
             return
         found = [
             collect(self.config.output(name), keep.runs, keep.retention_days or None, dry_run=False)
-            for name in OUTPUTS.values()
+            for name in OUTPUT_FOLDERS.values()
             if read_latest(self.config.output(name)) is not None
         ]
         removed, megabytes = sum(part["files_removed"] for part in found), sum(part["megabytes"] for part in found)

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from pipelines.io import files
 from pipelines.runs.manifest import Manifest, read_latest
 from pipelines.runs.publication import previous_run
+from pipelines.stages import OUTPUT_FOLDERS
 from schemas.errors import InputError
 
-STAGES = (("embed", "store"), ("shards", "shards"), ("train", "model"), ("score", "scores"))
 """Stage and the folder of the working directory that it publishes in."""
 
 _FIELDS = (
@@ -80,7 +80,7 @@ def read_work(root: str) -> Work:
         raise InputError(
             f"--run {root}: no such directory. Give the working directory that holds store/, shards/, model/ and scores/."
         )
-    found = {stage: read_latest(files.join(root, folder)) for stage, folder in STAGES}
+    found = {stage: read_latest(files.join(root, folder)) for stage, folder in OUTPUT_FOLDERS.items()}
     manifests = {stage: manifest for stage, manifest in found.items() if manifest is not None}
     scores, model = manifests.get("score"), manifests.get("train")
     curves = retrieval = None

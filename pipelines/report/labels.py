@@ -20,13 +20,6 @@ OUTCOMES = {
 }
 """Why rows of a table fell out."""
 
-STAGE_TITLES = {
-    "embed": "Embed the catalog",
-    "shards": "Build training shards",
-    "train": "Train the model",
-    "score": "Score the catalog",
-}
-
 SPLIT_WORDS = {
     "train": "the model learns from these",
     "gap": "left out, so that no label reaches into the next part",

@@ -21,13 +21,14 @@ from pipelines.report import (
     section_nights,
     section_runs,
 )
-from pipelines.report.data import STAGES, Item, Work, read_items, read_work
-from pipelines.report.labels import STAGE_TITLES, count, duration, number, percent, signed
+from pipelines.report.data import Item, Work, read_items, read_work
+from pipelines.report.labels import count, duration, number, percent, signed
 from pipelines.report.photos import Photo, Photos
 from pipelines.report.plots import plot_deciles, plot_trend
 from pipelines.report.scores import ScoreDigest, compare_nights, digest_scores
 from pipelines.runner.console import NO_ROWS
 from pipelines.runs.manifest import versions
+from pipelines.stages import OUTPUT_FOLDERS, STAGES
 
 COMMAND = "report"
 PAGE = "index.html"
@@ -43,7 +44,7 @@ class ReportOptions:
 
 def missing_commands(root: str) -> dict[str, str]:
     """For what a section lacks, the command that makes it."""
-    store, shards, model, scores = (files.join(root, folder) for _, folder in STAGES)
+    store, shards, model, scores = (files.join(root, folder) for folder in OUTPUT_FOLDERS.values())
     return {
         "embed": f"camenn embed --data DATA --store {store}",
         "shards": f"camenn shards --data DATA --store {store} --out {shards}",
@@ -134,7 +135,7 @@ def headline(work: Work, context: dict[str, Any], digest: ScoreDigest | None) ->
             {
                 "label": "Time, all stages",
                 "value": duration(seconds),
-                "note": f"{len(work.manifests)} of {len(STAGES)} stages",
+                "note": f"{len(work.manifests)} of {len(OUTPUT_FOLDERS)} stages",
                 "tone": "",
             }
         )
@@ -178,7 +179,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
         "as_of": str(shards.summary["as_of"])[:16].replace("T", " ")
         if shards and shards.summary.get("as_of")
         else None,
-        "stages": [{"name": STAGE_TITLES[stage].lower(), "made": stage in work.manifests} for stage, _ in STAGES],
+        "stages": [{"name": STAGES[stage].title.lower(), "made": stage in work.manifests} for stage in OUTPUT_FOLDERS],
         "how": missing_commands(work.root),
         "encoders": section_runs.encoders(work),
         "quality": section_model.quality(work),

@@ -5,10 +5,11 @@ from typing import Any
 
 from pipelines.io import files
 from pipelines.report.data import Work
-from pipelines.report.labels import STAGE_TITLES, gate_title
+from pipelines.report.labels import gate_title
 from pipelines.runs.manifest import Manifest
 from pipelines.runs.night_record import read_nights
 from pipelines.runs.publication import publications, published_manifests
+from pipelines.stages import STAGES
 
 TREND_NIGHTS = 60
 RECORDS_SHOWN = 14
@@ -68,7 +69,7 @@ class GateRow:
 def gate_rows(work: Work) -> list[GateRow]:
     """Return the gates of the published runs: those that failed, and were overridden, first."""
     rows = [
-        GateRow(stage=STAGE_TITLES[stage], title=gate_title(gate["name"]), passed=gate["passed"], words=gate["words"])
+        GateRow(stage=STAGES[stage].title, title=gate_title(gate["name"]), passed=gate["passed"], words=gate["words"])
         for stage, manifest in work.manifests.items()
         for gate in manifest.gates
     ]

@@ -3,9 +3,9 @@
 import shlex
 from typing import Any
 
-from pipelines.report.data import STAGES, Work
-from pipelines.report.labels import STAGE_TITLES
+from pipelines.report.data import Work
 from pipelines.runs.manifest import Manifest
+from pipelines.stages import OUTPUT_FOLDERS, STAGES
 
 REPEAT_FLAGS = {
     stage: tuple(names.split())
@@ -35,7 +35,7 @@ def timings(work: Work) -> list[dict[str, Any]]:
             speed = trained.get("examples_per_second")
         found.append(
             {
-                "title": STAGE_TITLES[stage],
+                "title": STAGES[stage].title,
                 "stage": stage,
                 "seconds": manifest.seconds,
                 "share": manifest.seconds / longest,
@@ -83,7 +83,7 @@ def version_sets(work: Work) -> list[tuple[str, str]]:
 
 def commands(work: Work) -> list[list[str]]:
     """What to type to get these runs again, from the options in their manifests."""
-    found = [repeat_command(stage, work.manifests[stage]) for stage, _ in STAGES if stage in work.manifests]
+    found = [repeat_command(stage, work.manifests[stage]) for stage in OUTPUT_FOLDERS if stage in work.manifests]
     return [*found, ["camenn report", f"--run {shlex.quote(work.root)}"]]
 
 

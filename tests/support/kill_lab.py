@@ -30,8 +30,6 @@ from pipelines.runs import manifest
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.publication import check_whole
 
-OUTPUTS = {"embed": "store", "shards": "shards", "train": "model", "score": "scores"}
-
 
 class Shim:
     """Counts, records and at one of them stops all calls of this process that change files below a directory.

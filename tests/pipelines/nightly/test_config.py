@@ -7,8 +7,9 @@ import pytest
 
 from pipelines.nightly import command as nightly_command
 from pipelines.nightly import night
-from pipelines.nightly.config import OWN, STAGES, Keep, Retrain, example, read_config, stage_actions
+from pipelines.nightly.config import OWN, Keep, Retrain, example, read_config, stage_actions
 from pipelines.runner.exit_codes import run_main
+from pipelines.stages import STAGES
 from schemas.errors import InputError
 
 

@@ -16,6 +16,7 @@ from pipelines.runner.exit_codes import HeldBack, run_main
 from pipelines.runs.manifest import Manifest
 from pipelines.runs.night_record import DONE, FAILED, HELD, NOT_DUE, StageRecord, read_nights
 from pipelines.runs.publication import publish
+from pipelines.stages import OUTPUT_FOLDERS
 from schemas.errors import InputError
 
 Outcomes = dict[str, BaseException]
@@ -42,8 +43,8 @@ class Stages:
         if record.stage in self.outcomes:
             raise self.outcomes[record.stage]
         record.status = DONE
-        if record.stage in night.OUTPUTS:
-            out = self.root / "work" / night.OUTPUTS[record.stage]
+        if record.stage in OUTPUT_FOLDERS:
+            out = self.root / "work" / OUTPUT_FOLDERS[record.stage]
             record.run = f"r{len(self.called)}"
             publish(str(out), Manifest(stage=record.stage, run=record.run))
 
