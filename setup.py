@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="camenn",
     version="0.1.0",
+    license="Apache-2.0",
     description="Multimodal conversion prediction for intra-city retail: an offline batch system on Apache Beam",
     python_requires=">=3.11",
     packages=find_packages(
@@ -20,7 +21,12 @@ setup(
             "benchmarks.*",
         ]
     ),
-    package_data={"pipelines.report": ["templates/*"]},
+    package_data={
+        "pipelines": ["py.typed"],
+        "pipelines.report": ["templates/*"],
+        "camenn_model": ["py.typed"],
+        "schemas": ["py.typed"],
+    },
     # Floors are the lowest versions that work here and have no published vulnerability, as far as was known on 2026-11-30. The number behind a floor is that
     # of the last one below it. What is installed in practice: constraints.txt.
     install_requires=[
@@ -52,6 +58,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.12",
             "mypy>=1.15",
+            "codespell>=2.4",
             "duckdb>=1.4.2",  # CVE-2025-64429
             "polars>=1.30",
             "scikit-learn>=1.5",

@@ -1,5 +1,9 @@
-"""Writes docs/tables.md from the schemas and docs/flags.md from the parsers. A test holds both to the code: run `make docs` after a change."""
+"""Write docs/tables.md from the schemas, docs/flags.md from the parsers, and the rooms in docs/architecture.md from the imports.
 
+A test holds all three to the code: run `make docs` after a change.
+"""
+
+import ast
 import importlib
 import os
 from pathlib import Path
@@ -95,8 +99,64 @@ def flags() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+ROOMS_BEGIN, ROOMS_END = "<!-- rooms: written by `make docs` -->", "<!-- end of rooms -->"
+PACKAGES = ("pipelines", "camenn_model")
+
+
+def find_rooms(package: str) -> dict[str, tuple[str, set[str]]]:
+    """Return {room: (what it holds, rooms of the package that its files import)}, read from the source."""
+    root = HERE.parent / package
+    rooms: dict[str, tuple[str, set[str]]] = {}
+    for folder in sorted(path.parent for path in root.glob("*/__init__.py")):
+        doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        used: set[str] = set()
+        for file in folder.glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+                    used.add((node.module or "").split(".")[1])
+        rooms[folder.name] = doc, used - {folder.name}
+    return {room: (doc, used & set(rooms)) for room, (doc, used) in rooms.items()}
+
+
+def reduce_arrows(rooms: dict[str, tuple[str, set[str]]]) -> list[tuple[str, str]]:
+    """Return the arrows between rooms that no longer way of arrows says already."""
+
+    def reached(room: str) -> set[str]:
+        return {below for used in rooms[room][1] for below in {used, *reached(used)}}
+
+    return sorted(
+        (room, used)
+        for room, (_, all_used) in rooms.items()
+        for used in all_used
+        if not any(used in reached(other) for other in all_used - {used})
+    )
+
+
+def rooms() -> str:
+    """The generated part of docs/architecture.md: a picture and a table of each package's rooms."""
+    parts = []
+    for package in PACKAGES:
+        found = find_rooms(package)
+        arrows = "\n".join(f"    {room} --> {used}" for room, used in reduce_arrows(found))
+        rows = "\n".join(
+            f"| `{package}/{room}/` | {doc} | {', '.join(sorted(used)) or '–'} |" for room, (doc, used) in found.items()
+        )
+        parts.append(
+            f"### `{package}/`\n\n```mermaid\nflowchart TD\n{arrows}\n```\n\n"
+            f"| room | what it holds | imports |\n|---|---|---|\n{rows}\n"
+        )
+    return "\n".join(parts)
+
+
+def architecture() -> str:
+    """docs/architecture.md, its generated part written anew."""
+    before, _, rest = (HERE / "architecture.md").read_text().partition(ROOMS_BEGIN)
+    return f"{before}{ROOMS_BEGIN}\n\n{rooms()}\n{ROOMS_END}{rest.partition(ROOMS_END)[2]}"
+
+
 def main() -> None:
-    """Write both."""
+    """Write all three."""
+    (HERE / "architecture.md").write_text(architecture())
     (HERE / "tables.md").write_text(tables())
     (HERE / "flags.md").write_text(flags())
 

@@ -17,6 +17,21 @@ def test_flags_reference_is_current() -> None:
     assert (ROOT / "docs" / "flags.md").read_text() == generate.flags(), "run `make docs`"
 
 
+def test_pictures_and_tables_of_rooms_are_current() -> None:
+    assert (ROOT / "docs" / "architecture.md").read_text() == generate.architecture(), "run `make docs`"
+
+
+def test_places_of_changes_exist() -> None:
+    """Every path of the table "Where does X go?" is there, and there are many rows."""
+    rows = (ROOT / "docs" / "architecture.md").read_text().partition("## Where does X go?")[2].splitlines()[4:]
+    assert len(rows) >= 20
+    for row in rows:
+        places = re.findall(r"`([a-z_0-9/]+(?:\.py|\.html|/))`", row)
+        assert places, row
+        for place in places:
+            assert (ROOT / place).exists(), place
+
+
 def test_readme_links_exist() -> None:
     text = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
