@@ -1,4 +1,8 @@
-"""What is installed, as a fingerprint: a worker whose camenn is not the submitter's must refuse the job, not answer it differently."""
+"""Compare a worker's installation with the submitter's.
+
+What is installed is told as a fingerprint. A worker whose camenn is not the submitter's must refuse
+the job, not answer it differently.
+"""
 
 import functools
 import hashlib
@@ -11,6 +15,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
+import pipelines
 from schemas.errors import InputError
 
 _PACKAGES = ("schemas", "camenn_model", "pipelines")
@@ -18,7 +23,10 @@ _LIBRARIES = ("apache-beam", "torch", "transformers", "timm", "pyarrow", "pandas
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that results depend on; without the part after `+`, which only tells a library's builds (CPU, CUDA) apart."""
+    """Return the versions that results depend on.
+
+    They are without the part after `+`, which only tells a library's builds (CPU, CUDA) apart.
+    """
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in _LIBRARIES:
         try:
@@ -30,11 +38,17 @@ def library_versions() -> dict[str, str]:
 
 @functools.cache
 def package_fingerprint() -> str:
-    """12 hex digits over this installation's own source and `library_versions`."""
+    """Hash this installation's own source and `library_versions`.
+
+    The hash has 12 hex digits.
+    """
     digest = hashlib.sha256()
-    root = Path(__file__).resolve().parent.parent
+    root = Path(pipelines.__file__).resolve().parents[1]
     for package in _PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
+        sources = sorted((root / package).rglob("*.py"))
+        if not sources:
+            raise RuntimeError(f"{root / package}: no source is there, so workers cannot be told from others")
+        for path in sources:
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     for name, version in library_versions().items():
         digest.update(f"{name}={version}\n".encode())
@@ -45,21 +59,26 @@ def check_package(submitted: str) -> None:
     """Hold this process's installation to the submitter's.
 
     Raises:
-        InputError: they differ; it names the host and what to do.
+        InputError: they differ. It names the host and what to do.
     """
     mine = package_fingerprint()
     if mine != submitted:
         versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
         raise InputError(
-            f"worker on {socket.gethostname()} has camenn package {mine} ({versions}), the job was submitted with {submitted}. "
-            "Install the same camenn and constraints.txt on every worker (or build the worker image again), and start the workers anew."
+            f"worker on {socket.gethostname()} has camenn package {mine} ({versions}), the "
+            f"job was submitted with {submitted}. "
+            "Install the same camenn and constraints.txt on every worker (or build the "
+            "worker image again), and start the workers anew."
         )
 
 
 class _Guarded:
-    """Stands in for a DoFn's `setup` and `start_bundle`: the check comes before the first, and what fails there is raised by the second.
+    """A stand-in for a DoFn's `setup` and `start_bundle`.
 
-    Until a bundle starts the worker has not opened its data channel, for which Flink waits three minutes before it hears of any error.
+    The check comes before the first, and what fails there is raised by the second.
+
+    Until a bundle starts the worker has not opened its data channel, for which Flink waits three
+    minutes before it hears of any error.
     """
 
     def __init__(self, fn: beam.DoFn) -> None:
@@ -89,5 +108,8 @@ class _Guard(PipelineVisitor):
 
 
 def guard(pipeline: beam.Pipeline) -> None:
-    """Let every DoFn of a built pipeline check, before it does anything on a worker, that the worker's package is this process's."""
+    """Make every DoFn of a built pipeline check its worker.
+
+    It checks, before it does anything on a worker, that the worker's package is this process's.
+    """
     pipeline.visit(_Guard())

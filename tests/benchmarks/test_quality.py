@@ -507,7 +507,7 @@ def test_jobs_end_with_their_command(tmp_path: Path) -> None:
         """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from benchmarks.processes import Children
+from benchmarks.support.processes import Children
 
 child = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
 with ThreadPoolExecutor(2) as pool, Children() as children:

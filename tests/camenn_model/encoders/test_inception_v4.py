@@ -114,7 +114,7 @@ def test_random_weights_are_the_same_in_another_process_with_other_threads(
 import sys
 import numpy as np
 import torch
-from tests.camenn_model.test_image_encoder import ImageEncoder, spec_of
+from tests.camenn_model.encoders.test_inception_v4 import ImageEncoder, spec_of
 torch.set_num_threads(3)
 encoder = ImageEncoder(spec_of("random:7"))
 np.save(sys.argv[1] + "/features.npy", encoder.encode(np.load(sys.argv[1] + "/patches.npy")))

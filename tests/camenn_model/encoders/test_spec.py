@@ -160,8 +160,8 @@ def test_text_spec_refuses_other_architectures(tmp_path: Path) -> None:
 def test_specs_fail_in_seconds_without_the_hub_and_import_no_torch(tmp_path: Path) -> None:
     code = """
 import sys
-from camenn_model.encoder_spec import ImageSpec, TextSpec
-from camenn_model.weights import WeightsError
+from camenn_model.encoders.spec import ImageSpec, TextSpec
+from camenn_model.encoders.weights import WeightsError
 for resolve in (
     lambda: ImageSpec.resolve("timm/inception_v4.tf_in1k", grid=4, patch_size=75, device="cpu", precision="auto"),
     lambda: ImageSpec.resolve("inception_v4.tf_in1k", grid=4, patch_size=75, device="cpu", precision="auto"),

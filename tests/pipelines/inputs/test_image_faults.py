@@ -662,7 +662,7 @@ def test_decode_image_of_every_kind(name: str, contents: dict[str, bytes]) -> No
 
 DECODE = """
 import pickle, sys
-from pipelines.patches import ImageDefect, decode_image
+from pipelines.inputs.photos import ImageDefect, decode_image
 outcomes = []
 for data in pickle.load(sys.stdin.buffer):
     try:

@@ -126,7 +126,7 @@ HIDDEN = """
 import sys
 for name in ("boto3", "google.cloud.storage", "apitools"):
     sys.modules[name] = None
-from pipelines.photo_files import UriDefect, check_root_scheme, resolve_uri
+from pipelines.inputs.photo_files import UriDefect, check_root_scheme, resolve_uri
 from schemas.errors import InputError
 for scheme in ("gs", "s3"):
     try:

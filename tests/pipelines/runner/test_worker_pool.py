@@ -1,5 +1,6 @@
 """The worker pool as a runner sees it, and the check of the package that every DoFn brings along."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_pool_listens_on_loopback_and_says_when_a_port_is_taken(pool: Pool) -> N
 
 OTHERS_ONLY = """
 import sys
-from pipelines import loopback, worker_pool
+from pipelines.runner import loopback, worker_pool
 loopback.served_users = lambda: {4242}
 sys.exit(worker_pool.main(sys.argv[1:]))
 """
@@ -151,3 +152,18 @@ def test_fingerprint_ignores_a_librarys_build_but_not_its_version(monkeypatch: p
     assert fingerprint("2.15.0+cpu") == fingerprint("2.15.0") != fingerprint("2.16.0")
     monkeypatch.undo()
     check_package(package_fingerprint())
+
+
+@pytest.mark.parametrize("module", ["pipelines/cli.py", "pipelines/features/as_of.py", "camenn_model/model/towers.py"])
+def test_a_change_of_any_module_is_another_package(tmp_path: Path, module: str) -> None:
+    for name in ("schemas", "camenn_model", "pipelines"):
+        shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def fingerprint() -> str:
+        script = "from pipelines.runner.worker_version import package_fingerprint as f; print(f())"
+        return subprocess.check_output([sys.executable, "-c", script], cwd=tmp_path, text=True).strip()
+
+    assert fingerprint() == package_fingerprint()
+    with (tmp_path / module).open("a") as source:
+        source.write("\n# another version\n")
+    assert fingerprint() != package_fingerprint()

@@ -250,7 +250,7 @@ def test_a_future_file_ages_nothing_more_than_the_clock(tmp_path: Path) -> None:
 def test_what_is_being_read_is_waited_for(tmp_path: Path) -> None:
     """A training reads a shard set for hours without writing into it."""
     make_run(tmp_path, A)
-    code = f"import sys; from pipelines import files\nwith files.shared_reader({str(tmp_path)!r}): print('reads', flush=True); sys.stdin.read()"
+    code = f"import sys; from pipelines.io import files\nwith files.shared_reader({str(tmp_path)!r}): print('reads', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as reader:
