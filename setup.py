@@ -27,8 +27,9 @@ setup(
         "camenn_model": ["py.typed"],
         "schemas": ["py.typed"],
     },
-    # Floors are the lowest versions that work here and have no published vulnerability, as far as was known on 2026-11-30. The number behind a floor is that
-    # of the last one below it. What is installed in practice: constraints.txt.
+    # Floors are the lowest versions that work here and have no published vulnerability, as far as was
+    # known on 2026-11-30. The number behind a floor is that of the last one below it. What is
+    # installed in practice: constraints.txt.
     install_requires=[
         "apache-beam>=2.77",
         "torch>=2.13",  # CVE-2025-3000; 2026-24747 before 2.10

@@ -1,1 +1,4 @@
-"""One script per headline claim; each prints one JSON line."""
+"""One script per headline claim.
+
+Each prints one JSON line.
+"""

@@ -1,6 +1,10 @@
-"""What a team would use otherwise: LightGBM on the same as-of features, the same parts of the log, the same metrics.
+"""LightGBM on the same as-of features, as a baseline.
 
-Reads a shard set and a trained package; writes the package's metrics with `baselines.lightgbm` added. Needs the extra `baselines`.
+It is what a team would use otherwise: the same as-of features, the same parts of the log, the same
+metrics.
+
+Reads a shard set and a trained package. Writes the package's metrics with `baselines.lightgbm`
+added. Needs the extra `baselines`.
 """
 
 import argparse
@@ -43,7 +47,11 @@ ROUNDS, PATIENCE = 2_000, 50
 
 
 def feature_frame(rows: Rows, table: ItemTable, space: FeatureSpace, *, ids: bool = False) -> pd.DataFrame:
-    """Every scalar that CameNN reads of an example, as codes and normalised values; missing numbers are NaN. Hashed ids only where asked for: trees overfit them."""
+    """Return every scalar that CameNN reads of an example.
+
+    The columns are codes and normalised values. Missing numbers are NaN. Hashed ids are there only
+    where asked for, as trees overfit them.
+    """
     sizes = {field.name: field.size for field in space.fields}
     item_names = [field.name for field in space.fields if field.group == "item"]
     audience_names = [field.name for field in space.fields if field.group == "audience"]
@@ -67,7 +75,10 @@ def feature_frame(rows: Rows, table: ItemTable, space: FeatureSpace, *, ids: boo
 
 
 def run(shards_root: str, model_root: str) -> dict[str, Any]:
-    """Fit on train, stop on early_stop, calibrate on calibration, measure on test."""
+    """Fit LightGBM and measure it on the test part.
+
+    It is fitted on train, stopped on early_stop, calibrated on calibration and measured on test.
+    """
     import lightgbm
 
     package = open_package(model_root)
@@ -105,7 +116,7 @@ def run(shards_root: str, model_root: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run, write, print one JSON line."""
+    """Parse, run, write, and print one JSON line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.baselines", description=__doc__.splitlines()[0])
     parser.add_argument("--shards", required=True, help="shard set that `camenn shards` wrote")
     parser.add_argument("--model", required=True, help="model directory that `camenn train` wrote")
@@ -126,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_table(lines: dict[str, dict[str, float]]) -> None:
-    """Model and baselines side by side, to stderr."""
+    """Print model and baselines side by side, to stderr."""
     print(
         f"\n{'test part':<12}" + "".join(f"{name:>10}" for name in ("auc", "gauc", "log_loss", "ne", "pcoc")),
         file=sys.stderr,

@@ -1,1 +1,5 @@
-"""The science: CameNN, its losses and metrics, its loader, training and scoring. Never imports Apache Beam."""
+"""The science: CameNN, its training, evaluation and scoring.
+
+The package has the model, its losses and metrics, its loader, training and scoring. It never
+imports Apache Beam.
+"""

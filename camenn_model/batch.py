@@ -1,13 +1,16 @@
-"""The contract between the loader and the model: what a batch holds, tensor by tensor.
+"""The contract between the loader and the model.
 
-Shapes: I unique items, S unique audience rows (a session, or a row of the audience table), G unique items that occur in
-histories, B pairs, A alignment pairs, C items of the contrastive loss, T text tokens, P patches, H history, d_txt and
-d_img the frozen encoders' widths. "float" is float16, bfloat16 or float32: the model casts it. Column orders come from
-``ModelConfig``: its properties ``item_categorical``, ``item_numeric``, ``audience_categorical``, ``audience_numeric``
-and ``pair_numeric``.
+It says what a batch holds, tensor by tensor.
 
-Numeric fields come twice: ``buckets`` (int64, 0 = missing, else 1 .. size-1) and ``values`` (float32, normalised to
-about mean 0, variance 1; ignored where the bucket is 0).
+Shapes: I unique items, S unique audience rows (a session, or a row of the audience table), G unique
+items that occur in histories, B pairs, A alignment pairs, C items of the contrastive loss, T text
+tokens, P patches, H history, d_txt and d_img the frozen encoders' widths. "float" is float16,
+bfloat16 or float32: the model casts it. Column orders come from ``ModelConfig``: its properties
+``item_categorical``, ``item_numeric``, ``audience_categorical``, ``audience_numeric`` and
+``pair_numeric``.
+
+Numeric fields come twice: ``buckets`` (int64, 0 = missing, else 1 .. size-1) and ``values``
+(float32, normalised to about mean 0, variance 1; ignored where the bucket is 0).
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ from camenn_model.config import ModelConfig
 
 
 class _Tensors:
-    """Moves every tensor of a dataclass, and of the dataclasses inside it, to a device."""
+    """A base of dataclasses of tensors.
+
+    It moves every tensor of a dataclass, and of the dataclasses inside it, to a device.
+    """
 
     def to(self, device: torch.device | str) -> Self:
-        """A copy with all tensors on ``device``."""
+        """Return a copy with all tensors on ``device``."""
         moved = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
@@ -36,9 +42,11 @@ class _Tensors:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemBatch(_Tensors):
-    """I unique items. Tokens and patches of an absent modality may hold anything finite: they are masked.
+    """I unique items.
 
-    A listing without photo has ``has_image`` False, one without title ``has_text`` False and ``text_mask`` all False.
+    Tokens and patches of an absent modality may hold anything finite: they are masked. A listing
+    without photo has ``has_image`` False, one without title ``has_text`` False and ``text_mask``
+    all False.
     """
 
     text: Tensor  # [I, T, d_txt] float, BERT's last hidden states (T may be less than the config's, never more)
@@ -56,7 +64,10 @@ class ItemBatch(_Tensors):
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryItems(_Tensors):
-    """G unique items that occur in the histories of a batch (G may be 0)."""
+    """G unique items that occur in a batch's histories.
+
+    G may be 0.
+    """
 
     image: Tensor  # [G, d_img] float, the frozen photo features, mean over patches
     text: Tensor  # [G, d_txt] float, the frozen title states, mean over real tokens
@@ -70,7 +81,10 @@ class HistoryItems(_Tensors):
 
 @dataclass(frozen=True, kw_only=True)
 class AudienceBatch(_Tensors):
-    """S unique audience rows with their histories, most recent first; padding may stand anywhere."""
+    """S unique audience rows with their histories.
+
+    A history is most recent first. Padding may stand anywhere.
+    """
 
     cats: Tensor  # [S, n_aud_cat] int64
     values: Tensor  # [S, n_aud_num] float32
@@ -85,9 +99,10 @@ class AudienceBatch(_Tensors):
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(_Tensors):
-    """B examples: which item was shown to which audience row, and what came of it.
+    """B examples, each a pair of item and audience row.
 
-    ``position`` matters in training only: in eval mode the model takes every position as unknown.
+    They tell which item was shown to which audience row, and what came of it. ``position`` matters
+    in training only: in eval mode the model takes every position as unknown.
     """
 
     item: Tensor  # [B] int64, row of ItemBatch
@@ -113,10 +128,12 @@ class Batch(_Tensors):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentPairs(_Tensors):
-    """A pairs of a photo and a title, both rows of the same ItemBatch. Both modalities must be present.
+    """A pairs of a photo and a title.
 
-    ITA keeps the image and draws the text, TIA keeps the text and draws the image: the loader draws, the label says
-    whether they belong together.
+    Both are rows of the same ItemBatch. Both modalities must be present.
+
+    ITA keeps the image and draws the text, TIA keeps the text and draws the image. The loader
+    draws, the label says whether they belong together.
     """
 
     image_of: Tensor  # [A] int64, the row that lends its photo
@@ -129,10 +146,13 @@ class AlignmentPairs(_Tensors):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentBatch(_Tensors):
-    """One step of the alignment tasks. Fields of ``items`` (cats, values, buckets) are not looked at: any width will do.
+    """One step of the alignment tasks.
 
-    ``index`` names C distinct items for the contrastive loss and ``group`` their product (equal = same product, never
-    taken as each other's negatives). Items of ``index`` that lack a modality are left out by the model.
+    Fields of ``items`` (cats, values, buckets) are not looked at: any width will do.
+
+    ``index`` names C distinct items for the contrastive loss and ``group`` their product (equal =
+    same product, never taken as each other's negatives). Items of ``index`` that lack a modality
+    are left out by the model.
     """
 
     items: ItemBatch  # unique contents, of training listings only
@@ -143,9 +163,13 @@ class AlignmentBatch(_Tensors):
 
 
 def check_batch(batch: Batch, config: ModelConfig) -> None:
-    """Raises ValueError, naming tensor, shape and dtype, where a batch does not fit the config. For loaders and tests.
+    """Check that a batch fits the config.
 
-    It looks at shapes, dtypes and index ranges: a full read of the integer tensors, so not for every step.
+    For loaders and tests. It looks at shapes, dtypes and index ranges: a full read of the integer
+    tensors, so not for every step.
+
+    Raises:
+        ValueError: a batch does not fit. Names tensor, shape and dtype.
     """
     items, audience, history, pairs = batch.items, batch.audience, batch.history, batch.pairs
     i, s, g, b = len(items), len(audience), len(history), len(pairs)

@@ -11,7 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class PlattScaling:
-    """Slope and intercept, float64. ``reason`` tells why nothing was fitted (then the identity), else it is empty."""
+    """Slope and intercept, float64.
+
+    ``reason`` tells why nothing was fitted (then the identity), else it is empty.
+    """
 
     slope: float = 1.0
     intercept: float = 0.0
@@ -20,26 +23,36 @@ class PlattScaling:
     reason: str = ""
 
     def __call__(self, logits: ArrayLike) -> NDArray[np.float64]:
-        """Probabilities float64 of raw logits, any shape."""
+        """Return probabilities float64 of raw logits, any shape."""
         return sigmoid(self.slope * np.asarray(logits, dtype=np.float64) + self.intercept)
 
     def to_json(self) -> str:
-        """As JSON text."""
+        """Return the values as JSON text."""
         return json.dumps(asdict(self), indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> PlattScaling:
-        """What ``to_json`` wrote; an unknown key is a TypeError."""
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            TypeError: an unknown key.
+        """
         return cls(**json.loads(text))
 
 
 def fit_platt(labels: ArrayLike, logits: ArrayLike, *, tolerance: float = 1e-10, rounds: int = 100) -> PlattScaling:
-    """Fits slope and intercept by Newton's method with step halving, in float64.
+    """Fit slope and intercept by Newton's method.
 
-    Targets are Platt's smoothed ones, (n₊ + 1) / (n₊ + 2) and 1 / (n₋ + 2), so that a separable sample has a finite
-    answer (Platt 1999; Lin, Lin, Weng 2007). With one class only, or fewer than two distinct logits, or where the best
-    slope is not positive (ranks must not turn), the identity comes back with its ``reason``; a constant logit and both
-    classes give slope 1 and the intercept that meets the base rate. Raises ValueError for logits that are not finite.
+    It has step halving and computes in float64.
+
+    Targets are Platt's smoothed ones, (n₊ + 1) / (n₊ + 2) and 1 / (n₋ + 2), so that a separable
+    sample has a finite answer (Platt 1999; Lin, Lin, Weng 2007). With one class only, or fewer than
+    two distinct logits, or where the best slope is not positive (ranks must not turn), the identity
+    comes back with its ``reason``. A constant logit and both classes give slope 1 and the intercept
+    that meets the base rate.
+
+    Raises:
+        ValueError: logits that are not finite.
     """
     y, z = np.asarray(labels, dtype=np.float64), np.asarray(logits, dtype=np.float64)
     if y.shape != z.shape or y.ndim != 1:
@@ -85,7 +98,7 @@ def fit_platt(labels: ArrayLike, logits: ArrayLike, *, tolerance: float = 1e-10,
 
 
 def sigmoid(x: NDArray[np.floating]) -> NDArray[np.float64]:
-    """1 / (1 + exp(-x)) without overflow."""
+    """Compute 1 / (1 + exp(-x)) without overflow."""
     e = np.exp(-np.abs(x))
     positive: NDArray[np.float64] = np.where(x >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
     return positive

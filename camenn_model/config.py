@@ -1,6 +1,7 @@
-"""What the model is made of: its fields, its sizes and the weights of its losses. Plain data, read and written as JSON.
+"""The model's fields, sizes and loss weights.
 
-Nothing here imports torch, so a pipeline can read a model's config without loading a model.
+They are plain data, read and written as JSON. Nothing here imports torch, so a pipeline can read a
+model's config without loading a model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SUBCATEGORY = "subcategory"
 USER_HASH = "user_hash"
 """Name of the field in group ``audience`` that holds the hashed user id (id dropout applies)."""
 STORE = "store"
-"""Name of the field in group ``audience`` that holds the store; clicks are compared with what the same store sells."""
+"""Name of the field in group ``audience`` that holds the store. Clicks are compared with what the same store sells."""
 
 GROUP_KINDS: dict[str, Kind] = {
     "item": "categorical",
@@ -36,9 +37,10 @@ GROUP_KINDS: dict[str, Kind] = {
 }
 """Field groups and the kind of field each one takes.
 
-``item``: static fields of the listing, one token each. ``item_numeric``, ``item_quality``: one token for each group,
-the sum over its fields. ``audience``: user, store, hour, weekday, one token each. ``audience_counts``: one summed token.
-``item_counts``, ``pair_counts``: as-of counts on the pair's side, one summed token each.
+``item``: static fields of the listing, one token each. ``item_numeric``, ``item_quality``: one
+token for each group, the sum over its fields. ``audience``: user, store, hour, weekday, one token
+each. ``audience_counts``: one summed token. ``item_counts``, ``pair_counts``: as-of counts on the
+pair's side, one summed token each.
 """
 
 
@@ -46,8 +48,9 @@ the sum over its fields. ``audience``: user, store, hour, weekday, one token eac
 class FieldSpec:
     """One input column.
 
-    ``size``: for a categorical field the vocabulary's size with index 0 = unknown or missing; for a numeric field the
-    number of quantile buckets with bucket 0 = missing (real values use 1 .. size-1).
+    ``size``: for a categorical field the vocabulary's size with index 0 = unknown or missing. For a
+    numeric field the number of quantile buckets with bucket 0 = missing (real values use 1 ..
+    size-1).
     """
 
     name: str
@@ -92,12 +95,15 @@ PROFILES: dict[str, _ProfileSizes] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Every size and rate that CameNN is built from. ``dataclasses.replace`` changes single ones.
+    """Every size and rate that CameNN is built from.
 
-    ``fields`` fixes the column order of every tensor in ``batch.py``: the fields of a group, in their order here.
-    ``text_width`` and ``image_width`` are the frozen encoders' widths, ``patch_grid`` the side of the patch grid,
-    ``position_size`` the rows of the display position's table (0 = unknown), ``base_rate`` the share of training
-    clicks with an order (the CVR head starts at its logit). Rates of dropout are probabilities of dropping.
+    ``dataclasses.replace`` changes single ones.
+
+    ``fields`` fixes the column order of every tensor in ``batch.py``: the fields of a group, in
+    their order here. ``text_width`` and ``image_width`` are the frozen encoders' widths,
+    ``patch_grid`` the side of the patch grid, ``position_size`` the rows of the display position's
+    table (0 = unknown), ``base_rate`` the share of training clicks with an order (the CVR head
+    starts at its logit). Rates of dropout are probabilities of dropping.
     """
 
     profile_name: str
@@ -158,7 +164,10 @@ class ModelConfig:
         patch_grid: int | None = None,
         attention: Attention = "prefix",
     ) -> ModelConfig:
-        """A config from a profile (``small`` or ``base``); ``text_tokens`` and ``patch_grid`` override the profile's."""
+        """Make a config from a profile (``small`` or ``base``).
+
+        ``text_tokens`` and ``patch_grid`` override the profile's.
+        """
         if name not in PROFILES:
             raise ValueError(f"profile {name!r}: one of {sorted(PROFILES)}")
         sizes = dataclasses.asdict(PROFILES[name])
@@ -180,55 +189,65 @@ class ModelConfig:
 
     @property
     def patches(self) -> int:
-        """P, the patches of one photo."""
+        """Return P, the patches of one photo."""
         return self.patch_grid**2
 
     @property
     def item_hash_size(self) -> int:
-        """Rows of the item id's hashed table."""
+        """Return the rows of the item id's hashed table."""
         return self._size(ITEM_HASH)
 
     @property
     def user_hash_size(self) -> int:
-        """Rows of the user id's hashed table."""
+        """Return the rows of the user id's hashed table."""
         return self._size(USER_HASH)
 
     @property
     def item_categorical(self) -> tuple[FieldSpec, ...]:
-        """Columns of ``ItemBatch.cats``."""
+        """Return the columns of ``ItemBatch.cats``."""
         return self.group("item")
 
     @property
     def item_numeric(self) -> tuple[FieldSpec, ...]:
-        """Columns of ``ItemBatch.values`` and ``.buckets``: group ``item_numeric``, then ``item_quality``."""
+        """Return the columns of ``ItemBatch.values`` and ``.buckets``.
+
+        Group ``item_numeric`` comes first, then ``item_quality``.
+        """
         return self.group("item_numeric") + self.group("item_quality")
 
     @property
     def audience_categorical(self) -> tuple[FieldSpec, ...]:
-        """Columns of ``AudienceBatch.cats``."""
+        """Return the columns of ``AudienceBatch.cats``."""
         return self.group("audience")
 
     @property
     def audience_numeric(self) -> tuple[FieldSpec, ...]:
-        """Columns of ``AudienceBatch.values`` and ``.buckets``."""
+        """Return the columns of ``AudienceBatch.values`` and ``.buckets``."""
         return self.group("audience_counts")
 
     @property
     def pair_numeric(self) -> tuple[FieldSpec, ...]:
-        """Columns of ``PairBatch.values`` and ``.buckets``: group ``item_counts``, then ``pair_counts``."""
+        """Return the columns of ``PairBatch.values`` and ``.buckets``.
+
+        Group ``item_counts`` comes first, then ``pair_counts``.
+        """
         return self.group("item_counts") + self.group("pair_counts")
 
     def group(self, name: str) -> tuple[FieldSpec, ...]:
-        """The fields of one group, in order."""
+        """Return the fields of one group, in order."""
         return tuple(field for field in self.fields if field.group == name)
 
     def to_json(self) -> str:
-        """The config as JSON text."""
+        """Return the config as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
-        """The config that ``to_json`` wrote; an unknown or absent key is a TypeError that names it."""
+        """Read the config that ``to_json`` wrote.
+
+        Raises:
+            TypeError: an unknown or absent key, which it names.
+        """
         raw: dict[str, Any] = json.loads(text)
         raw["fields"] = tuple(FieldSpec(**field) for field in raw["fields"])
         return cls(**raw)
@@ -239,11 +258,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the parts of the loss (``docs/model.md``, Loss and optimiser).
+    """Weights of the parts of the loss.
 
-    ``alignment``: w of the mean of the ITA and TIA losses, which ``ita`` and ``tia`` multiply; ``contrastive``: w_c. They
-    are used by ``fixed`` weighting only; ``uncertainty`` learns them. ``choice`` (of the clicked item; 0 = clicks teach no tastes), ``balance`` and ``z``
-    are added as they are under either.
+    See ``docs/model.md``, Loss and optimiser.
+
+    ``alignment``: w of the mean of the ITA and TIA losses, which ``ita`` and ``tia`` multiply.
+    ``contrastive``: w_c. They are used by ``fixed`` weighting only. ``uncertainty`` learns them.
+    ``choice`` (of the clicked item; 0 = clicks teach no tastes), ``balance`` and ``z`` are added as
+    they are under either.
     """
 
     weighting: Weighting = "fixed"
@@ -266,10 +288,10 @@ class LossConfig:
             raise ValueError(f"label_smoothing {self.label_smoothing} must lie in [0, 1)")
 
     def to_json(self) -> str:
-        """The config as JSON text."""
+        """Return the config as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> LossConfig:
-        """The config that ``to_json`` wrote."""
+        """Read the config that ``to_json`` wrote."""
         return cls(**json.loads(text))

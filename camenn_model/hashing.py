@@ -17,12 +17,19 @@ if TYPE_CHECKING:
 
 
 def content_key(data: bytes) -> str:
-    """Content hash of a photo's or title's bytes: 32 hex digits of sha256."""
+    """Hash the bytes of a photo or title.
+
+    Returns 32 hex digits of sha256.
+    """
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 def stable_hash(column: pa.ChunkedArray | pa.Array) -> NDArray[np.uint64]:
-    """64-bit hash of each string, uint64 [n]; null hashes as the empty string. SipHash with pandas' fixed key, computed once per distinct value."""
+    """Hash each string to 64 bits, uint64 [n].
+
+    Null hashes as the empty string. SipHash with pandas' fixed key, computed once per distinct
+    value.
+    """
     filled = pc.fill_null(column, "")
     encoded = pc.dictionary_encode(filled)
     if isinstance(encoded, pa.ChunkedArray):
@@ -34,5 +41,8 @@ def stable_hash(column: pa.ChunkedArray | pa.Array) -> NDArray[np.uint64]:
 
 
 def normalise_title(title: str | None) -> str:
-    """The title as it is hashed and encoded: Unicode NFC, white space collapsed and stripped; '' = no text."""
+    """Normalise a title as it is hashed and encoded.
+
+    Unicode NFC, white space collapsed and stripped; '' = no text.
+    """
     return " ".join(unicodedata.normalize("NFC", title or "").split())

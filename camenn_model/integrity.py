@@ -1,8 +1,11 @@
-"""Checksums of files that camenn wrote: computed as they are written, compared where they are opened.
+"""Checksums of files that camenn wrote.
 
-A file's SHA-256 stands in the manifest or commit marker that vouches for it. JSON files that vouch for others carry a checksum of their own.
-A large file is read for its checksum once a machine and week: that it was whole is remembered under `CAMENN_CACHE` by device,
-inode, size and times, which every change through the file system moves.
+They are computed as files are written, and compared where they are opened.
+
+A file's SHA-256 stands in the manifest or commit marker that vouches for it. JSON files that vouch
+for others carry a checksum of their own. A large file is read for its checksum once a machine and
+week: that it was whole is remembered under `CAMENN_CACHE` by device, inode, size and times, which
+every change through the file system moves.
 """
 
 import contextlib
@@ -32,11 +35,17 @@ _whole: set[tuple[tuple[int, ...], str]] = set()
 
 
 class DamagedError(InputError):
-    """A file is not what camenn wrote: lost, cut, or with other bytes."""
+    """A file that is not what camenn wrote.
+
+    It is lost, cut, or has other bytes.
+    """
 
 
 def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a local file's bytes, 64 hex digits."""
+    """Return the SHA-256 of a local file's bytes.
+
+    It has 64 hex digits.
+    """
     digest = hashlib.sha256()
     buffer = bytearray(_BLOCK)
     view = memoryview(buffer)
@@ -47,12 +56,13 @@ def file_sha256(path: str | Path) -> str:
 
 
 def check_file(path: str | Path, size: int, sha256: str, remedy: str) -> None:
-    """Check that a local file holds the bytes that were written.
+    """Check that a local file holds the bytes written.
 
     Args:
         path: of the file.
         size: bytes that its manifest or marker says.
-        sha256: 64 hex digits, or '' where an earlier version of camenn wrote none. Then only the size is compared.
+        sha256: 64 hex digits, or '' where an earlier version of camenn wrote none. Then only the
+            size is compared.
         remedy: sentence that says what to run again.
 
     Raises:
@@ -79,7 +89,9 @@ def check_file(path: str | Path, size: int, sha256: str, remedy: str) -> None:
 
 
 def check_files(entries: Iterable[tuple[str, int, str]], remedy: str) -> None:
-    """Check several files, some at a time: (path, bytes, SHA-256) each.
+    """Check several files, some at a time.
+
+    Each is (path, bytes, SHA-256).
 
     Raises:
         DamagedError: for the first by order that is not whole, see `check_file`.
@@ -136,23 +148,29 @@ def _forget_old(directory: Path) -> None:
 
 
 def document_checksum(value: dict[str, Any]) -> str:
-    """Return the checksum of a JSON object without its own: 64 hex digits over its canonical text."""
+    """Return the checksum of a JSON object without its own.
+
+    It has 64 hex digits over the object's canonical text.
+    """
     plain = {name: inner for name, inner in json.loads(json.dumps(value)).items() if name != CHECKSUM}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def dump_document(value: dict[str, Any]) -> bytes:
-    """Return a JSON object as text that carries its own checksum."""
+    """Return a JSON object as text with its own checksum."""
     return json.dumps(value | {CHECKSUM: document_checksum(value)}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def parse_document(data: bytes, path: str | Path, fields: Collection[str], remedy: str) -> dict[str, Any]:
-    """Parse a JSON object and compare it with its own checksum, which is left out.
+    """Parse a JSON object and check its own checksum.
+
+    The checksum is left out of what is returned.
 
     Args:
         data: what the file holds.
         path: of the file, for the message.
-        fields: every key that such a document may have. Documents of before had no checksum: those are known by their keys.
+        fields: every key that such a document may have. Documents of before had no checksum: those
+            are known by their keys.
         remedy: sentence that says what to do.
 
     Raises:

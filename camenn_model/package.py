@@ -1,10 +1,12 @@
 """Checkpoints and packages: safetensors and JSON, never pickle.
 
 MODEL/runs/RUN/model.safetensors      averaged weights of the best evaluation
-MODEL/runs/RUN/likeness.safetensors   which directions tell what is alike (features.json has the other features)
+MODEL/runs/RUN/likeness.safetensors   which directions tell what is alike
+                                      (features.json has the other features)
 MODEL/runs/RUN/agreement.safetensors  what tells whether photo and title belong together
 MODEL/runs/RUN/config.json features.json calibration.json metrics.json curves.csv
-MODEL/checkpoints/*.safetensors       where a killed training goes on; removed when the package is written
+MODEL/checkpoints/*.safetensors       where a killed training goes on
+                                      (removed when the package is written)
 """
 
 import hashlib
@@ -46,19 +48,25 @@ class Package:
 
     @property
     def encoders(self) -> dict[str, Any]:
-        """Fingerprint and description of the encoders whose embeddings it was trained on."""
+        """Return the encoders whose embeddings it was trained on.
+
+        They come with fingerprint and description.
+        """
         return dict(self.meta["encoders"])
 
     @property
     def version(self) -> str:
-        """16 hex digits over all that predictions and judgements depend on."""
+        """Return 16 hex digits that identify the package.
+
+        They are over all that predictions and judgements depend on.
+        """
         digest = hashlib.sha256()
         for name in VERSIONED:
             digest.update((self.directory / name).read_bytes())
         return digest.hexdigest()[:16]
 
     def model(self) -> CameNN:
-        """In eval mode, on the CPU.
+        """Load the model in eval mode, on the CPU.
 
         Raises:
             InputError: its tensors are not those of this version's model.
@@ -71,7 +79,8 @@ class Package:
         }
         if other:
             raise InputError(
-                f"{self.directory}: another version of camenn trained this model: {len(other)} of its tensors are not this version's ({min(other)}). "
+                f"{self.directory}: another version of camenn trained this model: {len(other)} "
+                f"of its tensors are not this version's ({min(other)}). "
                 "Run `camenn train` again."
             )
         model.load_state_dict(tensors)
@@ -79,7 +88,7 @@ class Package:
 
 
 def open_package(root: str) -> Package:
-    """The published package of `camenn train --out ROOT`.
+    """Open the published package of `camenn train --out ROOT`.
 
     Raises:
         InputError: nothing is published there, or something else than a model.
@@ -89,7 +98,7 @@ def open_package(root: str) -> Package:
 
 
 def read_package(directory: Path) -> Package:
-    """The package in one run's directory.
+    """Read the package in one run's directory.
 
     Raises:
         InputError: another version of camenn wrote it.

@@ -1,4 +1,7 @@
-"""What is published in a local output: read and checked without Beam. Layout: schemas/manifest.py."""
+"""Published runs of a local output.
+
+They are read and checked without Beam. Layout: schemas/manifest.py.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def check_table_files(root: Path, manifest: dict[str, Any], table: str | None, remedy: str) -> None:
-    """Check that a table's files, or those of all tables, are what was written.
+    """Check a table's files, or those of all tables.
+
+    They must be what was written.
 
     Raises:
         DamagedError: see `camenn_model.integrity.check_file`.

@@ -15,14 +15,19 @@ from torch import Tensor
 from camenn_model.integrity import DamagedError
 
 _HEADER = "camenn.document"
-"""Key of a safetensors header: metadata, and the checksum of it and of the tensors, as JSON. One key, as several come in another order each time"""
+"""Key of a safetensors header: metadata, and the checksum of it and of the tensors, as JSON. One
+key, as several come in another order each time
+"""
 _METADATA_OF_BEFORE = "camenn"
 """Key of the metadata alone, without a checksum, as earlier versions of camenn wrote it"""
 _REMEDY = "Remove it and run `camenn train` again: a training that goes on from it begins anew."
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
-    """Write one safetensors file atomically; `metadata` is kept as JSON in its header."""
+    """Write one safetensors file atomically.
+
+    `metadata` is kept as JSON in its header.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     # Tied or sliced tensors would share storage, which safetensors refuses: each entry gets its own.
@@ -32,13 +37,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     with open(temporary, "wb") as handle:
         mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
     save_file(own, temporary, metadata=header)
-    # safetensors lets nobody else read what it writes, whatever the umask: others may score with the model as well as read the scores.
+    # safetensors lets nobody else read what it writes, whatever the umask: others may score with
+    # the model as well as read the scores.
     os.chmod(temporary, mode)
     os.replace(temporary, path)
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """What changes when another file takes a path; None where there is none."""
+    """Return what changes when another file takes a path.
+
+    None where there is none.
+    """
     try:
         status = path.stat()
     except OSError:
@@ -47,7 +56,10 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
-    """SHA-256 over metadata and over names, types, shapes and bytes of tensors, 64 hex digits."""
+    """Return the SHA-256 of tensors and metadata.
+
+    It is over metadata and over names, types, shapes and bytes of tensors, 64 hex digits.
+    """
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
@@ -56,7 +68,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata) of a file that `save_tensors` wrote.
+    """Load (tensors, metadata) of a `save_tensors` file.
 
     Raises:
         DamagedError: the file is missing or damaged.

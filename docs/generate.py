@@ -1,4 +1,7 @@
-"""Write docs/tables.md from the schemas, docs/flags.md from the parsers, and the rooms in docs/architecture.md from the imports.
+"""Write the generated documentation from the code.
+
+docs/tables.md comes from the schemas, docs/flags.md from the parsers, and the rooms in
+docs/architecture.md from the imports.
 
 A test holds all three to the code: run `make docs` after a change.
 """
@@ -44,7 +47,7 @@ READING = (
 
 
 def table_section(contract: Contract) -> str:
-    """One table as Markdown."""
+    """Return one table as Markdown."""
     lines = [
         f"### `{contract.name}`",
         "",
@@ -64,11 +67,13 @@ def table_section(contract: Contract) -> str:
 
 
 def tables() -> str:
-    """docs/tables.md."""
+    """Return docs/tables.md."""
     parts = [
         "# Tables",
         "",
-        "Written by `make docs` from `schemas/`. Times are `timestamp[us]`, UTC; zoned ones are converted. Ids are strings; integers are widened. They join as they are written: case, blanks and leading zeros count (nightly.md tells what is said where they differ).",
+        "Written by `make docs` from `schemas/`. Times are `timestamp[us]`, UTC; zoned ones are converted. "
+        "Ids are strings; integers are widened. They join as they are written: case, blanks and leading zeros "
+        "count (nightly.md tells what is said where they differ).",
         "",
         *READING,
         "",
@@ -79,7 +84,7 @@ def tables() -> str:
 
 
 def flags() -> str:
-    """docs/flags.md."""
+    """Return docs/flags.md."""
     # argparse wraps help to the terminal's width.
     os.environ["COLUMNS"] = "110"
     os.environ["NO_COLOR"] = "1"
@@ -104,7 +109,10 @@ PACKAGES = ("pipelines", "camenn_model")
 
 
 def find_rooms(package: str) -> dict[str, tuple[str, set[str]]]:
-    """Return {room: (what it holds, rooms of the package that its files import)}, read from the source."""
+    """Find a package's rooms in its source.
+
+    Returns {room: (what it holds, rooms of the package that its files import)}.
+    """
     root = HERE.parent / package
     rooms: dict[str, tuple[str, set[str]]] = {}
     for folder in sorted(path.parent for path in root.glob("*/__init__.py")):
@@ -114,12 +122,15 @@ def find_rooms(package: str) -> dict[str, tuple[str, set[str]]]:
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
                     used.add((node.module or "").split(".")[1])
-        rooms[folder.name] = doc, used - {folder.name}
+        rooms[folder.name] = doc.split("\n")[0], used - {folder.name}
     return {room: (doc, used & set(rooms)) for room, (doc, used) in rooms.items()}
 
 
 def reduce_arrows(rooms: dict[str, tuple[str, set[str]]]) -> list[tuple[str, str]]:
-    """Return the arrows between rooms that no longer way of arrows says already."""
+    """Return the arrows between rooms, without redundant ones.
+
+    An arrow is redundant where a longer way of arrows says the same already.
+    """
 
     def reached(room: str) -> set[str]:
         return {below for used in rooms[room][1] for below in {used, *reached(used)}}
@@ -133,7 +144,10 @@ def reduce_arrows(rooms: dict[str, tuple[str, set[str]]]) -> list[tuple[str, str
 
 
 def rooms() -> str:
-    """The generated part of docs/architecture.md: a picture and a table of each package's rooms."""
+    """Return the generated part of docs/architecture.md.
+
+    It is a picture and a table of each package's rooms.
+    """
     parts = []
     for package in PACKAGES:
         found = find_rooms(package)
@@ -149,13 +163,13 @@ def rooms() -> str:
 
 
 def architecture() -> str:
-    """docs/architecture.md, its generated part written anew."""
+    """Return docs/architecture.md, its generated part written again."""
     before, _, rest = (HERE / "architecture.md").read_text().partition(ROOMS_BEGIN)
     return f"{before}{ROOMS_BEGIN}\n\n{rooms()}\n{ROOMS_END}{rest.partition(ROOMS_END)[2]}"
 
 
 def main() -> None:
-    """Write all three."""
+    """Write all three files."""
     (HERE / "architecture.md").write_text(architecture())
     (HERE / "tables.md").write_text(tables())
     (HERE / "flags.md").write_text(flags())

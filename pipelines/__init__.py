@@ -1,1 +1,4 @@
-"""The plant: one module per Beam stage, each a composite PTransform and a thin main."""
+"""The pipelines, one module per Beam stage.
+
+Each is a composite PTransform and a thin main.
+"""

@@ -1,4 +1,7 @@
-"""`camenn`: a thin dispatcher. Each command is a module with `main(argv)`, imported only when it is called."""
+"""`camenn`: a thin dispatcher.
+
+Each command is a module with `main(argv)`, imported only when it is called.
+"""
 
 import atexit
 import contextlib
@@ -26,7 +29,7 @@ READER_GONE = 141
 
 
 def usage() -> str:
-    """The text of `camenn --help`."""
+    """Return the text of `camenn --help`."""
     width = max(len(name) for name in COMMANDS)
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return (
@@ -37,14 +40,17 @@ def usage() -> str:
 
 
 class _QuietImport(logging.Filter):
-    """Beam says on import that Google's client libraries are absent, which is how most users want it."""
+    """A filter for Beam's message about absent client libraries.
+
+    Beam says on import that Google's client libraries are absent, which is how most users want it.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "apitools not found" not in record.getMessage()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -68,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         handler.addFilter(_QuietImport())
     # Each worker process warns that it has no directory for user-registered coders; there are none.
     logging.getLogger("apache_beam.runners.portability.local_job_service").setLevel(logging.ERROR)
-    # Threads that spin while they wait make two threads on two busy cores thirty times slower than one (measured: 6 against 208 examples/s).
+    # Threads that spin while they wait make two threads on two busy cores thirty times slower than
+    # one (measured: 6 against 208 examples/s).
     # It must be said before any library that brings OpenMP is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pipelines.runner.exit_codes import run_main
@@ -77,11 +84,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def console() -> NoReturn:
-    """Entry point of the console script: the process ends with the command's exit code, whatever its threads are doing.
+    """Run the console script and exit with the command's code.
 
-    A pipeline that failed leaves threads of Beam's behind, some of them inside Arrow. A thread that asks for Python's lock while the interpreter is taken
-    apart is ended in the middle of C++ code, and that aborts the process with exit code 134 (apache/arrow#45017). So it is not taken apart: what was
-    registered to be done at the end is done, this last.
+    The process ends with that code whatever its threads are doing.
+
+    A pipeline that failed leaves threads of Beam's behind, some of them inside Arrow. A thread that
+    asks for Python's lock while the interpreter is taken apart is ended in the middle of C++ code,
+    and that aborts the process with exit code 134 (apache/arrow#45017). So it is not taken apart:
+    what was registered to be done at the end is done, this last.
     """
     code = 1  # of an exception that nothing catches
 

@@ -1,6 +1,10 @@
-"""The registry of stages: what each is called, where its command is, and where its output lies in a working directory.
+"""The registry of stages.
 
-Stages meet by name only: whoever runs, shows or repeats one looks it up here, and imports its module when it is needed.
+It tells what each is called, where its command is, and where its output lies in a working
+directory.
+
+Stages meet by name only. Whoever runs, shows or repeats one looks it up here, and imports its
+module when it is needed.
 """
 
 import importlib
@@ -10,7 +14,10 @@ from types import ModuleType
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of the way from tables to scores. `command`: module with `build_parser` and `main`."""
+    """One stage of the way from tables to scores.
+
+    `command`: module with `build_parser` and `main`.
+    """
 
     name: str
     command: str

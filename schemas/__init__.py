@@ -1,1 +1,4 @@
-"""The contracts: one module per table, each a pyarrow schema with units. Imports pyarrow only."""
+"""The contracts of tables.
+
+There is one module per table, each a pyarrow schema with units. Imports pyarrow only.
+"""

@@ -1,4 +1,7 @@
-"""Who is scored: audience rows, and optionally the pairs of audience row and item."""
+"""Audience rows to be scored.
+
+They say who is scored, and optionally the pairs of audience row and item.
+"""
 
 import pyarrow as pa
 
@@ -6,7 +9,10 @@ from schemas.contract import Column, Contract, text_column
 
 AUDIENCE = Contract(
     name="audience",
-    doc="One row per audience: a user, or anybody (user_id null), in a store at an hour. May carry any of the users' columns.",
+    doc=(
+        "One row per audience: a user, or anybody (user_id null), in a store at an hour. May "
+        "carry any of the users' columns."
+    ),
     key=("audience_id",),
     extra_columns=True,
     columns=(

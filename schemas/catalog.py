@@ -1,4 +1,7 @@
-"""The catalog: one row per listing (one store's offer of a product)."""
+"""The catalog, one row per listing.
+
+A listing is one store's offer of a product.
+"""
 
 import pyarrow as pa
 

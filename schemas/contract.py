@@ -1,9 +1,11 @@
-"""What a table promises, and how a file is held to it.
+"""Contracts of tables, and how files are held to them.
 
-A `Contract` is a named pyarrow schema with its key and its optional columns. `conform` casts what can be cast without loss
-(integer ids to strings, zoned times to UTC, int32 to int64, float32 to float64, ...), numbers to float32 where the model reads no more, and raises `InputError`, naming file,
-column and remedy, for anything else. A blank text (empty, or nothing but white space) is a missing one, of every column
-of a contract; other texts stay as they are, white space around them included.
+A `Contract` is a named pyarrow schema with its key and its optional columns. `conform` casts what
+can be cast without loss (integer ids to strings, zoned times to UTC, int32 to int64, float32 to
+float64, ...), numbers to float32 where the model reads no more, and raises `InputError`, naming
+file, column and remedy, for anything else. A blank text (empty, or nothing but white space) is a
+missing one, of every column of a contract. Other texts stay as they are, white space around them
+included.
 """
 
 import hashlib
@@ -18,12 +20,16 @@ from schemas.errors import InputError
 TIMESTAMP = pa.timestamp("us")
 """Every time in every table: microseconds, UTC, written without a zone."""
 SCHEMA_VERSION = 1
-"""Raised when a published table changes in a way that old readers cannot follow; written into every manifest."""
+"""Raised when a published table changes in a way that old readers cannot follow. Written into every manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column: its type, whether rows may lack a value, whether files may lack the column, and its meaning with unit."""
+    """A column of a contract.
+
+    It has a type, whether rows may lack a value, whether files may lack the column, and its meaning
+    with unit.
+    """
 
     name: str
     type: pa.DataType
@@ -34,7 +40,10 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """A table's promise: columns, the key that identifies a row, and whether columns beyond these are read."""
+    """A table's promise.
+
+    It has columns, the key that identifies a row, and whether columns beyond these are read.
+    """
 
     name: str
     doc: str
@@ -44,24 +53,35 @@ class Contract:
 
     @property
     def schema(self) -> pa.Schema:
-        """pyarrow schema of every column, optional ones included, with nullability."""
+        """Return the pyarrow schema of every column.
+
+        Optional ones are included, with nullability.
+        """
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable or c.optional) for c in self.columns])
 
     @property
     def names(self) -> list[str]:
-        """Column names in schema order."""
+        """Return the column names in schema order."""
         return [c.name for c in self.columns]
 
     def fingerprint(self) -> str:
-        """First 16 hex digits of the sha256 of names, types and nullability: two equal ones can read each other's files."""
+        """Return a fingerprint of the columns.
+
+        It is the first 16 hex digits of the sha256 of names, types and nullability: two equal ones
+        can read each other's files.
+        """
         text = "\n".join(f"{f.name}:{f.type}:{f.nullable}" for f in self.schema)
         return hashlib.sha256(f"{self.name}\n{text}".encode()).hexdigest()[:16]
 
 
 def cast_without_loss(array: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
-    """Cast to `target` if no value changes; raises pa.ArrowInvalid or pa.ArrowNotImplementedError otherwise.
+    """Cast to `target` if no value changes.
 
-    Strings are never parsed into numbers or times, floats never become ids, and zoned times become UTC.
+    Strings are never parsed into numbers or times, floats never become ids, and zoned times become
+    UTC.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: a value would change.
     """
     array = without_dictionary(array)
     source = array.type
@@ -80,10 +100,10 @@ def cast_without_loss(array: pa.ChunkedArray, target: pa.DataType) -> pa.Chunked
     if not allowed:
         raise pa.ArrowInvalid(f"{source} does not widen to {target}")
     if pa.types.is_timestamp(source) and source.tz is not None:
-        # The stored instant is UTC already; dropping the zone keeps the instant.
+        # The stored instant is UTC already. Dropping the zone keeps the instant.
         array = array.cast(pa.timestamp(source.unit, tz="UTC")).cast(pa.timestamp(source.unit))
     if (pa.types.is_floating(source) or pa.types.is_integer(source)) and str(target) == "float":
-        # A float32 is what the model reads; how a price is written must not tell whether its last digits are lost.
+        # A float32 is what the model reads. How a price is written must not tell whether its last digits are lost.
         return array.cast(target, safe=False)
     return array.cast(target)
 
@@ -101,8 +121,8 @@ def without_dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def find_not_utf8(column: pa.ChunkedArray) -> pa.BooleanArray | None:
     """Find the rows whose text is not UTF-8, bool [n].
 
-    Arrow writes and reads such texts as they are and fails, without a row, where the first of them becomes a Python
-    string. None where there are none, or where the column is no text.
+    Arrow writes and reads such texts as they are and fails, without a row, where the first of them
+    becomes a Python string. None where there are none, or where the column is no text.
     """
     column = without_dictionary(column)
     if not is_text(column.type):
@@ -124,7 +144,10 @@ def _is_utf8(value: bytes | None) -> bool:
 
 
 def blank_to_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a string column with null for texts that are empty or nothing but white space."""
+    """Return a string column with null for blank texts.
+
+    These are empty or nothing but white space.
+    """
     try:
         blank = pc.utf8_is_space(column)
     except pa.ArrowInvalid:
@@ -134,20 +157,23 @@ def blank_to_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def conform(table: pa.Table, contract: Contract, file: str) -> pa.Table:
-    """Return `table` with the contract's columns and types, in order; optional columns that the file lacks are null.
+    """Return `table` with the contract's columns and types.
 
-    Nulls in required columns are left in place, and so are texts that are not UTF-8: the stages turn such rows into
-    rejects. Blank texts become null. Columns beyond the contract are dropped unless `contract.extra_columns`, in which
-    case they follow as they are.
+    Columns are in the contract's order. Optional columns that the file lacks are null.
+
+    Nulls in required columns are left in place, and so are texts that are not UTF-8: the stages
+    turn such rows into rejects. Blank texts become null. Columns beyond the contract are dropped
+    unless `contract.extra_columns`, in which case they follow as they are.
 
     Raises:
-        InputError: two columns share a name, a required one is missing, or a column's type does not widen losslessly to
-            the contract's.
+        InputError: two columns share a name, a required one is missing, or a column's type does not
+            widen losslessly to the contract's.
     """
     repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
     if repeated:
         raise InputError(
-            f"{file}: column '{repeated[0]}' of table '{contract.name}' is there more than once. Keep one of them, or give the others their own names."
+            f"{file}: column '{repeated[0]}' of table '{contract.name}' is there more than once. "
+            "Keep one of them, or give the others their own names."
         )
     arrays: list[pa.ChunkedArray | pa.Array] = []
     fields: list[pa.Field] = []
@@ -159,7 +185,8 @@ def conform(table: pa.Table, contract: Contract, file: str) -> pa.Table:
                 arrays.append(pa.nulls(table.num_rows, column.type))
                 continue
             raise InputError(
-                f"{file}: column '{column.name}' of table '{contract.name}' is missing (found: {', '.join(table.column_names)}). "
+                f"{file}: column '{column.name}' of table '{contract.name}' is missing (found: "
+                f"{', '.join(table.column_names)}). "
                 f"Add it as {column.type}: {column.doc}"
             )
         source = table[column.name]
@@ -168,7 +195,8 @@ def conform(table: pa.Table, contract: Contract, file: str) -> pa.Table:
             arrays.append(blank_to_null(values) if is_text(column.type) else values)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise InputError(
-                f"{file}: column '{column.name}' of table '{contract.name}' has type {source.type}, which cannot become "
+                f"{file}: column '{column.name}' of table '{contract.name}' has type "
+                f"{source.type}, which cannot become "
                 f"{column.type} without loss ({error}). Write it as {column.type}: {column.doc}"
             ) from error
     if contract.extra_columns:
@@ -180,10 +208,14 @@ def conform(table: pa.Table, contract: Contract, file: str) -> pa.Table:
 
 
 def check_output(table: pa.Table, contract: Contract) -> pa.Table:
-    """Hold a table that is about to be written to its contract exactly: same columns, same types, no nulls where none may be.
+    """Hold an output table to its contract exactly.
+
+    The table is about to be written. It must have the same columns, the same types, and no nulls
+    where none may be.
 
     Raises:
-        InputError: naming the table, the column and the first offending key (a bug in a stage, not in the user's data).
+        InputError: naming the table, the column and the first offending key (a bug in a stage, not in
+            the user's data).
     """
     if table.column_names != contract.names:
         raise InputError(f"table '{contract.name}': columns are {table.column_names}, contract says {contract.names}")
@@ -201,5 +233,8 @@ def check_output(table: pa.Table, contract: Contract) -> pa.Table:
 
 
 def text_column(name: str, doc: str, *, nullable: bool = False, optional: bool = False) -> Column:
-    """A string column (ids: integers are widened to strings)."""
+    """Make a string column.
+
+    Ids: integers are widened to strings.
+    """
     return Column(name=name, type=pa.string(), doc=doc, nullable=nullable, optional=optional)

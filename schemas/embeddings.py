@@ -1,13 +1,21 @@
-"""The embedding store: one row per distinct photo or title under one encoder fingerprint, and what the catalog refers to."""
+"""The embedding store.
+
+It has one row per distinct photo or title under one encoder fingerprint, and what the catalog
+refers to.
+"""
 
 import pyarrow as pa
 
 from schemas.contract import Column, Contract, text_column
 
 SHAPE_KEY = b"camenn.shape"
-"""Field metadata of an `embedding` column: the array's shape, comma separated; values are little-endian float16, row major."""
+"""Field metadata of an `embedding` column: the array's shape, comma separated; values are
+little-endian float16, row major.
+"""
 KERNELS_KEY = b"camenn.kernels"
-"""Field metadata of an `embedding` column: what computed it, as in `eager-bf16-batch64`; other kernels give other last bits."""
+"""Field metadata of an `embedding` column: what computed it, as in `eager-bf16-batch64`; other
+kernels give other last bits.
+"""
 
 
 def _embedding_column(shape: tuple[int, int], doc: str) -> Column:
@@ -17,7 +25,10 @@ def _embedding_column(shape: tuple[int, int], doc: str) -> Column:
 
 
 def image_embeddings(patches: int, width: int) -> Contract:
-    """Contract of the photo embeddings: `patches` rows of `width` float16 each, patches row by row from the top left."""
+    """Make the contract of the photo embeddings.
+
+    They are `patches` rows of `width` float16 each, patches row by row from the top left.
+    """
     return Contract(
         name="image_embeddings",
         doc="One row per distinct photo.",
@@ -34,7 +45,10 @@ def image_embeddings(patches: int, width: int) -> Contract:
 
 
 def title_embeddings(tokens: int, width: int) -> Contract:
-    """Contract of the title embeddings: `tokens` rows of `width` float16, zero beyond the title's own tokens."""
+    """Make the contract of the title embeddings.
+
+    They are `tokens` rows of `width` float16, zero beyond the title's own tokens.
+    """
     return Contract(
         name="title_embeddings",
         doc="One row per distinct title.",
@@ -73,7 +87,10 @@ EMBEDDED_ITEMS = Contract(
 
 
 def embedding_shape(schema: pa.Schema) -> tuple[int, int]:
-    """Shape of the `embedding` column of a stored file, from its metadata."""
+    """Return the shape of a stored file's `embedding` column.
+
+    It is read from the column's metadata.
+    """
     text = (schema.field("embedding").metadata or {})[SHAPE_KEY].decode()
     rows, width = text.split(",")
     return int(rows), int(width)

@@ -2,4 +2,7 @@
 
 
 class InputError(ValueError):
-    """Input that cannot be used at all. The message names the file, the column, the row's key where there is one, and the remedy."""
+    """Input that cannot be used at all.
+
+    The message names the file, the column, the row's key where there is one, and the remedy.
+    """

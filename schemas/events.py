@@ -26,7 +26,10 @@ CLICKS = Contract(
 
 ORDERS = Contract(
     name="orders",
-    doc="One row per order line. Exact copies count once; lines of one order on the same listing that differ count each.",
+    doc=(
+        "One row per order line. Exact copies count once; lines of one order on the same "
+        "listing that differ count each."
+    ),
     key=("order_id", "item_id"),
     columns=(
         text_column("order_id", "id of the order; its lines share it"),

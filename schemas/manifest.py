@@ -1,7 +1,11 @@
-"""Layout of what says which files an output is made of: `latest.json`, `published/`, a run's `manifest.json`, a part's commit marker.
+"""Layout of an output's documents.
 
-Each is a JSON object with a checksum of its own (`camenn_model.integrity`). A document with any other key is not ours.
-The messages about them are here as well: the packages that read them share no other module.
+They say which files an output is made of: `latest.json`, `published/`, a run's `manifest.json`, a
+part's commit marker.
+
+Each is a JSON object with a checksum of its own (`camenn_model.integrity`). A document with any
+other key is not ours. The messages about them are here as well: the packages that read them share
+no other module.
 """
 
 from schemas.errors import InputError
@@ -52,7 +56,10 @@ MARKER_FIELDS = (
 
 
 def remedy(stage: str, table: str) -> str:
-    """Return what to run where a file of a table is lost or damaged."""
+    """Return what to run for a damaged table.
+
+    A file of it is lost or damaged.
+    """
     if stage == "embed" and table.endswith("_embeddings"):
         return (
             "Run `camenn fsck --repair` on this store, which sets the part aside, and then `camenn embed`: "
@@ -72,12 +79,18 @@ def remedy(stage: str, table: str) -> str:
 
 
 def repair_hint(root: str) -> str:
-    """Return what to run where a document of an output cannot be read."""
+    """Return what to run for an unreadable document.
+
+    It is a document of an output that cannot be read.
+    """
     return f"`camenn fsck --out {root} --repair` lets readers see the newest run that is whole."
 
 
 def nothing_published(root: str, stage: str, flag: str) -> InputError:
-    """Return the error of an output in which no run was published yet."""
+    """Return the error of an output without published runs.
+
+    No run was published in it yet.
+    """
     return InputError(f"{flag} {root}: nothing is published there (no {LATEST}). Run `camenn {stage}` into it first.")
 
 
@@ -89,5 +102,8 @@ def not_of_stage(root: str, found: str, wanted: str, flag: str) -> InputError:
 
 
 def pointer_lost(root: str) -> str:
-    """Return what to say where runs were published and `latest.json` is gone."""
+    """Return the message for a lost `latest.json`.
+
+    Runs were published there and `latest.json` is gone.
+    """
     return f"{root.rstrip('/')}/{LATEST}: this file is gone, although runs were published here. {repair_hint(root)}"

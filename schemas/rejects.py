@@ -1,4 +1,7 @@
-"""Rows that were dropped (rejects) and rows that were kept but degraded (defects)."""
+"""Rejected and degraded rows.
+
+Rejects are rows that were dropped, defects are rows that were kept but degraded.
+"""
 
 from schemas.contract import Contract, text_column
 

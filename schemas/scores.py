@@ -1,4 +1,7 @@
-"""What is published: scores and listing quality, each an ordinary hive-partitioned dataset by score_date."""
+"""Published tables: scores and listing quality.
+
+Each is an ordinary hive-partitioned dataset by score_date.
+"""
 
 import pyarrow as pa
 
@@ -26,19 +29,28 @@ LISTING_QUALITY = Contract(
         Column(
             name="ita",
             type=pa.float32(),
-            doc="probability that the title belongs to the photo, of pairs half of which do: held against the other titles that suit the photo; null without both",
+            doc=(
+                "probability that the title belongs to the photo, of pairs half of which do: "
+                "held against the other titles that suit the photo; null without both"
+            ),
             nullable=True,
         ),
         Column(
             name="tia",
             type=pa.float32(),
-            doc="probability that the photo belongs to the title: held against the other photos that suit the title; null without both",
+            doc=(
+                "probability that the photo belongs to the title: held against the other photos "
+                "that suit the title; null without both"
+            ),
             nullable=True,
         ),
         Column(
             name="cosine",
             type=pa.float32(),
-            doc="cosine of photo and title along the directions that photos and titles share, -1 to 1; null without both",
+            doc=(
+                "cosine of photo and title along the directions that photos and titles share, "
+                "-1 to 1; null without both"
+            ),
             nullable=True,
         ),
         Column(
@@ -59,7 +71,11 @@ LISTING_QUALITY = Contract(
         Column(
             name="lost_orders",
             type=pa.float32(),
-            doc="orders that photo and title may have cost in these days: what the clicks bring to unflagged listings of the subcategory, less its own orders, shrunk where clicks are few; 0 without a flag",
+            doc=(
+                "orders that photo and title may have cost in these days: what the clicks bring "
+                "to unflagged listings of the subcategory, less its own orders, shrunk where "
+                "clicks are few; 0 without a flag"
+            ),
         ),
         text_column("model_version", "fingerprint of the model package"),
     ),

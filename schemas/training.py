@@ -1,11 +1,17 @@
-"""The shard set: examples, the items and users they refer to. Embeddings lie beside them in `contents/` (Arrow IPC, mapped)."""
+"""The shard set.
+
+It has examples, and the items and users they refer to. Embeddings lie beside them in `contents/`
+(Arrow IPC, mapped).
+"""
 
 import pyarrow as pa
 
 from schemas.contract import TIMESTAMP, Column, Contract, text_column
 
 SPLITS = ("train", "gap", "early_stop", "calibration", "test")
-"""Parts of the examples by session start. `gap` rows lie within the attribution window before the next part: nothing reads them."""
+"""Parts of the examples by session start. `gap` rows lie within the attribution window before the
+next part: nothing reads them.
+"""
 
 NO_HISTORY, CLICKED, PURCHASED = 0, 1, 2
 """Kinds of a history entry: padding, a click without a known purchase, a purchase."""
@@ -62,7 +68,10 @@ ITEM_QUALITY = (
 
 EXAMPLES = Contract(
     name="examples",
-    doc="One row per listing clicked in a session; in examples/date=.../; the manifest tells each file's split. Counts are as of the session's first click.",
+    doc=(
+        "One row per listing clicked in a session; in examples/date=.../; the manifest tells "
+        "each file's split. Counts are as of the session's first click."
+    ),
     key=("user_id", "session_id", "item_id"),
     columns=(
         text_column("user_id", "who clicked"),

@@ -1,9 +1,10 @@
-"""Plant plausible bugs one by one, and tell which go unnoticed.
+"""Plant plausible bugs, and tell which go unnoticed.
 
-`make mutate` runs it on the list in scripts/mutations.py. A mutation is planted in a copy of the tree, and only the
-tests that should notice it are run. Generic operators (mutmut, cosmic-ray) make thousands of mutants, most of them of
-no interest, and start Python anew for each: here torch, Beam and the other libraries are imported once, and each
-mutation gets a fork of that process. The last line of stdout is one JSON object with the counts.
+`make mutate` runs it on the list in scripts/mutations.py. A mutation is planted in a copy of the
+tree, one at a time, and only the tests that should notice it are run. Generic operators (mutmut,
+cosmic-ray) make thousands of mutants, most of them of no interest, and start Python again for each.
+Here torch, Beam and the other libraries are imported once, and each mutation gets a fork of that
+process. The last line of stdout is one JSON object with the counts.
 """
 
 import argparse
@@ -45,21 +46,25 @@ LIBRARIES = (
     "hypothesis",
     "pytest",
 )
-"""Imported before the first fork; none of them knows of this project."""
+"""Imported before the first fork. None of them knows of this project."""
 
 QUIET = {"CI": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """CI: hypothesis repeats the same cases, so that a mutation that is caught once is caught always."""
 
 
 class StaleError(Exception):
-    """The list does not fit the tree, or a run told nothing about its mutation."""
+    """The list does not fit the tree.
+
+    Or a run told nothing about its mutation.
+    """
 
 
 def find_stale(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
-    """Return what is wrong with a list of mutations.
+    """Return the faults of a list of mutations.
 
-    One line for each fault; none where the list fits the tree. A snippet must stand exactly once in its file, what
-    takes its place must differ, ids must be unique, and tests must exist as far as their file's text tells.
+    There is one line for each fault, and none where the list fits the tree. A snippet must stand
+    exactly once in its file, what takes its place must differ, ids must be unique, and tests must
+    exist as far as their file's text tells.
     """
     faults = []
     texts: dict[str, str] = {}
@@ -88,9 +93,10 @@ def find_stale(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of some tests.
+    """The outcome of some tests.
 
-    `kind`: `passed`, `failed`, `timed out`, or `told nothing` where they could not even be collected.
+    `kind` is `passed`, `failed`, `timed out`, or `told nothing` where they could not even be
+    collected.
     """
 
     kind: str
@@ -100,7 +106,10 @@ class Outcome:
 
 
 class Slot:
-    """A copy of the tree, in which one mutation at a time is planted and tested."""
+    """A copy of the tree in which mutations are tested.
+
+    One mutation at a time is planted and tested in it.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root / "tree"
@@ -127,7 +136,10 @@ class Slot:
         self.started = 0.0
 
     def start(self, mutation: Mutation | None, tests: Sequence[str]) -> None:
-        """Plant a mutation, if any, and fork a process that runs some tests."""
+        """Plant a mutation, if any, and fork the tests.
+
+        The fork is a process that runs some tests.
+        """
         self.mutation = mutation
         if mutation is not None:
             path = self.root / mutation.file
@@ -141,7 +153,10 @@ class Slot:
             self._run_tests(tests)
 
     def _run_tests(self, tests: Sequence[str]) -> None:
-        """In the fork: run tests on the copy, write the answer, and end."""
+        """Run tests on the copy, in the fork.
+
+        Then write the answer, and end.
+        """
         try:
             os.setsid()
             target = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -191,7 +206,10 @@ class Slot:
             os._exit(0)
 
     def poll(self, limit: float) -> Outcome | None:
-        """Return what became of the tests, None while they run; the copy is the tree again afterwards."""
+        """Return the outcome of the tests, None while they run.
+
+        The copy is the tree again afterwards.
+        """
         done, _ = os.waitpid(self.pid, os.WNOHANG)
         seconds = time.monotonic() - self.started
         if not done and seconds <= limit:
@@ -213,7 +231,7 @@ class Slot:
 
 
 def judge_all(slots: Sequence[Slot], mutations: Sequence[Mutation], limit: float) -> Iterator[tuple[Mutation, Outcome]]:
-    """Yield mutations with what became of their tests, as they end."""
+    """Yield mutations with their outcomes, as they end."""
     waiting, free = list(reversed(mutations)), list(slots)
     running: list[Slot] = []
     while waiting or running:
@@ -233,7 +251,9 @@ def judge_all(slots: Sequence[Slot], mutations: Sequence[Mutation], limit: float
 
 
 def run(mutations: Sequence[Mutation], jobs: int, limit: float) -> dict[str, Any]:
-    """Test mutations and print a line for each; returns the counts.
+    """Test mutations and print a line for each.
+
+    Returns the counts.
 
     Raises:
         StaleError: a test fails without any mutation, or the tests of a mutation could not be run.
@@ -286,7 +306,10 @@ def run(mutations: Sequence[Mutation], jobs: int, limit: float) -> dict[str, Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 1 where a mutation survived, 2 where the list does not fit the tree."""
+    """Run the command, and return its exit code.
+
+    The code is 1 where a mutation survived, 2 where the list does not fit the tree.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the mutations and run nothing")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="ids to run, as in 'metrics-*'")

@@ -1,7 +1,8 @@
-"""Plausible bugs, one a mutation, and the tests that should notice each: data for scripts/mutate.py.
+"""Plausible bugs, and the tests that should notice each.
 
-A snippet stands exactly once in its file (tests/architecture/test_mutations.py holds that): where code moves on, its mutations move
-with it. `equivalent` tells why no test can notice one.
+They are data for scripts/mutate.py. A snippet stands exactly once in its file, and
+tests/architecture/test_mutations.py holds that: where code moves on, its mutations move with it.
+`equivalent` tells why no test can notice one.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """One bug: in `file`, `new` stands in the place of `old`."""
+    """A bug: `new` in the place of `old`."""
 
     id: str
     file: str
@@ -20,8 +21,10 @@ class Mutation:
 
 
 def of(file: str, *rows: tuple[str, str, str, tuple[str, ...]], **equivalent: str) -> tuple[Mutation, ...]:
-    """Return a module's mutations of rows (name, old, new, tests); `equivalent` gives reasons by name, hyphens as
-    underscores."""
+    """Return a module's mutations of rows (name, old, new, tests).
+
+    `equivalent` gives reasons by name, hyphens as underscores.
+    """
     module = file.rpartition("/")[2].removesuffix(".py").replace("_", "-")
     return tuple(
         Mutation(f"{module}-{name}", file, old, new, tests, equivalent.get(name.replace("-", "_"), ""))
@@ -654,7 +657,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("published-again", "changed = before != run", "changed = True", PUBLICATION),
         (
             "latest-first",
-            """    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
+            """    files.write_document(files.join(root, PUBLISHED, """
+            """f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
     files.write_document(
         files.join(root, LATEST),
         {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},

@@ -1,1 +1,4 @@
-"""A simulated city with known truth, for the demo, the tests and the benchmarks. Imports schemas only."""
+"""A simulated city with known truth.
+
+It serves the demo, the tests and the benchmarks. Imports schemas only.
+"""

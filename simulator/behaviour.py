@@ -1,7 +1,9 @@
-"""What people do on one day: sessions, exposures, clicks, orders.
+"""People's behaviour on one day.
 
-Every day has its own random stream, so a day can be made again alone. Axes: N sessions of one store, L its listings on
-offer, E exposures per session. Formulas: docs/city.md.
+It is made of sessions, exposures, clicks and orders.
+
+Every day has its own random stream, so a day can be made again alone. Axes: N sessions of one
+store, L its listings on offer, E exposures per session. Formulas: docs/city.md.
 """
 
 from collections.abc import Iterator
@@ -25,7 +27,10 @@ _HOUR = 3_600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Clicks:
-    """Columns of one day's clicks. Times: float64 seconds since local midnight of the first day."""
+    """Columns of one day's clicks.
+
+    Times: float64 seconds since local midnight of the first day.
+    """
 
     session: np.ndarray
     """int64: number of the session within the day."""
@@ -58,7 +63,7 @@ class Orders:
     """Columns of order lines. Times as in Clicks."""
 
     basket: np.ndarray
-    """int64: number of the order within the day's output; its lines share it."""
+    """int64: number of the order within the day's output. Its lines share it."""
     user: np.ndarray
     listing: np.ndarray
     ordered: np.ndarray
@@ -70,7 +75,11 @@ class Orders:
 
 @dataclass(frozen=True, kw_only=True)
 class Day:
-    """One day: number of exposures, clicks in time order, and the order lines that follow, on whichever day."""
+    """One day of the city.
+
+    It has the number of exposures, clicks in time order, and the order lines that follow, on
+    whichever day.
+    """
 
     day: int
     exposures: int
@@ -83,7 +92,10 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def sessions_per_day(config: CityConfig) -> np.ndarray:
-    """int64 [days]: sums to `config.sessions`; weekends are busier."""
+    """Return the sessions of each day, int64 [days].
+
+    They sum to `config.sessions`. Weekends are busier.
+    """
     rng = np.random.default_rng([config.seed, 3])
     first = np.datetime64(config.start_date, "D")
     weekday = (first + np.arange(config.days)).astype(int) + 3  # 1970-01-01 was a Thursday.
@@ -102,7 +114,7 @@ def _context(
     store: int,
     on_offer: np.ndarray,
 ) -> np.ndarray:
-    """o, float64 [N, L]."""
+    """Compute o, float64 [N, L]."""
     price = users.price_sensitivity[user][:, None] * catalog.listings.relative_price[on_offer][None, :]
     peak = peak_hours[catalog.listings.class_id[on_offer]][None, :]
     return (
@@ -114,7 +126,10 @@ def _context(
 
 
 def category_peaks(catalog: Catalog, config: CityConfig) -> np.ndarray:
-    """φ, float64 [C], local hour at which the class's category is most wanted."""
+    """Return the peak hour of each class's category.
+
+    φ, float64 [C], is the local hour at which the class's category is most wanted.
+    """
     rng = np.random.default_rng([config.seed, 4])
     names = sorted({c.category for c in catalog.classes})
     peak = rng.uniform(0, 24, size=len(names))
@@ -134,7 +149,10 @@ def _store_clicks(
     start: np.ndarray,
     rng: np.random.Generator,
 ) -> tuple[int, Clicks]:
-    """(exposures, clicks) of sessions in one store; `start` in seconds since the first midnight."""
+    """Simulate the sessions in one store.
+
+    Returns their (exposures, clicks). `start` is in seconds since the first midnight.
+    """
     listings = catalog.listings
     class_id = listings.class_id[on_offer]
     hour = (start % DAY_SECONDS) / _HOUR
@@ -204,7 +222,7 @@ def _store_clicks(
 
 
 def _concatenate(parts: list[Clicks]) -> Clicks:
-    """All parts, in order of time."""
+    """Concatenate all parts, in order of time."""
     names = list(Clicks.__dataclass_fields__)
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     order = np.lexsort((columns["position"], columns["session"], columns["clicked"]))
@@ -212,9 +230,12 @@ def _concatenate(parts: list[Clicks]) -> Clicks:
 
 
 def order_lines(clicks: Clicks, users: Users, config: CityConfig, rng: np.random.Generator) -> Orders:
-    """Order lines that follow from clicks, with returns and with what regulars rebuy straight, without a click.
+    """Draw the order lines that follow from clicks.
 
-    A session's quick lines are one basket, bought `quick_hours` on average after its last click; its slow ones another.
+    They come with returns and with what regulars rebuy straight, without a click.
+
+    A session's quick lines are one basket, bought `quick_hours` on average after its last click.
+    Its slow ones are another.
     """
     bought = np.flatnonzero(clicks.ordered)
     slow = rng.random(len(bought)) >= config.quick_share
@@ -265,7 +286,10 @@ def order_lines(clicks: Clicks, users: Users, config: CityConfig, rng: np.random
 
 
 def simulate_day(catalog: Catalog, users: Users, config: CityConfig, day: int, sessions: int) -> Day:
-    """Everything that starts on `day` (from 0), given its number of sessions."""
+    """Simulate everything that starts on `day` (from 0).
+
+    Its number of sessions is given.
+    """
     rng = np.random.default_rng([config.seed, 5, day])
     peak_hours = category_peaks(catalog, config)
     user = rng.choice(config.users, size=sessions, p=users.activity)
@@ -302,7 +326,10 @@ def simulate_day(catalog: Catalog, users: Users, config: CityConfig, day: int, s
 
 
 def simulate_days(catalog: Catalog, users: Users, config: CityConfig) -> Iterator[Day]:
-    """Every day with sessions, in order, one in memory at a time."""
+    """Simulate every day with sessions, in order.
+
+    One is in memory at a time.
+    """
     for day, sessions in enumerate(sessions_per_day(config)):
         if sessions:
             yield simulate_day(catalog, users, config, day, int(sessions))

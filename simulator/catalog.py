@@ -1,4 +1,7 @@
-"""The catalog: photo bank, stores and listings, as columns. Axes: L listings, C classes, G photos, S stores."""
+"""The catalog as columns.
+
+It has photo bank, stores and listings. Axes: L listings, C classes, G photos, S stores.
+"""
 
 from dataclasses import dataclass
 
@@ -21,7 +24,10 @@ from simulator.titles import generic_title, misspell, word_title
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoBank:
-    """The distinct pictures: class int64 [G], corruption (object array of str) [G], factors."""
+    """The distinct pictures.
+
+    Columns: class int64 [G], corruption (object array of str) [G], factors.
+    """
 
     class_id: np.ndarray
     corruption: np.ndarray
@@ -39,7 +45,7 @@ class PhotoBank:
     """int64: which of the class's files, where photos come from a folder."""
 
     def uri(self, photo: int) -> str:
-        """Path of a photo relative to the data directory."""
+        """Return a photo's path relative to the data directory."""
         return f"images/{photo:06d}.jpg"
 
 
@@ -57,12 +63,15 @@ class Stores:
 
 @dataclass(frozen=True, kw_only=True)
 class Listings:
-    """Columns of length L: the product as it is, and as it is displayed."""
+    """Columns of length L.
+
+    They tell the product as it is, and as it is displayed.
+    """
 
     store: np.ndarray
     class_id: np.ndarray
     product: np.ndarray
-    """Index of (class, variant); the same product in several stores shares it."""
+    """Index of (class, variant). The same product in several stores shares it."""
     brand: np.ndarray
     """Index of the supplier: unrelated to the brand-name attribute, which only the title tells."""
     attributes: np.ndarray
@@ -74,7 +83,7 @@ class Listings:
     photo: np.ndarray
     """Index of the displayed picture in the bank."""
     true_photo: np.ndarray
-    """Index of the picture that shows the true product; differs from `photo` where swapped."""
+    """Index of the picture that shows the true product. Differs from `photo` where swapped."""
     titles: list[str]
     image_corruption: np.ndarray
     text_corruption: np.ndarray
@@ -90,17 +99,20 @@ class Listings:
 
     @property
     def image_ok(self) -> np.ndarray:
-        """bool [L]: the photo shows the product, unspoilt."""
+        """Return which photos show the product, unspoilt, bool [L]."""
         return self.image_corruption == CLEAN
 
     @property
     def text_ok(self) -> np.ndarray:
-        """bool [L]: the title tells the product, unspoilt."""
+        """Return which titles tell the product, unspoilt, bool [L]."""
         return self.text_corruption == CLEAN
 
     @property
     def mismatched(self) -> np.ndarray:
-        """bool [L]: photo or title is another class's."""
+        """Return which listings are mismatched, bool [L].
+
+        Photo or title is another class's.
+        """
         return (self.image_corruption == SWAPPED) | (self.text_corruption == SWAPPED)
 
 
@@ -117,9 +129,10 @@ class Catalog:
 
 
 def make_bank(classes: list[ProductClass], config: CityConfig, rng: np.random.Generator) -> PhotoBank:
-    """The photo bank: the same number of pictures of every class, give or take one.
+    """Make the photo bank.
 
-    `corrupted_photo_share` of a class's pictures are spoilt, at least one, and at least one is not.
+    It has the same number of pictures of every class, give or take one. `corrupted_photo_share` of
+    a class's pictures are spoilt, at least one, and at least one is not.
 
     Raises:
         InputError: fewer than two pictures per class.
@@ -164,7 +177,7 @@ def make_bank(classes: list[ProductClass], config: CityConfig, rng: np.random.Ge
 
 
 def make_stores(config: CityConfig, rng: np.random.Generator) -> Stores:
-    """Stores scattered over the city."""
+    """Scatter stores over the city."""
     small, rate = store_rates(config, rng)
     quality = rng.standard_normal(config.stores)
     return Stores(
@@ -176,7 +189,7 @@ def make_stores(config: CityConfig, rng: np.random.Generator) -> Stores:
 
 
 def _pick(groups: list[np.ndarray], which: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One member of groups[which[i]] for every i, uniformly."""
+    """Pick one member of groups[which[i]] for every i, uniformly."""
     sizes = np.array([len(group) for group in groups])
     starts = np.cumsum(sizes) - sizes
     return np.concatenate(groups)[starts[which] + rng.integers(sizes[which])]
@@ -190,7 +203,7 @@ def _word_titles(
     rates: np.ndarray,
     rng: np.random.Generator,
 ) -> tuple[list[str], np.ndarray]:
-    """(titles, class named): see `Listings`."""
+    """Return (titles, class named), see `Listings`."""
     named = np.where(corruption == SWAPPED, other_class(class_id, len(classes), rng), class_id)
     titles = []
     for i, kind in enumerate(corruption):
@@ -212,7 +225,10 @@ def _word_titles(
 def make_listings(
     classes: list[ProductClass], bank: PhotoBank, stores: Stores, config: CityConfig, rng: np.random.Generator
 ) -> Listings:
-    """Choose (store, product) pairs without repetition and give each a photo, a title, a price and a first day.
+    """Choose listings and what each of them displays.
+
+    Listings are (store, product) pairs without repetition. Each gets a photo, a title, a price and
+    a first day.
 
     Raises:
         InputError: a photo folder has too few classes for that many listings.
@@ -283,7 +299,7 @@ def make_listings(
 
 
 def make_catalog(classes: list[ProductClass], config: CityConfig) -> Catalog:
-    """The whole catalog, from the seed alone."""
+    """Make the whole catalog, from the seed alone."""
     rng = np.random.default_rng([config.seed, 1])
     vectors = class_vectors(classes, config, rng)
     bank = make_bank(classes, config, rng)

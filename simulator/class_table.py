@@ -1,4 +1,7 @@
-"""The product classes that can be drawn: 42 subcategories of five classes each."""
+"""The product classes that can be drawn.
+
+They are 42 subcategories of five classes each.
+"""
 
 CLASS_TABLE = """
 fruit | pome fruit | round | punnet

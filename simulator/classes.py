@@ -1,4 +1,7 @@
-"""Product classes: what is sold, how it looks, and the latent vector z that photo and title both express."""
+"""Product classes.
+
+A class says what is sold, how it looks, and the latent vector z that photo and title both express.
+"""
 
 import colorsys
 from dataclasses import dataclass
@@ -17,7 +20,10 @@ TEXTURES = ("plain", "speckle", "stripes", "bands", "gloss", "net")
 
 @dataclass(frozen=True)
 class Look:
-    """How a class is drawn: piece shape, container, texture, and RGB colours of the product and of its packaging."""
+    """The look of a drawn class.
+
+    It has piece shape, container, texture, and RGB colours of the product and of its packaging.
+    """
 
     shape: str
     container: str
@@ -28,7 +34,10 @@ class Look:
 
 @dataclass(frozen=True)
 class ProductClass:
-    """One thing that is sold. `look` is None and `files` holds its photos where photos come from a folder."""
+    """One thing that is sold.
+
+    `look` is None and `files` holds its photos where photos come from a folder.
+    """
 
     class_id: int
     noun: str
@@ -43,7 +52,9 @@ def _hex_colour(text: str) -> tuple[int, int, int]:
 
 
 def drawn_classes(count: int) -> list[ProductClass]:
-    """The first `count` classes of the table, spread evenly over the 42 subcategories.
+    """Take the first `count` classes of the table.
+
+    They are spread evenly over the 42 subcategories.
 
     Raises:
         InputError: the table holds fewer.
@@ -69,10 +80,12 @@ def drawn_classes(count: int) -> list[ProductClass]:
 
 
 def folder_classes(folder: Path, count: int) -> list[ProductClass]:
-    """One class per sub-folder (at any depth) of `folder` that directly holds .jpg, .jpeg or .png files.
+    """Make one class per sub-folder of `folder` with photos.
 
-    At most `count`, in order of path. The class's noun is the sub-folder's name. Two or more consecutive classes share
-    a subcategory, so that it stays coarse.
+    Such a sub-folder (at any depth) directly holds .jpg, .jpeg or .png files.
+
+    There are at most `count`, in order of path. The class's noun is the sub-folder's name. Two or
+    more consecutive classes share a subcategory, so that it stays coarse.
 
     Raises:
         InputError: no such folder, or fewer than two sub-folders with photos.
@@ -100,14 +113,20 @@ def folder_classes(folder: Path, count: int) -> list[ProductClass]:
 
 
 def make_classes(config: CityConfig) -> list[ProductClass]:
-    """The city's classes: drawn ones, or those of `config.photo_folder`."""
+    """Make the city's classes.
+
+    They are drawn ones, or those of `config.photo_folder`.
+    """
     if config.photo_folder is not None:
         return folder_classes(Path(config.photo_folder), config.classes)
     return drawn_classes(config.classes)
 
 
 def class_vectors(classes: list[ProductClass], config: CityConfig, rng: np.random.Generator) -> np.ndarray:
-    """z, float64 [classes, class_dims], unit variance; classes of one subcategory share `group_share` of it."""
+    """Draw z of each class, float64 [classes, class_dims].
+
+    It has unit variance. Classes of one subcategory share `group_share` of it.
+    """
     names = sorted({c.subcategory for c in classes})
     group_ZD = rng.standard_normal((len(names), config.class_dims))
     own_CD = rng.standard_normal((len(classes), config.class_dims))

@@ -35,7 +35,10 @@ _SETTINGS = {
 
 
 class ProgressPrinter:
-    """A live bar on a terminal; elsewhere a plain line on stderr every ten seconds at most."""
+    """A printer of progress.
+
+    It is a live bar on a terminal, and elsewhere a plain line on stderr every ten seconds at most.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -65,7 +68,7 @@ class ProgressPrinter:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn simulate`."""
+    """Build the flags of `camenn simulate`."""
     parser = argparse.ArgumentParser(
         prog="camenn simulate",
         description="Make a simulated city: a data directory (tables and images) with its truth beside it.",
@@ -86,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_config(args: argparse.Namespace) -> CityConfig:
-    """The configuration that the flags ask for.
+    """Read the configuration that the flags ask for.
 
     Raises:
         InputError: a value out of range.
@@ -116,7 +119,11 @@ def _print_summary(out: Path, summary: "CitySummary", seconds: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 0 when the data directory is there, 2 when the input does not allow it (the reason is on stderr)."""
+    """Run the command and return its exit code.
+
+    0 when the data directory is there, 2 when the input does not allow it (the reason is on
+    stderr).
+    """
     args = build_parser().parse_args(argv)
     # The simulator's libraries take a while: not for `--help`.
     from simulator.generate import generate_city

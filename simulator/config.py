@@ -1,7 +1,7 @@
 """Every constant of the city, written once.
 
-The lower half of `CityConfig` is the behaviour model of docs/city.md; the upper half is sizes. Two cities with equal
-configurations are equal file by file.
+The lower half of `CityConfig` is the behaviour model of docs/city.md, the upper half is sizes. Two
+cities with equal configurations are equal file by file.
 """
 
 import math
@@ -27,7 +27,9 @@ GENERATOR_VERSION = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CityConfig:
-    """Sizes, seed and behaviour of a city. Times are hours unless a name says otherwise; distances km.
+    """Sizes, seed and behaviour of a city.
+
+    Times are hours unless a name says otherwise. Distances are km.
 
     Raises:
         InputError: a size out of its range, naming the field and the range.
@@ -36,7 +38,7 @@ class CityConfig:
     # Sizes.
     seed: int = 0
     clicks: int = 200_000
-    """Clicks aimed at: fixes the number of sessions; the count that comes out differs by a few per cent."""
+    """Clicks aimed at: fixes the number of sessions. The count that comes out differs by a few per cent."""
     listings: int = 8_000
     classes: int = 210
     products_per_class: int = 6
@@ -47,11 +49,11 @@ class CityConfig:
     photos: int = 4_000
     photo_pixels: int = 300
     photo_folder: str | None = None
-    """Folder of real photos (one sub-folder per class) used instead of drawings; then `classes` is an upper limit."""
+    """Folder of real photos (one sub-folder per class) used instead of drawings. Then `classes` is an upper limit."""
     start_date: str = "2024-03-04"
     timezone: str = "Asia/Shanghai"
     utc_offset_hours: int = 8
-    """Local minus UTC; the zone above has no daylight saving."""
+    """Local minus UTC. The zone above has no daylight saving."""
 
     # Listings.
     class_dims: int = 16
@@ -166,21 +168,24 @@ class CityConfig:
 
     @property
     def sessions(self) -> int:
-        """Number of sessions that gives about `clicks` clicks."""
+        """Return the number of sessions for about `clicks` clicks."""
         return math.ceil(self.clicks / (self.shown * self.expected_ctr))
 
     @property
     def city_side_km(self) -> float:
-        """Side of the square city."""
+        """Return the side of the square city."""
         return self.km_between_stores * math.sqrt(self.stores)
 
     @property
     def first_test_day(self) -> int:
-        """Index of the first test day, from 0."""
+        """Return the index of the first test day, from 0."""
         return self.days - max(1, round(self.test_share * self.days))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values (tuples as lists), with the generator's version."""
+        """Return plain values, with the generator's version.
+
+        Tuples become lists.
+        """
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {"generator_version": GENERATOR_VERSION, **values}
 
@@ -206,7 +211,9 @@ PRESETS: dict[str, CityConfig] = {
 
 
 def preset_config(name: str, overrides: dict[str, Any]) -> CityConfig:
-    """The preset `name` with `overrides` (field name → value) put over it.
+    """Return the preset `name` with `overrides` put over it.
+
+    `overrides` maps field name → value.
 
     Raises:
         InputError: unknown preset or field, or a value out of range.

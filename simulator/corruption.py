@@ -1,4 +1,7 @@
-"""What careless stores do to photos and titles: how often, and what it looks like."""
+"""Corruption of photos and titles by careless stores.
+
+It says how often they are spoilt, and what it looks like.
+"""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -8,15 +11,17 @@ from simulator.config import CityConfig
 CLEAN = "clean"
 SWAPPED = "swapped"
 IMAGE_SPOILS = ("blur", "downscaled", "dark", "occluded")
-"""Corruptions of pixels; a swapped photo is another class's, unspoilt."""
+"""Corruptions of pixels. A swapped photo is another class's, unspoilt."""
 
 TEXT_SPOILS = ("generic", "dropped", "typos")
-"""Corruptions of words: naming nothing, attributes left out, misspelt; a swapped title is another class's, unspoilt."""
+"""Corruptions of words: naming nothing, attributes left out, misspelt. A swapped title is another class's, unspoilt."""
 
 
 def store_rates(config: CityConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(small, rate): bool [stores], exactly `small_share` of them; and the probability, per modality, that a listing is
-    spoilt, float64 [stores].
+    """Draw the stores' rates of corruption.
+
+    Returns (small, rate). small is bool [stores], exactly `small_share` of them. rate is the
+    probability, per modality, that a listing is spoilt, float64 [stores].
     """
     small = np.zeros(config.stores, dtype=bool)
     small[rng.permutation(config.stores)[: round(config.small_share * config.stores)]] = True
@@ -29,7 +34,11 @@ def store_rates(config: CityConfig, rng: np.random.Generator) -> tuple[np.ndarra
 def choose_corruption(
     rate: np.ndarray, spoils: tuple[str, ...], swap_share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Per listing CLEAN, SWAPPED or one of `spoils`: object array of str. `rate`: the listing's probability of any."""
+    """Choose the corruption of each listing.
+
+    It is CLEAN, SWAPPED or one of `spoils`: object array of str. `rate`: the listing's probability
+    of any.
+    """
     count = len(rate)
     kind = np.array(spoils, dtype=object)[rng.integers(len(spoils), size=count)]
     kind[rng.random(count) < swap_share] = SWAPPED
@@ -38,12 +47,17 @@ def choose_corruption(
 
 
 def other_class(class_id: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """For each class another one, uniform over the rest; int64."""
+    """Draw another class for each class.
+
+    It is uniform over the rest, int64.
+    """
     return (class_id + rng.integers(1, classes, size=len(class_id))) % classes
 
 
 def spoil_image(image: Image.Image, kind: str, rng: np.random.Generator) -> Image.Image:
-    """A spoilt copy of `image`: one of IMAGE_SPOILS, or CLEAN for the image itself.
+    """Return a spoilt copy of `image`.
+
+    `kind` is one of IMAGE_SPOILS, or CLEAN for the image itself.
 
     Raises:
         ValueError: an unknown kind.
@@ -65,7 +79,10 @@ def spoil_image(image: Image.Image, kind: str, rng: np.random.Generator) -> Imag
 
 
 def _occlude(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A plain card covers 45 to 60 % of the picture from one side, at an angle."""
+    """Cover part of the picture with a plain card.
+
+    The card covers 45 to 60 % of the picture from one side, at an angle.
+    """
     width, height = image.size
     card = image.copy()
     draw = ImageDraw.Draw(card)

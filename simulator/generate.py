@@ -1,4 +1,7 @@
-"""Writes a city to a data directory: all of it or nothing, and the same again from the same configuration."""
+"""Writer of a city to a data directory.
+
+It writes all of it or nothing, and the same again from the same configuration.
+"""
 
 import hashlib
 import json
@@ -37,7 +40,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CitySummary:
-    """What came out. `rows`: of the data tables together, truth aside."""
+    """The summary of a generated city.
+
+    `rows`: of the data tables together, truth aside.
+    """
 
     rows: int
     listings: int
@@ -53,7 +59,10 @@ class CitySummary:
 
 
 class _Table:
-    """A Parquet file that grows by tables; its schema is the first one's, or its contract's."""
+    """A Parquet file that grows by tables.
+
+    Its schema is the first one's, or its contract's.
+    """
 
     def __init__(self, path: Path, contract: Contract | None = None) -> None:
         self.path, self.contract = path, contract
@@ -61,7 +70,10 @@ class _Table:
         self._writer: pq.ParquetWriter | None = None
 
     def append(self, table: pa.Table) -> None:
-        """Write `table` as a row group, held to the contract; optional columns that it lacks are left out."""
+        """Write `table` as a row group.
+
+        It is held to the contract. Optional columns that it lacks are left out.
+        """
         if self.contract is not None:
             table = conform(table, self.contract, str(self.path)).select(table.column_names)
         if self._writer is None:
@@ -70,7 +82,7 @@ class _Table:
         self.rows += table.num_rows
 
     def close(self) -> int:
-        """Finish the file; returns its rows."""
+        """Finish the file and return its rows."""
         if self._writer is not None:
             self._writer.close()
         return self.rows
@@ -85,7 +97,10 @@ def _write(path: Path, table: pa.Table, contract: Contract | None = None) -> int
 def _write_logs(
     out: Path, catalog: Catalog, users: Users, config: CityConfig, progress: Progress | None
 ) -> tuple[int, int, int]:
-    """(exposures, clicks, order lines); one day in memory at a time."""
+    """Write the logs, one day in memory at a time.
+
+    Returns (exposures, clicks, order lines).
+    """
     clicks_file = _Table(out / "clicks.parquet", CLICKS)
     orders_file = _Table(out / "orders.parquet", ORDERS)
     truth_file = _Table(out / "truth" / "clicks.parquet")
@@ -105,7 +120,10 @@ def _write_logs(
 def draw_listings(
     user: np.ndarray, store: np.ndarray, catalog: Catalog, users: Users, config: CityConfig, draws: int = LADDER_DRAWS
 ) -> Draws:
-    """For each click `draws` listings of its store, drawn evenly, as its user would see them; user and store int64 [n]."""
+    """Draw `draws` listings of its store for each click.
+
+    They are drawn evenly, and are as the click's user would see them. User and store are int64 [n].
+    """
     rng = np.random.default_rng([config.seed, 7])
     listings = catalog.listings
     by_store = np.argsort(listings.store, kind="stable")
@@ -127,10 +145,12 @@ def draw_listings(
 
 
 def ladder_of(out: Path, catalog: Catalog, users: Users, config: CityConfig) -> dict[str, dict[str, float]]:
-    """Expected AUC ladders of the clicks written to `out`: of all, the test days', and their uniform sessions'.
+    """Compute expected AUC ladders of the clicks written to `out`.
 
-    At most `LADDER_CLICKS` clicks of each, drawn evenly: an expected AUC of so many moves by less than 0.001. Strata in which it is not defined (too
-    few clicks) are left out.
+    There is one of all, of the test days', and of their uniform sessions'.
+
+    At most `LADDER_CLICKS` clicks of each are taken, drawn evenly: an expected AUC of so many moves
+    by less than 0.001. Strata in which it is not defined (too few clicks) are left out.
     """
     names = [*ClickTerms._fields, "test", "uniform"]
     truth = pq.read_table(out / "truth" / "clicks.parquet", columns=names)
@@ -199,7 +219,9 @@ def _write_city(out: Path, config: CityConfig, progress: Progress | None) -> Cit
 
 
 def config_record(config: CityConfig) -> dict[str, Any]:
-    """What must be equal for two cities to be equal: the configuration, and names and sizes of the photos it reads.
+    """Return what makes two cities equal.
+
+    What must be equal are the configuration, and names and sizes of the photos it reads.
 
     Raises:
         InputError: the photo folder cannot be used.
@@ -212,10 +234,13 @@ def config_record(config: CityConfig) -> dict[str, Any]:
 
 
 def read_existing(out: Path, config: CityConfig) -> CitySummary | None:
-    """The summary of the city that `out` already holds, or None where `out` is absent or an empty folder.
+    """Read the summary of the city in `out`.
+
+    It is the city that `out` already holds, or None where `out` is absent or an empty folder.
 
     Raises:
-        InputError: `out` holds something else, or a city of another configuration (naming what differs).
+        InputError: `out` holds something else, or a city of another configuration (naming what
+            differs).
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -240,13 +265,16 @@ def read_existing(out: Path, config: CityConfig) -> CitySummary | None:
 
 
 def generate_city(out: Path, config: CityConfig, progress: Progress | None = None) -> tuple[CitySummary, bool]:
-    """(summary, made): write the city to `out`; not made where `out` already holds this very city.
+    """Write the city to `out`.
 
-    Everything is written to a hidden folder next to `out`, which takes its place when complete: an interrupted run
-    leaves `out` as it was.
+    Returns (summary, made). It is not made where `out` already holds this very city.
+
+    Everything is written to a hidden folder next to `out`, which takes its place when complete: an
+    interrupted run leaves `out` as it was.
 
     Raises:
-        InputError: `out` holds something else; a configuration that does not work out; an unreadable photo folder.
+        InputError: `out` holds something else, a configuration does not work out, or a photo folder
+            is unreadable.
     """
     existing = read_existing(out, config)
     if existing is not None:

@@ -1,4 +1,6 @@
-"""Users: tastes, price sensitivity, places, and the columns that the users table shows.
+"""Users of the city.
+
+They have tastes, price sensitivity, places, and the columns that the users table shows.
 
 Axes: U users, K taste groups.
 """
@@ -44,8 +46,8 @@ class Users:
 def make_users(stores: Stores, config: CityConfig) -> Users:
     """Draw everybody.
 
-    Age group and household lean on the taste mixture and income on price sensitivity, so that a new user's columns say
-    something, though not all.
+    Age group and household lean on the taste mixture and income on price sensitivity, so that a new
+    user's columns say something, though not all.
     """
     rng = np.random.default_rng([config.seed, 2])
     count, groups = config.users, config.taste_groups

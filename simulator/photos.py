@@ -1,4 +1,7 @@
-"""The photo bank as JPEG files: drawn, or adapted from a folder of real photos."""
+"""The photo bank as JPEG files.
+
+They are drawn, or adapted from a folder of real photos.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +33,13 @@ def adapt_photo(
     size: int,
     rng: np.random.Generator,
 ) -> Image.Image:
-    """A real photo, RGB, cropped, lit, browned and labelled, RGB [size, size].
+    """Adapt a real photo, RGB.
 
-    `pieces`: the more, the wider the crop, so the more of them are seen. `fill`: the share of the picture that is lit,
-    from the left. `browned`, `label`: as in a drawn photo, over the whole picture.
+    It is cropped, lit, browned and labelled, RGB [size, size].
+
+    `pieces`: the more, the wider the crop, so the more of them are seen. `fill`: the share of the
+    picture that is lit, from the left. `browned`, `label`: as in a drawn photo, over the whole
+    picture.
     """
     side = (0.4 + 0.6 * pieces / most_pieces) * min(image.size)
     x0 = rng.uniform(0, 1) * (image.width - side)
@@ -49,7 +55,9 @@ def adapt_photo(
 
 
 def make_photo(bank: PhotoBank, photo: int, classes: list[ProductClass], config: CityConfig) -> Image.Image:
-    """Picture number `photo` of the bank, spoilt where the bank says so; its own random stream.
+    """Make picture number `photo` of the bank.
+
+    It is spoilt where the bank says so, and has its own random stream.
 
     Raises:
         InputError: a photo of `config.photo_folder` cannot be read.
@@ -83,7 +91,10 @@ def make_photo(bank: PhotoBank, photo: int, classes: list[ProductClass], config:
 def write_photos(
     bank: PhotoBank, classes: list[ProductClass], config: CityConfig, out: Path, progress: Progress | None = None
 ) -> int:
-    """Write every picture of the bank as JPEG under `out` (paths: `PhotoBank.uri`); returns their number."""
+    """Write every picture of the bank as JPEG.
+
+    They lie under `out` (paths: `PhotoBank.uri`). Returns their number.
+    """
     count = len(bank.class_id)
     (out / "images").mkdir(parents=True, exist_ok=True)
     for photo in range(count):

@@ -1,8 +1,12 @@
-"""Photos of products on a shelf, in which four visual factors can be read by eye and by a small network.
+"""Photos of products on a shelf.
 
-On the left stands a pack, full up to `fill`; where it is empty, its checked liner shows. On the right lie two cut faces of the product on plates. In front lie
-`pieces` pieces, each in a striped paper cup, and beside them a yellow label or none. A share `browned` of the surface of all of the product is brown and mouldy. Each factor
-is an area, and has a texture of its own that is the same for every class. Neighbours, price tags, light and camera vary.
+Four visual factors can be read in them by eye and by a small network.
+
+On the left stands a pack, full up to `fill`. Where it is empty, its checked liner shows. On the
+right lie two cut faces of the product on plates. In front lie `pieces` pieces, each in a striped
+paper cup, and beside them a yellow label or none. A share `browned` of the surface of all of the
+product is brown and mouldy. Each factor is an area, and has a texture of its own that is the same
+for every class. Neighbours, price tags, light and camera vary.
 """
 
 import numpy as np
@@ -23,13 +27,19 @@ _FLOOR = 0.66
 
 
 def smooth_noise(size: tuple[int, int], cells: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 [height, width] of soft blobs, about `cells` across; `size` is (width, height)."""
+    """Draw soft blobs, float32 [height, width].
+
+    There are about `cells` across. `size` is (width, height).
+    """
     coarse = (rng.random((cells, cells)) * 255).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
 
 
 def brown_surface(image: Image.Image, surface: np.ndarray, share: float, rng: np.random.Generator) -> Image.Image:
-    """`image` with `share` (0 to 1) of `surface` (bool [height, width]) turned brown, in blobs."""
+    """Return `image` with a share of its surface browned.
+
+    `share` (0 to 1) of `surface` (bool [height, width]) is turned brown, in blobs.
+    """
     if share <= 0 or not surface.any():
         return image
     noise = smooth_noise(image.size, 16, rng)
@@ -44,7 +54,10 @@ def brown_surface(image: Image.Image, surface: np.ndarray, share: float, rng: np
 
 
 def _shelf(size: int, rng: np.random.Generator) -> Image.Image:
-    """Wall, neighbours out of focus, a plank, and a price rail."""
+    """Draw wall, plank and price rail.
+
+    Neighbours are out of focus.
+    """
     wall = rng.integers(178, 200) + rng.integers(-4, 5, size=3)
     # The background is drawn small and enlarged: that is what puts it out of focus.
     small = max(8, size // 6)
@@ -124,7 +137,10 @@ CONTAINERS = tuple(_OUTLINES)
 
 
 def _pack(look: Look, fill: float, size: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """(RGBA layer of the pack and what is in it, its contents' mask "L")."""
+    """Draw the pack and what is in it.
+
+    Returns (RGBA layer of the pack and what is in it, its contents' mask "L").
+    """
     left, right = round(0.03 * size), round(0.60 * size)
     top, bottom = round(0.05 * size), round(0.68 * size)
     width, height = right - left, bottom - top
@@ -165,7 +181,10 @@ def _pack(look: Look, fill: float, size: int, rng: np.random.Generator) -> tuple
 
 
 def paper_label(layer: Image.Image, look: Look, box: tuple[int, int, int, int], rng: np.random.Generator) -> None:
-    """Stick a yellow label with a barcode and a coloured foot into the middle of `box`."""
+    """Stick a yellow label into the middle of `box`.
+
+    It has a barcode and a coloured foot.
+    """
     left, top, right, bottom = box
     width, height = right - left, bottom - top
     x0 = round(left + (0.2 + rng.uniform(-0.05, 0.05)) * width)
@@ -182,7 +201,11 @@ def paper_label(layer: Image.Image, look: Look, box: tuple[int, int, int, int], 
 
 
 def _cut_faces(look: Look, size: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """RGBA layers (plates, cut faces): as large for every class, so that a browned share is as large an area."""
+    """Draw the cut faces and their plates.
+
+    Returns RGBA layers (plates, cut faces). They are as large for every class, so that a browned
+    share is as large an area.
+    """
     side = round(0.33 * size)
     y_SS, x_SS = np.mgrid[0:side, 0:side] / side - 0.5
     radius_SS = np.hypot(y_SS, x_SS)
@@ -200,7 +223,11 @@ def _cut_faces(look: Look, size: int, rng: np.random.Generator) -> tuple[Image.I
 
 
 def _front_pieces(look: Look, count: int, size: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """RGBA layers (paper cups, pieces): `count` pieces, each in its striped cup, in rows of five on the plank."""
+    """Draw the pieces in front and their cups.
+
+    Returns RGBA layers (paper cups, pieces): `count` pieces, each in its striped cup, in rows of
+    five on the plank.
+    """
     cups, layer = Image.new("RGBA", (size, size)), Image.new("RGBA", (size, size))
     piece = draw_piece(look, max(12, round(0.085 * size)), rng)
     draw = ImageDraw.Draw(cups)
@@ -221,12 +248,18 @@ def _front_pieces(look: Look, count: int, size: int, rng: np.random.Generator) -
 
 
 def _opaque(layer: Image.Image) -> np.ndarray:
-    """bool [height, width]: where a layer hides what is under it."""
+    """Return where a layer hides what is under it.
+
+    It is bool [height, width].
+    """
     return np.asarray(layer)[:, :, 3] > 200
 
 
 def _camera(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A slightly different stand, light and sensor for every photo."""
+    """Apply a slightly different stand, light and sensor.
+
+    They differ for every photo.
+    """
     width, height = image.size
     zoom, angle = rng.uniform(0.94, 1.0), np.radians(rng.uniform(-2, 2))
     x0, y0 = rng.uniform(0, 1 - zoom) * width, rng.uniform(0, 1 - zoom) * height
@@ -246,7 +279,10 @@ def _camera(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def draw_photo(
     look: Look, *, browned: float, pieces: int, fill: float, label: bool, size: int, rng: np.random.Generator
 ) -> Image.Image:
-    """A drawn photo, RGB [size, size]: shares from 0 to 1; see the module's head."""
+    """Draw a photo, RGB [size, size].
+
+    Shares are from 0 to 1, see the module's head.
+    """
     image = _shelf(size, rng).convert("RGBA")
     pack, contents = _pack(look, fill, size, rng)
     plates, faces = _cut_faces(look, size, rng)
@@ -258,7 +294,8 @@ def draw_photo(
         paper_label(image, look, (x0, y0, x1, y1), rng)
     image = image.convert("RGB")
     in_pack = (np.asarray(contents) > 127) & (np.asarray(cups)[:, :, 3] == 0)
-    # Each of the three has its share, so that a few pieces in a full pack tell as much as a full row beside an empty one.
+    # Each of the three has its share, so that a few pieces in a full pack tell as much as a full
+    # row beside an empty one.
     for surface in (in_pack, _opaque(front), _opaque(faces)):
         image = brown_surface(image, surface, browned, rng)
     return _camera(image, rng)

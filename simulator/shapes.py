@@ -1,4 +1,7 @@
-"""Sprites: one piece of a product, shaded and textured, as an RGBA picture."""
+"""Sprites of single pieces.
+
+A sprite is one piece of a product, shaded and textured, as an RGBA picture.
+"""
 
 import math
 
@@ -84,7 +87,7 @@ PACKED_SHAPES = ("carton", "brick", "tub", "can", "pet")
 
 
 def piece_mask(shape: str, size: int) -> np.ndarray:
-    """float32 [size, size], 1 inside the piece.
+    """Draw a mask, float32 [size, size], 1 inside the piece.
 
     Raises:
         ValueError: an unknown shape.
@@ -104,7 +107,9 @@ def piece_mask(shape: str, size: int) -> np.ndarray:
 
 
 def texture_gain(texture: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 [size, size] around 1: multiplies the colour.
+    """Return a gain that multiplies the colour.
+
+    It is float32 [size, size] around 1.
 
     Raises:
         ValueError: an unknown texture.
@@ -128,7 +133,10 @@ def texture_gain(texture: str, size: int, rng: np.random.Generator) -> np.ndarra
 
 
 def draw_piece(look: Look, size: int, rng: np.random.Generator) -> Image.Image:
-    """One piece as RGBA [size, size]: colour × texture × light from the upper left."""
+    """Draw one piece as RGBA [size, size].
+
+    It is colour × texture × light from the upper left.
+    """
     mask = piece_mask(look.shape, size)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     light = 1.16 - 0.75 * np.hypot(x - 0.38, y - 0.34) ** 1.5

@@ -1,4 +1,7 @@
-"""The city's arrays as Arrow tables: what the platform sees, and beside it the truth."""
+"""The city's arrays as Arrow tables.
+
+They are what the platform sees, and beside it the truth.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -15,34 +18,43 @@ def _ids(prefix: str, numbers: np.ndarray, width: int) -> pa.Array:
 
 
 def item_ids(numbers: np.ndarray) -> pa.Array:
-    """Ids of listings."""
+    """Return ids of listings."""
     return _ids("i", numbers, 7)
 
 
 def user_ids(numbers: np.ndarray) -> pa.Array:
-    """Ids of users."""
+    """Return ids of users."""
     return _ids("u", numbers, 8)
 
 
 def store_ids(numbers: np.ndarray) -> pa.Array:
-    """Ids of stores."""
+    """Return ids of stores."""
     return _ids("s", numbers, 5)
 
 
 def utc_times(seconds: np.ndarray, config: CityConfig) -> pa.Array:
-    """timestamp[us], UTC, from seconds since the local midnight of the first day."""
+    """Convert seconds to UTC times, timestamp[us].
+
+    Seconds are since the local midnight of the first day.
+    """
     start = np.datetime64(config.start_date, "us") - np.timedelta64(config.utc_offset_hours, "h")
     return pa.array(start + np.round(seconds * 1e6).astype("timedelta64[us]"), TIMESTAMP)
 
 
 def _vectors(matrix: np.ndarray) -> pa.Array:
-    """A row of `matrix` per value, as list of float32."""
+    """Return a row of `matrix` per value.
+
+    It is a list of float32.
+    """
     flat = pa.array(matrix.astype(np.float32).ravel())
     return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1]).cast(pa.list_(pa.float32()))
 
 
 def catalog_table(catalog: Catalog, config: CityConfig) -> pa.Table:
-    """The catalog. Product keys are shuffled, so that they do not follow the classes."""
+    """Return the catalog.
+
+    Product keys are shuffled, so that they do not follow the classes.
+    """
     listings, classes = catalog.listings, catalog.classes
     rng = np.random.default_rng([config.seed, 7])
     key = rng.permutation(len(classes) * config.products_per_class)
@@ -63,7 +75,7 @@ def catalog_table(catalog: Catalog, config: CityConfig) -> pa.Table:
 
 
 def users_table(users: Users) -> pa.Table:
-    """Users with the columns that the platform knows."""
+    """Return users with the columns that the platform knows."""
     return pa.table(
         {
             "user_id": user_ids(np.arange(len(users.activity))),
@@ -75,7 +87,7 @@ def users_table(users: Users) -> pa.Table:
 
 
 def stores_table(config: CityConfig) -> pa.Table:
-    """Stores and their zone."""
+    """Return stores and their zone."""
     return pa.table(
         {
             "store_id": store_ids(np.arange(config.stores)),
@@ -89,7 +101,7 @@ def _session_ids(day: int, session: np.ndarray) -> list[str]:
 
 
 def clicks_table(clicks: Clicks, day: int, catalog: Catalog, config: CityConfig) -> pa.Table:
-    """One day's clicks as the log has them."""
+    """Return one day's clicks as the log has them."""
     sessions = _session_ids(day, clicks.session)
     return pa.table(
         {
@@ -105,7 +117,10 @@ def clicks_table(clicks: Clicks, day: int, catalog: Catalog, config: CityConfig)
 
 
 def orders_table(orders: Orders, day: int, catalog: Catalog, config: CityConfig) -> pa.Table:
-    """The order lines that follow from one day's clicks, as the log has them."""
+    """Return order lines as the log has them.
+
+    They are those that follow from one day's clicks.
+    """
     return pa.table(
         {
             "order_id": _ids(f"o{day:04d}-", orders.basket, 7),
@@ -119,7 +134,10 @@ def orders_table(orders: Orders, day: int, catalog: Catalog, config: CityConfig)
 
 
 def truth_clicks_table(clicks: Clicks, day: int, table: pa.Table, catalog: Catalog, config: CityConfig) -> pa.Table:
-    """The truth of each row of `table` (one day's clicks): terms, probabilities, and what came of it."""
+    """Return the truth of each row of `table`.
+
+    `table` is one day's clicks. The truth is terms, probabilities, and what came of it.
+    """
     listings = catalog.listings
     shown = clicks.listing
     return pa.table(
@@ -145,7 +163,10 @@ def truth_clicks_table(clicks: Clicks, day: int, table: pa.Table, catalog: Catal
 
 
 def truth_listings_table(catalog: Catalog, config: CityConfig) -> pa.Table:
-    """What each listing is, how it is displayed, and when it first appears."""
+    """Return the truth of each listing.
+
+    It tells what each listing is, how it is displayed, and when it first appears.
+    """
     listings = catalog.listings
     columns: dict[str, pa.Array] = {
         "item_id": item_ids(np.arange(config.listings)),
@@ -172,7 +193,10 @@ def truth_listings_table(catalog: Catalog, config: CityConfig) -> pa.Table:
 
 
 def truth_photos_table(catalog: Catalog) -> pa.Table:
-    """What each picture of the bank shows: the raw factors, and the standardised ones as `*_v`."""
+    """Return the truth of each picture of the bank.
+
+    It tells what the picture shows: the raw factors, and the standardised ones as `*_v`.
+    """
     bank = catalog.bank
     columns: dict[str, pa.Array] = {
         "image_uri": pa.array([bank.uri(photo) for photo in range(len(bank.class_id))], pa.string()),
@@ -189,7 +213,7 @@ def truth_photos_table(catalog: Catalog) -> pa.Table:
 
 
 def truth_classes_table(catalog: Catalog) -> pa.Table:
-    """Product classes with z."""
+    """Return product classes with z."""
     classes = catalog.classes
     return pa.table(
         {
@@ -203,7 +227,7 @@ def truth_classes_table(catalog: Catalog) -> pa.Table:
 
 
 def truth_stores_table(catalog: Catalog, config: CityConfig) -> pa.Table:
-    """Stores: size, corruption, quality, place."""
+    """Return stores: size, corruption, quality, place."""
     stores = catalog.stores
     return pa.table(
         {
@@ -218,7 +242,7 @@ def truth_stores_table(catalog: Catalog, config: CityConfig) -> pa.Table:
 
 
 def truth_users_table(users: Users) -> pa.Table:
-    """Users: tastes and price sensitivity."""
+    """Return users: tastes and price sensitivity."""
     return pa.table(
         {
             "user_id": user_ids(np.arange(len(users.activity))),

@@ -1,4 +1,7 @@
-"""Titles: the noun of the class and its attributes, in varying words; and how careless stores spoil them."""
+"""Titles of listings, and how careless stores spoil them.
+
+A title has the noun of the class and its attributes, in varying words.
+"""
 
 import numpy as np
 
@@ -30,9 +33,12 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def word_title(noun: str, category: str, attributes: np.ndarray, rng: np.random.Generator) -> str:
-    """A title for `noun` that says each attribute that is 1 (`attributes`: bool [6], in the order of TEXT_FACTORS).
+    """Word a title for `noun`.
 
-    Outside fruit and vegetables nobody says seedless; the same attribute is then worded as free of sugar or additives.
+    It says each attribute that is 1 (`attributes`: bool [6], in the order of TEXT_FACTORS).
+
+    Outside fruit and vegetables nobody says seedless. The same attribute is then worded as free of
+    sugar or additives.
     """
     before: list[str] = []
     after: list[str] = []
@@ -51,12 +57,15 @@ def word_title(noun: str, category: str, attributes: np.ndarray, rng: np.random.
 
 
 def generic_title(rng: np.random.Generator) -> str:
-    """A title that names nothing."""
+    """Return a title that names nothing."""
     return _GENERIC[rng.integers(len(_GENERIC))]
 
 
 def misspell(title: str, rng: np.random.Generator) -> str:
-    """About one letter in five swapped with its neighbour, dropped or replaced; at least one."""
+    """Misspell about one letter in five, at least one.
+
+    A letter is swapped with its neighbour, dropped or replaced.
+    """
     letters = list(title)
     spots = [i for i, letter in enumerate(letters) if letter.isalpha()]
     for spot in rng.choice(spots, size=max(1, len(spots) // 5), replace=False):

@@ -1,4 +1,8 @@
-"""Known truth: expected AUC under true probabilities, and the ladder of what can be known of an order after a click."""
+"""Known truth of orders after a click.
+
+It has the expected AUC under true probabilities, and the ladder of what can be known of an order
+after a click.
+"""
 
 from typing import NamedTuple
 
@@ -18,7 +22,10 @@ LADDER_RUNGS = (
 
 
 class ClickTerms(NamedTuple):
-    """What the true order probability is made of, arrays of length n: terms of docs/city.md and the listing's state."""
+    """Terms of the true order probability.
+
+    They are arrays of length n: terms of docs/city.md and the listing's state.
+    """
 
     class_term: np.ndarray
     context_term: np.ndarray
@@ -31,12 +38,16 @@ class ClickTerms(NamedTuple):
 
 
 def expected_auc(p: np.ndarray, s: np.ndarray) -> float:
-    """AUC that score `s` [n] is expected to have on labels drawn with probability `p` [n].
+    """Compute the expected AUC of score `s` [n].
 
-    Σ_ij p_i (1 − p_j) ([s_i > s_j] + ½ [s_i = s_j]) / (Σp · Σ(1 − p)), in O(n log n) by sorting (docs/city.md).
+    It is expected on labels drawn with probability `p` [n].
+
+    Σ_ij p_i (1 − p_j) ([s_i > s_j] + ½ [s_i = s_j]) / (Σp · Σ(1 − p)), in O(n log n) by sorting
+    (docs/city.md).
 
     Raises:
-        ValueError: different lengths, a p outside 0 to 1, a score that is not a number, or Σp · Σ(1 − p) = 0.
+        ValueError: different lengths, a p outside 0 to 1, a score that is not a number, or
+            Σp · Σ(1 − p) = 0.
     """
     p = np.asarray(p, dtype=np.float64)
     s = np.asarray(s)
@@ -57,7 +68,11 @@ def expected_auc(p: np.ndarray, s: np.ndarray) -> float:
 
 
 class Draws(NamedTuple):
-    """What a click's listing could be like for all that one knows of the click's user and store: arrays [n, D] of D draws for each click."""
+    """Draws of what a click's listing could be like.
+
+    They are for all that one knows of the click's user and store: arrays [n, D] of D draws for each
+    click.
+    """
 
     visual_term: np.ndarray
     text_term: np.ndarray
@@ -71,13 +86,18 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def conditional_p_order(terms: ClickTerms, draws: Draws, config: CityConfig, known: tuple[str, ...]) -> np.ndarray:
-    """Probability of an order given the click, class, context and what is `known`, float64 [n]: the best score that there is with that knowledge.
+    """Compute the probability of an order given what is known.
 
-    Σ_d P(click | d) P(order | d) / Σ_d P(click | d) over draws d of what is not known: a click itself tells of it, as who clicked in spite of a high price had
-    another reason. Exposure tells nothing, as it does not look at content.
+    It is given the click, class, context and what is `known`, float64 [n]: the best score that
+    there is with that knowledge.
 
-    `known`, names of `Draws`: visual_term, text_term (of the true product); image_ok, text_ok (then the term is known where it is ok); mismatched. Where
-    image_ok and text_ok are known, draws count by how often listings like them are mismatched.
+    Σ_d P(click | d) P(order | d) / Σ_d P(click | d) over draws d of what is not known: a click
+    itself tells of it, as who clicked in spite of a high price had another reason. Exposure tells
+    nothing, as it does not look at content.
+
+    `known`, names of `Draws`: visual_term, text_term (of the true product); image_ok, text_ok (then
+    the term is known where it is ok); mismatched. Where image_ok and text_ok are known, draws count
+    by how often listings like them are mismatched.
     """
 
     def value(name: str) -> np.ndarray:
@@ -92,13 +112,21 @@ def conditional_p_order(terms: ClickTerms, draws: Draws, config: CityConfig, kno
     visual, text, image_ok, text_ok, mismatched = (value(name) for name in Draws._fields)
     a, o = terms.class_term[:, None], terms.context_term[:, None]
     weight = _sigmoid(
-        config.click_bias + config.click_class * a + config.click_context * o
-        + (config.click_visual * visual) * image_ok + (config.click_text * text) * text_ok
-        + config.click_bad_image * ~image_ok + config.click_bad_text * ~text_ok
-    )  # fmt: skip
+        config.click_bias
+        + config.click_class * a
+        + config.click_context * o
+        + (config.click_visual * visual) * image_ok
+        + (config.click_text * text) * text_ok
+        + config.click_bad_image * ~image_ok
+        + config.click_bad_text * ~text_ok
+    )
     logit = (
-        config.order_bias + config.order_class * a + config.order_context * o + config.order_visual * visual + config.order_text * text
-    )  # fmt: skip
+        config.order_bias
+        + config.order_class * a
+        + config.order_context * o
+        + config.order_visual * visual
+        + config.order_text * text
+    )
     p: np.ndarray
     if "image_ok" in known and "mismatched" not in known:
         rate = _mismatch_rate(terms, draws)[:, None]
@@ -109,7 +137,10 @@ def conditional_p_order(terms: ClickTerms, draws: Draws, config: CityConfig, kno
 
 
 def _mismatch_rate(terms: ClickTerms, draws: Draws) -> np.ndarray:
-    """Share of mismatched listings among all draws whose photo and title are as right as the click's, [n]."""
+    """Return the rate of mismatched listings for each click, [n].
+
+    It is taken among all draws whose photo and title are as right as the click's.
+    """
     kind = 2 * draws.image_ok.ravel() + draws.text_ok.ravel()
     count = np.maximum(np.bincount(kind, minlength=4), 1)
     rate = np.bincount(kind, weights=draws.mismatched.ravel(), minlength=4) / count
@@ -117,14 +148,16 @@ def _mismatch_rate(terms: ClickTerms, draws: Draws) -> np.ndarray:
 
 
 def expected_ladder(terms: ClickTerms, draws: Draws, config: CityConfig) -> dict[str, float]:
-    """Expected AUC in clicked space of ever better informed scores, with users' tastes known; keys LADDER_RUNGS.
+    """Compute expected AUC of ever better informed scores.
 
-    class_context     a and o.
-    clean_text        a and o, and t̂ of every listing, as if no title were spoilt.
-    clean_image       a and o, and v̂ of every listing, as if no photo were spoilt.
-    as_displayed      a and o; t̂ and v̂ where title and photo are unspoilt, and for each whether it is.
-    mismatch_known    as_displayed, and whether photo or title is another class's.
-    true_probability  the probability that the order was drawn with.
+    It is in clicked space, with users' tastes known. Keys are LADDER_RUNGS.
+
+    - class_context: a and o.
+    - clean_text: a and o, and t̂ of every listing, as if no title were spoilt.
+    - clean_image: a and o, and v̂ of every listing, as if no photo were spoilt.
+    - as_displayed: a and o; t̂ and v̂ where title and photo are unspoilt, and for each whether it is.
+    - mismatch_known: as_displayed, and whether photo or title is another class's.
+    - true_probability: the probability that the order was drawn with.
 
     Each but the last is `conditional_p_order` of what it knows.
     """

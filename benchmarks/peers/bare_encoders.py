@@ -1,4 +1,7 @@
-"""The encoders in a bare torch loop: patches and token ids lie in memory, kernels are the fastest known, nothing is read or written."""
+"""The encoders in a bare torch loop.
+
+Patches and token ids lie in memory, kernels are the fastest known, and nothing is read or written.
+"""
 
 import statistics
 import time
@@ -31,7 +34,7 @@ class BareImages:
 
     @torch.inference_mode()
     def seconds(self, patches: np.ndarray) -> float:
-        """Time of the loop over patches uint8 [N, s, s, 3]."""
+        """Time the loop over patches uint8 [N, s, s, 3]."""
         started = time.monotonic()
         features = np.empty((len(patches), 1536), dtype=np.float16)
         for first in range(0, len(patches) - self.batch + 1, self.batch):
@@ -43,7 +46,10 @@ class BareImages:
 
 
 class BareTitles:
-    """BERT over token ids, padded to the lengths of the encoder's buckets."""
+    """BERT over padded token ids.
+
+    The ids are padded to the lengths of the encoder's buckets.
+    """
 
     def __init__(self, encoder: TextEncoder, variant: tuple[str, int]) -> None:
         mode, self.tokens = variant
@@ -55,13 +61,13 @@ class BareTitles:
 
     @torch.inference_mode()
     def seconds(self, blocks: dict[int, Tensor]) -> float:
-        """Time of the loop over {length: ids [N, length]}."""
+        """Time the loop over {length: ids [N, length]}."""
         started = time.monotonic()
         for bucket, block in blocks.items():
             batch = self.tokens // bucket
             for first in range(0, len(block), batch):
                 rows = block[first : first + batch]
-                # Kernels are made for one shape, and for tensors made in inference mode: others would compile anew.
+                # Kernels are made for one shape, and for tensors made in inference mode: others would compile again.
                 ids = torch.zeros(batch, bucket, dtype=torch.long)
                 ids[: len(rows)] = rows
                 self.model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state.half().numpy()
@@ -69,7 +75,7 @@ class BareTitles:
 
 
 def tokenise(encoder: TextEncoder, titles: list[str]) -> dict[int, Tensor]:
-    """What `BareTitles` takes."""
+    """Return the token ids that `BareTitles` takes."""
     spec: TextSpec = encoder.spec
     with encoder.tokenizing:
         rows = encoder.tokenizer(titles, truncation=True, max_length=spec.max_tokens)["input_ids"]
@@ -81,9 +87,10 @@ def tokenise(encoder: TextEncoder, titles: list[str]) -> dict[int, Tensor]:
 
 
 def fastest(loops: dict[tuple[str, int], Any], given: Any) -> tuple[tuple[str, int], dict[str, float]]:
-    """The variant with the least median time of some turns, in which all take part, and the medians of all.
+    """Return the fastest variant and the medians of all.
 
-    The least of all times would be that of the variant which met the machine idle.
+    The fastest is the one with the least median time of some turns, in which all take part. The
+    least of all times would be that of the variant which met the machine idle.
     """
     turns: dict[tuple[str, int], list[float]] = {variant: [] for variant in loops}
     for _ in range(TURNS):

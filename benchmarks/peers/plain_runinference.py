@@ -1,4 +1,8 @@
-"""RunInference as Beam's documentation writes it: a DoFn that opens a photo and makes a tensor, Beam's own PyTorch handler in fp32, one photo an element."""
+"""RunInference as Beam's documentation writes it.
+
+A DoFn opens a photo and makes a tensor, and Beam's own PyTorch handler runs in fp32, one photo an
+element.
+"""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -21,7 +25,10 @@ EVERY = 16
 
 
 class _OnePhoto(ModelHandler[Tensor, PredictionResult, Any]):
-    """As Beam's PytorchModelHandlerTensor, which wants a pickled state dict of a class that it can call; a photo's patches are one element.
+    """A handler like Beam's PytorchModelHandlerTensor.
+
+    Beam's wants a pickled state dict of a class that it can call. A photo's patches are one
+    element.
 
     Now and then, with the clock stopped, a bare loop encodes some of the same photos.
     """
@@ -31,7 +38,7 @@ class _OnePhoto(ModelHandler[Tensor, PredictionResult, Any]):
         self.spec, self.fast, self.variant = spec, fast, variant
 
     def load_model(self) -> Any:
-        """InceptionV4 as timm builds it, and the bare loop."""
+        """Load InceptionV4 as timm builds it, and the bare loop."""
         mode, size = self.variant
         self.bare = BareImages(ImageEncoder(self.fast), (mode, size))
         self.last: list[np.ndarray] = []
@@ -41,7 +48,7 @@ class _OnePhoto(ModelHandler[Tensor, PredictionResult, Any]):
     def run_inference(
         self, batch: Sequence[Tensor], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[PredictionResult]:
-        """One forward pass an element."""
+        """Run one forward pass an element."""
         results = [PredictionResult(patches, model(patches)) for patches in batch]
         started = time.monotonic()
         self.last += [(patches.permute(0, 2, 3, 1).numpy() * 127.5 + 127.5).astype(np.uint8) for patches in batch]
@@ -64,14 +71,14 @@ class _OneTitle(ModelHandler[str, PredictionResult, Any]):
         self.spec = spec
 
     def load_model(self) -> Any:
-        """The encoder's own model and tokenizer."""
+        """Load the encoder's own model and tokenizer."""
         return TextEncoder(self.spec)
 
     @torch.inference_mode()
     def run_inference(
         self, batch: Sequence[str], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[PredictionResult]:
-        """One forward pass an element."""
+        """Run one forward pass an element."""
         results = []
         for title in batch:
             tokens = model.tokenizer(
@@ -82,7 +89,7 @@ class _OneTitle(ModelHandler[str, PredictionResult, Any]):
 
 
 def read_photo(path: str, spec: ImageSpec) -> Tensor:
-    """Patches float32 [P, 3, s, s] of a photo."""
+    """Return a photo's patches, float32 [P, 3, s, s]."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB").resize((spec.side, spec.side)))
     grid, size = spec.grid, spec.patch_size
@@ -91,7 +98,10 @@ def read_photo(path: str, spec: ImageSpec) -> Tensor:
 
 
 class _Clock(beam.DoFn):
-    """Notes when each result came, by a clock that stands while the bare loop runs."""
+    """Notes when each result came.
+
+    The clock stands still while the bare loop runs.
+    """
 
     times: ClassVar[list[float]] = []
     paused: ClassVar[float] = 0.0
@@ -103,7 +113,7 @@ class _Clock(beam.DoFn):
 
 
 def _pace(steps: Any, elements: list[str]) -> float:
-    """Seconds an element, from the first result to the last."""
+    """Return seconds an element, from first result to last."""
     _Clock.times, _Clock.paused, _Clock.bare = [], 0.0, []
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         _ = pipeline | beam.Create(elements) | beam.Reshuffle() | steps | beam.ParDo(_Clock())
@@ -112,11 +122,14 @@ def _pace(steps: Any, elements: list[str]) -> float:
 
 
 def time_images(spec: ImageSpec, paths: list[str], fast: ImageSpec, variant: Sequence[Any]) -> tuple[float, float]:
-    """Seconds a photo: (this pipeline's, the bare loop's beside it)."""
+    """Return seconds a photo of (this pipeline, the bare loop).
+
+    The bare loop's are measured beside the pipeline's.
+    """
     pace = _pace(beam.Map(read_photo, spec) | RunInference(_OnePhoto(spec, fast, variant)), paths)
     return pace, sum(seconds for _, seconds in _Clock.bare) / sum(photos for photos, _ in _Clock.bare)
 
 
 def time_titles(spec: TextSpec, titles: list[str]) -> float:
-    """Seconds a title."""
+    """Return the seconds a title."""
     return _pace(RunInference(_OneTitle(spec)), titles)

@@ -1,7 +1,11 @@
-"""The examples of `camenn shards`, as an expert would write them in Polars: the peer that its speed is measured against.
+"""The examples of `camenn shards`, written in Polars.
 
-The same rows, columns and values, from the same tables, as one Parquet file for each day; one process, all cores, no rejects (the logs of the benchmark
-have none) and no embeddings. `python -m benchmarks.peers.polars_shards DATA OUT ENGINE` prints one JSON line.
+They are written as an expert would write them: the peer that the speed of `camenn shards` is
+measured against.
+
+The same rows, columns and values, from the same tables, as one Parquet file for each day. One
+process, all cores, no rejects (the logs of the benchmark have none) and no embeddings. `python -m
+benchmarks.peers.polars_shards DATA OUT ENGINE` prints one JSON line.
 """
 
 import json
@@ -24,7 +28,10 @@ HOUR_US = 3_600_000_000
 
 
 def read_events(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """(clicks, orders, items): cleaned, with ids as codes where they are only compared."""
+    """Read (clicks, orders, items), cleaned.
+
+    Ids that are only compared are read as codes.
+    """
     items = (
         pl.scan_parquet(data / "catalog.parquet")
         .select("item_id", "subcategory", "brand", "listed_at")
@@ -63,7 +70,7 @@ def read_events(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame, pl
 
 
 def attribute(clicks: pl.DataFrame, orders: pl.DataFrame) -> pl.DataFrame:
-    """Clicks with the time of the first order that is credited to each."""
+    """Add the time of the first credited order to clicks."""
     clicks = clicks.with_row_index("click")
     first = (
         orders.join_asof(
@@ -84,7 +91,11 @@ def attribute(clicks: pl.DataFrame, orders: pl.DataFrame) -> pl.DataFrame:
 def before(
     queries: pl.DataFrame, events: pl.DataFrame, time: str, by: list[str], count: str, days: str | None = None
 ) -> pl.DataFrame:
-    """`queries` (sorted by session_start) with the number of `events` under the same key before, and the days since the last."""
+    """Count the earlier events of each query's key.
+
+    `queries` (sorted by session_start) come back with the number of `events` under the same key
+    before, and the days since the last.
+    """
     counted = (
         events.select(*by, time)
         .drop_nulls()
@@ -108,13 +119,13 @@ def before(
 
 
 def smoothed(conversions: str, clicks: str) -> pl.Expr:
-    """As `pipelines.features.as_of.smoothed_cvr`."""
+    """Smooth a rate like `pipelines.features.as_of.smoothed_cvr`."""
     prior, weight = pl.lit(PRIOR_CVR * PRIOR_CLICKS, pl.Float32), pl.lit(PRIOR_CLICKS, pl.Float32)
     return (pl.col(conversions) + prior) / (pl.col(clicks) + weight)
 
 
 def _histories(sessions: pl.DataFrame, events: pl.DataFrame, bought: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
-    """Last entries of each of some sessions, as lists by session."""
+    """Return the last entries of sessions, as lists by session."""
     last = pl.col("event").cast(pl.Int64)
     back = (
         sessions.select(
@@ -184,7 +195,10 @@ def _histories(sessions: pl.DataFrame, events: pl.DataFrame, bought: pl.DataFram
 
 
 def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataFrame) -> pl.DataFrame:
-    """Sessions with the last entries of their users, latest first."""
+    """Add the last entries of their users to sessions.
+
+    The latest entry comes first.
+    """
     events = (
         pl.concat(
             [
@@ -226,7 +240,10 @@ def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataF
 
 
 def build(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(all examples, columns as in `EXAMPLES` but histories as numbers of items; the items)."""
+    """Return (all examples, the items).
+
+    Columns of the examples are as in `EXAMPLES`, but histories are numbers of items.
+    """
     clicks, orders, items = read_events(data, engine)
     clicks = attribute(clicks, orders)
     conversions = clicks.filter(pl.col("converted_at").is_not_null())
@@ -308,7 +325,10 @@ def build(data: Path, engine: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def write_days(examples: pl.DataFrame, items: pl.DataFrame, out: Path) -> None:
-    """One file a day; histories get their ids a day at a time, as those of all days at once would not fit into memory."""
+    """Write one file a day.
+
+    Histories get their ids a day at a time, as those of all days at once would not fit into memory.
+    """
     for (date,), day in examples.with_columns(_date=pl.col("session_start").dt.date()).group_by("_date"):
         directory = out / f"date={date}"
         directory.mkdir(parents=True)
@@ -321,7 +341,7 @@ def write_days(examples: pl.DataFrame, items: pl.DataFrame, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build and write; print the seconds of it."""
+    """Build, write, and print the seconds it took."""
     data, out, engine = sys.argv[1:] if argv is None else argv
     started = time.monotonic()
     examples, items = build(Path(data), engine)

@@ -1,10 +1,16 @@
-"""Quality, proven: CameNN against baselines, ablations and controls, in cities with known truth and on a real log.
+"""Compare CameNN's quality with baselines, ablations and controls.
 
     python -m benchmarks.quality --work DIR --image_weights FILE --text_encoder DIR [--real DIR --image_root DIR]
 
-Models are trained in processes of one thread each, `--jobs` at a time; what is done is kept in `--results` and not done again, so the command may be
-ended at any time (its jobs end with it) and repeated. Tables and plots go to WORK/quality.md and quality.png and, with --docs, into docs/results.md.
-`--quick`: one seed, a small city (and the real log where it is given), one JSON line with `beats_lightgbm`; exit code 1 if a claim does not hold. Needs the extra `baselines`.
+The comparison is made in cities with known truth and on a real log.
+
+Models are trained in processes of one thread each, `--jobs` at a time. What is done is kept in
+`--results` and not done again, so the command may be ended at any time (its jobs end with it) and
+repeated. Tables and plots go to WORK/quality.md and quality.png and, with --docs, into
+docs/results.md.
+
+`--quick` is one seed, a small city (and the real log where it is given), one JSON line with
+`beats_lightgbm`, and exit code 1 if a claim does not hold. Needs the extra `baselines`.
 """
 
 import argparse
@@ -29,7 +35,7 @@ from benchmarks.support.processes import Children
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -65,25 +71,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_job(job: Job, children: Children) -> str:
-    """Run a job in a process of its own; returns how that went."""
+    """Run a job in a process of its own.
+
+    Returns how that went.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "benchmarks.quality.job", json.dumps(asdict(job))]
     return "failed" if children.run(command, environment) else "done"
 
 
 def prepare_world(world: World, children: Children) -> str:
-    """The same of a log's preparation."""
+    """Prepare a log in a process of its own.
+
+    Returns how that went.
+    """
     command = [sys.executable, "-m", "benchmarks.quality.worlds", json.dumps(asdict(world))]
     return "failed" if children.run(command) else "done"
 
 
 def run_jobs(jobs: list[Job], at_a_time: int, deadline: float) -> list[str]:
-    """Run the jobs that are not done, in their order, each after its log's preparation and the tuning it builds on; returns names of what failed.
+    """Run the jobs that are not done, in their order.
 
-    A log is prepared while the models of the one before are trained: a core that waits for the other is half of a small machine.
+    Each runs after its log's preparation and the tuning it builds on. Returns names of what failed.
+    Nothing is begun after `deadline`, a time of `time.monotonic()`.
 
-    Args:
-        deadline: of `time.monotonic()`; nothing is begun later.
+    A log is prepared while the models of the one before are trained: a core that waits for the
+    other is half of a small machine.
     """
     with ThreadPoolExecutor(at_a_time) as pool, Children() as children:
         begun: dict[str, Future[str]] = {}
@@ -117,7 +130,10 @@ def run_jobs(jobs: list[Job], at_a_time: int, deadline: float) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is missing, write the tables; 1 where a job failed or a claim of --quick does not hold."""
+    """Run all that is missing and write the tables.
+
+    Returns 1 where a job failed or a claim of --quick does not hold.
+    """
     arguments = build_parser().parse_args(argv)
     deadline = time.monotonic() + 60 * arguments.minutes
     with work_directory(arguments.work, "quality") as work:

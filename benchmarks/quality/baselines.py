@@ -1,8 +1,13 @@
-"""What teams use otherwise, tuned by random search with the same number of trials each, on the same parts of the log and the same as-of features.
+"""Tuned baselines: the models that teams use otherwise.
 
-`lightgbm`: every feature that CameNN has. `lightgbm_content`: the same with the pooled frozen embeddings. `mmoe`: deepctr-torch's multi-gate mixture of
-experts, on the same with ids and pooled embeddings; its second task is whether the session has an order. Each trial is judged by log loss on the early-stop
-part; the test part is opened once, by the best.
+They are tuned by random search with the same number of trials each, on the same parts of the log
+and the same as-of features.
+
+`lightgbm` has every feature that CameNN has. `lightgbm_content` is the same with the pooled frozen
+embeddings. `mmoe` is deepctr-torch's multi-gate mixture of experts, on the same with ids and pooled
+embeddings. Its second task is whether the session has an order.
+
+Each trial is judged by log loss on the early-stop part. The test part is opened once, by the best.
 """
 
 import contextlib
@@ -45,13 +50,13 @@ class Inputs:
 
     @classmethod
     def read(cls, shards: ShardSet, space: FeatureSpace, table: ItemTable, history: int, positions: int) -> "Inputs":
-        """All splits."""
+        """Read all splits."""
         reader = ExampleReader(space, table, shards.users, history, positions)
         rows = {split: concat_rows([reader.read(path) for path, _ in shards.examples(split)]) for split in SPLITS}
         return cls(table, space, rows)
 
     def frame(self, split: str, *, content: Floats | None = None, ids: bool = False) -> pd.DataFrame:
-        """One split's features."""
+        """Return one split's features."""
         rows = self.rows[split]
         frame = feature_frame(rows, self.table, self.space, ids=ids)
         if content is not None:
@@ -60,12 +65,15 @@ class Inputs:
         return frame
 
     def labels(self, split: str) -> NDArray[np.float64]:
-        """0 or 1."""
+        """Return the labels, 0 or 1."""
         return self.rows[split].label.astype(np.float64)
 
 
 def principal(values: NDArray[np.float16], fit: NDArray[np.bool_], dimensions: int) -> NDArray[np.float32]:
-    """The first principal components of rows, fitted on some of them, each with spread 1."""
+    """Return the first principal components of rows.
+
+    They are fitted on some of the rows, and each has spread 1.
+    """
     given = values.astype(np.float32)
     mean = given[fit].mean(axis=0)
     _, vectors = np.linalg.eigh(np.cov(given[fit], rowvar=False))
@@ -74,7 +82,10 @@ def principal(values: NDArray[np.float16], fit: NDArray[np.bool_], dimensions: i
 
 
 def content_features(table: ItemTable) -> NDArray[np.float32]:
-    """Principal components of photo and title for each listing, [N, 2·64]; 0 where there is none."""
+    """Return principal components of photo and title.
+
+    They are [N, 2·64] for the listings, and 0 where there is none.
+    """
     pieces = []
     for pooled, row in ((table.pooled_images, table.image_row), (table.pooled_titles, table.title_row)):
         dimensions = min(CONTENT_DIMENSIONS, pooled.shape[1])
@@ -87,9 +98,17 @@ def _draw_lightgbm(rng: np.random.Generator, first: bool) -> dict[str, Any]:
     if first:
         # What benchmarks/baselines.py uses.
         return {
-            "learning_rate": 0.03, "num_leaves": 31, "min_data_in_leaf": 100, "feature_fraction": 0.7, "bagging_fraction": 0.8,
-            "lambda_l1": 0.0, "lambda_l2": 0.0, "max_cat_threshold": 16, "cat_smooth": 50.0, "ids": False,
-        }  # fmt: skip
+            "learning_rate": 0.03,
+            "num_leaves": 31,
+            "min_data_in_leaf": 100,
+            "feature_fraction": 0.7,
+            "bagging_fraction": 0.8,
+            "lambda_l1": 0.0,
+            "lambda_l2": 0.0,
+            "max_cat_threshold": 16,
+            "cat_smooth": 50.0,
+            "ids": False,
+        }
 
     def log_uniform(low: float, high: float) -> float:
         return float(np.exp(rng.uniform(np.log(low), np.log(high))))
@@ -141,9 +160,16 @@ def _draw_mmoe(rng: np.random.Generator, first: bool) -> dict[str, Any]:
     if first:
         # deepctr-torch's own defaults.
         return {
-            "num_experts": 3, "expert_dnn_hidden_units": (256, 128), "gate_dnn_hidden_units": (64,), "tower_dnn_hidden_units": (64,),
-            "l2_reg_embedding": 1e-5, "dnn_dropout": 0.0, "embedding": 8, "learning_rate": 1e-3, "batch_size": 256,
-        }  # fmt: skip
+            "num_experts": 3,
+            "expert_dnn_hidden_units": (256, 128),
+            "gate_dnn_hidden_units": (64,),
+            "tower_dnn_hidden_units": (64,),
+            "l2_reg_embedding": 1e-5,
+            "dnn_dropout": 0.0,
+            "embedding": 8,
+            "learning_rate": 1e-3,
+            "batch_size": 256,
+        }
     return {
         "num_experts": int(rng.choice((2, 3, 4, 8))),
         "expert_dnn_hidden_units": [(64,), (128, 64), (256, 128), (256, 128, 64)][rng.integers(4)],
@@ -158,7 +184,11 @@ def _draw_mmoe(rng: np.random.Generator, first: bool) -> dict[str, Any]:
 
 
 def _mmoe_columns(frame: pd.DataFrame) -> dict[str, NDArray[Any]]:
-    """Codes as they are, numbers with 0 for what is missing beside a flag, where some is missing."""
+    """Return a frame's columns as MMoE takes them.
+
+    Codes stay as they are. Numbers have 0 for what is missing, beside a flag, where some is
+    missing.
+    """
     columns: dict[str, NDArray[Any]] = {}
     for name in frame:
         if isinstance(frame[name].dtype, pd.CategoricalDtype):
@@ -243,7 +273,10 @@ def tune(
     say: Callable[[str], None],
     settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Floats], dict[str, Any]]:
-    """(raw scores of the parts that models are calibrated on and of test by the best of `trials`, or by given settings; what was tried).
+    """Tune a baseline and return its best raw scores.
+
+    Returns (raw scores, what was tried). The scores are of the parts that models are calibrated on
+    and of test, by the best of `trials`, or by given settings.
 
     Trials are written to `kept` one by one, and are not done again where it tells of them.
     """

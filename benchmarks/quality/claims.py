@@ -30,7 +30,7 @@ MISSING = "not measured"
 
 
 def quick_claims(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
-    """(the figures of --quick, the claims that do not hold)."""
+    """Return (figures of --quick, claims that do not hold)."""
     found = by_model(results)
 
     def expected(model: str) -> float:
@@ -42,7 +42,8 @@ def quick_claims(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
     }
     claims = {
         "CameNN ranks better than chance": expected("full") > 0.6,
-        # What noise teaches is a direction by chance, and truth lies along few of them: 0.5 holds for the mean of many seeds only (0.577 was seen).
+        # What noise teaches is a direction by chance, and truth lies along few of them:
+        # 0.5 holds for the mean of many seeds only (0.577 was seen).
         "labels that mean nothing teach little": expected("full") - expected("permuted_labels") > 0.05,
         "no expert is dead": least_used(found["quick", "full"][0]) > DEAD,
     }
@@ -57,7 +58,11 @@ def quick_claims(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
 
 
 class Claim(NamedTuple):
-    """`holds` is None where results are missing. `seeds`: of how many results the figure is, one a seed but where all runs are looked at."""
+    """A claim with its outcome.
+
+    `holds` is None where results are missing. `seeds` is the number of results that the figure is
+    of, one a seed but where all runs are looked at.
+    """
 
     holds: bool | None
     figure: str
@@ -65,7 +70,7 @@ class Claim(NamedTuple):
 
 
 class _Claims(dict[str, Claim]):
-    """By name, in the order in which they are told."""
+    """Claims by name, in the order of their telling."""
 
     def judge(
         self,
@@ -74,22 +79,28 @@ class _Claims(dict[str, Claim]):
         holds: Callable[[list[float]], bool],
         figure: Callable[[list[float]], str] = shown,
     ) -> None:
-        """A claim on values of so many seeds; with none it is not measured."""
+        """Judge a claim on values of so many seeds.
+
+        With none it is not measured.
+        """
         self[claim] = Claim(bool(holds(values)), figure(values), len(values)) if values else Claim(None, MISSING, 0)
 
 
 def at_least(bar: float) -> Callable[[list[float]], bool]:
-    """Whether a mean reaches it."""
+    """Make a test that tells whether a mean reaches `bar`."""
     return lambda values: statistics.mean(values) >= bar
 
 
 def nothing(differences: list[float]) -> bool:
-    """Whether their mean counts as none."""
+    """Tell whether their mean counts as none."""
     return abs(statistics.mean(differences)) < NOTHING
 
 
 def city_claims(found: Results) -> dict[str, Claim]:
-    """Claims about the city, the real log and the controls, whether measured or not."""
+    """Return the claims about all results.
+
+    They are about the city, the real log and the controls, whether measured or not.
+    """
     claims = _Claims()
     full = found.get(("city", "full"), [])
     _content_claim(claims, found)
@@ -124,7 +135,8 @@ def city_claims(found: Results) -> dict[str, Claim]:
         [each["cvr_ita"] for each in apart],
         lambda values: all(min(tasks) > 2 * of_users for *tasks, of_users in zip(values, between, users, strict=True)),
         lambda values: (
-            f"on a listing CVR's and ITA's by {shown(values, 3)} (total variation), ITA's and TIA's by {shown(between, 3)}, CVR's between two users by {shown(users, 3)}"
+            f"on a listing CVR's and ITA's by {shown(values, 3)} (total variation), "
+            f"ITA's and TIA's by {shown(between, 3)}, CVR's between two users by {shown(users, 3)}"
         ),
     )
     claims.judge(
@@ -173,7 +185,10 @@ def _name(result: Result) -> str:
 
 
 def least_used(result: Result) -> float:
-    """The least mean weight of an expert in a gate that was trained: without alignment, ITA's and TIA's are not."""
+    """Return the least mean weight of an expert.
+
+    Only gates that were trained count: without alignment, ITA's and TIA's are not.
+    """
     gates = result["gates"]
     trained = gates if VARIANTS[result["model"]].options.get("alignment", True) else ("cvr",)
     return min(min(gates[task]) for task in trained)
@@ -222,7 +237,11 @@ def _representation_claims(claims: _Claims, found: Results) -> None:
 
 
 def _alignment_claims(claims: _Claims, found: Results) -> None:
-    """What alignment does for representation, in the smaller city: of what the model compares by, and of its `[IMG]` and `[TXT]` compared by a map that is fitted to them."""
+    """Add claims about alignment and representation, in the smaller city.
+
+    They are about what alignment does for what the model compares by, and for its `[IMG]` and
+    `[TXT]` compared by a map that is fitted to them.
+    """
     judged = {
         key: [result for result in found.get(key, []) if "states" in result.get("representation", {})]
         for key in (("small", "full"), ("small", "no_alignment"))
@@ -258,7 +277,11 @@ def _real_claims(claims: _Claims, found: Results) -> None:
 
 
 def _bar(found: Results, other: str, figure: str, differences: list[float]) -> float:
-    """Twice the standard error of the difference between CameNN and a baseline: of seeds, and of the users that were there."""
+    """Return twice the standard error of a difference.
+
+    The difference is between CameNN and a baseline. The error is of seeds, and of the users that
+    were there.
+    """
     drawn = [
         {r["seed"]: np.array(r["test"][f"{figure}_of_draws"]) for r in found["real", model]}
         for model in ("full", other)
@@ -284,7 +307,8 @@ def _control_claims(claims: _Claims, found: Results) -> None:
     )
     compare("without corruption, alignment adds nothing", "clean", "full", "no_alignment", nothing)
     compare("photos of other listings cost AUC", "small", "full", "shuffled_patches", lambda d: min(d) > NOTHING)
-    # What noise teaches is a direction by chance, and truth lies along few of them: 0.5 holds for the mean of many seeds only.
+    # What noise teaches is a direction by chance, and truth lies along few of them:
+    # 0.5 holds for the mean of many seeds only.
     compare("permuted labels teach little", "small", "full", "permuted_labels", lambda d: min(d) > 0.05)
     compare("shuffled alignment adds nothing", "small", "shuffled_alignment", "no_alignment", nothing)
     claims.judge(

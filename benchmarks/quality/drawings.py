@@ -1,9 +1,14 @@
-"""What an encoder reads of the simulator's drawings: the precondition of any claim on images in a city.
+"""The visual factors that an encoder reads in drawings.
 
     python -m benchmarks.quality.drawings --image_weights FILE
 
-Ridge regression from the mean patch features of drawn, unspoilt photos to each visual factor, for the given weights and for random ones; three quarters of the photos
-to fit (the penalty is chosen on a quarter of them), the last quarter to measure R². The last line of stdout is one JSON object.
+This is the precondition of any claim on images in a city, whose photos are the simulator's
+drawings.
+
+Ridge regression runs from the mean patch features of drawn, unspoilt photos to each visual factor,
+for the given weights and for random ones. Three quarters of the photos are to fit (the penalty is
+chosen on a quarter of them), the last quarter is to measure R². The last line of stdout is one JSON
+object.
 """
 
 import argparse
@@ -35,12 +40,16 @@ SHEET, COLUMNS = 48, 8
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"drawings: {text}", file=sys.stderr, flush=True)
 
 
 def r_squared(features: NDArray[np.float32], factors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R² of each factor [n, F] on the last quarter of the rows, from features [n, d]."""
+    """Return R² of each factor on held-out rows.
+
+    The factors are [n, F], predicted from features [n, d]. The last quarter of the rows is held
+    out.
+    """
     n = len(features)
     fit, check, test = (
         np.arange(n) < 9 * n // 16,
@@ -72,14 +81,14 @@ def _draw(given: tuple[_Bank, list[int]]) -> NDArray[np.uint8]:
 
 
 def draw_photos(bank: _Bank, photos: list[int]) -> NDArray[np.uint8]:
-    """Some pictures of a bank, uint8 [n, side, side, 3]."""
+    """Draw pictures of a bank, uint8 [n, side, side, 3]."""
     pieces = [photos[start : start + 64] for start in range(0, len(photos), 64)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return np.concatenate(list(pool.map(_draw, [(bank, piece) for piece in pieces])))
 
 
 def pooled_features(weights: str, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Mean patch features of photos, float32 [n, 1536]."""
+    """Return mean patch features of photos, float32 [n, 1536]."""
     encoder = ImageEncoder(
         ImageSpec.resolve(weights, grid=GRID, patch_size=PATCH, device="cpu", precision="auto", compile="off")
     )
@@ -94,13 +103,16 @@ def pooled_features(weights: str, photos: NDArray[np.uint8]) -> NDArray[np.float
 
 
 def colours(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Histogram of 8 × 8 × 8 colours, float32 [n, 512]: what can be read without an encoder."""
+    """Return colour histograms of photos, float32 [n, 512].
+
+    They have 8 × 8 × 8 colours: what can be read without an encoder.
+    """
     codes = (photos[..., 0] // 32).astype(np.int64) * 64 + (photos[..., 1] // 32) * 8 + photos[..., 2] // 32
     return np.stack([np.bincount(code.ravel(), minlength=512) / code.size for code in codes]).astype(np.float32)
 
 
 def contact_sheet(photos: NDArray[np.uint8], path: Path) -> None:
-    """The first photos side by side: look at them."""
+    """Write the first photos side by side, to look at."""
     shown = photos[:SHEET]
     side = shown.shape[1]
     sheet = Image.new("RGB", (COLUMNS * side, -(-len(shown) // COLUMNS) * side))
@@ -110,7 +122,7 @@ def contact_sheet(photos: NDArray[np.uint8], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw, encode, fit, print one JSON line."""
+    """Draw, encode, fit, and print one JSON line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.drawings", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )

@@ -1,4 +1,9 @@
-"""One model on one log, in a process of its own: `python -m benchmarks.quality.job JOB` with a JSON job. Writes RESULT.json."""
+"""One model on one log, in its own process.
+
+    python -m benchmarks.quality.job JOB
+
+JOB is a JSON job. Writes RESULT.json.
+"""
 
 import json
 import os
@@ -41,16 +46,20 @@ FROZEN = "frozen"
 """No model of clicks: maps between the frozen encoders' features, for representation"""
 GATE_SAMPLE = 2_048
 VERSION = 2
-"""Raised by a change that changes all figures: of the city, of shards, of the baselines or of how figures are computed. Results of an earlier one are not done."""
+"""Raised by a change that changes all figures: of the city, of shards, of the baselines or of how
+figures are computed. Results of an earlier one are not done."""
 MODEL_VERSION = 3
 """The same, of a change that changes CameNN's figures alone: of the model or of how it is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One model. `model`: a variant, a baseline, `popularity` or `frozen`. `results`: directory of RESULT.json, or '' for the world's own.
+    """One model on one log.
 
-    A baseline is tuned on seed 0; other seeds have the settings that were found there.
+    `model` is a variant, a baseline, `popularity` or `frozen`. `results` is the directory of
+    RESULT.json, or '' for the world's own.
+
+    A baseline is tuned on seed 0. Other seeds have the settings that were found there.
     """
 
     world: World
@@ -64,11 +73,11 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Return the name of the job's files."""
         return f"{self.world.name}-{self.model}-{self.seed}"
 
     def result(self) -> Path:
-        """Written last."""
+        """Return the path of the result, which is written last."""
         return self._result_of(self.name)
 
     def _result_of(self, name: str) -> Path:
@@ -76,11 +85,14 @@ class Job:
 
     @property
     def scratch(self) -> Path:
-        """Directory of what a killed job had done."""
+        """Return the directory of a killed job's work.
+
+        It holds what the job had done.
+        """
         return Path(self.world.work) / "jobs" / self.name
 
     def open_scratch(self) -> Path:
-        """`scratch`, where it is this very job's; else emptied."""
+        """Return `scratch`, emptied unless it is this very job's."""
         asked = self.scratch / "asked.json"
         if not asked.exists() or json.loads(asked.read_text()) != self.asked():
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -90,13 +102,18 @@ class Job:
 
     @property
     def tuned_by(self) -> str | None:
-        """Name of the job that tunes this baseline; None where this very job tunes, or nothing is tuned."""
+        """Return the name of the job that tunes this baseline.
+
+        It is None where this very job tunes, or nothing is tuned.
+        """
         if self.model not in BASELINES or self.seed == 0:
             return None
         return f"{re.sub(r'[0-9]+$', '0', self.world.name)}-{self.model}-0"
 
     def settings(self) -> dict[str, Any] | None:
-        """What tuning found for a baseline of another seed; None where this very job tunes.
+        """Return the tuned settings of a baseline of another seed.
+
+        They are None where this very job tunes.
 
         Raises:
             InputError: seed 0 has not been tuned.
@@ -111,25 +128,25 @@ class Job:
         return settings
 
     def asked(self) -> dict[str, Any]:
-        """What the result depends on."""
+        """Return all that the result depends on."""
         given = {name: value for name, value in asdict(self).items() if name not in ("threads", "results")}
         encoders = {name: Path(getattr(self.world, name)).name for name in ("image_weights", "text_encoder")}
         of_world = {name: getattr(self.world, name) for name in ("name", "preset", "city", "flags")}
         return given | encoders | {"world": of_world, "version": MODEL_VERSION if self.model in VARIANTS else VERSION}
 
     def done(self) -> bool:
-        """Whether the result of this very job is there."""
+        """Tell whether the result of this very job is there."""
         return self.result().exists() and json.loads(self.result().read_text())["asked"] == self.asked()
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
-        """The job that `json.dumps(asdict(job))` wrote."""
+        """Read the job that `json.dumps(asdict(job))` wrote."""
         raw = json.loads(text)
         return cls(**(raw | {"world": World(**raw["world"])}))
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"quality: {text}", file=sys.stderr, flush=True)
 
 
@@ -141,7 +158,11 @@ def _prior(files: list[tuple[str, int]], table: ItemTable) -> Prior:
 
 
 def held_out(world: World, corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64], representation.Held]:
-    """(training listings with photo and title, their classes, the held-out ones). A class is the truth's, or the product where there is none."""
+    """Return the training listings and the held-out ones.
+
+    Returns (training listings with photo and title, their classes, the held-out ones). A class is
+    the truth's, or the product where there is none.
+    """
     table = corpus.table
     rows = np.flatnonzero(table.with_content())
     train, held = rows[~table.held_out[rows]], rows[table.held_out[rows]]
@@ -158,13 +179,20 @@ def held_out(world: World, corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _dense(gate: GateOutput, experts: int) -> NDArray[np.float64]:
-    """The weight of each expert, chosen or not, [n, experts]."""
+    """Return the weight of each expert, [n, experts].
+
+    All experts have one, chosen or not.
+    """
     return torch.zeros(len(gate.chosen), experts).scatter(1, gate.chosen, gate.weights).double().numpy()
 
 
 @torch.inference_mode()
 def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, Any]]:
-    """`gates`: mean weight of each expert in the gate of each task, on some test examples and some alignment pairs; `gates_apart`: see there, if it can be told."""
+    """Return the use of experts by each task.
+
+    `gates` has the mean weight of each expert in the gate of each task, on some test examples and
+    some alignment pairs. `gates_apart` is what that function returns, if it can be told.
+    """
     experts, table = model.config.experts, corpus.table
     rows = concat_rows([corpus.reader.read(path) for path, _ in corpus.files("test")])
     shuffled = np.random.default_rng([seed, 23]).permutation(len(rows))
@@ -181,10 +209,14 @@ def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, An
 
 
 def gates_apart(model: CameNN, table: ItemTable, rows: Rows, rng: np.random.Generator) -> dict[str, float] | None:
-    """How much the tasks' weights differ on the same listings, which means over listings do not tell: the balance of experts makes those even for each task.
+    """Return the difference of tasks' weights on the same listings.
 
-    Means over listings of the total variation between CVR's and ITA's, ITA's and TIA's, and CVR's of two users (what is not the task's doing); None where no
-    listing is shown to two users. `rows`: examples in an order by chance, of which a listing's first and last are taken.
+    Means over listings do not tell this: the balance of experts makes those even for each task.
+
+    The figures are means over listings of the total variation between CVR's and ITA's, ITA's and
+    TIA's, and CVR's of two users (what is not the task's doing). They are None where no listing is
+    shown to two users. `rows` are examples in an order by chance, of which a listing's first and
+    last are taken.
     """
     rows = rows.take(np.flatnonzero(table.with_content()[rows.item]))
     _, first = np.unique(rows.item, return_index=True)
@@ -212,7 +244,11 @@ def gates_apart(model: CameNN, table: ItemTable, rows: Rows, rng: np.random.Gene
 
 
 def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
-    """(predictions of the parts that it is calibrated on and of test, what else there is to tell)."""
+    """Train CameNN and return its predictions.
+
+    Returns (predictions of the parts that it is calibrated on and of test, what else there is to
+    tell).
+    """
     variant = VARIANTS[job.model]
     options = TrainOptions(
         shards=job.world.shards,
@@ -264,7 +300,10 @@ def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[s
 
 
 def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
-    """The same of a baseline."""
+    """Train a baseline and return its predictions.
+
+    Returns the same as `run_camenn`.
+    """
     from benchmarks.quality.baselines import Inputs, tune
 
     config = corpus.config
@@ -294,7 +333,7 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train, judge, write the result; returns it."""
+    """Train, judge, and write and return the result."""
     started = time.monotonic()
     torch.set_num_threads(job.threads)
     corpus = open_corpus(TrainOptions(shards=job.world.shards, out=""))

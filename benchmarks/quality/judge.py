@@ -1,4 +1,6 @@
-"""Figures of predictions: the usual ones, those under known truth, and how sure they are.
+"""Figures of predictions.
+
+They are the usual ones, those under known truth, and how sure they are.
 
 Shapes: n examples of the test part.
 """
@@ -26,7 +28,10 @@ FEWEST = 100
 
 
 class Prior(NamedTuple):
-    """What is known of each example before its session: counts, float64 [n], and whether there is a photo, bool [n]."""
+    """The knowledge of each example before its session.
+
+    It is counts, float64 [n], and whether there is a photo, bool [n].
+    """
 
     of_listing: Floats
     """Clicks by anybody"""
@@ -38,7 +43,10 @@ class Prior(NamedTuple):
 
 
 def expected_ece(p: Floats, probability: Floats, bins: int = BINS) -> float:
-    """Expected calibration error against true probabilities p [n]: mean over equal-mass bins of |mean probability − mean p|."""
+    """Return expected calibration error against true probabilities.
+
+    With p [n], it is the mean over equal-mass bins of |mean probability − mean p|.
+    """
     order = np.argsort(probability, kind="stable")
     pieces = np.array_split(order, bins)
     return float(
@@ -47,7 +55,11 @@ def expected_ece(p: Floats, probability: Floats, bins: int = BINS) -> float:
 
 
 def strata(truth: Truth, prior: Prior) -> dict[str, NDArray[np.bool_]]:
-    """Parts of the test examples that are reported apart, bool [n] each. Every click is from a listing that was shown; `uniform` ones were shown at random."""
+    """Return the parts of the test examples reported apart.
+
+    They are bool [n] each. Every click is from a listing that was shown. `uniform` ones were shown
+    at random.
+    """
     uncorrupted = truth.image_ok & truth.text_ok
     return {
         "uniform_sessions": truth.uniform,
@@ -59,7 +71,7 @@ def strata(truth: Truth, prior: Prior) -> dict[str, NDArray[np.bool_]]:
         "uncorrupted": uncorrupted,
         "corrupted": ~uncorrupted,
         "mismatched": truth.mismatched,
-        # What a new listing does not show, nobody knows yet; of an old one its clicks and orders have told.
+        # What a new listing does not show, nobody knows yet. Of an old one its clicks and orders have told.
         "cold_start_uncorrupted": truth.cold & uncorrupted,
         "cold_start_corrupted": truth.cold & ~uncorrupted,
         "warm_uncorrupted": ~truth.cold & uncorrupted,
@@ -71,7 +83,10 @@ def strata(truth: Truth, prior: Prior) -> dict[str, NDArray[np.bool_]]:
 
 
 def known_strata(prior: Prior) -> dict[str, NDArray[np.bool_]]:
-    """Parts of the test examples by what is known of them, bool [n] each: the first three are of the pair, and disjoint."""
+    """Split the test examples by prior knowledge of them.
+
+    The parts are bool [n] each. The first three are of the pair, and disjoint.
+    """
     ordered = prior.orders_of_pair > 0
     clicked = ~ordered & (prior.of_pair > 0)
     return {
@@ -84,7 +99,11 @@ def known_strata(prior: Prior) -> dict[str, NDArray[np.bool_]]:
 
 
 def as_observed(found: Predictions, prior: Prior) -> dict[str, dict[str, Any]]:
-    """Rows, orders and AUC by stratum of a log of which nobody knows the truth; AUC is None where a stratum has fewer than `FEWEST` examples or one class."""
+    """Return rows, orders and AUC by stratum.
+
+    This is for a log of which nobody knows the truth. AUC is None where a stratum has fewer than
+    `FEWEST` examples or one class.
+    """
     by_stratum = {}
     for name, rows in known_strata(prior).items():
         labels = found.labels[rows]
@@ -98,7 +117,11 @@ def as_observed(found: Predictions, prior: Prior) -> dict[str, dict[str, Any]]:
 
 
 def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, prior: Prior) -> dict[str, Any]:
-    """Expected AUC, PCOC and ECE, of all and by stratum; None where a stratum has fewer than `FEWEST` examples."""
+    """Return expected AUC, PCOC and ECE.
+
+    They are of all examples and by stratum, and None where a stratum has fewer than `FEWEST`
+    examples.
+    """
     p, probability = truth.p_order, calibration(found.logits)
     ladder = truth.ladder["test"]
     auc = expected_auc(p, found.logits)
@@ -122,13 +145,21 @@ def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, pri
 
 
 def attainable_share(auc: float, context: float, displayed: float) -> float | None:
-    """How much a model finds of what displayed content adds to class and context; None where it adds nothing, as in the control of worthless content."""
+    """Return the share that a model finds of displayed content.
+
+    It is the share of what displayed content adds to class and context. It is None where it adds
+    nothing, as in the control of worthless content.
+    """
     gap = displayed - context
     return (auc - context) / gap if gap > LEAST_GAP else None
 
 
 def content_efficiency(model: float, without_content: float, displayed: float) -> float:
-    """How much of what content is worth to the same model, when it is told what is displayed, the model takes from photos and titles: of expected AUCs."""
+    """Return the share of content's worth that a model takes.
+
+    The worth is what content is worth to the same model when it is told what is displayed. The
+    model takes its share from photos and titles. All are of expected AUCs.
+    """
     return (model - without_content) / (displayed - without_content)
 
 
@@ -139,7 +170,7 @@ def judge(
     truth: Truth | None,
     prior: Prior,
 ) -> dict[str, Any]:
-    """All figures of one model on one test part."""
+    """Return all figures of one model on one test part."""
     figures = {"test": cvr_metrics(found, calibration, base_rate)}
     if truth is None:
         figures["test"] |= of_draws(found) | {"strata": as_observed(found, prior)}
@@ -149,10 +180,14 @@ def judge(
 
 
 def of_draws(found: Predictions, draws: int = 200, seed: int = 0) -> dict[str, list[float]]:
-    """AUC and AUC within sessions on each draw of users: with replacement, all of their examples (cluster bootstrap, Field and Welsh 2007).
+    """Return AUC and AUC within sessions on drawn users.
 
-    The draws are the same for all models: the standard deviation of two models' differences is the standard error of their difference. Who is drawn twice has
-    each session once, with twice its examples.
+    Users are drawn with replacement, with all of their examples (cluster bootstrap, Field and Welsh
+    2007).
+
+    The draws are the same for all models: the standard deviation of two models' differences is the
+    standard error of their difference. Who is drawn twice has each session once, with twice its
+    examples.
     """
     rng = np.random.default_rng(seed)
     _, user = np.unique(found.users, return_inverse=True)
@@ -169,7 +204,7 @@ def of_draws(found: Predictions, draws: int = 200, seed: int = 0) -> dict[str, l
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """p values adjusted for their number (Holm 1979)."""
+    """Adjust p values for their number (Holm 1979)."""
     adjusted: dict[str, float] = {}
     highest = 0.0
     for place, name in enumerate(sorted(p_values, key=lambda key: p_values[key])):

@@ -1,11 +1,20 @@
-"""Real photos and descriptions of their classes: which description fits a photo, and which photo a description.
+"""Retrieval between real photos and descriptions of their classes.
 
     python -m benchmarks.quality.photos --photos DIR --image_weights FILE --text_encoder DIR
 
-DIR is laid out as the Grocery Store Dataset (Klasson et al., WACV 2019): `train.txt`, `val.txt`, `classes.csv`. Every photo is a listing whose title is the description of its class. CameNN is trained on
-the photos of `train.txt` as `camenn train` does for the listing quality: photos and titles alone, no clicks. Then each photo of `val.txt` looks for its description among those of all classes
-that `val.txt` has, and each description for a photo; a hit is of the same class. Beside it the best ridge and the best CCA map between mean patch features and mean token states, fitted on the same
-listings. `--check` leaves `val.txt` closed and holds every tenth training photo of a class out instead. The last line of stdout is one JSON object.
+It asks which description fits a photo, and which photo a description.
+
+DIR is laid out as the Grocery Store Dataset (Klasson et al., WACV 2019): `train.txt`, `val.txt`,
+`classes.csv`. Every photo is a listing whose title is the description of its class. CameNN is
+trained on the photos of `train.txt` as `camenn train` does for the listing quality: photos and
+titles alone, no clicks.
+
+Then each photo of `val.txt` looks for its description among those of all classes that `val.txt`
+has, and each description for a photo. A hit is of the same class. Beside it stand the best ridge
+and the best CCA map between mean patch features and mean token states, fitted on the same listings.
+
+`--check` leaves `val.txt` closed and holds every tenth training photo of a class out instead. The
+last line of stdout is one JSON object.
 """
 
 import argparse
@@ -46,12 +55,12 @@ CLICKS_MADE, SESSION_CLICKS, DAYS = 2_000, 10, 20
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"photos: {text}", file=sys.stderr, flush=True)
 
 
 def read_catalog(photos: Path) -> tuple[pa.Table, dict[str, bool]]:
-    """(listings, whether each is of `val.txt`)."""
+    """Return (listings, whether each is of `val.txt`)."""
     with (photos / "classes.csv").open(newline="") as file:
         classes = {
             int(row["Class ID (int)"]): (
@@ -82,7 +91,10 @@ def read_catalog(photos: Path) -> tuple[pa.Table, dict[str, bool]]:
 
 
 def write_data(catalog: pa.Table, data: Path) -> None:
-    """The tables. Clicks and orders are of chance: shards cannot be without them, and nothing here looks at them."""
+    """Write the tables.
+
+    Clicks and orders are of chance: shards cannot be without them, and nothing here looks at them.
+    """
     data.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     first = datetime.datetime(2026, 1, 1)
@@ -90,7 +102,11 @@ def write_data(catalog: pa.Table, data: Path) -> None:
     for number in range(CLICKS_MADE):
         session = number // SESSION_CLICKS
         at = first + datetime.timedelta(days=DAYS * number / CLICKS_MADE)
-        who = {"user_id": f"u{session % 20}", "store_id": "shop", "item_id": catalog["item_id"][rng.integers(len(catalog))].as_py()}  # fmt: skip
+        who = {
+            "user_id": f"u{session % 20}",
+            "store_id": "shop",
+            "item_id": catalog["item_id"][rng.integers(len(catalog))].as_py(),
+        }
         clicks.append(
             {"exposure_id": f"e{number}", "session_id": f"s{session}", "clicked_at": at, "position": None, **who}
         )
@@ -104,7 +120,10 @@ def write_data(catalog: pa.Table, data: Path) -> None:
 
 
 def hold_out(corpus: Corpus, of_val: dict[str, bool], *, check: bool) -> None:
-    """Make the held-out listings those of `val.txt`; with `check` some of `train.txt`, and leave the others without a photo."""
+    """Make the held-out listings those of `val.txt`.
+
+    With `check` they are some of `train.txt`, and the others are left without a photo.
+    """
     table = corpus.table
     held = np.array([of_val[item] for item in table.ids.to_pylist()])
     if check:
@@ -115,14 +134,21 @@ def hold_out(corpus: Corpus, of_val: dict[str, bool], *, check: bool) -> None:
 
 
 def recalls(similarities: NDArray[np.float32], classes: Ints) -> dict[str, dict[str, float]]:
-    """R@k both ways from similarities [photos, titles] of the same listings: each description stands once, whatever the number of its photos."""
+    """Return R@k both ways from similarities.
+
+    The similarities are [photos, titles] of the same listings. Each description stands once,
+    whatever the number of its photos.
+    """
     named, once = np.unique(classes, return_index=True)
     found = both_ways(similarities[:, once], classes, named, KS)
     return dict(zip(("photo_to_description", "description_to_photo"), found, strict=True))
 
 
 def train_aligner(corpus: Corpus, options: TrainOptions) -> CameNN:
-    """A model of photos and titles alone, which has not seen the held-out listings."""
+    """Train a model of photos and titles alone.
+
+    It has not seen the held-out listings.
+    """
     torch.manual_seed(options.seed)
     model = CameNN(corpus.config)
     # Of the listings that are not held out here: the corpus was opened before it was told which are.
@@ -132,7 +158,7 @@ def train_aligner(corpus: Corpus, options: TrainOptions) -> CameNN:
 
 
 def measure(corpus: Corpus, options: TrainOptions) -> dict[str, dict[str, dict[str, float]]]:
-    """Recalls of CameNN and of the two frozen maps."""
+    """Return recalls of CameNN and of both frozen maps."""
     table = corpus.table
     rows = np.flatnonzero(table.with_content())
     held, train = rows[table.held_out[rows]], rows[~table.held_out[rows]]
@@ -145,7 +171,7 @@ def measure(corpus: Corpus, options: TrainOptions) -> dict[str, dict[str, dict[s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Embed, train, measure, print one JSON line."""
+    """Embed, train, measure, and print one JSON line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.photos", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -153,7 +179,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image_weights", required=True, help="InceptionV4, as for camenn embed")
     parser.add_argument("--text_encoder", required=True, help="BERT, as for camenn embed")
     parser.add_argument("--max_tokens", type=int, default=64, help="of a description (default %(default)s)")
-    parser.add_argument("--passes", type=int, default=TrainOptions.alignment_passes, help="times that each photo is seen (default %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--passes",
+        type=int,
+        default=TrainOptions.alignment_passes,
+        help="times that each photo is seen (default %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="models trained (default %(default)s)")
     parser.add_argument("--check", action="store_true", help="leave val.txt closed, hold out a part of train.txt")
     parser.add_argument("--work", type=Path, help="directory kept for the next time (default: a temporary one)")
@@ -187,8 +218,15 @@ def main(argv: list[str] | None = None) -> int:
         for way, recall in ways.items():
             for k in recall:
                 mean, error = mean_and_error([each[name][way][k] for each in found])
-                told.setdefault(name, {}).setdefault(way, {})[k] = {"mean": mean, "error": error if len(found) > 1 else None}  # fmt: skip
-    print(json.dumps({"recall": told, "held_out": int(corpus.table.held_out.sum()), "seeds": arguments.seeds, **machine()}))  # fmt: skip
+                told.setdefault(name, {}).setdefault(way, {})[k] = {
+                    "mean": mean,
+                    "error": error if len(found) > 1 else None,
+                }
+    print(
+        json.dumps(
+            {"recall": told, "held_out": int(corpus.table.held_out.sum()), "seeds": arguments.seeds, **machine()}
+        )
+    )
     return 0
 
 

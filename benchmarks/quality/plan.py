@@ -1,4 +1,7 @@
-"""Which models are trained on which logs, and in which order: seed 0 of everything first, so that a table is whole early."""
+"""The plan of models and their training logs.
+
+It has an order: seed 0 of everything comes first, so that a table is whole early.
+"""
 
 import argparse
 from collections.abc import Iterator
@@ -12,9 +15,21 @@ PARTS = ("city", "real", "controls", "ablations")
 CITY_MODELS = ("full", "no_content", "displayed", "no_alignment", "no_ids", FROZEN, POPULARITY, *BASELINES)
 REAL_MODELS = ("full", "no_alignment", "no_history", FROZEN, POPULARITY, *BASELINES)
 ABLATIONS = (
-    "full", "no_alignment", "no_ita", "no_tia", "no_contrastive", "no_agreement", "no_choice", "no_images", "no_text", "dense_gate", "one_expert", "no_history", "full_attention",
+    "full",
+    "no_alignment",
+    "no_ita",
+    "no_tia",
+    "no_contrastive",
+    "no_agreement",
+    "no_choice",
+    "no_images",
+    "no_text",
+    "dense_gate",
+    "one_expert",
+    "no_history",
+    "full_attention",
     "gate_without_content",
-)  # fmt: skip
+)
 CONTROLS = ("permuted_labels", "shuffled_patches", "shuffled_alignment")
 SMALL_CITY: dict[str, Any] = {"clicks": 60_000, "listings": 3_000, "stores": 30, "users": 450, "photos": 2_000}
 """The ablations' city"""
@@ -25,7 +40,8 @@ WORTHLESS: dict[str, Any] = {
     "click_bad_text": 0.0,
     "classes": 42,
 }
-"""What photos and titles show or spoil changes no click and no order, and a class is a subcategory, which every model knows: of more classes, photos and titles would tell which."""
+"""What photos and titles show or spoil changes no click and no order, and a class is a subcategory,
+which every model knows: of more classes, photos and titles would tell which."""
 HISTORY = 50
 """Entries of a history, for all models: people have more than a hundred clicks each"""
 QUICK_CITY: dict[str, Any] = {}
@@ -36,7 +52,7 @@ QUICK_TRIALS = 3
 
 
 def world(arguments: argparse.Namespace, name: str, city: dict[str, Any] | None, preset: str = "default") -> World:
-    """A log with the encoders of the command line."""
+    """Return a log with the encoders of the command line."""
     real = city is None
     return World(
         name=name,
@@ -52,7 +68,7 @@ def world(arguments: argparse.Namespace, name: str, city: dict[str, Any] | None,
 
 
 def list_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """All jobs that were asked for, in order."""
+    """List all jobs that were asked for, in order."""
     if arguments.quick:
         jobs = [
             Job(world=world(arguments, "quick", QUICK_CITY, "demo"), model=model, seed=0, epochs=QUICK_EPOCHS)

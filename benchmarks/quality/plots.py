@@ -1,4 +1,7 @@
-"""The results as one picture: what is compared, each seed a dot, the mean a bar."""
+"""The results as one picture.
+
+It shows what is compared, each seed a dot, the mean a bar.
+"""
 
 import io
 import statistics
@@ -171,7 +174,10 @@ def _gates(axes: Axes, found: Results) -> None:
 
 
 def draw(found: Results) -> bytes:
-    """The picture, PNG. A panel whose results are missing is left out."""
+    """Draw the picture, PNG.
+
+    A panel whose results are missing is left out.
+    """
     panels: list[tuple[tuple[str, str], Callable[[Axes, Results], None]]] = [
         (("city", "full"), _city),
         (("real", "full"), _real),

@@ -181,7 +181,11 @@ def _gates(found: Results) -> list[str]:
 
 
 def publish(results: list[Result], work: Path, *, docs: bool) -> None:
-    """WORK/quality.md, quality.png and claims.json; with `docs` the tables between two marks of docs/results.md, and the picture beside it."""
+    """Write WORK/quality.md, quality.png and claims.json.
+
+    With `docs`, the tables are also written between two marks of docs/results.md, and the picture
+    beside it.
+    """
     found = by_model(results)
     claims = city_claims(found)
     aligned_or_not = {key: results for key, results in found.items() if key[1] in ("full", "no_alignment")}

@@ -1,6 +1,9 @@
-"""Representation on held-out listings: retrieval, mismatch and a linear probe, of a model and of maps between the frozen encoders' features.
+"""Representation on held-out listings.
 
-Shapes: n listings, classes as integers [n]; a hit is a listing of the query's class.
+Retrieval, mismatch and a linear probe are measured, of a model and of maps between the frozen
+encoders' features.
+
+Shapes: n listings, classes as integers [n]. A hit is a listing of the query's class.
 """
 
 from collections.abc import Callable
@@ -34,30 +37,36 @@ class Held:
     rows: Ints
     classes: Ints
     mismatched: NDArray[np.bool_] | None
-    """Whether photo or title is another class's; None where nobody knows"""
+    """Whether photo or title is another class's, None where nobody knows"""
     corrupted: NDArray[np.bool_] | None
 
 
 def standardise(train: Floats, other: Floats) -> tuple[Floats, Floats]:
-    """Both by the mean and spread of `train`."""
+    """Standardise both by the mean and spread of `train`."""
     mean, spread = train.mean(axis=0), train.std(axis=0) + 1e-6
     return (train - mean) / spread, (other - mean) / spread
 
 
 def unit(vectors: Floats) -> Floats:
-    """Rows of length 1."""
+    """Scale rows to length 1."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
 def cca(images: Floats, titles: Floats, penalty: float, dimensions: int) -> tuple[Floats, Floats]:
-    """Regularised canonical correlation analysis: projections of images and titles onto common axes, weighted by their correlations."""
+    """Fit a regularised canonical correlation analysis.
+
+    Returns projections of images and titles onto common axes, weighted by their correlations.
+    """
     of_images, of_titles, correlations = canonical_directions(images, titles, penalty, dimensions)
     weight = np.sqrt(correlations)
     return of_images * weight, of_titles * weight
 
 
 def ridge(images: Floats, titles: Floats, penalty: float) -> Floats:
-    """Least squares from images to titles with a penalty on the squared weights."""
+    """Fit ridge regression from images to titles.
+
+    It is least squares with a penalty on the squared weights.
+    """
     gram = images.T @ images
     return np.linalg.solve(
         gram + penalty * np.trace(gram) / len(gram) * np.eye(len(gram), dtype=gram.dtype), images.T @ titles
@@ -67,7 +76,10 @@ def ridge(images: Floats, titles: Floats, penalty: float) -> Floats:
 def _similarities(
     kind: str, setting: tuple[float, int], train: tuple[Floats, Floats], test: tuple[Floats, Floats]
 ) -> Floats:
-    """[photos, titles] of the listings of `test`, by a map that was fitted on `train`."""
+    """Return similarities [photos, titles] of the listings of `test`.
+
+    They are by a map that was fitted on `train`.
+    """
     if kind == "ridge":
         weights = ridge(*train, setting[0])
         return unit(test[0] @ weights) @ unit(test[1]).T
@@ -81,7 +93,10 @@ def _mean_first(similarities: Floats, classes: Ints) -> float:
 
 
 def frozen_features(table: ItemTable, rows: Ints) -> tuple[Floats, Floats]:
-    """Mean patch features and mean token states of listings that have both, two [n, width]."""
+    """Return mean patch features and mean token states.
+
+    They are of listings that have both, two [n, width].
+    """
     return (
         table.pooled_images[table.image_row[rows]].astype(np.float32),
         table.pooled_titles[table.title_row[rows]].astype(np.float32),
@@ -91,7 +106,10 @@ def frozen_features(table: ItemTable, rows: Ints) -> tuple[Floats, Floats]:
 def mapped_similarities(
     kind: str, train: tuple[Floats, Floats], train_classes: Ints, test: tuple[Floats, Floats], seed: int
 ) -> Floats:
-    """Similarities [photos, titles] by the best `ridge` or `cca` map between photos' and titles' features [n, p] and [n, q], fitted on `train`.
+    """Return similarities by the best `ridge` or `cca` map.
+
+    They are [photos, titles]. The map is between photos' and titles' features [n, p] and [n, q],
+    fitted on `train`.
 
     Settings are chosen by R@1 of both ways on a part of the training listings.
     """
@@ -107,13 +125,20 @@ def mapped_similarities(
 
 
 def frozen_similarities(table: ItemTable, train: Ints, train_classes: Ints, test: Ints, seed: int) -> dict[str, Floats]:
-    """Similarities [photos, titles] of the listings `test` by the best ridge map and the best CCA map between mean patch features and mean token states."""
+    """Return similarities of frozen features by fitted maps.
+
+    They are [photos, titles] of the listings `test`, by the best ridge map and the best CCA map
+    between mean patch features and mean token states.
+    """
     known, asked = frozen_features(table, train), frozen_features(table, test)
     return {kind: mapped_similarities(kind, known, train_classes, asked, seed) for kind in ("ridge", "cca")}
 
 
 def swapped_pairs(held: Held, seed: int) -> tuple[Ints, Ints]:
-    """Places (photos, titles) of pairs of other classes, of listings that are right themselves."""
+    """Return places (photos, titles) of mismatched pairs.
+
+    The pairs are of other classes, of listings that are right themselves.
+    """
     right = np.arange(len(held.rows)) if held.corrupted is None else np.flatnonzero(~held.corrupted)
     other = np.random.default_rng([seed, 17]).permutation(right)
     differs = held.classes[right] != held.classes[other]
@@ -123,7 +148,10 @@ def swapped_pairs(held: Held, seed: int) -> tuple[Ints, Ints]:
 def both_ways(
     similarities: Floats, of_photos: Ints, of_titles: Ints, ks: tuple[int, ...]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """R@k, (photo to title, title to photo), from similarities [n, m] of photos and titles of given classes."""
+    """Return R@k, (photo to title, title to photo).
+
+    It is computed from similarities [n, m] of photos and titles of given classes.
+    """
     to_text, to_image = (
         {f"r_at_{k}": share for k, share in metrics.recall_at_k(found, queries, answers, ks).items()}
         for found, queries, answers in ((similarities, of_photos, of_titles), (similarities.T, of_titles, of_photos))
@@ -132,7 +160,11 @@ def both_ways(
 
 
 def figures(similarities: Floats, belongs: Floats, swaps: Floats, held: Held) -> dict[str, Any]:
-    """R@k both ways from similarities [n, n]; mismatch AUC from how well own photos and titles belong together [n], and swapped ones [m]."""
+    """Return R@k both ways and mismatch AUC.
+
+    R@k is from similarities [n, n]. Mismatch AUC is from how well own photos and titles belong
+    together [n], and swapped ones [m].
+    """
     to_text, to_image = both_ways(similarities, held.classes, held.classes, KS)
     found: dict[str, Any] = {"image_to_text": to_text, "text_to_image": to_image}
     right = belongs if held.corrupted is None else belongs[~held.corrupted]
@@ -144,7 +176,10 @@ def figures(similarities: Floats, belongs: Floats, swaps: Floats, held: Held) ->
 
 
 def probe(train: Floats, train_groups: Ints, test: Floats, test_groups: Ints) -> float:
-    """Share of the test listings whose group a ridge classifier on vectors names."""
+    """Return the accuracy of a linear probe of groups.
+
+    It is the share of the test listings whose group a ridge classifier on vectors names.
+    """
     groups, target = np.unique(train_groups, return_inverse=True)
     train, test = standardise(train, test)
     onto = np.eye(len(groups), dtype=np.float32)[target]
@@ -155,9 +190,12 @@ def probe(train: Floats, train_groups: Ints, test: Floats, test_groups: Ints) ->
 def of_model(
     model: CameNN, table: ItemTable, train: Ints, train_classes: Ints, held: Held, seed: int
 ) -> dict[str, Any]:
-    """The model's figures, with linear probes of the subcategory.
+    """Return the model's figures, with linear probes.
 
-    `states`: the same of what the shared bottom says of a photo and of a title, `[IMG]` and `[TXT]`, by the best CCA map between them that is fitted on the training listings: a model
+    The probes are of the subcategory.
+
+    `states` are the same figures of what the shared bottom says of a photo and of a title, `[IMG]`
+    and `[TXT]`, by the best CCA map between them that is fitted on the training listings. A model
     that was never taught to compare has these.
     """
 
@@ -181,16 +219,19 @@ def of_model(
 def _probes(
     table: ItemTable, train: Ints, known: tuple[Floats, Floats], held: Held, asked: tuple[Floats, Floats]
 ) -> dict[str, float]:
-    """`probe` of the subcategory, by modality."""
+    """Return `probe` of the subcategory, by modality."""
     groups = table.subcategory
     sides = zip(("image", "text"), known, asked, strict=True)
     return {name: probe(a, groups[train], b, groups[held.rows]) for name, a, b in sides}
 
 
 def of_listing_quality(table: ItemTable, agreement: Agreement, held: Held) -> dict[str, float] | None:
-    """How well what is published of listings' quality finds mismatches; None where nobody knows them, or nothing is judged.
+    """Measure how well published listing quality finds mismatches.
 
-    `mismatch_auc`: over the held-out listings; `worst_twentieth`: share of mismatched ones in the twentieth of them that is judged worst.
+    The figures are None where nobody knows the mismatches, or nothing is judged.
+
+    `mismatch_auc` is over the held-out listings. `worst_twentieth` is the share of mismatched ones
+    in the twentieth of them that is judged worst.
     """
     if held.mismatched is None or not held.mismatched.any() or not agreement.folds:
         return None
@@ -203,7 +244,11 @@ def of_listing_quality(table: ItemTable, agreement: Agreement, held: Held) -> di
 
 
 def of_frozen(table: ItemTable, train: Ints, train_classes: Ints, held: Held, seed: int) -> dict[str, Any]:
-    """The same of the frozen features: the better of the two maps for retrieval, the ridge map's cosine as the mismatch score."""
+    """Return the figures of the frozen features.
+
+    They are the same as the model's, with the better of the two maps for retrieval and the ridge
+    map's cosine as the mismatch score.
+    """
     maps = frozen_similarities(table, train, train_classes, held.rows, seed)
     photos, titles = swapped_pairs(held, seed)
     found: dict[str, Any] = {name: figures(s, s.diagonal(), s[photos, titles], held) for name, s in maps.items()}

@@ -1,4 +1,7 @@
-"""What differs between the models that are compared: one change each, made to the corpus, to the configuration or to what is drawn."""
+"""The differences between the models that are compared.
+
+There is one change each, made to the corpus, to the configuration or to what is drawn.
+"""
 
 import copy
 from collections.abc import Callable
@@ -28,7 +31,10 @@ assert {*IMAGE_QUALITY, *TEXT_QUALITY} == {column.name for column in ITEM_QUALIT
 
 
 def hide(table: ItemTable, space: FeatureSpace, *, images: bool = False, titles: bool = False) -> ItemTable:
-    """The items without photos or titles, and without what was measured of them."""
+    """Return the items without photos or titles.
+
+    They are also without what was measured of them.
+    """
     hidden = copy.copy(table)
     if images:
         hidden.image_row = np.full_like(table.image_row, -1)
@@ -44,7 +50,7 @@ def hide(table: ItemTable, space: FeatureSpace, *, images: bool = False, titles:
 
 
 def hide_ids(table: ItemTable, space: FeatureSpace) -> ItemTable:
-    """The items without their hashed ids."""
+    """Return the items without their hashed ids."""
     hidden = copy.copy(table)
     place = [field.name for field in space.fields if field.group == "item"].index(ITEM_HASH)
     hidden.cats, hidden.history_cats = table.cats.copy(), table.history_cats.copy()
@@ -53,14 +59,17 @@ def hide_ids(table: ItemTable, space: FeatureSpace) -> ItemTable:
 
 
 def without_agreement(corpus: Corpus) -> Corpus:
-    """The corpus of which nobody knows whether photos and titles belong together."""
+    """Return the corpus without knowledge of agreement.
+
+    Nobody knows in it whether photos and titles belong together.
+    """
     agreement = replace(Agreement.none(), penalty=corpus.space.agreement.penalty)
     space = replace(corpus.space, agreement=agreement)
     return replace(corpus, space=space, table=copy.copy(corpus.table).encode(space))
 
 
 def shuffle_images(table: ItemTable, space: FeatureSpace, seed: int) -> ItemTable:
-    """The items with each other's photos."""
+    """Return the items with each other's photos."""
     shuffled = copy.copy(table)
     has = np.flatnonzero(table.image_row >= 0)
     shuffled.image_row = table.image_row.copy()
@@ -69,12 +78,18 @@ def shuffle_images(table: ItemTable, space: FeatureSpace, seed: int) -> ItemTabl
 
 
 def with_shuffled_images(corpus: Corpus, seed: int) -> Corpus:
-    """The corpus of which items have each other's photos."""
+    """Return the corpus with items' photos shuffled.
+
+    Its items have each other's photos.
+    """
     return replace(corpus, table=shuffle_images(corpus.table, corpus.space, seed))
 
 
 class _Arrays:
-    """In the place of mapped embeddings: one vector for each row."""
+    """Vectors in the place of mapped embeddings.
+
+    There is one vector for each row.
+    """
 
     def __init__(self, values: NDArray[np.float32]) -> None:
         self.values = values.astype(np.float16)[:, None, :]
@@ -84,14 +99,21 @@ class _Arrays:
         return len(self.values)
 
     def gather(self, rows: Ints) -> NDArray[np.float16]:
-        """float16 [n, 1, width]; zeros for a row of -1."""
+        """Return float16 [n, 1, width] of rows.
+
+        There are zeros for a row of -1.
+        """
         return np.where((rows >= 0)[:, None, None], self.values[rows], np.float16(0))
 
 
 def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
-    """The corpus with the truth of what photos and titles display in the place of their embeddings, and of how well these agree.
+    """Return the corpus with the truth of displayed content.
 
-    A photo: whether it is right and clear, its visual factors if so, and the vector z of the class that it shows. A title: the same with its attributes.
+    The truth of what photos and titles display stands in the place of their embeddings, and of how
+    well these agree.
+
+    A photo has: whether it is right and clear, its visual factors if so, and the vector z of the
+    class that it shows. A title has the same with its attributes.
     """
     assert world.truth is not None
     listings = pq.read_table(world.truth / "listings.parquet").to_pandas().set_index("item_id")
@@ -109,9 +131,13 @@ def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
     said = (listings["text_corruption"].to_numpy() == "clean")[:, None]
     noun = listings["text_class_id"].to_numpy(dtype=np.float64)
     titles = np.concatenate(
-        [said, listings[list(TEXT_FACTORS)].to_numpy() * said, np.where(np.isnan(noun)[:, None], 0, z[np.nan_to_num(noun).astype(int)])],
+        [
+            said,
+            listings[list(TEXT_FACTORS)].to_numpy() * said,
+            np.where(np.isnan(noun)[:, None], 0, z[np.nan_to_num(noun).astype(int)]),
+        ],
         axis=1,
-    )  # fmt: skip
+    )
     table = copy.copy(corpus.table)
     table.images, table.titles = _Arrays(images), _Arrays(titles)  # type: ignore[assignment]
     table.image_row = table.title_row = np.arange(len(table))
@@ -141,7 +167,10 @@ class _ChangedReader(ExampleReader):
         self.change = change
 
     def encode(self, examples: pa.Table) -> Rows:
-        """Rows of a table under the contract `EXAMPLES`, changed."""
+        """Encode a table and change the rows.
+
+        The table is under the contract `EXAMPLES`.
+        """
         return self.change(super().encode(examples))
 
 
@@ -167,7 +196,10 @@ def _permute(rows: Rows) -> Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One model. What is not named is as in `full`."""
+    """One model.
+
+    Fields that are not named are as in `full`.
+    """
 
     about: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -228,7 +260,10 @@ VARIANTS: dict[str, Variant] = {
 
 
 def _mask_gate(trainer: Trainer) -> None:
-    """Hide `[TXT]` and the mean of patches from the CVR gate: the columns of its weights stay 0, where they begin."""
+    """Hide `[TXT]` and the mean patch from the CVR gate.
+
+    The columns of its weights for `[TXT]` and the mean of patches stay 0, where they begin.
+    """
     width = trainer.model.config.width
     for layers in (trainer.model.cvr_gate.weights, trainer.model.cvr_gate.noise):
         weight: torch.Tensor = layers[0].weight  # type: ignore[assignment]
@@ -240,7 +275,7 @@ def _mask_gate(trainer: Trainer) -> None:
 
 
 def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world: World) -> tuple[Trainer, Corpus]:
-    """(a trainer of the variant, the corpus of its test part).
+    """Return (a variant's trainer, the corpus of its test part).
 
     Frozen features are standardised before anything is hidden: a model needs some to be made.
     """
@@ -249,8 +284,8 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
     elif not options.alignment or variant.hides_agreement:
         corpus = without_agreement(corpus)
     corpus = replace(corpus, config=replace(corpus.config, attention=options.attention, **variant.config))
-    # Whose photo is whose is what alignment learns from. The control has it of shuffled photos, the start of the projections too;
-    # orders, and all that is measured, see each listing's own.
+    # Whose photo is whose is what alignment learns from. The control has it of shuffled photos,
+    # the start of the projections too. Orders, and all that is measured, see each listing's own.
     aligned = with_shuffled_images(corpus, options.seed) if variant.shuffled_alignment else corpus
     trainer = Trainer(aligned, options, lambda *_: None)
     if variant.hides:

@@ -1,4 +1,7 @@
-"""Logs that quality is measured on: simulated cities with known truth, or a real data directory; each is embedded and sharded once.
+"""Logs that quality is measured on.
+
+They are simulated cities with known truth, or a real data directory. Each is embedded and sharded
+once.
 
 `python -m benchmarks.quality.worlds WORLD` prepares a JSON world.
 """
@@ -24,7 +27,11 @@ TEXT_TOKENS, GRID = 16, 4
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """One log. `city`: fields of the simulator's configuration that differ from the preset's; None = a data directory that is there."""
+    """One log.
+
+    `city` has the fields of the simulator's configuration that differ from the preset's. None means
+    a data directory that is there.
+    """
 
     name: str
     work: str
@@ -39,41 +46,64 @@ class World:
 
     @property
     def directory(self) -> Path:
-        """Where all of it lies."""
+        """Return the directory of the whole world."""
         return Path(self.work) / "worlds" / self.name
 
     @property
     def data(self) -> Path:
-        """The tables."""
+        """Return the directory of the tables."""
         return Path(self.data_directory) if self.data_directory else self.directory / "data"
 
     @property
     def shards(self) -> str:
-        """The shard set."""
+        """Return the path of the shard set."""
         return str(self.directory / "shards")
 
     @property
     def truth(self) -> Path | None:
-        """Known truth; None for a real log."""
+        """Return the directory of known truth (real log: None)."""
         return self.data / "truth" if self.city is not None else None
 
     def prepare(self) -> None:
-        """Simulate, embed and shard; each does nothing where neither its inputs nor its flags changed."""
+        """Simulate, embed and shard.
+
+        Each does nothing where neither its inputs nor its flags changed.
+        """
         if self.city is not None:
             generate_city(self.data, preset_config(self.preset, self.city))
         store = self.directory / "store"
         images = ["--image_root", self.image_root] if self.image_root else []
         _camenn(
-            "embed", "--data", str(self.data), "--store", str(store), "--image_weights", self.image_weights, "--text_encoder", self.text_encoder,
-            "--grid", str(GRID), "--max_tokens", str(TEXT_TOKENS), *images, *self.flags.get("embed", []),
-        )  # fmt: skip
+            "embed",
+            "--data",
+            str(self.data),
+            "--store",
+            str(store),
+            "--image_weights",
+            self.image_weights,
+            "--text_encoder",
+            self.text_encoder,
+            "--grid",
+            str(GRID),
+            "--max_tokens",
+            str(TEXT_TOKENS),
+            *images,
+            *self.flags.get("embed", []),
+        )
         _camenn(
-            "shards", "--data", str(self.data), "--store", str(store), "--out", self.shards, *self.flags.get("shards", [])
-        )  # fmt: skip
+            "shards",
+            "--data",
+            str(self.data),
+            "--store",
+            str(store),
+            "--out",
+            self.shards,
+            *self.flags.get("shards", []),
+        )
 
 
 def _camenn(*flags: str) -> None:
-    """One stage in a process of its own."""
+    """Run one stage in a process of its own."""
     command = [*CAMENN, *flags]
     with Children() as children:
         if status := children.run(command):
@@ -82,7 +112,10 @@ def _camenn(*flags: str) -> None:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of some examples, [n] each, in their order."""
+    """The truth of some examples.
+
+    The fields are [n] each, in the examples' order.
+    """
 
     p_order: np.ndarray
     """Probability of an order after the click, float64"""
@@ -94,19 +127,20 @@ class Truth:
     text_ok: np.ndarray
     mismatched: np.ndarray
     ladder: dict[str, dict[str, float]]
-    """Expected AUC of what can be known of an order, of these examples; and of all of the simulator's strata"""
+    """Expected AUC of what can be known of an order, of these examples and of all of the simulator's
+    strata"""
 
 
 KEY = ["user_id", "session_id", "item_id"]
 
 
 def read_keys(files: list[tuple[str, int]]) -> pd.DataFrame:
-    """Keys of the examples of some files, in their order."""
+    """Read keys of files' examples, in their order."""
     return pd.concat([pq.ParquetFile(path).read(columns=KEY).to_pandas() for path, _ in files], ignore_index=True)
 
 
 def read_truth(world: World, keys: pd.DataFrame) -> Truth:
-    """The truth of examples.
+    """Read the truth of examples.
 
     Raises:
         ValueError: an example that the simulator knows nothing of.

@@ -1,11 +1,15 @@
-"""What a change costs: stages of this tree against those of another checkout, in turns on one machine.
+"""The cost of a change: this tree against another checkout.
 
     git worktree add /tmp/before COMMIT
     python -m benchmarks.speed.against --before /tmp/before --work WORK
 
-Both trees read the same city, and each has a store, shard set and model of its own making. Runs alternate; a run is a process of its own, with one worker.
-`cpu_ratio` and `wall_ratio`: medians over the turns of this tree's seconds over the other's. `digest`: whether the rows of both are equal to the bit.
-The last line of stdout is one JSON object.
+Stages of both trees run in turns on one machine. Both trees read the same city, and each has a
+store, shard set and model of its own making. Runs alternate. A run is a process of its own, with
+one worker.
+
+`cpu_ratio` and `wall_ratio` are medians over the turns of this tree's seconds over the other's.
+`same_rows` tells whether the rows of both are equal to the bit. The last line of stdout is one JSON
+object.
 """
 
 import argparse
@@ -29,12 +33,15 @@ HERE = Path(__file__).resolve().parents[2]
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"against: {text}", file=sys.stderr, flush=True)
 
 
 def run_stage(tree: Path, place: Path, stage: str, out: str, *, rebuild: bool = False) -> dict[str, Any]:
-    """Run one stage of a checkout in a process of its own; returns its result."""
+    """Run one stage of a checkout and return its result.
+
+    It runs in a process of its own.
+    """
     job = Job(
         stage=stage,
         work=str(place),
@@ -56,7 +63,7 @@ def run_stage(tree: Path, place: Path, stage: str, out: str, *, rebuild: bool = 
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All ratios."""
+    """Measure all ratios."""
     trees = {"before": arguments.before.resolve(), "now": HERE}
     make_city(work / "city", arguments.items, arguments.clicks // arguments.copies, 1, CLICKS_PER_USER)
     rows = multiply_city(work / "city", work / "data", arguments.copies)
@@ -92,7 +99,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.against", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -107,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one JSON line."""
+    """Measure, and print one JSON line."""
     arguments = build_parser().parse_args(argv)
     with work_directory(arguments.work, "against") as work:
         found = measure(work, arguments)

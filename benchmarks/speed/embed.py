@@ -1,12 +1,22 @@
-"""What embedding costs: `camenn embed` against the encoders alone and against plain RunInference, a second night against the first, and memory.
+"""The cost of embedding: speed, a second night, and memory.
 
     python -m benchmarks.speed.embed --photos DIR --image_weights FILE --text_encoder DIR
 
-`speed`: the pace of `camenn embed` (read, decode, cut, encode photo and title, write, publish; start-up, a run over one listing, apart) on listings that each have a photo and a
-title of their own, over that of a bare torch loop on the same photos and titles, and over that of a RunInference pipeline as Beam's documentation would
-write it. Both are measured against the bare loop while they run: the clock of the one stands while the other encodes the same contents.
-`nights`: a whole run, then the same catalog again, then 1 % of it changed. `memory`: peak resident memory by listing, with stub encoders.
-Each run is a process of its own, medians are compared; the last line of stdout is one JSON object, ratios first.
+`camenn embed` is measured against the encoders alone and against plain RunInference, and a second
+night against the first.
+
+`speed` is the pace of `camenn embed` on listings that each have a photo and a title of their own.
+That pace covers reading, decoding, cutting, encoding photo and title, writing and publishing.
+Start-up, a run over one listing, is kept apart. It is given over the pace of a bare torch loop on
+the same photos and titles, and over that of a RunInference pipeline as Beam's documentation would
+write it. Both are measured against the bare loop while they run: the clock of the one stands while
+the other encodes the same contents.
+
+`nights` is a whole run, then the same catalog again, then 1 % of it changed. `memory` is peak
+resident memory by listing, with stub encoders.
+
+Each run is a process of its own, and medians are compared. The last line of stdout is one JSON
+object, ratios first.
 """
 
 import argparse
@@ -30,12 +40,15 @@ CHANGED = 0.01
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"embed: {text}", file=sys.stderr, flush=True)
 
 
 def run_job(job: Job, timeout: float) -> tuple[dict[str, Any], float]:
-    """One run in a process of its own: (its result, with `wall_seconds` of the whole process; its peak memory in MB)."""
+    """Run one job in a process of its own.
+
+    Returns (its result, its peak memory in MB). The result has `wall_seconds` of the whole process.
+    """
     started = time.monotonic()
     out, peaks = run_watched(
         [sys.executable, "-m", "benchmarks.speed.embed_loops", json.dumps(asdict(job))], standing=False, timeout=timeout
@@ -45,7 +58,11 @@ def run_job(job: Job, timeout: float) -> tuple[dict[str, Any], float]:
 
 
 def matmul_ceilings() -> dict[str, float]:
-    """GFLOP/s of a matrix product of 2048 × 2048, the best of some, by dtype: what the machine has to give at the moment."""
+    """Return the GFLOP/s of a matrix product by dtype.
+
+    The product is of 2048 × 2048, and the best of some counts: what the machine has to give at the
+    moment.
+    """
     import torch
 
     found = {}
@@ -61,7 +78,10 @@ def matmul_ceilings() -> dict[str, float]:
 
 
 def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, Any]) -> dict[str, Any]:
-    """`camenn embed` and plain RunInference, each against a bare loop that encodes the same contents in between."""
+    """Measure `camenn embed` and plain RunInference.
+
+    Each is measured against a bare loop that encodes the same contents in between.
+    """
     data = work / f"listings-{arguments.items}"
     make_listings(data, arguments.items, arguments.photos)
     single = work / "listings-1"
@@ -91,7 +111,8 @@ def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, A
                     f"{result['images']} photos and {result['titles']} titles of {arguments.items} were encoded"
                 )
     whole = [run["bare_seconds"] / run["seconds"] for run in runs["whole"]]
-    # What the bare loop takes for a listing beside `plain`: its photo there, its title by the share that it had beside `whole`.
+    # What the bare loop takes for a listing beside `plain`:
+    # its photo there, its title by the share that it had beside `whole`.
     title_share = statistics.median(run["bare_seconds"] / run["bare_by_encoder"]["images"] for run in runs["whole"])
     plain = [run["bare_image_seconds"] * title_share / run["seconds"] for run in runs["plain"]]
     pace = {way: statistics.median(run["images"] / run["seconds"] for run in found) for way, found in runs.items()}
@@ -116,7 +137,11 @@ def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, A
 
 
 def measure_nights(work: Path, arguments: argparse.Namespace, common: dict[str, Any]) -> dict[str, Any]:
-    """A whole run once; then, from its store each time, the same catalog again and 1 % of it changed. Whether to compile is left to the product: it pays on the first night alone."""
+    """Measure a first night and the nights after it.
+
+    There is a whole run once. Then, from its store each time, the same catalog again and 1 % of it
+    changed. Whether to compile is left to the product: it pays on the first night alone.
+    """
     common = common | {"compile": "auto"}
     data = work / f"listings-{arguments.night_items}"
     make_listings(data, arguments.night_items, arguments.photos)
@@ -142,7 +167,8 @@ def measure_nights(work: Path, arguments: argparse.Namespace, common: dict[str, 
             result, _ = run_job(Job(way="whole", data=str(place), out=str(second), **common), arguments.timeout)
             found[name].append(result)
             say(
-                f"{name} {number + 1}/{arguments.repeats}: {result['wall_seconds']:.1f} s in all, {result['images']} photos and {result['titles']} titles encoded"
+                f"{name} {number + 1}/{arguments.repeats}: {result['wall_seconds']:.1f} s in all, "
+                f"{result['images']} photos and {result['titles']} titles encoded"
             )
     shutil.rmtree(work / "nights", ignore_errors=True)
     wall = {name: statistics.median(run["wall_seconds"] for run in runs) for name, runs in found.items()}
@@ -163,7 +189,10 @@ def measure_nights(work: Path, arguments: argparse.Namespace, common: dict[str, 
 
 
 def measure_memory(work: Path, arguments: argparse.Namespace, common: dict[str, Any]) -> dict[str, Any]:
-    """Peak resident memory of two catalogs, one ten times the other."""
+    """Measure the peak resident memory of two catalogs.
+
+    One is ten times the other.
+    """
     peaks: dict[int, list[float]] = {size: [] for size in arguments.memory_items}
     for size in peaks:
         make_small_photos(work / f"small-{size}", size)
@@ -190,7 +219,7 @@ MEASURES = {"speed": measure_speed, "nights": measure_nights, "memory": measure_
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.embed", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -224,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one JSON line."""
+    """Measure, and print one JSON line."""
     arguments = build_parser().parse_args(argv)
     common = {name: getattr(arguments, name) for name in ("image_weights", "text_encoder", "precision", "compile")}
     found: dict[str, Any] = {}

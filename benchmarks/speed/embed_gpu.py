@@ -1,6 +1,9 @@
-"""How busy `camenn embed` keeps one GPU: images a second, utilisation, and the share of the bf16 matrix ceiling measured in the same run.
+"""The load that `camenn embed` puts on one GPU.
 
     python -m benchmarks.speed.embed_gpu --photos DIR --image_weights FILE --text_encoder DIR
+
+It measures images a second, utilisation, and the share of the bf16 matrix ceiling measured in the
+same run.
 
 Where there is no CUDA device, it says so and measures nothing.
 """
@@ -32,7 +35,10 @@ MATRIX = 8_192
 
 
 def patch_flops(encoder: ImageEncoder) -> int:
-    """Floating-point operations of one patch, counted in a forward pass."""
+    """Count the floating-point operations of one patch.
+
+    They are counted in a forward pass.
+    """
     size = encoder.spec.patch_size
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         encoder.model(torch.zeros(2, 3, size, size, device=encoder.spec.device))
@@ -40,7 +46,10 @@ def patch_flops(encoder: ImageEncoder) -> int:
 
 
 def matrix_ceiling(repeats: int = 5) -> float:
-    """FLOP/s of a square bf16 matrix product of this GPU, the median of some."""
+    """Return the FLOP/s of a square bf16 matrix product.
+
+    It is measured on this GPU, and the median of some is taken.
+    """
     a, b = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     found = []
     for turn in range(repeats + 2):
@@ -57,7 +66,11 @@ def matrix_ceiling(repeats: int = 5) -> float:
 
 @contextmanager
 def watch_utilisation(samples: list[float]) -> Iterator[None]:
-    """Collect the % of the time in which a kernel ran, five times a second, from nvidia-smi; nothing where it is not installed."""
+    """Collect the GPU's utilisation from nvidia-smi.
+
+    It is the % of the time in which a kernel ran, five times a second. Nothing is collected where
+    nvidia-smi is not installed.
+    """
     if shutil.which("nvidia-smi") is None:
         yield
         return
@@ -81,7 +94,10 @@ def watch_utilisation(samples: list[float]) -> Iterator[None]:
 
 
 def bare_pace(encoder: ImageEncoder, photos: int) -> float:
-    """Photos a second of the encoder alone, over patches that lie in memory."""
+    """Return photos a second of the encoder alone.
+
+    It runs over patches that lie in memory.
+    """
     spec = encoder.spec
     patches = torch.randint(
         0, 255, (spec.batch_size * 8, spec.patch_size, spec.patch_size, 3), dtype=torch.uint8
@@ -95,7 +111,7 @@ def bare_pace(encoder: ImageEncoder, photos: int) -> float:
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """One run of the whole stage, and the ceilings."""
+    """Measure one run of the whole stage, and the ceilings."""
     data = work / f"listings-{arguments.items}"
     make_listings(data, arguments.items, arguments.photos)
     job = Job(
@@ -133,7 +149,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.embed_gpu", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -146,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one JSON line."""
+    """Measure, and print one JSON line."""
     arguments = build_parser().parse_args(argv)
     if not torch.cuda.is_available():
         print("embed_gpu: no CUDA device here: nothing was measured. Run it on a machine with one.", file=sys.stderr)

@@ -1,9 +1,17 @@
-"""One timed way of encoding a catalog, in a process of its own: `python -m benchmarks.speed.embed_loops JOB` with a JSON job; the last line of stdout is the result.
+"""One timed way of encoding a catalog, in one process.
 
-Ways: `whole` is `camenn embed`; `plain` a RunInference pipeline as Beam's documentation would write it, one photo and one title an element, in fp32;
-`variants` finds the fastest bare torch loop over patches and token ids that lie in memory. A shared machine may be three times slower from one minute to
-the next: where `whole` and `plain` are given a bare loop, they stop their clock now and then and let it encode the very same contents, so that each is
-compared with it within seconds. Start-up (imports, loading, compiling) is kept apart.
+    python -m benchmarks.speed.embed_loops JOB
+
+JOB is a JSON job. It runs in a process of its own. The last line of stdout is the result.
+
+There are these ways. `whole` is `camenn embed`. `plain` is a RunInference pipeline as Beam's
+documentation would write it, one photo and one title an element, in fp32. `variants` finds the
+fastest bare torch loop over patches and token ids that lie in memory.
+
+A shared machine may be three times slower from one minute to the next. Where `whole` and `plain`
+are given a bare loop, they stop their clock now and then and let it encode the very same contents,
+so that each is compared with it within seconds. Start-up (imports, loading, compiling) is kept
+apart.
 """
 
 import json
@@ -31,7 +39,7 @@ PROCESS_STARTED = time.monotonic()
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run."""
+    """One run of a way."""
 
     way: str
     data: str
@@ -46,12 +54,12 @@ class Job:
     limit: int | None = None
     """Listings, for the ways that need no whole catalog"""
     single: str = ""
-    """A catalog of one listing; what `whole` takes for it is start-up"""
+    """A catalog of one listing. What `whole` takes for it is start-up"""
     variants: dict[str, Any] = field(default_factory=dict)
-    """The bare loops of `images` and `titles` to compare with; {} = none"""
+    """The bare loops of `images` and `titles` to compare with ({} = none)"""
 
     def specs(self, precision: str | None = None) -> tuple[ImageSpec, TextSpec]:
-        """Both encoders."""
+        """Return the specs of both encoders."""
         precision = precision or self.precision
         image = ImageSpec.resolve(
             self.image_weights,
@@ -69,7 +77,10 @@ class Job:
 
 
 def _write(path: str, pair: tuple[float, float] | None, **seconds: float) -> None:
-    """Add to what a handler leaves for the submitter (sums, and pairs of seconds): the runner copies handlers, and tells nothing."""
+    """Add figures to what a handler leaves for the submitter.
+
+    They are sums, and pairs of seconds. The runner copies handlers, and tells nothing.
+    """
     found = json.loads(Path(path).read_text()) if Path(path).exists() else {"pairs": []}
     pairs = found["pairs"] + ([pair] if pair is not None else [])
     sums = {name: found.get(name, 0.0) + value for name, value in seconds.items()}
@@ -77,22 +88,29 @@ def _write(path: str, pair: tuple[float, float] | None, **seconds: float) -> Non
 
 
 class _Timed:
-    """Before a handler of the product. With its clock stopped, a bare loop encodes half of each chunk's contents ahead of it and half after it."""
+    """A timing base before a handler of the product.
+
+    With its clock stopped, a bare loop encodes half of each chunk's contents ahead of it and half
+    after it.
+    """
 
     record: str
     variant: Sequence[Any] | None
     bare: Any = None
 
     def make_bare(self, model: Any, variant: tuple[str, int]) -> Any:
-        """The bare loop."""
+        """Make the bare loop."""
         raise NotImplementedError
 
     def given(self, chunk: Any, model: Any, half: slice) -> Any:
-        """Some of a chunk's contents as the bare loop takes them."""
+        """Return some contents as the bare loop takes them.
+
+        They are contents of one chunk.
+        """
         raise NotImplementedError
 
     def _bare_seconds(self, batch: Sequence[Any], model: Any, *, ahead: bool) -> float:
-        """Time of the bare loop over half of the contents."""
+        """Time the bare loop over half of the contents."""
         if self.variant is None:
             return 0.0
         mode, size = self.variant
@@ -103,7 +121,7 @@ class _Timed:
     def run_inference(
         self, batch: Sequence[Any], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[Any]:
-        """The handler's own, timed."""
+        """Run the handler's own inference, timed."""
         handler: Any = super()
         begun = time.monotonic()
         encoder = model.get()
@@ -120,7 +138,8 @@ class _Timed:
         own = ended - resumed - compiling
         bare += self._bare_seconds(batch, encoder, ahead=False)
         contents = sum(len(chunk.keys) for chunk in batch) if bare else 0
-        # Around each other within seconds: a ratio that a machine which lends its cores elsewhere for minutes leaves alone.
+        # Around each other within seconds:
+        # a ratio that a machine which lends its cores elsewhere for minutes leaves alone.
         pair = (own, bare) if bare else None
         paused = resumed - stopped + time.monotonic() - ended
         _write(
@@ -158,16 +177,20 @@ class _TimedTitles(_Timed, TitleChunkHandler):
 
 
 def _load_patches(paths: list[str], spec: ImageSpec) -> NDArray[np.uint8]:
-    """Patches of some photos, uint8 [n·P, s, s, 3]."""
+    """Load the patches of photos, uint8 [n·P, s, s, 3]."""
     with ThreadPoolExecutor(4) as pool:
         photos = pool.map(lambda path: decode_image(Path(path).read_bytes(), spec.side).pixels, paths)
         return np.concatenate([grid_patches(pixels, spec.grid, spec.patch_size) for pixels in photos])
 
 
 def run_whole(job: Job) -> dict[str, Any]:
-    """`camenn embed`, from its first look at the catalog to its publication, less the time in which its clock stood, and less start-up.
+    """Time `camenn embed` without its start-up.
 
-    Start-up is imports, loading, compiling, and what a run over a single listing takes: building a pipeline, starting its steps, publishing.
+    The time goes from its first look at the catalog to its publication, less the time in which its
+    clock stood, and less start-up.
+
+    Start-up is imports, loading, compiling, and what a run over a single listing takes: building a
+    pipeline, starting its steps, publishing.
     """
     imports = time.monotonic() - PROCESS_STARTED
     single = 0.0
@@ -205,7 +228,10 @@ def run_whole(job: Job) -> dict[str, Any]:
 
 
 def _timed_run(job: Job) -> tuple[float, dict[str, Any], dict[str, Any]]:
-    """(seconds, closing table, what the handlers left) of a run."""
+    """Run a job and time it.
+
+    Returns (seconds, closing table, what the handlers left).
+    """
     image, text = job.specs()
     out = Path(job.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +263,10 @@ def _timed_run(job: Job) -> tuple[float, dict[str, Any], dict[str, Any]]:
 
 
 def run_stub(job: Job) -> dict[str, Any]:
-    """`camenn embed` with stub encoders of small embeddings: the plant alone, for its memory."""
+    """Run `camenn embed` with stub encoders.
+
+    Their embeddings are small. This is the pipeline alone, for its memory.
+    """
     from benchmarks.support.stub_encoders import stub_handler, stub_specs
 
     image, text = stub_specs((4, 16), (8, 16))
@@ -258,7 +287,10 @@ def run_stub(job: Job) -> dict[str, Any]:
 
 
 def find_variants(job: Job) -> dict[str, Any]:
-    """The fastest bare loop for each encoder, on some listings."""
+    """Find the fastest bare loop for each encoder.
+
+    They are tried on some listings.
+    """
     from benchmarks.peers.bare_encoders import IMAGE_VARIANTS, TITLE_VARIANTS, BareImages, BareTitles, fastest, tokenise
     from camenn_model.encoders.bert import TextEncoder
     from camenn_model.encoders.inception_v4 import ImageEncoder
@@ -281,7 +313,11 @@ def find_variants(job: Job) -> dict[str, Any]:
 
 
 def run_plain(job: Job) -> dict[str, Any]:
-    """Photo by photo and title by title, in fp32, eager: the pace between the first and the last one, for each encoder."""
+    """Time photo by photo and title by title.
+
+    It runs in fp32, eager. The pace is the one between the first and the last of them, for each
+    encoder.
+    """
     from benchmarks.peers.plain_runinference import time_images, time_titles
 
     rows = pq.read_table(Path(job.data) / "catalog.parquet", columns=["title", "image_uri"]).to_pylist()[: job.limit]
@@ -308,7 +344,10 @@ WAYS: dict[str, Callable[[Job], dict[str, Any]]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job of the first argument; print its result as one JSON line."""
+    """Run the job of the first argument.
+
+    Its result is printed as one JSON line.
+    """
     job = Job(**json.loads((sys.argv[1:] if argv is None else argv)[0]))
     print(json.dumps(WAYS[job.way](job)), flush=True)
     return 0

@@ -1,9 +1,18 @@
-"""What a night costs after the first: a hundredth of the catalog changed, photos as titles, and a day of logs more, stage by stage, each in a process of its own as `camenn nightly` starts it.
+"""The cost of a night after the first.
 
     python -m benchmarks.speed.night --image_weights inception_v4_grocery.safetensors --text_encoder MINILM --work DIR
 
-The city is drawn, the encoders are real. Listings of a city share photos, so the changed ones are those that show every hundredth photo. Training is left out of both nights: the model has the weights that training would begin with, which score as fast as trained ones. Every second night
-begins from what the first one left (hard links). Seconds are a stage's wall time with the start of its process. Scoring rescores every pair each night. The last line of stdout is one JSON object.
+On the second night a hundredth of the catalog has changed, photos as well as titles, and there is a
+day of logs more. It is measured stage by stage, each in a process of its own as `camenn nightly`
+starts it.
+
+The city is drawn, the encoders are real. Listings of a city share photos, so the changed ones are
+those that show every hundredth photo. Training is left out of both nights: the model has the
+weights that training would begin with, which score as fast as trained ones.
+
+Every second night begins from what the first one left (hard links). Seconds are a stage's wall time
+with the start of its process. Scoring rescores every pair each night. The last line of stdout is
+one JSON object.
 """
 
 import argparse
@@ -34,12 +43,16 @@ CHANGED = 0.01
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"night: {text}", file=sys.stderr, flush=True)
 
 
 def write_night(city: Path, data: Path, *, second: bool) -> dict[str, int]:
-    """Write the tables of a night into `data`, whose photos are those of the city: the log without its last day; or all of it, and some listings changed."""
+    """Write the tables of a night into `data`.
+
+    Its photos are those of the city. The first night has the log without its last day. The second
+    has all of it, and some listings changed.
+    """
     data.mkdir(exist_ok=True)
     if not (data / "images").exists():
         shutil.copytree(city / "images", data / "images", copy_function=os.link)
@@ -70,7 +83,10 @@ def write_night(city: Path, data: Path, *, second: bool) -> dict[str, int]:
 
 
 def run_night(data: Path, work: Path, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Embed, shards and score; what each took, and its closing table. A model is written between, if there is none."""
+    """Run embed, shards and score of one night.
+
+    Returns what each took, and its closing table. A model is written between, if there is none.
+    """
     found = {}
     for stage, flags in (
         (
@@ -98,7 +114,7 @@ def run_night(data: Path, work: Path, arguments: argparse.Namespace) -> dict[str
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The first night once, and some second nights."""
+    """Measure the first night once, and some second nights."""
     city, data = work / "city", work / "data"
     say(f"a city of {arguments.items:,} listings and about {arguments.clicks:,} clicks")
     generate_city(
@@ -145,7 +161,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.night", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -162,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one JSON line."""
+    """Measure, and print one JSON line."""
     arguments = build_parser().parse_args(argv)
     with work_directory(arguments.work, "night") as work:
         found = measure(work.absolute(), arguments)

@@ -1,14 +1,23 @@
-"""How the plant scales: seconds of embed, shards and score at a parallelism of 1, 2 and more on FnApiRunner and Flink, the peak memory of each process,
-and what Beam costs against the plain functions called in a loop.
+"""The scaling of the pipelines over workers, and Beam's overhead.
 
     python -m benchmarks.speed.scaling
     python -m benchmarks.speed.scaling --runners fnapi,flink --flink "$(scripts/flink_local.sh flags)"
 
-What is measured is the plant, without the networks of the encoders: a simulated city whose photos are a few unique bytes, and StubImageHandler and
-StubTitleHandler in the place of InceptionV4 and BERT, with small embeddings. `score` runs a `small` CameNN with untrained weights, on one thread to a
-worker. Every run is a process of its own; variants take turns, so that a busy machine slows all of them; medians are compared, and all outputs must be
-equal row by row. The overhead is seconds on FnApiRunner with one worker over seconds of the plain loop (benchmarks/support/loop_runner.py), minus 1; that of
-their processor seconds is given beside it, which a machine that lends its cores elsewhere disturbs less.
+It gives seconds of embed, shards and score at a parallelism of 1, 2 and more on FnApiRunner and
+Flink, the peak memory of each process, and what Beam costs against the plain functions called in a
+loop.
+
+The pipelines are measured without the networks of the encoders. There is a simulated city whose
+photos are a few unique bytes. StubImageHandler and StubTitleHandler stand in the place of
+InceptionV4 and BERT, with small embeddings. `score` runs a `small` CameNN with untrained weights,
+on one thread to a worker.
+
+Every run is a process of its own. Variants take turns, so that a busy machine slows all of them.
+Medians are compared, and all outputs must be equal row by row.
+
+The overhead is seconds on FnApiRunner with one worker over seconds of the plain loop
+(benchmarks/support/loop_runner.py), minus 1. That of their processor seconds is given beside it,
+which a machine that lends its cores elsewhere disturbs less.
 """
 
 import argparse
@@ -34,7 +43,8 @@ LIMIT = 0.25
 """The most that Beam may cost `shards` on FnApiRunner, as a share of the plain loop's seconds."""
 RUNNERS = ("fnapi", "flink")
 READS = {"embed": (), "shards": ("store",), "score": ("store", "shards", "model")}
-"""What each stage needs to be prepared beside the tables; `score` itself reads no shards, but a model is made of them."""
+"""What each stage needs to be prepared beside the tables. `score` itself reads no shards, but a model
+is made of them."""
 LOOP = ("--runner=benchmarks.support.loop_runner.LoopRunner",)
 
 
@@ -48,13 +58,16 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """`plain`, `fnapi-1`, `flink-2`, ..."""
+        """Return `plain`, `fnapi-1`, `flink-2`, ..."""
         return self.runner if self.runner == PLAIN else f"{self.runner}-{self.parallelism}"
 
 
 @dataclass
 class Runs:
-    """What all runs of one variant of a stage gave."""
+    """The results of all runs of one variant.
+
+    A variant is of one stage.
+    """
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -64,12 +77,12 @@ class Runs:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Return the median seconds."""
         return statistics.median(self.seconds)
 
     @property
     def peak(self) -> dict[str, float] | None:
-        """MB of each process, the most of all runs."""
+        """Return MB of each process, the most of all runs."""
         known = [peaks for peaks in self.peaks if peaks is not None]
         if not known:
             return None
@@ -77,19 +90,22 @@ class Runs:
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"scaling: {text}", file=sys.stderr, flush=True)
 
 
 def fnapi_flags(parallelism: int) -> tuple[str, ...]:
-    """One worker inside the submitting process, or so many worker processes."""
+    """Return the flags of FnApiRunner at a parallelism.
+
+    It has one worker inside the submitting process, or so many worker processes.
+    """
     if parallelism == 1:
         return ("--direct_num_workers=1",)
     return (f"--direct_num_workers={parallelism}", "--direct_running_mode=multi_processing")
 
 
 def flink_answers(flags: list[str]) -> bool:
-    """Whether the JobManager that the flags name is there."""
+    """Tell whether the JobManager of the flags answers."""
     master = next((flag.split("=", 1)[1] for flag in flags if flag.startswith("--flink_master=")), "")
     if not master:
         return False
@@ -103,14 +119,18 @@ def flink_answers(flags: list[str]) -> bool:
 
 
 def list_variants(runners: list[str], parallelism: list[int], flink: list[str]) -> list[Variant]:
-    """The plain loop, and every runner that is there at every parallelism."""
+    """List the plain loop and every runner at every parallelism.
+
+    Only runners that are there are listed.
+    """
     variants = [Variant(PLAIN, 1, LOOP)]
     if "fnapi" in runners:
         variants += [Variant("fnapi", n, fnapi_flags(n)) for n in parallelism]
     if "flink" in runners:
         if not flink_answers(flink):
             say(
-                'flink is left out: no cluster answers. Start one with scripts/flink_local.sh up, and give --flink "$(scripts/flink_local.sh flags)".'
+                "flink is left out: no cluster answers. "
+                'Start one with scripts/flink_local.sh up, and give --flink "$(scripts/flink_local.sh flags)".'
             )
         else:
             variants += [
@@ -121,7 +141,10 @@ def list_variants(runners: list[str], parallelism: list[int], flink: list[str]) 
 
 
 def run_job(job: Job, variant: Variant, timeout: float) -> tuple[dict[str, Any], dict[str, float] | None]:
-    """One run in a process of its own: (its result, peak MB of each process)."""
+    """Run one job in a process of its own.
+
+    Returns (its result, peak MB of each process).
+    """
     shutil.rmtree(job.out, ignore_errors=True)
     command = [sys.executable, "-m", "benchmarks.support.stage_process", json.dumps(asdict(job))]
     out, peaks = run_watched(command, standing=variant.runner == "flink", timeout=timeout)
@@ -129,11 +152,15 @@ def run_job(job: Job, variant: Variant, timeout: float) -> tuple[dict[str, Any],
 
 
 def prepare(work: Path, arguments: argparse.Namespace, jobs: dict[str, Any]) -> dict[str, int]:
-    """Make what the stages read, where it is not there yet; returns the city's row counts."""
+    """Make all that the stages read.
+
+    Only what is not there yet is made. Returns the city's row counts.
+    """
     started = time.monotonic()
     rows = make_city(work / "data", arguments.items, arguments.clicks, arguments.pairs)
     say(
-        f"city of {rows['items']:,} items and {rows['clicks']:,} clicks after {time.monotonic() - started:.0f} s: {work}"
+        f"city of {rows['items']:,} items and {rows['clicks']:,} clicks "
+        f"after {time.monotonic() - started:.0f} s: {work}"
     )
     for stage, name in (("embed", "store"), ("shards", "shards"), ("model", "model")):
         needed = any(name in READS[asked] for asked in arguments.stages)
@@ -149,7 +176,9 @@ def prepare(work: Path, arguments: argparse.Namespace, jobs: dict[str, Any]) -> 
 def measure(
     work: Path, arguments: argparse.Namespace, variants: list[Variant], jobs: dict[str, Any]
 ) -> dict[str, dict[str, Runs]]:
-    """Every variant of every stage, `repeats` times, taking turns.
+    """Run every variant of every stage `repeats` times.
+
+    They take turns.
 
     Raises:
         RuntimeError: two variants of a stage gave different rows.
@@ -171,7 +200,8 @@ def measure(
                 first = found[stage][variants[0].name].result
                 if (result["rows"], result["digest"]) != (first["rows"], first["digest"]):
                     raise RuntimeError(
-                        f"{stage} on {variant.name} gave {result['rows']}, digest {result['digest']}; {variants[0].name} gave {first['rows']}, "
+                        f"{stage} on {variant.name} gave {result['rows']}, digest {result['digest']}; "
+                        f"{variants[0].name} gave {first['rows']}, "
                         f"digest {first['digest']}: a comparison of their seconds would mean nothing."
                     )
                 shown = "" if peaks is None else f", {sum(peaks.values()):,.0f} MB in {len(peaks)} processes"
@@ -180,7 +210,7 @@ def measure(
 
 
 def summarise(found: dict[str, dict[str, Runs]]) -> dict[str, Any]:
-    """Ratios first, then what they were made of."""
+    """Return ratios first, then what they were made of."""
     overhead = {
         stage: round(runs["fnapi-1"].median / runs[PLAIN].median - 1, 4)
         for stage, runs in found.items()
@@ -219,7 +249,7 @@ def summarise(found: dict[str, dict[str, Runs]]) -> dict[str, Any]:
 
 
 def print_table(found: dict[str, dict[str, Runs]], summary: dict[str, Any]) -> None:
-    """What a person reads, to stderr."""
+    """Print a table for a person, to stderr."""
     print(
         f"\n{'stage':<8}{'variant':<10}{'seconds':>9}{'plain':>8}{'MB':>9}  peak of each process, MB", file=sys.stderr
     )
@@ -251,7 +281,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.scaling", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -290,7 +320,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--image_shape",
         type=_shape,
         default="4x64",
-        help="patches x features of a stub photo embedding, patches being a square (default %(default)s; InceptionV4's are 64x1536)",
+        help="patches x features of a stub photo embedding, patches being a square "
+        "(default %(default)s; InceptionV4's are 64x1536)",
     )
     parser.add_argument(
         "--text_shape",
@@ -309,7 +340,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepare, measure, print the table and one JSON line."""
+    """Prepare, measure, and print the table and one JSON line."""
     arguments = build_parser().parse_args(argv)
     with ExitStack() as stack:
         root = Path(

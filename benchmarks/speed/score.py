@@ -1,14 +1,30 @@
-"""What scoring costs: cached states against the plain forward pass, against the machine's own matrix product, and memory by catalog.
+"""The cost of scoring: cached states, matrix product, memory.
 
     python -m benchmarks.speed.score
     python -m benchmarks.speed.score --shards WORK/shards --parts speed
 
-`speed`, for each profile, on one thread, in turns, medians of the ratios: `vs_plain_forward`: pairs/s of tiles of listings × audience rows (states of both sides and all) over those of the same model
-scored pair by pair in large batches, on a sample of the pairs. `vs_floor`: floating-point operations that the cached algorithm does, over those a second of a large matrix product of the same precision
-and threads, as a share of the time taken. `max_abs_diff`: the largest difference of the two paths' logits; pairs whose K-th and next gate logits differ by less than 1e-5 are left out and counted.
-`bf16`: of `--precision bf16` over the same tiles: pairs/s over float32's, share of rows whose ten best are the same in the same order, share of pairs computed in both precisions.
-Weights are those that training begins with, gates are drawn at random so that all experts are chosen; listings' embeddings are random numbers of the profile's own shape.
-`memory`: peak resident memory of `camenn score` over two catalogs, one ten times the other, with as many pairs. The last line of stdout is one JSON object.
+Cached states are measured against the plain forward pass and against the machine's own matrix
+product. Memory is measured by catalog.
+
+`speed` is measured for each profile, on one thread, in turns, with medians of the ratios.
+
+`vs_plain_forward` is the pairs/s of tiles of listings × audience rows (states of both sides and
+all) over those of the same model scored pair by pair in large batches, on a sample of the pairs.
+
+`vs_floor` takes the floating-point operations that the cached algorithm does, over those a second
+of a large matrix product of the same precision and threads, as a share of the time taken.
+
+`max_abs_diff` is the largest difference of the two paths' logits. Pairs whose K-th and next gate
+logits differ by less than 1e-5 are left out and counted.
+
+`bf16` is about `--precision bf16` over the same tiles: pairs/s over float32's, share of rows whose
+ten best are the same in the same order, share of pairs computed in both precisions.
+
+Weights are those that training begins with. Gates are drawn at random so that all experts are
+chosen. Listings' embeddings are random numbers of the profile's own shape.
+
+`memory` is the peak resident memory of `camenn score` over two catalogs, one ten times the other,
+with as many pairs. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -48,12 +64,16 @@ STUB_SHAPES = (1, 1536), (1, 384)
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"score: {text}", file=sys.stderr, flush=True)
 
 
 def matmul_flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Floating-point operations a second of a product of 2048 × 2048 on this process's threads: the best of what fits into some seconds."""
+    """Return floating-point operations a second of a matrix product.
+
+    The product is of 2048 × 2048 on this process's threads. The best of what fits into some seconds
+    is taken.
+    """
     a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
     times: list[float] = []
     while sum(times) < seconds:
@@ -64,7 +84,10 @@ def matmul_flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
 
 
 class Sides:
-    """Listings and audience rows of a shard set, with random embeddings of a profile's own shape."""
+    """Listings and audience rows of a shard set.
+
+    Their embeddings are random, of a profile's own shape.
+    """
 
     def __init__(self, corpus: Corpus, profile: str, items: int, rows: int) -> None:
         given = corpus.config
@@ -95,7 +118,7 @@ class Sides:
         return model.eval()
 
     def items(self, first: int, count: int) -> ItemBatch:
-        """Some listings, as a tile has them."""
+        """Return some listings, as a tile has them."""
         rows = self.item_rows[first : first + count]
         batch = self.corpus.table.batch(rows)
         c = self.config
@@ -112,20 +135,31 @@ class Sides:
         )
 
     def pairs(self, rows: int, items: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(values, buckets) [rows, items, n] of real examples, drawn at random."""
+        """Draw (values, buckets) [rows, items, n] of real examples.
+
+        They are drawn at random.
+        """
         place = torch.from_numpy(self.rng.integers(0, len(self.pair_values), rows * items))
-        return tuple(column[place].view(rows, items, -1) for column in (self.pair_values, self.pair_buckets))  # type: ignore[return-value]
+        return tuple(  # type: ignore[return-value]
+            column[place].view(rows, items, -1) for column in (self.pair_values, self.pair_buckets)
+        )
 
 
 def take(batch: Any, rows: torch.Tensor) -> Any:
-    """Rows of a batch of items or of audience rows, as often as they are named."""
+    """Return named rows of a batch.
+
+    The batch is of items or of audience rows. A row comes as often as it is named.
+    """
     return replace(batch, **{name: value[rows] for name, value in vars(batch).items()})
 
 
 def listed_pairs(
     sides: Sides, items: ItemBatch, places: torch.Tensor, rows: torch.Tensor, values: Any, buckets: Any
 ) -> Batch:
-    """A batch in which pair n has a listing and an audience row of its own, as a scorer without states gives them."""
+    """Return a batch without shared listings or audience rows.
+
+    Pair n has a listing and an audience row of its own, as a scorer without states gives them.
+    """
     every = torch.arange(len(places))
     pairs = PairBatch(
         item=every,
@@ -139,7 +173,7 @@ def listed_pairs(
 
 
 def measure_profile(corpus: Corpus, profile: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The ratios of one profile."""
+    """Measure the ratios of one profile."""
     tiles = arguments.tiles if profile == "small" else max(1, arguments.tiles // 4)
     count = tiles * TILE_ITEMS
     sides = Sides(corpus, profile, min(count, len(corpus.table)), arguments.rows)
@@ -216,7 +250,10 @@ def measure_profile(corpus: Corpus, profile: str, arguments: argparse.Namespace)
 
 
 def compare(sides: Sides, scorer: Scorer, items: ItemBatch, side: int = 48) -> dict[str, Any]:
-    """The largest difference of both paths over a tile of all pairs."""
+    """Return the largest difference of both paths.
+
+    They are compared over a tile of all pairs.
+    """
     some = torch.arange(side)
     few = take(items, some)
     values, buckets = sides.pairs(side, side)
@@ -239,7 +276,7 @@ def compare(sides: Sides, scorer: Scorer, items: ItemBatch, side: int = 48) -> d
 
 
 def measure_speed(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The ratios of each profile."""
+    """Measure the ratios of each profile."""
     shards = arguments.shards or prepare(work, arguments.items, arguments.clicks)
     found = {}
     for profile in arguments.profiles:
@@ -250,7 +287,10 @@ def measure_speed(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_memory(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peak resident memory of the whole stage over two catalogs, with as many pairs of each."""
+    """Measure the peak resident memory of the whole stage.
+
+    It runs over two catalogs, with as many pairs of each.
+    """
     peaks: dict[int, list[float]] = {}
     for size in arguments.memory_items:
         place = work / f"memory-{size}"
@@ -291,7 +331,7 @@ MEASURES = {"speed": measure_speed, "memory": measure_memory}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.score", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -328,7 +368,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one JSON line."""
+    """Measure, and print one JSON line."""
     arguments = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     found: dict[str, Any] = {}

@@ -1,13 +1,25 @@
-"""What shards cost: clicks a second, against an expert's Polars; memory by click on FnApiRunner; bytes of the shard set.
+"""The cost of shards: speed, memory and bytes.
 
     python -m benchmarks.speed.shards
 
-The log is that of a simulated city whose people are taken several times under ids of their own; embeddings are those of the stub encoders, of real
-sizes. `vs_polars`: seconds of the same labels and features in Polars (benchmarks/peers/polars_shards.py, the faster of its two engines) over the seconds of
-`camenn shards --rebuild`, whose embeddings were copied by a first run; both write their examples, and the rows must be equal to the bit.
-`rss_bytes_per_click`: how peak memory grows from the log of the people taken once to all of it. `bytes_ratio`: bytes of the shard set over those of the distinct
-embeddings and of the examples as one plain zstd Parquet table. `skew`: seconds and peak memory where one listing has 30 % of all clicks and one user 5 %, over
-those of the same log without skew (the people once); its rows must be Polars' too. Each run is a process of its own; the last line of stdout is one JSON object.
+It gives clicks a second, against an expert's Polars, memory by click on FnApiRunner, and bytes of
+the shard set.
+
+The log is that of a simulated city whose people are taken several times under ids of their own.
+Embeddings are those of the stub encoders, of real sizes.
+
+`vs_polars` is the seconds of the same labels and features in Polars
+(benchmarks/peers/polars_shards.py, the faster of its two engines) over the seconds of `camenn
+shards --rebuild`, whose embeddings were copied by a first run. Both write their examples, and the
+rows must be equal to the bit.
+
+`rss_bytes_per_click` tells how peak memory grows from the log of the people taken once to all of
+it. `bytes_ratio` is the bytes of the shard set over those of the distinct embeddings and of the
+examples as one plain zstd Parquet table.
+
+`skew` is seconds and peak memory where one listing has 30 % of all clicks and one user 5 %, over
+those of the same log without skew (the people once). Its rows must be Polars' too. Each run is a
+process of its own. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -35,14 +47,17 @@ CLICKS_PER_USER = 50
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"shards: {text}", file=sys.stderr, flush=True)
 
 
 def run_stage(
     work: Path, stage: str, out: Path, timeout: float, beam_flags: list[str], rebuild: bool = True
 ) -> tuple[dict[str, Any], float]:
-    """One run of a stage in a process of its own: (its result, peak memory of all its processes in MB)."""
+    """Run one stage in a process of its own.
+
+    Returns (its result, peak memory of all its processes in MB).
+    """
     job = Job(
         stage=stage,
         work=str(work),
@@ -61,7 +76,10 @@ def run_stage(
 
 
 def run_polars(data: Path, out: Path, engine: str, timeout: float) -> dict[str, Any]:
-    """One run in Polars in a process of its own, with the digest of its rows."""
+    """Run Polars once in a process of its own.
+
+    The result has the digest of its rows.
+    """
     shutil.rmtree(out, ignore_errors=True)
     started = time.monotonic()
     text, peaks = run_watched(
@@ -79,7 +97,11 @@ def run_polars(data: Path, out: Path, engine: str, timeout: float) -> dict[str, 
 
 
 def prepare(work: Path, items: int, clicks: int, copies: int, timeout: float) -> dict[str, dict[str, int]]:
-    """A part of the log (the people once), the same with skew, the whole log, and one store, unless they are there; returns the rows of the tables."""
+    """Make the logs and the store.
+
+    They are a part of the log (the people once), the same with skew, the whole log, and one store,
+    unless they are there. Returns the rows of the tables.
+    """
     make_city(work / "city", items, clicks // copies, 1, CLICKS_PER_USER)
     rows = {
         name: multiply_city(work / "city", work / name / "data", times)
@@ -97,7 +119,10 @@ def prepare(work: Path, items: int, clicks: int, copies: int, timeout: float) ->
 
 
 def bytes_ratio(manifest: Manifest, scratch: Path) -> float:
-    """Bytes of a shard set over the least that holds it."""
+    """Return a shard set's bytes over the least possible.
+
+    The least is the raw bytes of its embeddings, and its examples as one zstd Parquet file.
+    """
     whole = sum(entry["bytes"] for table in manifest.tables.values() for entry in table["files"])
     plain = 0
     for kind in ("images", "titles"):
@@ -113,7 +138,7 @@ def bytes_ratio(manifest: Manifest, scratch: Path) -> float:
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
+    """Measure all figures."""
     flags = [f"--direct_num_workers={arguments.workers}"]
     if arguments.workers > 1:
         flags.append("--direct_running_mode=multi_processing")
@@ -121,7 +146,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for name, found in rows.items():
         say(f"{name}: {found}")
         if read_latest(str(work / name / "shards")) is None:
-            # Copies the embeddings; the runs that are measured find them there.
+            # Copies the embeddings. The runs that are measured find them there.
             run_stage(work / name, "shards", work / name / "shards", arguments.timeout, flags)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("part", "skew", "whole", *ENGINES)}
     peaks: dict[str, list[float]] = {"part": [], "skew": [], "whole": []}
@@ -165,7 +190,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.shards", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -182,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one JSON line."""
+    """Measure, and print one JSON line."""
     arguments = build_parser().parse_args(argv)
     with work_directory(arguments.work, "shards") as work:
         found = measure(work, arguments)

@@ -1,10 +1,17 @@
-"""What a day more costs `camenn shards`, as the log grows: seconds of the night after the first over those of the first.
+"""The cost of a further day to `camenn shards`.
 
     python -m benchmarks.speed.shards_night
 
-The log is that of a simulated city whose people are taken several times under ids of their own, a file a day; embeddings are those of the stub encoders, of real sizes. The first night has
-the log without its last day, the second all of it. Every second night begins from what the first one left (hard links), and all must give the same rows; with `--check` they must be those of a
-build of the whole log at once. Seconds are the stage's own; the imports of a process (2 to 4 s) are not among them. Each run is a process of its own; the last line of stdout is one JSON object.
+It gives the seconds of the night after the first over those of the first, as the log grows.
+
+The log is that of a simulated city whose people are taken several times under ids of their own, a
+file a day. Embeddings are those of the stub encoders, of real sizes. The first night has the log
+without its last day, the second all of it. Every second night begins from what the first one left
+(hard links), and all must give the same rows. With `--check` they must be those of a build of the
+whole log at once.
+
+Seconds are the stage's own. The imports of a process (2 to 4 s) are not among them. Each run is a
+process of its own. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -30,12 +37,16 @@ FLAGS = ["--direct_num_workers=1"]
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"shards_night: {text}", file=sys.stderr, flush=True)
 
 
 def write_nights(city: Path, first: Path, second: Path) -> dict[str, int]:
-    """Write `first` and `second`, the same data but for the last day of the logs, which `first` lacks; returns the rows of the logs of `second`."""
+    """Write the data of both nights.
+
+    `first` and `second` are the same but for the last day of the logs, which `first` lacks. Returns
+    the rows of the logs of `second`.
+    """
     rows = {}
     for night in (first, second):
         shutil.rmtree(night, ignore_errors=True)
@@ -60,7 +71,7 @@ def write_nights(city: Path, first: Path, second: Path) -> dict[str, int]:
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The first night once, and some second nights."""
+    """Measure the first night once, and some second nights."""
     city = work / "city"
     say(f"a city of {arguments.items:,} listings and about {arguments.clicks:,} clicks of {arguments.days} days")
     base = arguments.clicks // arguments.copies
@@ -111,7 +122,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.shards_night", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -130,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one JSON line."""
+    """Measure, and print one JSON line."""
     arguments = build_parser().parse_args(argv)
     with work_directory(arguments.work, "shards_night") as work:
         found = measure(work, arguments)

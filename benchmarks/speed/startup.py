@@ -1,9 +1,12 @@
-"""What it costs to start a command: CPU seconds and memory of `camenn COMMAND --help`, in processes of their own.
+"""The cost of starting a command: CPU seconds and memory.
 
     python -m benchmarks.speed.startup [--before CHECKOUT]
 
-With `--before`, another checkout's commands are run in turns with this one's, and `cpu_ratio` is the median of this tree's CPU seconds over the other's
-`shards --help`. Imports of the stages' own modules are measured as well. The last line of stdout is one JSON object.
+`camenn COMMAND --help` is run in processes of their own.
+
+With `--before`, another checkout's commands are run in turns with this one's, and `cpu_ratio` is
+the median of this tree's CPU seconds over the other's `shards --help`. Imports of the stages' own
+modules are measured as well. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -22,7 +25,10 @@ HELP = ("shards", "score", "train", "gc")
 
 
 def run_once(tree: Path, arguments: Sequence[str]) -> tuple[float, float]:
-    """Run Python in a checkout, as in `python ARGUMENTS`; returns CPU seconds and peak memory in MB."""
+    """Run Python in a checkout, as in `python ARGUMENTS`.
+
+    Returns CPU seconds and peak memory in MB.
+    """
     pid = os.fork()
     if pid == 0:
         os.chdir(tree)
@@ -36,7 +42,7 @@ def run_once(tree: Path, arguments: Sequence[str]) -> tuple[float, float]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.startup", description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, help="another checkout of this project")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each (default %(default)s)")
@@ -44,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one JSON line."""
+    """Measure, and print one JSON line."""
     arguments = build_parser().parse_args(argv)
     trees = {"now": HERE} | ({"before": arguments.before.resolve()} if arguments.before else {})
     found: dict[str, dict[str, dict[str, float]]] = {}

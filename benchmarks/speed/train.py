@@ -1,17 +1,30 @@
-"""What training costs: the loader against the same model fed from memory, encoding each listing once, `prefix` against `full` attention, mixing.
+"""The cost of training: loader, deduplication, attention, mixing.
 
     python -m benchmarks.speed.train
     python -m benchmarks.speed.train --shards WORK/shards --parts mixing
 
-`speed`, for each profile, all ways in turns within one process, medians of their ratios:
-`loader_busy`: examples/s of training (loader, steps, log) over the same steps on batches that lie in memory.
-`vs_bare`: the same over forward, backward and optimiser alone on those batches: no loader, no log.
-`dedup_speedup`: a step that encodes each listing and session of the batch once, over one that encodes them for every example.
-`prefix_speedup`: a step with `prefix` attention over one with `full` attention.
-`loader_alone`: examples/s that the loader gives where nothing is computed, over those of training.
-`mixing`: distinct listings and sessions of a batch where sessions are mixed freely and where a batch draws from few stores, and what that costs in AUC.
-Without --shards the plant's city is simulated, with stub embeddings of real sizes: their values say nothing, so AUC comes from the other features.
-The last line of stdout is one JSON object.
+The loader is measured against the same model fed from memory. Further ratios are of encoding each
+listing once, of `prefix` against `full` attention, and of mixing.
+
+`speed` is measured for each profile, all ways in turns within one process, with medians of their
+ratios:
+
+    loader_busy: examples/s of training (loader, steps, log)
+        over the same steps on batches that lie in memory.
+    vs_bare: the same over forward, backward and optimiser alone
+        on those batches: no loader, no log.
+    dedup_speedup: a step that encodes each listing and session of the batch once,
+        over one that encodes them for every example.
+    prefix_speedup: a step with `prefix` attention over one with `full` attention.
+    loader_alone: examples/s that the loader gives where nothing is computed,
+        over those of training.
+
+`mixing` gives distinct listings and sessions of a batch where sessions are mixed freely and where a
+batch draws from few stores, and what that costs in AUC.
+
+Without --shards the benchmarks' own city is simulated, with stub embeddings of real sizes. Their
+values say nothing, so AUC comes from the other features. The last line of stdout is one JSON
+object.
 """
 
 import argparse
@@ -48,12 +61,15 @@ IMAGE_SHAPE, TEXT_SHAPE = (16, 1536), (32, 384)
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"train: {text}", file=sys.stderr, flush=True)
 
 
 def prepare(work: Path, items: int, clicks: int) -> str:
-    """A shard set of the plant's city, unless it is there."""
+    """Make a shard set of the benchmarks' own city.
+
+    Nothing is made where it is there.
+    """
     make_city(work / "data", items, clicks, 1)
     for stage, name in (("embed", "store"), ("shards", "shards")):
         if read_latest(str(work / name)) is None:
@@ -72,7 +88,10 @@ def prepare(work: Path, items: int, clicks: int) -> str:
 
 
 def repeat_sides(rows: Rows, table: ItemTable) -> Batch:
-    """The same examples with a listing and an audience row for each of them, as a loader without deduplication gives them."""
+    """Return the same examples without deduplication.
+
+    Each has a listing and an audience row of its own, as a loader without deduplication gives them.
+    """
     once = collate(rows, table)
     every = torch.arange(len(rows))
     session = once.pairs.audience
@@ -86,7 +105,10 @@ def repeat_sides(rows: Rows, table: ItemTable) -> Batch:
 
 
 def step_bare(trainer: Trainer, piece: MicroBatch) -> None:
-    """Forward, backward, optimiser: what no loader and no log can do without."""
+    """Run forward, backward and optimiser.
+
+    This is what no loader and no log can do without.
+    """
     trainer.model.train()
     trainer.optimizer.zero_grad(set_to_none=True)
     losses, _ = trainer.objective(piece.batch, piece.alignment)
@@ -97,14 +119,14 @@ def step_bare(trainer: Trainer, piece: MicroBatch) -> None:
 
 
 def seconds_of(work: Callable[[], None]) -> float:
-    """Wall seconds."""
+    """Measure the wall seconds of some work."""
     started = time.monotonic()
     work()
     return time.monotonic() - started
 
 
 def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: int) -> dict[str, Any]:
-    """The ratios of one profile."""
+    """Measure the ratios of one profile."""
 
     def nothing(*_: object) -> None:
         pass
@@ -177,7 +199,7 @@ def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: 
 
 
 def measure_speed(shards: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The ratios of each profile."""
+    """Measure the ratios of each profile."""
     found = {}
     for profile in arguments.profiles:
         options = TrainOptions(
@@ -189,7 +211,10 @@ def measure_speed(shards: str, out: Path, arguments: argparse.Namespace) -> dict
 
 
 def measure_mixing(shards: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Distinct listings and sessions a batch, and AUC of trained models, for both ways of filling a batch."""
+    """Measure both ways of filling a batch.
+
+    These are distinct listings and sessions a batch, and AUC of trained models.
+    """
     found: dict[str, Any] = {}
     aucs: dict[bool, list[float]] = {False: [], True: []}
     for seed in range(arguments.seeds):
@@ -232,7 +257,7 @@ MEASURES = {"speed": measure_speed, "mixing": measure_mixing}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.train", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -253,7 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one JSON line."""
+    """Measure, and print one JSON line."""
     arguments = build_parser().parse_args(argv)
     torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 1) // 2))
     found: dict[str, Any] = {}

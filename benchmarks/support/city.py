@@ -1,4 +1,7 @@
-"""A city of any size for measuring the plant: the simulator's own catalog, people and logs, with a few unique bytes in the place of each photo.
+"""A city of any size for measuring the pipelines.
+
+It has the simulator's own catalog, people and logs, with a few unique bytes in the place of each
+photo.
 
 Drawing photos would take hours at 100,000 listings, and stub encoders never decode them.
 """
@@ -32,15 +35,18 @@ CLICKS_PER_USER = 17
 DAYS = 28
 PHOTO_BYTES = 256
 FILES = 8
-"""Files of each log, so that there is something to be read side by side; a row group for each day."""
+"""Files of each log, so that there is something to be read side by side. A row group for each day."""
 SKEW_ITEM, SKEW_USER = 0.30, 0.05
 """Shares of all clicks that fall on one listing and on one user"""
 MADE = "city.json"
-"""Written last: a directory without it was cut off and is made anew."""
+"""Written last: a directory without it was cut off and is made again."""
 
 
 def plant_config(items: int, clicks: int, clicks_per_user: int = CLICKS_PER_USER, days: int = DAYS) -> CityConfig:
-    """Sizes of the city: a hundred listings a store, and about as many clicks a user as in the simulator's own city."""
+    """Return the sizes of the city.
+
+    A store has a hundred listings, and a user about as many clicks as in the simulator's own city.
+    """
     return CityConfig(
         seed=0,
         listings=items,
@@ -54,10 +60,13 @@ def plant_config(items: int, clicks: int, clicks_per_user: int = CLICKS_PER_USER
 def make_city(
     directory: Path, items: int, clicks: int, pairs: int, clicks_per_user: int = CLICKS_PER_USER, days: int = DAYS
 ) -> dict[str, int]:
-    """Write `catalog`, `clicks`, `orders`, `users`, `stores` and `audience`, unless this very city is there; returns its row counts.
+    """Write a city's tables and return its row counts.
 
-    Args:
-        pairs: pairs (audience row, listing) that scoring is to meet, at most; the audience is whole stores, at every 4-hour bucket.
+    The tables are `catalog`, `clicks`, `orders`, `users`, `stores` and `audience`. Nothing is
+    written where this very city is there.
+
+    `pairs` is the most pairs (audience row, listing) that scoring is to meet. The audience is whole
+    stores, at every 4-hour bucket.
     """
     asked = {"items": items, "clicks": clicks, "pairs": pairs, "clicks_per_user": clicks_per_user, "days": days}
     record = directory / MADE
@@ -102,9 +111,13 @@ def make_city(
 
 
 def multiply_city(source: Path, target: Path, copies: int) -> dict[str, int]:
-    """Write `target`: the same catalog and stores, and `copies` times the people and logs of `source`, under ids of their own; returns its row counts.
+    """Write `target` with copies of the people of `source`.
 
-    Simulating ten million clicks takes more than an hour; people of a copy do what those of the first do, which changes no cost.
+    `target` has the same catalog and stores, and `copies` times the people and logs of `source`,
+    under ids of their own. Returns its row counts.
+
+    Simulating ten million clicks takes more than an hour. People of a copy do what those of the
+    first do, which changes no cost.
     """
     asked = {"copies": copies, "of": json.loads((source / MADE).read_text())["asked"]}
     record = target / MADE
@@ -135,7 +148,10 @@ def multiply_city(source: Path, target: Path, copies: int) -> dict[str, int]:
 
 
 def skew_city(source: Path, target: Path) -> dict[str, int]:
-    """Write `target`: `source`, where one listing has 30 % of all clicks and one user 5 %; returns its row counts."""
+    """Write `target`: `source` with skewed clicks.
+
+    One listing has 30 % of all clicks and one user 5 %. Returns its row counts.
+    """
     asked = {"skewed": json.loads((source / MADE).read_text())["asked"]}
     record = target / MADE
     if (there := _there(record, asked)) is not None:
@@ -160,12 +176,15 @@ def skew_city(source: Path, target: Path) -> dict[str, int]:
 
 
 def _record(path: Path, asked: dict[str, Any], rows: dict[str, int]) -> None:
-    """Say that a city is whole."""
+    """Record that a city is whole."""
     write_json(str(path), {"asked": asked, "rows": rows})
 
 
 def _there(path: Path, asked: dict[str, Any]) -> dict[str, int] | None:
-    """Row counts of this very city, if it was made before."""
+    """Return the row counts of this very city.
+
+    They are None where it was not made before.
+    """
     if not path.exists():
         return None
     there = json.loads(path.read_text())
@@ -173,7 +192,10 @@ def _there(path: Path, asked: dict[str, Any]) -> dict[str, int] | None:
 
 
 def _catalog(table: pa.Table) -> pa.Table:
-    """The catalog with unique bytes of a photo's kind (not of its size) instead of paths."""
+    """Return the catalog with unique bytes instead of paths.
+
+    The bytes are of a photo's kind, not of its size.
+    """
     photos = [f"{item}-".encode() * (PHOTO_BYTES // (len(item) + 1)) for item in table["item_id"].to_pylist()]
     return conform(
         table.drop_columns(["image_uri"])

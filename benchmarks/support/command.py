@@ -1,4 +1,7 @@
-"""What the benchmarks' commands share: lists of names, a place to work in, and what is said of the machine."""
+"""Parts shared by the benchmarks' commands.
+
+These are lists of names, a place to work in, and what is said of the machine.
+"""
 
 import argparse
 import os
@@ -15,7 +18,10 @@ CAMENN = (sys.executable, "-c", "from pipelines.cli import console; console()")
 
 
 def names_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """The type of a flag that takes some of these names, with commas between."""
+    """Return the type of a flag that takes names.
+
+    The flag takes some of these names, with commas between.
+    """
 
     def parse(text: str) -> list[str]:
         names = [name for name in text.split(",") if name]
@@ -28,7 +34,10 @@ def names_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 @contextmanager
 def work_directory(given: Path | None, name: str) -> Iterator[Path]:
-    """The directory of `--work`, made if it is not there, or a temporary one that is gone afterwards; absolute."""
+    """Yield the absolute path of the directory of `--work`.
+
+    It is made if it is not there. Without `--work` it is a temporary one that is gone afterwards.
+    """
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
         yield given.absolute()
@@ -38,5 +47,5 @@ def work_directory(given: Path | None, name: str) -> Iterator[Path]:
 
 
 def machine() -> dict[str, Any]:
-    """Cores and platform, for a result."""
+    """Return cores and platform, for a result."""
     return {"cores": os.cpu_count(), "platform": platform.platform()}

@@ -1,4 +1,8 @@
-"""A catalog whose every listing has a photo and a title of its own: what `embed` has to encode, without clicks or stores."""
+"""A catalog of listings with their own photos and titles.
+
+Every listing has a photo and a title of its own: what `embed` has to encode, without clicks or
+stores.
+"""
 
 import itertools
 import json
@@ -20,15 +24,17 @@ from simulator.config import MAX_PHOTOS, CityConfig
 from simulator.photos import write_photos
 
 MADE = "listings.json"
-"""Written last: a directory without it was cut off and is made anew."""
+"""Written last: a directory without it was cut off and is made again."""
 
 
 def make_listings(directory: Path, items: int, photos: Path | None) -> None:
-    """Write `catalog.parquet` and `photos/`, unless these very listings are there.
+    """Write `catalog.parquet` and `photos/` of some listings.
 
-    Args:
-        photos: folder of real JPEGs; None = the simulator draws some. Where there are fewer of them than listings, further ones get a few bytes
-            after the end of the picture, which decoders skip: another content, the same work.
+    Nothing is written where these very listings are there.
+
+    `photos` is a folder of real JPEGs. With None the simulator draws some. Where there are fewer of
+    them than listings, further ones get a few bytes after the end of the picture, which decoders
+    skip: another content, the same work.
     """
     asked = {"items": items, "photos": str(photos) if photos else None}
     record = directory / MADE
@@ -44,7 +50,7 @@ def make_listings(directory: Path, items: int, photos: Path | None) -> None:
     table = conform(tables.catalog_table(catalog, config), CATALOG, "catalog").to_pylist()
     for row, data in zip(table, endless_photos(photos), strict=False):
         row["image_uri"] = f"photos/{row['item_id']}.jpg"
-        # The simulator's titles repeat; an article number keeps each a content of its own.
+        # The simulator's titles repeat. An article number keeps each a content of its own.
         row["title"] = f"{row['title']} {row['item_id'][-6:]}"
         (directory / row["image_uri"]).write_bytes(data)
     write_catalog(directory, table)
@@ -52,7 +58,7 @@ def make_listings(directory: Path, items: int, photos: Path | None) -> None:
 
 
 def endless_photos(folder: Path) -> Iterator[bytes]:
-    """The folder's JPEGs, and again with other bytes behind them.
+    """Yield the folder's JPEGs, then again with other bytes behind.
 
     Raises:
         FileNotFoundError: there are none.
@@ -75,7 +81,11 @@ def first_listing(directory: Path, target: Path) -> None:
 
 
 def change_listings(directory: Path, target: Path, share: float) -> int:
-    """Make `target` the same listings, but for a share of them, spread evenly, whose photo and title are new; returns how many. Photos are linked, not copied."""
+    """Make `target` the same listings, some of them changed.
+
+    A share of them, spread evenly, has a new photo and a new title. Returns how many. Photos are
+    linked, not copied.
+    """
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(directory / "photos", target / "photos", copy_function=os.link)
     rows = pq.read_table(directory / "catalog.parquet").to_pylist()
@@ -91,7 +101,10 @@ def change_listings(directory: Path, target: Path, share: float) -> int:
 
 
 def make_small_photos(directory: Path, items: int) -> None:
-    """Write `items` listings whose photos are some unique bytes, which only stub encoders take: for measuring memory."""
+    """Write `items` listings with tiny stub photos.
+
+    The photos are some unique bytes, which only stub encoders take. They are for measuring memory.
+    """
     shutil.rmtree(directory, ignore_errors=True)
     (directory / "photos").mkdir(parents=True)
     rows = []

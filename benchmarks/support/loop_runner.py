@@ -1,7 +1,10 @@
-"""The plain functions called in a loop: what Beam's overhead is measured against.
+"""The plain functions of a pipeline, called in a loop.
 
-A runner in name only: it takes the same transforms from the same pipeline and calls their functions in one process, with lists for collections and a
-dictionary for each shuffle. Nothing is encoded: tables go through a shuffle as they are, not as Arrow IPC bytes, and there are no bundles, coders or
+Beam's overhead is measured against it.
+
+A runner in name only: it takes the same transforms from the same pipeline and calls their functions
+in one process, with lists for collections and a dictionary for each shuffle. Nothing is encoded:
+tables go through a shuffle as they are, not as Arrow IPC bytes, and there are no bundles, coders or
 workers. Only what this project's stages use is known.
 """
 
@@ -25,7 +28,8 @@ _FROM_BYTES = files.ipc_table
 
 
 building_seconds = 0.0
-"""From the runner's construction, before the first transform, to the call to run: time that a program without Beam would not spend."""
+"""From the runner's construction, before the first transform, to the call to run: time that a program
+without Beam would not spend."""
 
 
 class LoopRunner(PipelineRunner):
@@ -55,7 +59,10 @@ class _Done(PipelineResult):
 
 
 class _Loop:
-    """One run: elements of each collection, kept until its last reader has had them."""
+    """One run of a pipeline.
+
+    It holds the elements of each collection until its last reader has had them.
+    """
 
     def __init__(self, pipeline: beam.Pipeline) -> None:
         self.elements: dict[Any, list[Any]] = {}
@@ -72,7 +79,10 @@ class _Loop:
                     del self.elements[source]
 
     def _collect(self, node: AppliedPTransform) -> None:
-        """Steps in the pipeline's own order, which is one that runs: a transform is applied to what is already there."""
+        """Collect the steps in the pipeline's own order.
+
+        That order is one that runs: a transform is applied to what is already there.
+        """
         kinds: list[tuple[type, Callable[[AppliedPTransform], None]]] = [
             (beam.Create, self._create),
             (beam.Reshuffle, self._pass),
@@ -117,7 +127,10 @@ class _Loop:
         self._keep(step, list(groups.items()))
 
     def _shuffle(self, step: AppliedPTransform) -> None:
-        """By bucket: `split_by_bucket`, and the pieces put together again, as tables all the way."""
+        """Shuffle by bucket.
+
+        This is `split_by_bucket`, and the pieces put together again, as tables all the way.
+        """
         shuffle: Any = step.transform
         buckets: dict[int, dict[str, list[pa.Table]]] = {}
         for (kind, column), source in zip(shuffle.kinds.items(), step.inputs, strict=True):
@@ -139,7 +152,7 @@ class _Loop:
         )
 
     def _loop(self, step: AppliedPTransform) -> None:
-        """Each element through the DoFn."""
+        """Pass each element through the DoFn."""
         called: Any = step.transform
         fn: beam.DoFn = called.fn
         given, named = called.raw_side_inputs

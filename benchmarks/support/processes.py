@@ -1,4 +1,8 @@
-"""Commands in child processes: the most memory that one and every process that worked for it held at a time (Linux; elsewhere null), and many that end with their parent."""
+"""Commands in child processes, and the memory they took.
+
+The memory is the most that one command and every process that worked for it held at a time (Linux,
+null elsewhere). Many commands can be run that end with their parent.
+"""
 
 import os
 import signal
@@ -19,7 +23,8 @@ STANDING = {
     "TaskManagerRunner": "Flink TaskManager",
     "pipelines.runner.worker_pool": "worker pool",
 }
-"""Processes of a cluster that was there before: a part of the command line, and the name under which they are reported."""
+"""Processes of a cluster that was there before: a part of the command line, and the name under which
+they are reported."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,10 @@ def _descendants(roots: set[int], processes: dict[int, _Process]) -> set[int]:
 
 
 def _peak_mb(pid: int) -> float:
-    """VmHWM, the most resident memory of a process so far; 0 where it has ended."""
+    """Return the most resident memory of a process so far.
+
+    This is VmHWM in MB, 0 where the process has ended.
+    """
     try:
         lines = (PROC / str(pid) / "status").read_text().splitlines()
     except OSError:
@@ -121,7 +129,10 @@ class Watch:
                     self.peaks[key] = (_name(process, self.root), peak)
 
     def stop(self) -> dict[str, float]:
-        """MB by process; several of a kind are numbered, the largest first."""
+        """Stop, and return the MB by process.
+
+        Several of a kind are numbered, the largest first.
+        """
         self._stop.set()
         self._thread.join()
         kinds: dict[str, list[float]] = {}
@@ -135,14 +146,15 @@ class Watch:
 
 
 def run_watched(command: list[str], *, standing: bool, timeout: float) -> tuple[str, dict[str, float] | None]:
-    """Run a command to its end: (its stdout, peak resident memory in MB of each process, or None without /proc).
+    """Run a command to its end and watch its memory.
 
-    Args:
-        standing: count the processes of a running Flink cluster and its workers too.
-        timeout: seconds after which the command is ended.
+    Returns (its stdout, peak resident memory in MB of each process, or None without /proc).
+
+    With `standing`, the processes of a running Flink cluster and its workers are counted too. The
+    command is ended after `timeout` seconds.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: it failed. The message has the end of what it printed.
     """
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
@@ -159,15 +171,18 @@ def run_watched(command: list[str], *, standing: bool, timeout: float) -> tuple[
         peaks = watch.stop() if watch else None
     if child.returncode:
         raise RuntimeError(
-            f"{' '.join(command)} ended with {child.returncode} after {time.monotonic() - began:.0f} s:\n{errors[-3000:]}"
+            f"{' '.join(command)} ended with {child.returncode} "
+            f"after {time.monotonic() - began:.0f} s:\n{errors[-3000:]}"
         )
     return out, peaks
 
 
 class Children:
-    """Commands that do not outlive this process: SIGTERM ends it as Ctrl-C does, and leaving the context ends what still runs.
+    """Commands that do not outlive this process.
 
-    To be entered in the main thread; commands may be run by any.
+    SIGTERM ends it as Ctrl-C does, and leaving the context ends what still runs.
+
+    To be entered in the main thread. Commands may be run by any thread.
     """
 
     def __init__(self) -> None:
@@ -189,7 +204,10 @@ class Children:
                 child.terminate()
 
     def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-        """Run a command to its end; returns its exit status, or -SIGTERM where the context was left before it began."""
+        """Run a command to its end and return its status.
+
+        The exit status is -SIGTERM where the context was left before the command began.
+        """
         with self._lock:
             if self._ended:
                 return -signal.SIGTERM

@@ -1,7 +1,12 @@
-"""One run of one stage in a process of its own, timed: `python -m benchmarks.support.stage_process JOB` with a JSON job; the last line of stdout is the result.
+"""One timed run of one stage, in its own process.
 
-The seconds are the stage's own, from its first look at the tables to its publication; this process's start and imports are not among them, those of
-worker processes are. Of the plain loop's, building a pipeline of Beam's is left out.
+    python -m benchmarks.support.stage_process JOB
+
+JOB is a JSON job. The last line of stdout is the result.
+
+The seconds are the stage's own, from its first look at the tables to its publication. This
+process's start and imports are not among them, those of worker processes are. In the plain loop's
+seconds, building a pipeline of Beam's is left out.
 """
 
 import hashlib
@@ -41,7 +46,11 @@ SORTED_BY = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run. `work`: the prepared city, with data/, and store/, shards/ and model/ where the stage needs them; `out`: an empty directory."""
+    """One run of a stage.
+
+    `work` is the prepared city, with data/, and store/, shards/ and model/ where the stage needs
+    them. `out` is an empty directory.
+    """
 
     stage: str
     work: str
@@ -55,7 +64,10 @@ class Job:
 
 
 def run_stage(job: Job) -> dict[str, Any]:
-    """Run it; returns its closing table. Imports only what the stage itself does: memory is measured too."""
+    """Run the stage and return its closing table.
+
+    Only what the stage itself does is imported, as memory is measured too.
+    """
     work, flags = Path(job.work), list(job.beam_flags)
     data = str(work / "data")
     if job.stage == "embed":
@@ -110,7 +122,11 @@ def run_stage(job: Job) -> dict[str, Any]:
 
 
 def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
-    """Publish a `small` model with the weights that training would begin with: as fast as a trained one, and good for nothing else."""
+    """Publish an untrained `small` model.
+
+    Its weights are those that training would begin with. It is as fast as a trained one, and good
+    for nothing else.
+    """
     import torch
 
     from camenn_model.calibration import PlattScaling
@@ -143,9 +159,10 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
 
 
 def digest(manifest: Manifest) -> str:
-    """Hash the rows of a run's tables, in an order of their own.
+    """Hash the rows of a run's tables, in fixed order.
 
-    The 16 hex digits are equal for equal rows, in whichever files they lie. Contents are those that the items refer to.
+    The rows are taken in an order of their own. The 16 hex digits are equal for equal rows, in
+    whichever files they lie. Contents are those that the items refer to.
     """
     found = hashlib.sha256()
     _hash_contents(found, manifest)
@@ -167,7 +184,10 @@ def digest(manifest: Manifest) -> str:
 
 
 def _hash_contents(found: Any, manifest: Manifest) -> None:
-    """Feed keys and embeddings in order of keys, some at a time."""
+    """Feed keys and embeddings to the hash.
+
+    They go in order of keys, some at a time.
+    """
     for kind in ("image", "title"):
         paths = manifest.paths(f"contents_{kind}s")
         if not paths:
@@ -184,7 +204,11 @@ def _hash_contents(found: Any, manifest: Manifest) -> None:
 
 
 def digest_examples(days: dict[str, list[str]]) -> str:
-    """16 hex digits over the rows of some days' example files, whichever program wrote them: {name of a day: paths}."""
+    """Hash the rows of some days' example files.
+
+    `days` is {name of a day: paths}. The 16 hex digits are equal for equal rows, whichever program
+    wrote them.
+    """
     found = hashlib.sha256()
     schema = pa.schema([pa.field(field.name, field.type) for field in EXAMPLES.schema])
     for day, paths in sorted(days.items()):
@@ -198,7 +222,10 @@ def digest_examples(days: dict[str, list[str]]) -> str:
 
 
 def _hash_values(found: Any, column: pa.ChunkedArray) -> None:
-    """Feed values, lengths and nulls, whatever the layout of their buffers."""
+    """Feed values, lengths and nulls to the hash.
+
+    The layout of their buffers does not matter.
+    """
     array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     table = pa.table({"": array})
     sink = pa.BufferOutputStream()
@@ -208,13 +235,16 @@ def _hash_values(found: Any, column: pa.ChunkedArray) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job of the first argument; print its result as one JSON line."""
+    """Run the job of the first argument.
+
+    Its result is printed as one JSON line.
+    """
     job = Job(**json.loads((sys.argv[1:] if argv is None else argv)[0]))
     loop_runner.building_seconds = 0.0
     started, worked = time.monotonic(), time.process_time()
     summary = run_stage(job)
     worked = time.process_time() - worked
-    # Building the pipeline is Beam's business; a plain program has none.
+    # Building the pipeline is Beam's business. A plain program has none.
     seconds = time.monotonic() - started - loop_runner.building_seconds
     manifest = read_latest(job.out)
     assert manifest is not None

@@ -1,4 +1,7 @@
-"""Stub encoders: embeddings that are a cheap function of the content key, so that a benchmark measures the plant and not the networks.
+"""Stub encoders, which compute cheap embeddings of no meaning.
+
+An embedding is a cheap function of the content key, so that a benchmark measures the pipelines and
+not the networks.
 
 Never for anything else: their embeddings say nothing about a photo or a title.
 """
@@ -16,7 +19,11 @@ from pipelines.embed.handlers import IMAGE_METRICS, TITLE_METRICS, EncodedImages
 
 
 def stub_embeddings(keys: Sequence[str], shape: tuple[int, int]) -> NDArray[np.float16]:
-    """Float16 [n, *shape] in [-1, 1): the same for the same key, and no easier to compress than real ones."""
+    """Return embeddings computed from keys alone.
+
+    They are float16 [n, *shape] in [-1, 1): the same for the same key, and no easier to compress
+    than real ones.
+    """
     halves = np.frombuffer(bytes.fromhex("".join(keys)), dtype="<u8").reshape(-1, 2)
     columns = np.arange(1, shape[0] * shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (halves[:, :1] ^ columns) * (halves[:, 1:] | np.uint64(1))
@@ -26,33 +33,39 @@ def stub_embeddings(keys: Sequence[str], shape: tuple[int, int]) -> NDArray[np.f
 
 @dataclass(frozen=True, kw_only=True)
 class StubImageSpec(ImageSpec):
-    """A spec for the stub: `grid` × `grid` patches of `width` features, whatever InceptionV4's are."""
+    """A spec for the stub of the image encoder.
+
+    A photo has `grid` × `grid` patches of `width` features, whatever InceptionV4's are.
+    """
 
     width: int
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(patches of a photo, features of a patch)."""
+        """Return (patches of a photo, features of a patch)."""
         return self.grid * self.grid, self.width
 
     @property
     def parts(self) -> dict[str, str | int]:
-        """What changes an embedding."""
+        """Return all that changes an embedding."""
         return {"model": "stub", "grid": self.grid, "width": self.width}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StubTextSpec(TextSpec):
-    """A spec for the stub."""
+    """A spec for the stub of the text encoder."""
 
     @property
     def parts(self) -> dict[str, str | int]:
-        """What changes an embedding."""
+        """Return all that changes an embedding."""
         return {"model": "stub", "tokens": self.max_tokens, "width": self.width}
 
 
 def stub_specs(image_shape: Sequence[int], text_shape: Sequence[int]) -> tuple[StubImageSpec, StubTextSpec]:
-    """Specs of stub encoders of these shapes; the number of patches is a square."""
+    """Return specs of stub encoders of these shapes.
+
+    The number of patches is a square.
+    """
     common: dict[str, Any] = {
         "source": "stub",
         "path": "",
@@ -68,19 +81,22 @@ def stub_specs(image_shape: Sequence[int], text_shape: Sequence[int]) -> tuple[S
 
 
 class StubImageHandler(ModelHandler[ImageChunk, EncodedImages, None]):
-    """In the place of `ImageChunkHandler`: nothing is read or decoded."""
+    """A stub in the place of `ImageChunkHandler`.
+
+    Nothing is read or decoded.
+    """
 
     def __init__(self, spec: ImageSpec) -> None:
         super().__init__(min_batch_size=1, max_batch_size=1)
         self._spec = spec
 
     def load_model(self) -> None:
-        """There is none."""
+        """Load nothing: there is no model."""
 
     def run_inference(
         self, batch: Sequence[ImageChunk], model: None, inference_args: dict[str, Any] | None = None
     ) -> Iterable[EncodedImages]:
-        """Stub embeddings and made-up quality for each chunk."""
+        """Return stub embeddings and made-up quality for each chunk."""
         return [
             EncodedImages(
                 chunk_id=chunk.chunk_id,
@@ -97,28 +113,31 @@ class StubImageHandler(ModelHandler[ImageChunk, EncodedImages, None]):
         ]
 
     def get_num_bytes(self, batch: Sequence[ImageChunk]) -> int:
-        """Bytes of keys."""
+        """Count the bytes of keys."""
         return sum(len(key) for chunk in batch for key in chunk.keys)
 
     def get_metrics_namespace(self) -> str:
-        """As the real one's."""
+        """Return the namespace of the real handler."""
         return IMAGE_METRICS
 
 
 class StubTitleHandler(ModelHandler[TitleChunk, EncodedTitles, None]):
-    """In the place of `TitleChunkHandler`."""
+    """A stub in the place of `TitleChunkHandler`."""
 
     def __init__(self, spec: TextSpec) -> None:
         super().__init__(min_batch_size=1, max_batch_size=1)
         self._spec = spec
 
     def load_model(self) -> None:
-        """There is none."""
+        """Load nothing: there is no model."""
 
     def run_inference(
         self, batch: Sequence[TitleChunk], model: None, inference_args: dict[str, Any] | None = None
     ) -> Iterable[EncodedTitles]:
-        """Stub states for each chunk; a title has as many tokens as words and two, if there is room."""
+        """Return stub states for each chunk.
+
+        A title has as many tokens as words and two, if there is room.
+        """
         return [
             EncodedTitles(
                 chunk_id=chunk.chunk_id,
@@ -135,14 +154,17 @@ class StubTitleHandler(ModelHandler[TitleChunk, EncodedTitles, None]):
         ]
 
     def get_num_bytes(self, batch: Sequence[TitleChunk]) -> int:
-        """Bytes of keys."""
+        """Count the bytes of keys."""
         return sum(len(key) for chunk in batch for key in chunk.keys)
 
     def get_metrics_namespace(self) -> str:
-        """As the real one's."""
+        """Return the namespace of the real handler."""
         return TITLE_METRICS
 
 
 def stub_handler(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
-    """In the place of `pipelines.embed.handlers.chunk_handler`."""
+    """Make a stub handler.
+
+    It stands in the place of `pipelines.embed.handlers.chunk_handler`.
+    """
     return StubImageHandler(spec) if isinstance(spec, ImageSpec) else StubTitleHandler(spec)

@@ -1,1 +1,1 @@
-"""What is computed from embeddings before and beside the network."""
+"""Computations on embeddings before and beside the network."""

@@ -1,13 +1,21 @@
-"""Do a listing's photo and title belong together? Judged by the listings of other products. [ours; docs/decisions.md has the figures]
+"""Agreement of a listing's photo and title.
 
-Shapes: n listings that have both, p and q widths of the frozen encoders' mean features, k shared directions, B listings of a bank.
+It tells whether the two belong together, judged by the listings of other products. [ours;
+docs/decisions.md has the figures]
 
-The cosine of photo and title in the directions that the two share (`canonical_directions.py`) takes a vague photo for a wrong one: a dark photo is not like any title, a title that says
-"special offer" is not like any photo. So it is held against what the photo has with the ten titles of other listings that suit it best, and the title with the ten
-photos, as in cross-domain similarity local scaling (Conneau et al. 2018). A photo that suits many titles well and its own badly is another product's. What these three figures tell
-together is a logistic regression on them, their squares and products, of listings' own pairs against pairs of two listings.
+Shapes: n listings that have both, p and q widths of the frozen encoders' mean features, k shared
+directions, B listings of a bank.
 
-Everything is cross-fitted: products are in folds, and a listing's photo and title are judged by directions and a bank of the other folds' listings.
+The cosine of photo and title in the directions that the two share (`canonical_directions.py`) takes
+a vague photo for a wrong one: a dark photo is not like any title, a title that says "special offer"
+is not like any photo. So it is held against what the photo has with the ten titles of other
+listings that suit it best, and the title with the ten photos, as in cross-domain similarity local
+scaling (Conneau et al. 2018). A photo that suits many titles well and its own badly is another
+product's. What these three figures tell together is a logistic regression on them, their squares
+and products, of listings' own pairs against pairs of two listings.
+
+Everything is cross-fitted: products are in folds, and a listing's photo and title are judged by
+directions and a bank of the other folds' listings.
 """
 
 from dataclasses import dataclass
@@ -40,14 +48,21 @@ PENALTY = 1.0
 """Half of it times the sum of squares of a regression's weights is added to its summed log loss."""
 TINY = 1e-12
 COSINE, IMAGE_REACH, TEXT_REACH = range(3)
-"""Columns of the figures: of own photo and title; mean of the photo with the titles that suit it best; mean of the title with the photos"""
+"""Columns of the figures: of own photo and title; mean of the photo with the titles that suit it
+best; mean of the title with the photos
+"""
 HEADS = {"ita": (COSINE, IMAGE_REACH), "tia": (COSINE, TEXT_REACH), "both": (COSINE, IMAGE_REACH, TEXT_REACH)}
-"""Which figures a probability is read from: whether another title would suit the photo better, whether another photo the title, and both"""
+"""Which figures a probability is read from: whether another title would suit the photo better,
+whether another photo the title, and both
+"""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of listings, [n] each; NaN where photo or title is missing, or nothing can be judged."""
+    """The judgement of each listing, arrays [n].
+
+    NaN where photo or title is missing, or nothing can be judged.
+    """
 
     cosine: NDArray[np.float32]
     ita: NDArray[np.float32]
@@ -59,13 +74,16 @@ class Judgement:
 
     @property
     def mismatch(self) -> NDArray[np.float32]:
-        """Probability that they do not."""
+        """Return the probability that they do not belong together."""
         return sigmoid(-self.agreement).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class FoldJudge:
-    """What the listings of one fold are judged by, found on the others'."""
+    """The judge of one fold's listings.
+
+    It is found on the listings of the other folds.
+    """
 
     image_mean: Floats  # [p]
     text_mean: Floats  # [q]
@@ -76,15 +94,24 @@ class FoldJudge:
 
     @classmethod
     def fit(cls, images: Floats, titles: Floats, penalty: float) -> "FoldJudge":
-        """Of mean features [n, p] and [n, q] of the same listings."""
+        """Fit on mean features of the same listings.
+
+        They are [n, p] and [n, q].
+        """
         *directions, correlations = find_shared(images, titles, DIRECTIONS, penalty)
         maps = [(columns * np.sqrt(correlations)).astype(np.float32) for columns in directions]
         means = [features.mean(axis=0, dtype=np.float64).astype(np.float32) for features in (images, titles)]
-        banks = [units_along(features[:MOST_BANK], *side).astype(np.float32) for features, *side in zip((images, titles), means, maps, strict=True)]  # fmt: skip
+        banks = [
+            units_along(features[:MOST_BANK], *side).astype(np.float32)
+            for features, *side in zip((images, titles), means, maps, strict=True)
+        ]
         return cls(*means, *maps, *banks)
 
     def figures(self, images: Floats, titles: Floats) -> Floats:
-        """Cosine and reaches of pairs of a photo and a title, mean features [n, p] and [n, q] → float64 [n, 3]."""
+        """Compute the figures of pairs of photo and title.
+
+        From mean features [n, p] and [n, q] come cosine and reaches, float64 [n, 3].
+        """
         photos = units_along(images, self.image_mean, self.image_map)
         said = units_along(titles, self.text_mean, self.text_map)
         cosine = (photos * said).sum(axis=1)
@@ -93,7 +120,10 @@ class FoldJudge:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Judges of all folds, none where too few listings have both photo and title, and weights of the regressions."""
+    """The judges of all folds and the regressions' weights.
+
+    There are no judges where too few listings have both photo and title.
+    """
 
     folds: tuple[FoldJudge, ...]
     center: Floats  # [3], of the figures
@@ -105,12 +135,16 @@ class Agreement:
 
     @classmethod
     def none(cls) -> "Agreement":
-        """Judges nothing."""
+        """Return an agreement that judges nothing."""
         return cls((), np.zeros(3), np.ones(3), {}, PENALTIES[-1])
 
     @classmethod
     def fit(cls, images: Floats, titles: Floats, product: NDArray[np.uint64], fold: Ints) -> "Agreement":
-        """Of listings' mean features [n, p] and [n, q], their products, and the folds that these are in; a fold's bank is of the first of the others'."""
+        """Fit the judges of all folds.
+
+        It takes listings' mean features [n, p] and [n, q], their products, and the folds that these
+        are in. A fold's bank is of the first of the others' listings.
+        """
         images, titles = (side.astype(np.float32) for side in (images, titles))
         enough = all((fold != place).sum() >= LEAST_FITTED for place in range(FOLDS))
         distinct, number = np.unique(product, return_inverse=True)
@@ -137,16 +171,21 @@ class Agreement:
         return cls(tuple(judges), center, scale, weights, penalty)
 
     def log_odds(self, figures: Floats, head: str) -> Floats:
-        """That photo and title belong together, [n]: of pairs half of which do."""
+        """Return log odds that photo and title belong together.
+
+        They are [n], for pairs half of which do.
+        """
         standard = (figures - self.center) / self.scale
         return _expand(standard[:, HEADS[head]]) @ self.weights[head]
 
     def judge(self, images: Floats, titles: Floats, image_row: Ints, title_row: Ints, fold: Ints) -> Judgement:
-        """Of N listings, each by the judge of its fold.
+        """Judge N listings, each by the judge of its fold.
 
         Args:
-            images, titles: mean features of the distinct contents.
-            image_row, title_row: each listing's, [N]; -1 = none.
+            images: mean features of the distinct photos.
+            titles: mean features of the distinct titles.
+            image_row: each listing's row of `images`, [N]; -1 = none.
+            title_row: each listing's row of `titles`, [N]; -1 = none.
             fold: each listing's, [N].
         """
         found = np.full((4, len(fold)), np.nan, dtype=np.float32)
@@ -161,7 +200,7 @@ class Agreement:
         return Judgement(*found)
 
     def write(self, directory: Path) -> None:
-        """One safetensors file in a package."""
+        """Write one safetensors file into a package."""
         arrays = {"center": self.center, "scale": self.scale, "penalty": np.array([self.penalty])}
         arrays |= {f"head.{name}": weights for name, weights in self.weights.items()}
         for place, judge in enumerate(self.folds):
@@ -170,7 +209,7 @@ class Agreement:
 
     @classmethod
     def read(cls, directory: Path) -> "Agreement":
-        """What `write` wrote.
+        """Read what `write` wrote.
 
         Raises:
             InputError: the file is missing or damaged.
@@ -186,7 +225,11 @@ class Agreement:
 
 
 def fit_logistic(x: Floats, y: Floats, rounds: int = 50) -> Floats:
-    """Weights [m] of a logistic regression on x [n, m], the last column of which is 1, by Newton's method; all but the last are held back by `PENALTY`."""
+    """Fit a logistic regression by Newton's method.
+
+    Returns its weights [m] on x [n, m], the last column of which is 1. All weights but the last are
+    held back by `PENALTY`.
+    """
     held = np.full(x.shape[1], PENALTY)
     held[-1] = TINY
     weights = np.zeros(x.shape[1])
@@ -202,7 +245,10 @@ def fit_logistic(x: Floats, y: Floats, rounds: int = 50) -> Floats:
 
 
 def _expand(x: Floats) -> Floats:
-    """Figures [n, f], their products in pairs, their squares, and 1."""
+    """Expand figures [n, f] to the regression's columns.
+
+    They are the figures, their products in pairs, their squares, and 1.
+    """
     pairs = [x[:, a] * x[:, b] for a, b in combinations(range(x.shape[1]), 2)]
     return np.stack([*x.T, *pairs, *np.square(x.T), np.ones(len(x))], axis=1)
 

@@ -1,4 +1,7 @@
-"""Named arrays in one safetensors file: what a package holds beside the model's weights."""
+"""Named arrays in one safetensors file.
+
+A package holds them beside the model's weights.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +16,12 @@ from schemas.errors import InputError
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """All of them, in C order."""
+    """Write all of them, in C order."""
     save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """What `write_arrays` wrote.
+    """Read what `write_arrays` wrote.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -27,5 +30,6 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path}: cannot be read as safetensors ({error}): an earlier version of camenn trained this model, or the file is damaged. Run `camenn train` again."
+            f"{path}: cannot be read as safetensors ({error}): an earlier version of camenn "
+            "trained this model, or the file is damaged. Run `camenn train` again."
         ) from error

@@ -1,14 +1,21 @@
-"""Where the projections of photos and titles start: on the directions that the two share, and on each one's own. [ours; docs/decisions.md has the figures]
+"""Directions that the projections of photos and titles start from.
 
-Shapes: n listings that have both, p and q widths of the frozen encoders' mean features, d width of the model.
+They start on the directions that the two share, and on each one's own. [ours; docs/decisions.md has
+the figures]
 
-A random projection to a small width keeps little of what a photo tells, and contrastive learning on some thousands of listings finds in hours what a matrix
-decomposition finds in a second. So the first half of the dimensions starts with the canonical directions (Hotelling 1936): those in which photos and titles of the
-same listings correlate most. What only one of them tells (how fresh something looks, whether it is organic) is not in these by construction; it is in the directions in
-which a modality varies most once the shared ones are taken out, and those fill the other half. Both are where training starts, not where it ends.
+Shapes: n listings that have both, p and q widths of the frozen encoders' mean features, d width of
+the model.
 
-How far the canonical directions are held back from those of single listings is a penalty. Some hundred listings want a thousand times what some thousand want, so it
-is cross-validated.
+A random projection to a small width keeps little of what a photo tells, and contrastive learning on
+some thousands of listings finds in hours what a matrix decomposition finds in a second. So the
+first half of the dimensions starts with the canonical directions (Hotelling 1936): those in which
+photos and titles of the same listings correlate most. What only one of them tells (how fresh
+something looks, whether it is organic) is not in these by construction. It is in the directions in
+which a modality varies most once the shared ones are taken out, and those fill the other half. Both
+are where training starts, not where it ends.
+
+How far the canonical directions are held back from those of single listings is a penalty. Some
+hundred listings want a thousand times what some thousand want, so it is cross-validated.
 """
 
 from dataclasses import dataclass
@@ -20,7 +27,9 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 PENALTY = 0.001
-"""On the canonical directions, times the mean eigenvalue of the features' covariance: where it is not cross-validated."""
+"""On the canonical directions, times the mean eigenvalue of the features' covariance: where it is
+not cross-validated.
+"""
 PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
 """What cross-validation chooses from."""
 PENALTY_FOLDS = 5
@@ -30,12 +39,18 @@ SPREAD = 0.5
 """Standard deviation over listings of what a projection gives in each dimension."""
 TINY = 1e-12
 NEGLIGIBLE = 1e-3
-"""Shared directions of less correlation, and own ones along which less than this share of a feature's usual spread is left, are left out."""
+"""Shared directions of less correlation, and own ones along which less than this share of a
+feature's usual spread is left, are left out.
+"""
 
 
 @dataclass(frozen=True)
 class _Decomposed:
-    """Centred features of n listings along the principal axes of their photos, [r], and of their titles, [r']: all that directions need, at any penalty."""
+    """Centred features of n listings along their principal axes.
+
+    The axes are those of their photos, [r], and of their titles, [r']. That is all that directions
+    need, at any penalty.
+    """
 
     image_axes: Floats  # [p, r]
     image_values: Floats  # [r]: eigenvalues
@@ -49,13 +64,13 @@ class _Decomposed:
 
     @classmethod
     def of(cls, images: Floats, titles: Floats) -> "_Decomposed":
-        """Centred features [n, p] and [n, q]."""
+        """Decompose centred features [n, p] and [n, q]."""
         sides = [(*_principal_axes(features), float(np.square(features).mean())) for features in (images, titles)]
         along = [features @ axes for features, (axes, *_) in zip((images, titles), sides, strict=True)]
         return cls(*sides[0], *sides[1], along[0].T @ along[1] / len(images), len(images))
 
     def directions(self, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
-        """See `canonical_directions`."""
+        """Compute the directions, see `canonical_directions`."""
         scales = [
             1 / np.sqrt(np.maximum(values + penalty * mean, TINY))
             for values, mean in ((self.image_values, self.image_mean), (self.text_values, self.text_mean))
@@ -68,7 +83,10 @@ class _Decomposed:
         )
 
     def shared(self, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
-        """`directions` of standardised features: as many as the listings allow, less negligible ones."""
+        """Return `directions` of standardised features.
+
+        They are as many as the listings allow, less negligible ones.
+        """
         limit = self.listings // LISTINGS_PER_DIRECTION
         of_images, of_titles, correlations = self.directions(penalty, min(count, limit))
         kept = int((correlations > NEGLIGIBLE).sum())
@@ -76,7 +94,10 @@ class _Decomposed:
 
 
 def _principal_axes(features: Floats) -> tuple[Floats, Floats]:
-    """Axes [p, r] and eigenvalues [r] of the covariance of centred features [n, p], r = min(n, p)."""
+    """Find the principal axes of centred features [n, p].
+
+    Returns axes [p, r] and eigenvalues [r] of their covariance, r = min(n, p).
+    """
     n, width = features.shape
     if n >= width:
         values, axes = np.linalg.eigh(features.T @ features / n)
@@ -86,23 +107,34 @@ def _principal_axes(features: Floats) -> tuple[Floats, Floats]:
 
 
 def canonical_directions(images: Floats, titles: Floats, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
-    """Regularised canonical correlation analysis of centred features [n, p] and [n, q]: directions [p, k], [q, k] and correlations [k], k ≤ `count`.
+    """Compute the regularised canonical correlation analysis of photos and titles.
+
+    Returns directions [p, k], [q, k] and correlations [k], k ≤ `count`.
 
     Args:
+        images: centred features [n, p].
+        titles: centred features [n, q].
         penalty: times the mean eigenvalue of the features' covariance, on each of its eigenvalues.
+        count: most directions.
     """
     return _Decomposed.of(images, titles).directions(penalty, count)
 
 
 def choose_penalty(images: Floats, titles: Floats, product: Ints, count: int) -> float:
-    """The penalty of `PENALTIES` whose directions, of four fifths of the products, best find titles of the other fifth's photos, and photos of its titles.
+    """Choose a penalty of `PENALTIES` by cross-validation.
 
-    Found is judged by the reciprocal rank of a listing's own among those of other products. Several penalties may be as good as the best, within a standard
-    error of the difference: of these it is the largest (the one-standard-error rule of Breiman et al. 1984).
+    Its directions, of four fifths of the products, best find titles of the other fifth's photos,
+    and photos of its titles.
+
+    Found is judged by the reciprocal rank of a listing's own among those of other products. Several
+    penalties may be as good as the best, within a standard error of the difference. Of these it is
+    the largest (the one-standard-error rule of Breiman et al. 1984).
 
     Args:
-        images, titles: mean features [n, p] and [n, q] of the same listings.
-        product: of each listing, [n]. What other listings of a product tell must not count: directions are to be good for products that are new.
+        images: mean features [n, p] of the listings.
+        titles: mean features [n, q] of the same listings.
+        product: of each listing, [n]. What other listings of a product tell must not count:
+            directions are to be good for products that are new.
         count: most directions.
     """
     _, number = np.unique(product, return_inverse=True)
@@ -135,7 +167,10 @@ def choose_penalty(images: Floats, titles: Floats, product: Ints, count: int) ->
 
 
 def _reciprocal_ranks(similar: Floats, rivals: NDArray[np.bool_]) -> Floats:
-    """Of each row's own column among its rivals, [n]; one that is exactly as similar counts half."""
+    """Return the reciprocal rank of each row's own column.
+
+    It is ranked among the row's rivals, [n]. One that is exactly as similar counts half.
+    """
     own = np.diag(similar)[:, None]
     ahead = ((similar > own) & rivals).sum(axis=1) + ((similar == own) & rivals).sum(axis=1) / 2
     found: Floats = 1 / (1 + ahead)
@@ -143,9 +178,11 @@ def _reciprocal_ranks(similar: Floats, rivals: NDArray[np.bool_]) -> Floats:
 
 
 def own_directions(features: Floats, shared: Floats, count: int) -> Floats:
-    """Principal directions [p, k], k ≤ `count`, of centred features [n, p] once what follows from their values along `shared` [p, s] is taken out of them.
+    """Find the principal directions that a modality does not share.
 
-    Values along them are not correlated with those along `shared`.
+    Returns [p, k], k ≤ `count`, of centred features [n, p] once what follows from their values
+    along `shared` [p, s] is taken out of them. Values along them are not correlated with those
+    along `shared`.
     """
     residual, follows = features, np.zeros((0, features.shape[1]), features.dtype)
     if shared.shape[1]:
@@ -161,7 +198,10 @@ def own_directions(features: Floats, shared: Floats, count: int) -> Floats:
 
 
 def principal_directions(features: Floats, count: int) -> Floats:
-    """Directions [p, k], k ≤ `count`, in which features [n, p] vary most; along each they have standard deviation 1."""
+    """Find the directions in which features vary most.
+
+    Returns [p, k], k ≤ `count`, of features [n, p]. Along each they have standard deviation 1.
+    """
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     found = own_directions(
         centred, np.zeros((features.shape[1], 0)), min(count, len(features) // LISTINGS_PER_DIRECTION)
@@ -171,7 +211,11 @@ def principal_directions(features: Floats, count: int) -> Floats:
 
 @dataclass(frozen=True)
 class Start:
-    """Maps of raw features less their means. Along each of their columns the listings that they were found on have mean 0 and standard deviation `SPREAD`."""
+    """Maps of raw features less their means.
+
+    Along each of their columns the listings that they were found on have mean 0 and standard
+    deviation `SPREAD`.
+    """
 
     image: Floats  # [p, m], m ≤ d: shared directions first
     text: Floats  # [q, m']
@@ -183,12 +227,15 @@ class Start:
 def find_start(
     images: Floats, titles: Floats, width: int, size: int, *, aligned: bool, penalty: float = PENALTY
 ) -> Start:
-    """Where the projections to `width` start, and those to `size` that photos and titles are compared by.
-
-    Without `aligned` nothing is taken from what photos tell of titles: all directions are own ones.
+    """Find where the projections start.
 
     Args:
-        images, titles: mean features [n, p] and [n, q] of the same listings.
+        images: mean features [n, p] of the listings.
+        titles: mean features [n, q] of the same listings.
+        width: of the projections.
+        size: of the projections that photos and titles are compared by.
+        aligned: without it nothing is taken from what photos tell of titles: all directions are own
+            ones.
         penalty: on the shared directions, see `choose_penalty`.
     """
     sides = [_standardise(features) for features in (images, titles)]
@@ -203,26 +250,37 @@ def find_start(
 
 
 def find_shared(images: Floats, titles: Floats, count: int, penalty: float = PENALTY) -> tuple[Floats, Floats, Floats]:
-    """`Start.shared_image` [p, k], `Start.shared_text` [q, k] and their correlations [k], k ≤ `count`, without the rest."""
+    """Find only the shared directions of a start.
+
+    Returns `Start.shared_image` [p, k], `Start.shared_text` [q, k] and their correlations [k], k ≤
+    `count`, without the rest.
+    """
     sides = [_standardise(features) for features in (images, titles)]
     of_images, of_titles, correlations = _Decomposed.of(sides[0][0], sides[1][0]).shared(penalty, count)
     return _raw_map(*sides[0], of_images), _raw_map(*sides[1], of_titles), correlations
 
 
 def units_along(features: Floats, mean: Floats, directions: Floats) -> Floats:
-    """Unit vectors of features [n, p] along directions [p, k], [n, k] float64: how many threads add up must not tell."""
+    """Return unit vectors of features along directions.
+
+    Features [n, p] along directions [p, k] give [n, k] float64: how many threads add up must not
+    tell.
+    """
     along: Floats = (features.astype(np.float64) - mean) @ directions.astype(np.float64)
     return along / np.maximum(np.linalg.norm(along, axis=1, keepdims=True), TINY)
 
 
 def _standardise(features: Floats) -> tuple[Floats, Floats]:
-    """(standardised [n, p], scale [p])."""
+    """Return (standardised [n, p], scale [p])."""
     spread = features.std(axis=0)
     scale = 1.0 / (spread + 0.1 * spread.mean() + 1e-6)
     return (features - features.mean(axis=0)) * scale, scale
 
 
 def _raw_map(features: Floats, scale: Floats, columns: Floats) -> Floats:
-    """From directions of standardised features to those of raw ones, with a spread of `SPREAD` along each."""
+    """Convert directions of standardised features to raw ones.
+
+    Raw features have a spread of `SPREAD` along each.
+    """
     spread = (features @ columns).std(axis=0)
     return (scale[:, None] * columns * (SPREAD / spread)).astype(np.float32)

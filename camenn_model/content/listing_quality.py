@@ -1,4 +1,8 @@
-"""Listing quality: do photo and title belong together, and is either of them poor. Judged by what other listings tell (`agreement.py`)."""
+"""Listing quality of photos and titles.
+
+It tells whether photo and title belong together, and whether either of them is poor. Judged by what
+other listings tell (`agreement.py`).
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +16,9 @@ from camenn_model.content.agreement import Ints, Judgement
 MISMATCH_AT = 0.5
 """A photo and a title that are more like a pair of two listings than like a pair of one ..."""
 MISMATCH_PERCENTILE = 0.90
-"""... and among the tenth of the catalog that looks worst: where photos and titles tell little of each other, everything is in doubt."""
+"""... and among the tenth of the catalog that looks worst: where photos and titles tell little of
+each other, everything is in doubt.
+"""
 VAGUE_PERCENTILE = 0.05
 """Among the twentieth of photos with the least sharpness."""
 DARK_BELOW = 0.12
@@ -31,20 +37,28 @@ PRIOR_CLICKS = 20.0
 
 @dataclass(frozen=True)
 class Activity:
-    """Clicks of the last weeks, and the orders credited to them; int64 [N] in the order of the items."""
+    """Clicks of the last weeks, and orders credited to them.
+
+    Both are int64 [N] in the order of the items.
+    """
 
     clicks: Ints
     orders: Ints
 
 
 def lost_orders(group: Ints, flagged: NDArray[np.bool_], activity: Activity) -> NDArray[np.float64]:
-    """Orders that flagged listings may have lost to their photo or title, float64 [N]; 0 without a flag. [ours]
+    """Estimate the orders that flagged listings may have lost.
 
-    c / (c + 20) · max(0, c · e - o), with c clicks and o orders of the listing, and e the conversion rate of the unflagged listings of its group, smoothed by 20 clicks of the catalog's rate.
-    Orders of people who did not even click are not in it.
+    They are lost to photo or title, float64 [N], and 0 without a flag. [ours]
+
+    c / (c + 20) · max(0, c · e - o), with c clicks and o orders of the listing, and e the
+    conversion rate of the unflagged listings of its group, smoothed by 20 clicks of the catalog's
+    rate. Orders of people who did not even click are not in it.
 
     Args:
         group: number of each listing's subcategory, from 0; -1 = none.
+        flagged: listings with a flag.
+        activity: clicks and orders of the listings.
     """
     place = group - group.min(initial=0)
     clicks, orders = (values.astype(np.float64) for values in (activity.clicks, activity.orders))
@@ -59,11 +73,14 @@ def lost_orders(group: Ints, flagged: NDArray[np.bool_], activity: Activity) -> 
 
 
 def judge(items: pa.Table, found: Judgement, activity: Activity) -> pa.Table:
-    """Columns of the listing_quality table but model_version, in the order of `items`.
+    """Compute the columns of the listing_quality table.
+
+    All but model_version, in the order of `items`.
 
     Args:
         items: table under the contract `ITEMS`, N rows.
-        found, activity: of all N listings.
+        found: judgement of all N listings.
+        activity: of all N listings.
     """
     mismatch = found.mismatch
     known = np.isfinite(mismatch)

@@ -1,9 +1,14 @@
-"""What a listing costs against those that look and read most like it. [ours; docs/decisions.md has the figures]
+"""Prices against those of the most similar listings.
 
-Shapes: N listings, of which n have photo and title; p and q widths of the frozen encoders' mean features, k shared directions.
+Similar are those that look and read most like a listing. [ours; docs/decisions.md has the figures]
 
-What people find dear is dear for what it is, and a subcategory is coarser than that: among hot drinks all coffee is dear. Photo and title together tell what something
-is, so a price is compared with the prices of those listings of the subcategory that are most alike in the directions which photos and titles share (`canonical_directions.py`).
+Shapes: N listings, of which n have photo and title; p and q widths of the frozen encoders' mean
+features, k shared directions.
+
+What people find dear is dear for what it is, and a subcategory is coarser than that: among hot
+drinks all coffee is dear. Photo and title together tell what something is. So a price is compared
+with the prices of those listings of the subcategory that are most alike in the directions which
+photos and titles share (`canonical_directions.py`).
 """
 
 from dataclasses import dataclass
@@ -22,10 +27,14 @@ FILE = "likeness.safetensors"
 """In a package"""
 DIRECTIONS = 64
 POWER = 2
-"""Of a direction's correlation: how much it counts in what is alike. Those that photos and titles hardly share are noise."""
+"""Of a direction's correlation: how much it counts in what is alike. Those that photos and titles
+hardly share are noise.
+"""
 NEIGHBOURS = 10
 MOST_REFERENCES = 2_048
-"""Listings of a subcategory that its listings are compared with: those of the smallest hashes, so that a new listing changes few prices' neighbours."""
+"""Listings of a subcategory that its listings are compared with: those of the smallest hashes, so
+that a new listing changes few prices' neighbours.
+"""
 BLOCK = 256
 """Listings that are looked at at a time: what a block needs is beside what a catalog needs anyway"""
 DIGITS = 9
@@ -34,7 +43,10 @@ DIGITS = 9
 
 @dataclass(frozen=True)
 class Likeness:
-    """Maps of mean features onto the directions that photos and titles share; none where too few listings have both."""
+    """Maps of mean features onto the shared directions.
+
+    Photos and titles share these. There are none where too few listings have both.
+    """
 
     image: Floats  # [p, k] float32
     text: Floats  # [q, k]
@@ -43,7 +55,10 @@ class Likeness:
 
     @classmethod
     def fit(cls, images: Floats, titles: Floats) -> "Likeness":
-        """Of the mean features, [n, p] and [n, q], of the same listings."""
+        """Fit on mean features of the same listings.
+
+        They are [n, p] and [n, q].
+        """
         images, titles = images.astype(np.float32), titles.astype(np.float32)
         means = [features.mean(axis=0) if len(features) else features.sum(axis=0) for features in (images, titles)]
         if len(images):
@@ -54,11 +69,16 @@ class Likeness:
         return cls(*maps, *means)
 
     def vectors(self, images: Floats, titles: Floats, image_row: Ints, title_row: Ints) -> NDArray[np.float32]:
-        """[N, 2k]: the dot product of two listings' is the cosine of their photos plus that of their titles, where both have one.
+        """Return vectors whose dot products tell likeness, [N, 2k].
+
+        The dot product of two listings' is the cosine of their photos plus that of their titles,
+        where both have one.
 
         Args:
-            images, titles: mean features of the distinct contents, of any number.
-            image_row, title_row: each listing's, [N]; -1 = none.
+            images: mean features of the distinct photos, of any number.
+            titles: mean features of the distinct titles, of any number.
+            image_row: each listing's row of `images`, [N]; -1 = none.
+            title_row: each listing's row of `titles`, [N]; -1 = none.
         """
         size = self.image.shape[1]
         found = np.zeros((len(image_row), 2 * size), dtype=np.float32)
@@ -74,12 +94,12 @@ class Likeness:
         return found
 
     def write(self, directory: Path) -> None:
-        """One safetensors file in a package."""
+        """Write one safetensors file into a package."""
         write_arrays(directory / FILE, vars(self))
 
     @classmethod
     def read(cls, directory: Path) -> "Likeness":
-        """What `write` wrote.
+        """Read what `write` wrote.
 
         Raises:
             InputError: the file is missing or damaged.
@@ -88,15 +108,20 @@ class Likeness:
 
 
 def alike_prices(vectors: Floats, price: Floats, group: Ints, rank: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """log(price / median price of the 10 listings of the same group that are most alike), float32 [N].
+    """Compare each price with those of the most alike listings.
 
-    NaN where the price is unknown or not positive, where a listing has neither photo nor title, and where no other of the group has both a price and one of them.
+    Returns log(price / median price of the 10 listings of the same group that are most alike),
+    float32 [N].
+
+    NaN where the price is unknown or not positive, where a listing has neither photo nor title, and
+    where no other of the group has both a price and one of them.
 
     Args:
         vectors: `Likeness.vectors`.
         price: currency units, NaN = unknown.
         group: subcategory.
-        rank: tells the listings that a large group is compared with, and which of two that are equally alike comes first; the smallest do.
+        rank: tells the listings that a large group is compared with, and which of two that are
+            equally alike comes first. The smallest do.
     """
     found = np.full(len(price), np.nan, dtype=np.float32)
     usable = np.flatnonzero((price > 0) & vectors.any(axis=1))

@@ -1,10 +1,16 @@
-"""Directions of photos and titles in which people differ: linear discriminant analysis with people as classes. [ours; docs/decisions.md has the figures]
+"""Directions of photos and titles in which people differ.
+
+They come from linear discriminant analysis with people as classes. [ours; docs/decisions.md has the
+figures]
 
 Shapes: N listings, n clicks, p width of a frozen encoder's mean features, k directions.
 
-Most of what tells photos apart tells nothing of who clicks them. Fisher's discriminant (1936) finds the directions along which the clicks of one person are alike and those of different people are
-not: the variance of a person's mean over the variance of all, the largest first. Features are less their store's mean, as what a store sells is nobody's taste; and two clicks of a person on one
-listing say nothing of its looks. Directions that tell little are short: of Gaussian tastes the best estimate from m clicks weighs a direction of variance share r by m r / (m r + 1).
+Most of what tells photos apart tells nothing of who clicks them. Fisher's discriminant (1936) finds
+the directions along which the clicks of one person are alike and those of different people are not:
+the variance of a person's mean over the variance of all, the largest first. Features are less their
+store's mean, as what a store sells is nobody's taste. Two clicks of a person on one listing say
+nothing of its looks. Directions that tell little are short: of Gaussian tastes the best estimate
+from m clicks weighs a direction of variance share r by m r / (m r + 1).
 """
 
 from collections.abc import Iterator
@@ -37,11 +43,17 @@ class TasteSpace:
 
 
 def find_tastes(features: Floats, item: Ints, person: Ints, store: Ints, count: int) -> TasteSpace:
-    """Directions [p, k], k ≤ `count`, and what part of the variance along each is between people.
+    """Find the directions in which people's clicks differ.
+
+    Returns directions [p, k], k ≤ `count`, and what part of the variance along each is between
+    people.
 
     Args:
         features: mean features [N, p] of listings.
-        item, person, store: of each click, codes from 0, [n]; item is a row of `features`.
+        item: row of `features` of each click, [n].
+        person: of each click, codes from 0, [n].
+        store: of each click, codes from 0, [n].
+        count: most directions.
     """
     offers, place = np.unique(np.stack([store, item], axis=1), axis=0, return_inverse=True)
     clicks = np.bincount(place, minlength=len(offers)).astype(np.float64)
@@ -51,7 +63,8 @@ def find_tastes(features: Floats, item: Ints, person: Ints, store: Ints, count: 
     def values(rows: Ints) -> Floats:
         return (features[offers[rows, 1]] - of_store[offers[rows, 0]]).astype(np.float32)
 
-    # Clicks by person and offer; pairs of clicks of one person on different listings are all pairs less those on the same one.
+    # Clicks by person and offer. Pairs of clicks of one person on different listings are all pairs
+    # less those on the same one.
     key, times = np.unique(person * len(offers) + place, return_counts=True)
     who, what = key // len(offers), key % len(offers)
     same = np.bincount(what, weights=times.astype(np.float64) ** 2, minlength=len(offers))
@@ -81,7 +94,10 @@ def find_tastes(features: Floats, item: Ints, person: Ints, store: Ints, count: 
 
 
 def _of_stores(features: Floats, offers: Ints, clicks: Floats) -> Floats:
-    """Mean features of the clicks in each store, [stores, p]; offers [·, 2] (store, item) are in order of stores."""
+    """Average the features of the clicks in each store.
+
+    Returns [stores, p]. offers [·, 2] (store, item) are in order of stores.
+    """
     total = np.zeros((int(offers[-1, 0]) + 1, features.shape[1]))
     for rows in _whole_groups(offers[:, 0]):
         weighted = features[offers[rows, 1]] * clicks[rows, None]
@@ -91,12 +107,15 @@ def _of_stores(features: Floats, offers: Ints, clicks: Floats) -> Floats:
 
 
 def _starts(groups: Ints) -> Ints:
-    """Where each run of equal codes begins."""
+    """Find where each run of equal codes begins."""
     return np.flatnonzero(np.diff(groups, prepend=-1))
 
 
 def _whole_groups(groups: Ints) -> Iterator[slice]:
-    """Slices of about `BLOCK` rows that no run of equal codes is cut by; codes are in order."""
+    """Yield slices that cut no run of equal codes.
+
+    They have about `BLOCK` rows. Codes are in order.
+    """
     starts = _starts(groups)
     start = 0
     while start < len(groups):

@@ -1,4 +1,7 @@
-"""Draw pairs of photos and titles that belong together, or not."""
+"""Sampler of photo and title pairs.
+
+They are pairs that belong together, or not.
+"""
 
 import numpy as np
 import torch
@@ -9,10 +12,11 @@ from camenn_model.data.item_table import Ints, ItemTable
 
 
 class AlignmentSampler:
-    """Draws alignment pairs uniformly over the training catalog (FashionBERT's matching, made directional).
+    """A uniform sampler of alignment pairs over the training catalog.
 
-    Half of the pairs are the listing's own; of the others half come from the same subcategory, half from anywhere, never from the same
-    product, photo or title. Held-out listings are never drawn.
+    It is FashionBERT's matching, made directional. Half of the pairs are the listing's own. Of the
+    others half come from the same subcategory, half from anywhere, never from the same product,
+    photo or title. Held-out listings are never drawn.
     """
 
     def __init__(self, table: ItemTable) -> None:
@@ -27,7 +31,11 @@ class AlignmentSampler:
         return len(self.rows)
 
     def others(self, anchors: Ints, rng: np.random.Generator) -> Ints:
-        """For each anchor (a place in `rows`) the place of a listing of another product; -1 where ten draws found none."""
+        """Draw a listing of another product for each anchor.
+
+        An anchor is a place in `rows`, and so is what is returned. It is -1 where ten draws found
+        none.
+        """
         found = np.full(len(anchors), -1, dtype=np.int64)
         near = rng.random(len(anchors)) < 0.5
         for attempt in range(10):
@@ -52,7 +60,11 @@ class AlignmentSampler:
         return found
 
     def draw(self, pairs: int, listings: int, rng: np.random.Generator) -> AlignmentBatch | None:
-        """A batch of `pairs` ITA and `pairs` TIA pairs, and of `listings` for the contrastive loss, the pairs' anchors among them; None if the catalog has no two."""
+        """Draw a batch for the alignment tasks.
+
+        It has `pairs` ITA and `pairs` TIA pairs, and `listings` for the contrastive loss, the
+        pairs' anchors among them. None if the catalog has no two.
+        """
         if len(self.rows) < 2:
             return None
         contrasted = rng.choice(len(self.rows), size=min(max(pairs, listings), len(self.rows)), replace=False)

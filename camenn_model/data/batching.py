@@ -20,7 +20,11 @@ BUFFER_ROWS = 65_536
 def audience_batch(
     cats: Ints, values: NDArray[np.float32], buckets: Ints, history: Ints, kind: Ints, gap: NDArray[np.float32]
 ) -> tuple[AudienceBatch, Ints]:
-    """AudienceBatch of S rows, and the item rows [G] that its histories point to (table rows become places in [G])."""
+    """Build an AudienceBatch of S rows.
+
+    Returns it with the item rows [G] that its histories point to. In the batch, table rows become
+    places in [G].
+    """
     distinct, place = np.unique(history, return_inverse=True)
     place = place.reshape(history.shape)
     offset = int(len(distinct) > 0 and distinct[0] == -1)
@@ -36,12 +40,20 @@ def audience_batch(
 
 
 def collate(rows: Rows, table: ItemTable) -> Batch:
-    """Rows → the model's batch: each distinct item and session once."""
+    """Collate rows into the model's batch.
+
+    It has each distinct item and session once.
+    """
     items, item = np.unique(rows.item, return_inverse=True)
     _, first, session = np.unique(rows.session, return_index=True, return_inverse=True)
     audience, history_items = audience_batch(
-        rows.audience_cats[first], rows.audience_values[first], rows.audience_buckets[first], rows.history[first], rows.history_kind[first], rows.history_gap[first]
-    )  # fmt: skip
+        rows.audience_cats[first],
+        rows.audience_values[first],
+        rows.audience_buckets[first],
+        rows.history[first],
+        rows.history_kind[first],
+        rows.history_gap[first],
+    )
     return Batch(
         items=table.batch(items),
         audience=audience,
@@ -58,7 +70,10 @@ def collate(rows: Rows, table: ItemTable) -> Batch:
 
 
 def concat_rows(pieces: list[Rows]) -> Rows:
-    """Rows of several files as one; sessions keep apart."""
+    """Concatenate the rows of several files.
+
+    Sessions keep apart.
+    """
     offset, sessions = 0, []
     for piece in pieces:
         sessions.append(piece.session + offset)
@@ -74,11 +89,12 @@ def concat_rows(pieces: list[Rows]) -> Rows:
 def list_units(files: list[tuple[str, int]], size: int = UNIT_ROWS) -> list[Unit]:
     """Cut example files into pieces of `size` rows, in order.
 
-    The last piece of a day is smaller. Pieces depend on a day's rows alone: in how many files they lie, and where one
-    ends, tells how the shard set came about, in one night or in many.
+    The last piece of a day is smaller. Pieces depend on a day's rows alone. In how many files they
+    lie, and where one ends, tells how the shard set came about, in one night or in many.
 
     Args:
         files: (path, rows) as `ShardSet.examples` has them, those of a day one after another.
+        size: rows of a piece.
     """
     units: list[Unit] = []
     for _, of_day in itertools.groupby(files, key=lambda file: date_of(file[0])):
@@ -98,11 +114,14 @@ def list_units(files: list[tuple[str, int]], size: int = UNIT_ROWS) -> list[Unit
 def stream_batches(
     reader: ExampleReader, units: list[Unit], batch_size: int, rng: np.random.Generator, *, by_store: bool = False
 ) -> Iterator[Rows]:
-    """Batches of about `batch_size` examples, whole sessions together, in a random order that depends on nothing but the generator's state.
+    """Stream random batches of about `batch_size` examples.
 
-    Units of all days come in a random order, so that days are mixed; sessions are mixed within a buffer of some 65,000
-    examples. With `by_store` a batch draws from few stores, so that it holds fewer distinct listings; the batches of a
-    buffer come in a random order then.
+    Whole sessions are together. The order is random, and depends on nothing but the generator's
+    state.
+
+    Units of all days come in a random order, so that days are mixed. Sessions are mixed within a
+    buffer of some 65,000 examples. With `by_store` a batch draws from few stores, so that it holds
+    fewer distinct listings. The batches of a buffer come in a random order then.
     """
     mixed = [units[number] for number in rng.permutation(len(units))]
     for rows in prefetch(_buffers(reader, mixed), 1):
@@ -125,10 +144,13 @@ def _buffers(reader: ExampleReader, units: list[Unit]) -> Iterator[Rows]:
 def cut_batches(
     rows: Rows, batch_size: int, rng: np.random.Generator | None, *, by_store: bool = False
 ) -> Iterator[Rows]:
-    """Cut rows into batches of at most `batch_size`, whole sessions together: in a random order of sessions, or in theirs."""
+    """Cut rows into batches of at most `batch_size`.
+
+    Whole sessions are together, in a random order of sessions, or in theirs.
+    """
     count = int(rows.session.max()) + 1
     if rng is None:
-        # Sessions are numbered by hash; keep the files' order (by time) instead.
+        # Sessions are numbered by hash. Keep the files' order (by time) instead.
         rank = np.argsort(np.argsort(np.unique(rows.session, return_index=True)[1]))
     else:
         rank = rng.permutation(count)
@@ -145,11 +167,14 @@ def cut_batches(
 
 
 def _cuts(session: Ints, batch_size: int) -> Iterator[tuple[int, int]]:
-    """First and one-past-last row of each batch of rows whose sessions lie together."""
+    """Yield first and one-past-last row of each batch.
+
+    Sessions of the rows lie together.
+    """
     edges = np.flatnonzero(np.append(session[1:] != session[:-1], True)) + 1
     start = 0
     while start < len(session):
-        # The last whole session that still fits; a session longer than a batch is cut.
+        # The last whole session that still fits. A session longer than a batch is cut.
         place = int(np.searchsorted(edges, start + batch_size, side="right")) - 1
         end = int(edges[place]) if place >= 0 and edges[place] > start else start + batch_size
         yield start, min(end, len(session))
@@ -157,7 +182,10 @@ def _cuts(session: Ints, batch_size: int) -> Iterator[tuple[int, int]]:
 
 
 def split_batch(rows: Rows, parts: int) -> list[Rows]:
-    """A batch as `parts` batches of about the same size, cut between sessions where one ends near; some may be empty."""
+    """Split a batch into `parts` of about the same size.
+
+    It is cut between sessions where one ends near. Some parts may be empty.
+    """
     edges = np.concatenate([[0], np.flatnonzero(np.diff(rows.session)) + 1, [len(rows)]])
     ideal = np.arange(1, parts) * len(rows) / parts
     near = edges[np.abs(edges[:, None] - ideal[None, :]).argmin(axis=0)]

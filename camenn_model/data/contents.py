@@ -13,17 +13,20 @@ MEANS_AT_A_TIME = 4_096
 
 
 class Contents:
-    """Embeddings of one kind, mapped: `gather` reads only the rows asked for.
+    """Embeddings of one kind, mapped.
 
-    Rows are in order of keys, wherever they lie: what is computed from all of them must not depend on the files.
+    `gather` reads only the rows asked for. Rows are in order of keys, wherever they lie: what is
+    computed from all of them must not depend on the files.
 
     Args:
-        paths: Arrow IPC files of (key, embedding), each with any keys in any order; one that stands in two counts once.
+        paths: Arrow IPC files of (key, embedding), each with any keys in any order. One that stands
+            in two counts once.
         key: name of the key column.
         shape: (tokens, width) where there are no files that tell it.
-        wanted: keys that are of interest; None = all. Contents are only ever added: files may hold those of listings
-            that are gone.
-        keep: whether what was read stays in memory, for the next time; otherwise it is given back as soon as it is copied.
+        wanted: keys that are of interest; None = all. Contents are only ever added: files may hold
+            those of listings that are gone.
+        keep: whether what was read stays in memory, for the next time. Otherwise it is given back as
+            soon as it is copied.
     """
 
     def __init__(
@@ -77,12 +80,18 @@ class Contents:
         return len(self.keys)
 
     def expect(self, shape: tuple[int, int]) -> None:
-        """Have a model's (tokens, width) where there are no files that tell it: of a city without any photo, say."""
+        """Take a model's (tokens, width) where no files tell it.
+
+        That is so in a city without any photo, say.
+        """
         if not self.maps:
             self.shape = shape
 
     def rows_of(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-        """Row of each key, int64 [n]; -1 where the key is null or not there."""
+        """Return the row of each key, int64 [n].
+
+        It is -1 where the key is null or not there.
+        """
         import pyarrow.compute as pc
 
         found = pc.fill_null(pc.index_in(keys, value_set=self.keys), -1)
@@ -92,7 +101,10 @@ class Contents:
         )
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Embeddings of rows, float16 [n, tokens, width]; a row of -1 gives zeros."""
+        """Gather the embeddings of rows.
+
+        They are float16 [n, tokens, width]. A row of -1 gives zeros.
+        """
         out = np.zeros((len(rows), *self.shape), dtype=np.float16)
         some = np.flatnonzero(rows >= 0)
         view = self.view_of[rows[some]]
@@ -104,13 +116,18 @@ class Contents:
         return out
 
     def release(self) -> None:
-        """Give back the memory of what was read so far; the mapping stays, and reading goes on as before."""
+        """Give back the memory of what was read so far.
+
+        The mapping stays, and reading goes on as before.
+        """
         for mapped in self.maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Means:
-    """Mean over tokens (or patches) of each content, float16 [n, width], computed when rows are asked for: `means[rows]`.
+    """Means over tokens (or patches) of each content.
+
+    They are float16 [n, width], computed when rows are asked for: `means[rows]`.
 
     Args:
         contents: of n embeddings.
@@ -125,11 +142,11 @@ class Means:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, width)."""
+        """Return (n, width)."""
         return len(self), self.contents.shape[1]
 
     def __getitem__(self, rows: NDArray[np.int64] | slice) -> NDArray[np.float16]:
-        """Of some rows, [·, width]."""
+        """Compute the means of some rows, [·, width]."""
         rows = np.arange(len(self))[rows] if isinstance(rows, slice) else rows
         total = self.contents.gather(rows).astype(np.float32).sum(axis=1)
         count = np.full(len(rows), self.contents.shape[0]) if self.used is None else np.maximum(self.used[rows], 1)
@@ -138,7 +155,7 @@ class Means:
         return means
 
     def kept(self) -> NDArray[np.float16]:
-        """All of them, in memory."""
+        """Return all of them, in memory."""
         out = np.zeros(self.shape, dtype=np.float16)
         for start in range(0, len(self), MEANS_AT_A_TIME):
             out[start : start + MEANS_AT_A_TIME] = self[start : start + MEANS_AT_A_TIME]

@@ -1,4 +1,7 @@
-"""Examples, streamed: a seeded order over files and sessions, a bounded buffer, and batches whose items and sessions are encoded once.
+"""Examples, streamed in a seeded order.
+
+The order is over files and sessions, through a bounded buffer. Items and sessions of a batch are
+encoded once.
 
 Shapes: B examples, S sessions, H history, N items of the table.
 """
@@ -22,7 +25,10 @@ Unit = tuple[tuple[str, int, int], ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded examples, struct of arrays; everything but embeddings. [B] unless said."""
+    """Encoded examples, struct of arrays.
+
+    They hold everything but embeddings. [B] unless said.
+    """
 
     item: Ints
     session: Ints
@@ -44,15 +50,15 @@ class Rows:
         return len(self.item)
 
     def take(self, rows: Ints) -> "Rows":
-        """Some rows, in the given order."""
+        """Take some rows, in the given order."""
         return Rows(**{name: values[rows] for name, values in vars(self).items()})
 
 
 class ExampleReader:
-    """Reads example files into `Rows`.
+    """A reader of example files into `Rows`.
 
     Args:
-        table: the items; ids in examples are looked up there.
+        table: the items, where ids in examples are looked up.
         users: table of user_id and fields.
         history_length, position_size: the model's.
     """
@@ -64,15 +70,21 @@ class ExampleReader:
         self.history_length, self.position_size = history_length, position_size
 
     def read(self, path: str) -> Rows:
-        """All rows of one file, in the file's order. Sessions are numbered from 0 within the file."""
+        """Read all rows of one file, in its order.
+
+        Sessions are numbered from 0 within the file.
+        """
         return self.encode(pq.ParquetFile(path).read())
 
     def read_unit(self, unit: Unit) -> Rows:
-        """The rows of a unit, in order. Sessions are numbered from 0 within it."""
+        """Read the rows of a unit, in order.
+
+        Sessions are numbered from 0 within it.
+        """
         return self.encode(read_examples(unit))
 
     def encode(self, examples: pa.Table) -> Rows:
-        """Rows of a table under the contract `EXAMPLES`."""
+        """Encode rows of a table under the contract `EXAMPLES`."""
         from camenn_model.hashing import stable_hash
 
         item = _codes(examples["item_id"], self.table.ids)
@@ -119,7 +131,11 @@ class ExampleReader:
 def pack_history(
     item: Ints, kind: NDArray[np.int8], hours: NDArray[np.float32], lengths: Ints, size: int
 ) -> tuple[Ints, Ints, NDArray[np.float32]]:
-    """Flat histories → ([S, H] item row, -1 = padding; [S, H] kind; [S, H] log1p of hours). Items that are no longer listed become padding."""
+    """Pack flat histories into rows of `size` places.
+
+    Returns ([S, H] item row, -1 = padding; [S, H] kind; [S, H] log1p of hours). Items that are no
+    longer listed become padding.
+    """
     count = len(lengths)
     row = np.repeat(np.arange(count), lengths)
     place = np.arange(len(item)) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,6 +1,10 @@
-"""From raw columns to what the model reads: vocabularies, hashed ids, quantile buckets and normalised values.
+"""Feature space: encoders of raw columns for the model.
 
-Fitted once on the training part; written as `features.json`, `likeness.safetensors` and `agreement.safetensors`; the same object serves training, scoring and every service.
+It turns them into what the model reads: vocabularies, hashed ids, quantile buckets and normalised
+values.
+
+It is fitted once on the training part, and written as `features.json`, `likeness.safetensors` and
+`agreement.safetensors`. The same object serves training, scoring and every service.
 """
 
 import json
@@ -21,7 +25,9 @@ from schemas.errors import InputError
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
 
 PRICE_ALIKE = "price_alike"
-"""What a listing costs against those that look and read most like it: no column of the items, as a model tells what is alike (`price_against_similar.py`)"""
+"""What a listing costs against those that look and read most like it: no column of the items, as a
+model tells what is alike (`price_against_similar.py`)
+"""
 AGREEMENT = "agreement"
 """Log-odds that photo and title belong together (`agreement.py`): no column of the items either"""
 FILE = "features.json"
@@ -37,7 +43,10 @@ NUMERIC_GROUPS = {
 
 
 class Told(NamedTuple):
-    """What is told of each listing by all of them, float32 [N] each; NaN = unknown."""
+    """Features of each listing that all listings tell.
+
+    They are float32 [N] each; NaN = unknown.
+    """
 
     price_alike: NDArray[np.float32]
     agreement: NDArray[np.float32]
@@ -58,7 +67,7 @@ class FeatureSpace:
 
     @property
     def fields(self) -> tuple[FieldSpec, ...]:
-        """The model's fields."""
+        """Return the model's fields."""
         item = [
             FieldSpec(name=name, group="item", kind="categorical", size=self.vocabularies[name].size)
             for name in (CATEGORY, SUBCATEGORY, "brand")
@@ -80,7 +89,11 @@ class FeatureSpace:
     def fit(
         cls, items: pa.Table, users: pa.Table, examples: pa.Table, likeness: Likeness, agreement: Agreement, told: Told
     ) -> "FeatureSpace":
-        """Fit on the items and what is told of them, the users and the training part's examples (a sample of whole files is enough)."""
+        """Fit on items, users and training examples.
+
+        Items come with what is told of them. The examples are the training part's, of which a
+        sample of whole files is enough.
+        """
         user_fields = tuple(f"user_{name}" for name in users.column_names if name != "user_id")
         vocabularies = {name: Vocabulary.fit(items[name]) for name in (CATEGORY, SUBCATEGORY, "brand")}
         vocabularies["store"] = Vocabulary.fit(examples["store_id"])
@@ -109,10 +122,12 @@ class FeatureSpace:
     def encode_items(
         self, items: pa.Table, told: Told
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
-        """(cats [N, n], values [N, m], buckets [N, m]) of an `items` table.
+        """Encode an `items` table.
 
-        Ids that are rare in training were mostly offered all along and hardly wanted. One that is offered since has no part in that: it looks like an id
-        that was dropped out.
+        Returns (cats [N, n], values [N, m], buckets [N, m]).
+
+        Ids that are rare in training were mostly offered all along and hardly wanted. One that is
+        offered since has no part in that: it looks like an id that was dropped out.
         """
         cats = [self.vocabularies[name].encode(items[name]) for name in (CATEGORY, SUBCATEGORY, "brand")]
         new = pc.fill_null(pc.greater(items["listed_at"].cast(pa.int64()), self.trained_until), False)
@@ -131,14 +146,19 @@ class FeatureSpace:
         weekday: NDArray[Any],
         fields: pa.Table,
     ) -> NDArray[np.int64]:
-        """cats [S, n]; `fields` holds the users' columns under their own names, one row per audience row."""
+        """Encode the categorical columns of audience rows.
+
+        Returns cats [S, n]. `fields` holds the users' columns under their own names, one row per
+        audience row.
+        """
         cats = [
             self.ids[USER_HASH].encode(user_id),
             self.vocabularies["store"].encode(store_id),
             hour.astype(np.int64) + 1,
             weekday.astype(np.int64) + 1,
         ]
-        # Hours and weekdays are ordered by name in their vocabularies, as strings are; their codes are the number + 1 instead.
+        # Hours and weekdays are ordered by name in their vocabularies, as strings are. Their codes
+        # are the number + 1 instead.
         for name in self.user_fields:
             column = name.removeprefix("user_")
             cats.append(
@@ -151,12 +171,18 @@ class FeatureSpace:
     def encode_numbers(
         self, groups: tuple[str, ...], columns: dict[str, NDArray[np.float32]]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """(values [..., m] float32, buckets [..., m] int64) of the groups' columns, in the model's order."""
+        """Encode the groups' columns, in the model's order.
+
+        Returns (values [..., m] float32, buckets [..., m] int64).
+        """
         encoded = [self.numbers[name].encode(columns[name]) for group in groups for name in NUMERIC_GROUPS[group]]
         return np.stack([value for value, _ in encoded], axis=-1), np.stack([bucket for _, bucket in encoded], axis=-1)
 
     def write(self, directory: Path) -> None:
-        """The whole space as `features.json`, `likeness.safetensors` and `agreement.safetensors`."""
+        """Write the whole space.
+
+        Its files are `features.json`, `likeness.safetensors` and `agreement.safetensors`.
+        """
         text = json.dumps(
             {
                 "version": VERSION,
@@ -173,7 +199,7 @@ class FeatureSpace:
 
     @classmethod
     def read(cls, directory: Path) -> "FeatureSpace":
-        """The space that `write` wrote.
+        """Read the space that `write` wrote.
 
         Raises:
             InputError: another version of camenn wrote it.
@@ -182,7 +208,8 @@ class FeatureSpace:
         raw = json.loads((directory / FILE).read_text())
         if raw.get("version") != VERSION:
             raise InputError(
-                f"{directory / FILE}: another version of camenn trained this model, and encoded its features in another way. Run `camenn train` again."
+                f"{directory / FILE}: another version of camenn trained this model, and encoded "
+                "its features in another way. Run `camenn train` again."
             )
         return cls(
             vocabularies={name: Vocabulary(tuple(values)) for name, values in raw["vocabularies"].items()},

@@ -20,23 +20,29 @@ ID_TABLE = 65_536
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Values of a categorical column; 0 = null or unknown, else 1 + place in `values`."""
+    """Values of a categorical column.
+
+    Code 0 = null or unknown, else 1 + place in `values`.
+    """
 
     values: tuple[str, ...]
 
     @property
     def size(self) -> int:
-        """Rows of the embedding table."""
+        """Return the rows of the embedding table."""
         return max(2, 1 + len(self.values))
 
     @classmethod
     def fit(cls, column: pa.ChunkedArray | pa.Array) -> "Vocabulary":
-        """The most frequent values, at most 4,096, ordered by name; of values as frequent, the first by name."""
+        """Fit on the most frequent values.
+
+        They are at most 4,096, ordered by name. Of values as frequent, the first by name are taken.
+        """
         counts = column.to_pandas().value_counts().sort_index().sort_values(ascending=False, kind="stable")
         return cls(tuple(sorted(str(value) for value in counts.index[:MAX_VOCABULARY])))
 
     def encode(self, column: pa.ChunkedArray | pa.Array) -> NDArray[np.int64]:
-        """Codes, int64 [n]."""
+        """Return codes, int64 [n]."""
         found = pc.index_in(column.cast(pa.string()), value_set=pa.array(self.values, pa.string()))
         codes = pc.add(pc.fill_null(found, -1), 1)
         codes = codes.to_numpy(zero_copy_only=False) if isinstance(codes, pa.Array) else codes.to_numpy()
@@ -46,25 +52,35 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class HashedIds:
-    """Frequent ids, by their hashes, in a bounded table; 0 = dropped out, 1 = rare."""
+    """Frequent ids, by their hashes, in a bounded table.
+
+    Code 0 = dropped out, 1 = rare.
+    """
 
     frequent: tuple[int, ...]
     table: int
 
     @property
     def size(self) -> int:
-        """Rows of the embedding table."""
+        """Return the rows of the embedding table."""
         return self.table + 2
 
     @classmethod
     def fit(cls, column: pa.ChunkedArray | pa.Array) -> "HashedIds":
-        """Ids with at least `MIN_ID_CLICKS` rows in the training part; the table has two slots for each, at most 65,536."""
+        """Fit on the ids that are frequent in training.
+
+        They have at least `MIN_ID_CLICKS` rows in the training part. The table has two slots for
+        each, at most 65,536.
+        """
         hashes, counts = np.unique(stable_hash(column), return_counts=True)
         frequent = hashes[counts >= MIN_ID_CLICKS]
         return cls(tuple(int(value) for value in frequent), int(min(ID_TABLE, max(2, 2 * len(frequent)))))
 
     def encode(self, column: pa.ChunkedArray | pa.Array) -> NDArray[np.int64]:
-        """Codes, int64 [n]; a null id is 0."""
+        """Return codes, int64 [n].
+
+        The code of a null id is 0.
+        """
         hashes = stable_hash(column)
         frequent = np.isin(hashes, np.asarray(self.frequent, dtype=np.uint64))
         codes = np.where(frequent, 2 + (hashes % np.uint64(self.table)).astype(np.int64), RARE)
@@ -73,10 +89,13 @@ class HashedIds:
 
 @dataclass(frozen=True)
 class Numeric:
-    """Bucket boundaries, normaliser and range of a numeric column; NaN is bucket 0. A common value has a bucket of its own, quantiles part the others.
+    """Bucket boundaries, normaliser and range of a numeric column.
 
-    A value beyond the range that training has seen counts as its end: what a slope would say out there nobody has observed, and some columns leave the range as
-    the log goes on, as a listing's age does.
+    NaN is bucket 0. A common value has a bucket of its own, quantiles part the others.
+
+    A value beyond the range that training has seen counts as its end. What a slope would say out
+    there nobody has observed, and some columns leave the range as the log goes on, as a listing's
+    age does.
     """
 
     boundaries: tuple[float, ...]
@@ -88,17 +107,25 @@ class Numeric:
 
     @property
     def size(self) -> int:
-        """Number of buckets, the one for missing values included."""
+        """Return the number of buckets.
+
+        The one for missing values is included.
+        """
         return len(self.boundaries) + 2
 
     @classmethod
     def fit(cls, values: NDArray[np.float32]) -> "Numeric":
-        """At most 16 common values, and 16 quantiles of the others; log1p where values are non-negative and spread over more than a factor."""
+        """Fit buckets and normaliser on values.
+
+        There are at most 16 common values, and 16 quantiles of the others. log1p is taken where
+        values are non-negative and spread over more than a factor.
+        """
         finite = values[np.isfinite(values)].astype(np.float64)
         if not len(finite):
             return cls((), False, 0.0, 1.0, 0.0, 0.0)
         distinct, counts = np.unique(finite, return_counts=True)
-        # Most counts are 0 most of the time: a value that alone fills buckets gets one of its own, and the others share the rest.
+        # Most counts are 0 most of the time: a value that alone fills buckets gets one of its own,
+        # and the others share the rest.
         common = distinct[counts > len(finite) / QUANTILE_BUCKETS]
         rest = finite[~np.isin(finite, common)]
         quantiles = (
@@ -112,7 +139,10 @@ class Numeric:
         return cls(boundaries, log, float(shown.mean()), float(max(shown.std(), 1e-6)), lowest, highest)
 
     def encode(self, values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """(normalised values float32 [n], clipped to ±5, 0 where missing; buckets int64 [n])."""
+        """Return normalised values and buckets.
+
+        Values are float32 [n], clipped to ±5, 0 where missing. Buckets are int64 [n].
+        """
         missing = ~np.isfinite(values)
         safe = np.clip(np.where(missing, self.lowest, values).astype(np.float64), self.lowest, self.highest)
         shown = np.log1p(safe) if self.log else safe
@@ -122,5 +152,5 @@ class Numeric:
 
 
 def to_float(column: pa.ChunkedArray | pa.Array) -> NDArray[np.float32]:
-    """float32 [n], null as NaN."""
+    """Convert to float32 [n], null as NaN."""
     return pd.to_numeric(column.to_pandas()).to_numpy(dtype=np.float32, na_value=np.nan)

@@ -1,4 +1,6 @@
-"""All items, ready to be gathered: codes in memory, embeddings mapped. Serves training, validation and scoring.
+"""All items, ready to be gathered.
+
+Codes are in memory, embeddings mapped. Serves training, validation and scoring.
 
 Shapes: N items of the table, I items of a batch, T text tokens, P patches, G history items.
 """
@@ -30,13 +32,17 @@ Ints = NDArray[np.int64]
 
 
 class ItemTable:
-    """The `items` table with its contents; `encode` adds what a feature space makes of its columns.
+    """The `items` table with its contents.
+
+    `encode` adds what a feature space makes of its columns.
 
     Args:
         items: table under the contract `ITEMS`.
-        images, titles: mapped embeddings; their keys are the items' image_key and title_key.
-        keep: keep the mean features of all photos and titles in memory, and the columns after they are encoded. Scoring asks for few of them.
-        config: of the model that they are for, which has a shape for contents of which there are none; None for a model that is still to be made.
+        images, titles: mapped embeddings. Their keys are the items' image_key and title_key.
+        keep: keep the mean features of all photos and titles in memory, and the columns after they
+            are encoded. Scoring asks for few of them.
+        config: of the model that they are for, which has a shape for contents of which there are
+            none. None for a model that is still to be made.
     """
 
     cats: Ints
@@ -80,7 +86,10 @@ class ItemTable:
     def of_files(
         cls, items: pa.Table, images: Sequence[str], titles: Sequence[str], config: ModelConfig
     ) -> "ItemTable":
-        """For scoring, which reads each content once or twice: of contents files, of which nothing stays in memory."""
+        """Open the contents files for scoring.
+
+        Scoring reads each content once or twice, so nothing of the files stays in memory.
+        """
         return cls(
             items,
             Contents(list(images), "image_key", wanted=items["image_key"], keep=False),
@@ -90,7 +99,10 @@ class ItemTable:
         )
 
     def encode(self, space: FeatureSpace, told: Told | None = None) -> "ItemTable":
-        """Encode the columns; returns itself. `told`: what `tell` finds by the space, where it is known already."""
+        """Encode the columns and return the table itself.
+
+        `told`: what `tell` finds by the space, where it is known already.
+        """
         told = self.tell(space.likeness, space.agreement) if told is None else told
         self.cats, self.values, self.buckets = space.encode_items(self.items, told)
         names = [field.name for field in space.fields if field.group == "item"]
@@ -101,31 +113,47 @@ class ItemTable:
         return self
 
     def tell(self, likeness: Likeness, agreement: Agreement) -> Told:
-        """What photos and titles of all listings tell of each."""
+        """Compute the features that all listings tell of each.
+
+        They come from photos and titles.
+        """
         return Told(self.alike_prices(likeness), self.judge(agreement).agreement)
 
     def fit_agreement(self) -> Agreement:
-        """On some training listings that have both photo and title."""
+        """Fit an agreement on some training listings.
+
+        They have both photo and title.
+        """
         rows = self._fitted()
         images, titles = self.pooled_images[self.image_row[rows]], self.pooled_titles[self.title_row[rows]]
         return Agreement.fit(images, titles, self.product[rows], self.fold[rows])
 
     def judge(self, agreement: Agreement) -> Judgement:
-        """How well each listing's photo and title belong together, [N] each."""
+        """Judge the agreement of each listing's photo and title.
+
+        It tells how well the two belong together, [N] each.
+        """
         return agreement.judge(self.pooled_images, self.pooled_titles, self.image_row, self.title_row, self.fold)
 
     def fit_likeness(self) -> Likeness:
-        """On the same listings."""
+        """Fit a likeness on the same listings."""
         rows = self._fitted()
         return Likeness.fit(self.pooled_images[self.image_row[rows]], self.pooled_titles[self.title_row[rows]])
 
     def _fitted(self) -> Ints:
-        """Rows of the training listings that have both photo and title, by their hashes; where they are many those of the smallest."""
+        """Return rows of training listings with photo and title.
+
+        They are ordered by their hashes. Where there are many, those of the smallest are taken.
+        """
         rows = np.flatnonzero(self.with_content() & ~self.held_out)
         return rows[np.argsort(stable_hash(self.ids)[rows])[:MOST_FITTED]]
 
     def alike_prices(self, likeness: Likeness) -> NDArray[np.float32]:
-        """What each listing costs against those that look and read most like it, float32 [N]; NaN = unknown."""
+        """Compare each listing's price with those most like it.
+
+        That is what a listing costs against those that look and read most like it, float32 [N]; NaN
+        = unknown.
+        """
         vectors = likeness.vectors(self.pooled_images, self.pooled_titles, self.image_row, self.title_row)
         group = self.items[SUBCATEGORY].combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy()
         return alike_prices(vectors, to_float(self.items["price"]), group.astype(np.int64), stable_hash(self.ids))
@@ -134,7 +162,10 @@ class ItemTable:
         return len(self.ids)
 
     def batch(self, rows: Ints, *, content_only: bool = False) -> ItemBatch:
-        """ItemBatch of table rows, int64 [I]. With `content_only`, fields are left empty (the alignment tasks never look at them)."""
+        """Gather an ItemBatch of table rows, int64 [I].
+
+        With `content_only`, fields are left empty (the alignment tasks never look at them).
+        """
         image_row, title_row = self.image_row[rows], self.title_row[rows]
         text = self.titles.gather(title_row)
         tokens = np.where(title_row >= 0, self.tokens[rows], 0)
@@ -153,7 +184,7 @@ class ItemTable:
         )
 
     def history(self, rows: Ints) -> HistoryItems:
-        """HistoryItems of table rows, int64 [G]."""
+        """Gather HistoryItems of table rows, int64 [G]."""
         image_row, title_row = self.image_row[rows], self.title_row[rows]
         image = _rows_or_zero(self.pooled_images, image_row)
         text = _rows_or_zero(self.pooled_titles, title_row)
@@ -166,7 +197,10 @@ class ItemTable:
         )
 
     def with_content(self) -> NDArray[np.bool_]:
-        """Which items have both a photo and a title, bool [N]."""
+        """Tell which items have both a photo and title.
+
+        Returns bool [N].
+        """
         return (self.image_row >= 0) & (self.title_row >= 0)
 
 

@@ -12,7 +12,10 @@ U = TypeVar("U")
 
 
 def map_ahead(work: Callable[[T], U], source: Iterator[T], workers: int) -> Iterator[U]:
-    """`work` of each element, in the source's order, up to `workers` at a time and as many waiting."""
+    """Map `work` over the elements ahead of their use.
+
+    Results are in the source's order. Up to `workers` are in work at a time and as many waiting.
+    """
     with ThreadPoolExecutor(workers, thread_name_prefix="gather") as pool:
         ahead: deque[Future[U]] = deque()
         try:
@@ -28,7 +31,10 @@ def map_ahead(work: Callable[[T], U], source: Iterator[T], workers: int) -> Iter
 
 
 def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """Run an iterator in a thread, `depth` elements ahead: gathering from mapped files and computing overlap."""
+    """Run an iterator in a thread, `depth` elements ahead.
+
+    Gathering from mapped files and computing overlap.
+    """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()
 

@@ -1,4 +1,8 @@
-"""A shard set, opened: its items, users and example files, and the embeddings mapped into memory. Nothing here imports torch or Beam."""
+"""A shard set, opened.
+
+It has items, users and example files, and the embeddings mapped into memory. Nothing here imports
+torch or Beam.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +20,13 @@ from schemas.manifest import RUNS, remedy
 from schemas.training import EXAMPLE_ORDER
 
 UNIT_ROWS = 8_192
-"""Examples of a day that are read and mixed at a time; a row group of their files has as many"""
+"""Examples of a day that are read and mixed at a time. A row group of their files has as many"""
 BLOCK_ROWS = 262_144
-"""Examples of a day that are read at a time where all of them are wanted in order; a file has no more"""
+"""Examples of a day that are read at a time where all of them are wanted in order. A file has no more"""
 
 
 def date_of(path: str) -> str:
-    """The date that an example file is filed under."""
+    """Return the date that an example file is filed under."""
     return path.split("/date=")[1].split("/")[0]
 
 
@@ -45,7 +49,7 @@ class ShardSet:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """The published run's manifest."""
+        """Return the published run's manifest."""
         latest = read_published(self.root, "shards", "--shards")
         return read_manifest(Path(self.root) / RUNS / latest["run"])
 
@@ -53,7 +57,7 @@ class ShardSet:
         check_table_files(Path(self.root), self.manifest, table, remedy("shards", table))
 
     def files(self, table: str) -> list[tuple[str, int]]:
-        """(path, rows) of a table's files, ordered by path.
+        """Return (path, rows) of a table's files, ordered by path.
 
         Raises:
             DamagedError: one of them is lost or damaged.
@@ -63,9 +67,10 @@ class ShardSet:
         return sorted((str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries)
 
     def examples(self, split: str) -> list[tuple[str, int]]:
-        """List (path, rows) of the example files of one split, in order of time.
+        """List the example files of one split, by time.
 
-        A day's rows are those of its files one after another, whichever runs wrote them.
+        Returns (path, rows) of each. A day's rows are those of its files one after another,
+        whichever runs wrote them.
 
         Raises:
             InputError: the shard set was written by a version that filed splits by folder.
@@ -79,7 +84,8 @@ class ShardSet:
         entries = self.manifest["tables"].get("examples", {}).get("files", [])
         if any("split" not in entry for entry in entries):
             raise InputError(
-                f"--shards {self.root}: was written by an earlier version of camenn. Run `camenn shards --rebuild` into it."
+                f"--shards {self.root}: was written by an earlier version of camenn. Run `camenn "
+                "shards --rebuild` into it."
             )
         days: dict[tuple[str, str], list[tuple[str, int]]] = {}
         for path, rows, split in sorted(
@@ -94,29 +100,33 @@ class ShardSet:
         return found
 
     def closed_before(self) -> str:
-        """The first date that is not over yet, attribution windows included: labels of earlier ones are complete, but for orders that arrive late."""
+        """Return the first date that is not over yet.
+
+        Attribution windows are included: labels of earlier dates are complete, but for orders that
+        arrive late.
+        """
         options = self.manifest["options"]
         closed_us = int(options["days"]["as_of"]) - round(float(options["attribution_hours"]) * 3_600_000_000)
         return str(np.datetime64(closed_us, "us").astype("datetime64[D]"))
 
     @cached_property
     def items(self) -> pa.Table:
-        """The items, ordered by item_id."""
+        """Return the items, ordered by item_id."""
         return pa.concat_tables([pq.ParquetFile(path).read() for path, _ in self.files("items")])
 
     @cached_property
     def users(self) -> pa.Table:
-        """The users and their fields."""
+        """Return the users and their fields."""
         return pa.concat_tables([pq.ParquetFile(path).read() for path, _ in self.files("users")])
 
     @cached_property
     def images(self) -> Contents:
-        """Photos' patch features, of the items' photos."""
+        """Return the patch features of the items' photos."""
         paths = [path for path, _ in self.files("contents_images")]
         return Contents(paths, "image_key", wanted=self.items["image_key"])
 
     @cached_property
     def titles(self) -> Contents:
-        """Titles' token states, of the items' titles."""
+        """Return the token states of the items' titles."""
         paths = [path for path, _ in self.files("contents_titles")]
         return Contents(paths, "title_key", wanted=self.items["title_key"])

@@ -1,4 +1,6 @@
-"""BERT as a frozen token encoder (Devlin et al. 2019): a title's last hidden states.
+"""BERT as a frozen token encoder.
+
+It gives a title's last hidden states (Devlin et al. 2019).
 
 Shapes: N titles, T = `max_tokens`, d the model's width.
 """
@@ -34,18 +36,20 @@ class TitleStates(NamedTuple):
 
 
 class TextEncoder:
-    """Titles → token states, the same bits for a title whatever its neighbours.
+    """Titles → token states, whatever a title's neighbours.
 
-    A title is padded to the least bucket that holds it, and each bucket has its own fixed batch. Attention is the eager
-    one: measured with it, row, neighbours and number of threads change no bit, and bf16 keeps a cosine of 0.9998 to
-    fp32 (MiniLM, 6 layers).
+    A title has the same bits whatever its neighbours. It is padded to the least bucket that holds
+    it, and each bucket has its own fixed batch. Attention is the eager one. Measured with it, row,
+    neighbours and number of threads change no bit, and bf16 keeps a cosine of 0.9998 to fp32
+    (MiniLM, 6 layers).
     """
 
     def __init__(self, spec: TextSpec) -> None:
         """Load the model and the vocabulary that `spec` names.
 
         Raises:
-            WeightsError: they cannot be had here, or are not those of the submission, or not all of a BertModel's.
+            WeightsError: they cannot be had here, or are not those of the submission, or not all of a
+                BertModel's.
             DeviceError: this machine cannot honour the spec's device or precision.
         """
         started = time.monotonic()
@@ -71,11 +75,13 @@ class TextEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits: see `TextSpec.parts`."""
+        """Return 16 hex digits, see `TextSpec.parts`."""
         return self.spec.fingerprint
 
     def encode(self, titles: list[str]) -> TitleStates:
-        """Encode titles, normalised or not; an empty one has length 0 and states of zero.
+        """Encode titles, normalised or not.
+
+        An empty title has length 0 and states of zero.
 
         Raises:
             FloatingPointError: states beyond float16, which only broken weights give.
@@ -116,7 +122,10 @@ class TextEncoder:
 
     @torch.inference_mode()
     def _forward(self, tokens: list[list[int]], bucket: int) -> np.ndarray:
-        """Last hidden states float32 [len(tokens), bucket, d] of at most one batch of titles."""
+        """Compute the last hidden states of one batch.
+
+        They are float32 [len(tokens), bucket, d], of at most one batch of titles.
+        """
         batch = self.spec.batch_size(bucket)
         ids = torch.full((batch, bucket), self.tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros((batch, bucket), dtype=torch.long)
@@ -131,7 +140,7 @@ class TextEncoder:
 
 def _load_model(path: Path, spec: TextSpec) -> BertModel:
     verbosity = logging.get_verbosity()
-    # The pooler is left out on purpose; what is missing is checked below.
+    # The pooler is left out on purpose. What is missing is checked below.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,7 @@
-"""What a worker does before it computes: make sure that it can honour the device and precision of the submission."""
+"""Check of the device and precision before a worker computes.
+
+A worker makes sure that it can honour the device and precision of the submission.
+"""
 
 import threading
 
@@ -9,15 +12,18 @@ from camenn_model.encoders.spec import DeviceError, has_native_bf16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 LOADING = threading.Lock()
-"""Held while a model is built: transformers changes torch's default dtype and its initialisers for the whole process meanwhile, and runners load models
-on several threads of one process."""
+"""Held while a model is built: transformers changes torch's default dtype and its initialisers for
+the whole process meanwhile, and runners load models on several threads of one process.
+"""
 
 
 def check_device(device: str, precision: str) -> None:
-    """Return if this machine computes in `precision` on `device`, and on CUDA make its kernels repeatable.
+    """Check that this machine computes in `precision` on `device`.
+
+    On CUDA its kernels are made repeatable.
 
     Raises:
-        DeviceError: it does not; nothing slower or less exact is put in its place.
+        DeviceError: it does not. Nothing slower or less exact is put in its place.
     """
     if device == "cpu":
         if precision == "bf16" and not has_native_bf16():

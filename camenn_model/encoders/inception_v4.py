@@ -1,4 +1,6 @@
-"""InceptionV4 without its classifier as a frozen patch encoder (timm `inception_v4`, Szegedy et al. 2017).
+"""InceptionV4 without its classifier as a frozen patch encoder.
+
+The model is timm's `inception_v4` (Szegedy et al. 2017).
 
 Shapes: N patches, s pixels a side, 1536 features.
 """
@@ -28,16 +30,22 @@ STEM = 2
 
 
 class ImageEncoder:
-    """Patches → features: every forward pass has `spec.batch_size` patches, so that neighbours change nothing.
+    """Patches → features, whatever a patch's neighbours.
 
-    Measured on AMX and on AVX2: row, neighbours and number of threads change no bit; bf16 keeps a cosine of 0.999 or more to fp32.
+    Every forward pass has `spec.batch_size` patches, so that neighbours change nothing.
+
+    Measured on AMX and on AVX2: row, neighbours and number of threads change no bit. bf16 keeps a
+    cosine of 0.999 or more to fp32.
     """
 
     def __init__(self, spec: ImageSpec) -> None:
-        """Load the weights that `spec` names, and compile where it says `on`.
+        """Load the weights that `spec` names.
+
+        The model is compiled where the spec says `on`.
 
         Raises:
-            WeightsError: they cannot be had here, or are not those of the submission, or not InceptionV4's.
+            WeightsError: they cannot be had here, or are not those of the submission, or not
+                InceptionV4's.
             DeviceError: this machine cannot honour the spec's device, precision or compilation.
         """
         started = time.monotonic()
@@ -55,17 +63,22 @@ class ImageEncoder:
         if spec.compile == "on":
             if not has_compiler():
                 raise DeviceError(
-                    "--compile on: this worker has no C++ compiler (g++, or what the variable CXX names). Install one, or submit with --compile off."
+                    "--compile on: this worker has no C++ compiler (g++, or what the variable "
+                    "CXX names). Install one, or submit with --compile off."
                 )
             self._compile()
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits: see `ImageSpec.parts`."""
+        """Return 16 hex digits, see `ImageSpec.parts`."""
         return self.spec.fingerprint
 
     def prepare(self, compiled: bool) -> bool:
-        """Make ready to encode with compiled kernels, if asked; returns whether they will be used: not where `spec.compile` is `auto` and compiling fails."""
+        """Make ready to encode with compiled kernels, if asked.
+
+        Returns whether they will be used. They are not where `spec.compile` is `auto` and compiling
+        fails.
+        """
         if self.spec.compile != "auto":
             return self.spec.compile == "on"
         if compiled and self._compiled is None and self._may_compile:
@@ -74,7 +87,8 @@ class ImageEncoder:
                 if self._may_compile:
                     self._compile()
             except RuntimeError as error:
-                # A compiler that lacks Python's headers, say. The eager kernels give the same features, and each file says that it has them.
+                # A compiler that lacks Python's headers, say. The eager kernels give the same
+                # features, and each file says that it has them.
                 self._compiled, self._may_compile = None, False
                 _LOGGER.warning("InceptionV4 cannot be compiled here, eager kernels take its place: %s", error)
         return compiled and self._compiled is not None
@@ -90,9 +104,10 @@ class ImageEncoder:
         self.start_seconds += time.monotonic() - started
 
     def encode(self, patches: np.ndarray, *, compiled: bool = False) -> np.ndarray:
-        """Patches uint8 [N, s, s, 3], RGB → features float16 [N, 1536].
+        """Encode patches.
 
-        N may be anything, 0 included: the last batch is padded.
+        They are uint8 [N, s, s, 3], RGB. The features are float16 [N, 1536]. N may be anything, 0
+        included: the last batch is padded.
 
         Raises:
             ValueError: another shape or dtype.
@@ -102,7 +117,11 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def forward(self, patches: np.ndarray, *, compiled: bool) -> Tensor:
-        """As `encode`, but the features [N, 1536] stay on the device, whose work may not be done when this returns."""
+        """Encode patches and leave the features on the device.
+
+        Does as `encode`, but the features [N, 1536] stay on the device, whose work may not be done
+        when this returns.
+        """
         size, batch = self.spec.patch_size, self.spec.batch_size
         if patches.dtype != np.uint8 or patches.shape[1:] != (size, size, 3):
             raise ValueError(f"patches are {patches.dtype} {patches.shape}, expected uint8 [N, {size}, {size}, 3]")
@@ -118,7 +137,9 @@ class ImageEncoder:
         return torch.cat(outputs) if outputs else torch.empty((0, IMAGE_WIDTH), device=self.spec.device)
 
     def collect(self, outputs: Iterable[Tensor]) -> np.ndarray:
-        """What `forward` returned, as float16 [N, 1536] in memory; waits for the device.
+        """Wait for the device and copy its features to memory.
+
+        Returns what `forward` returned, as float16 [N, 1536].
 
         Raises:
             FloatingPointError: features beyond float16, which only broken weights give.
@@ -144,10 +165,14 @@ class ImageEncoder:
 
 
 class MixedInception(nn.Module):
-    """A folded InceptionV4 whose first `STEM` convolutions compute in fp32 and the others in `dtype`: patches float32 [N, 3, s, s] → float32 [N, 1536].
+    """A folded InceptionV4 of mixed precision.
 
-    Nearly all that bf16 loses, it loses in the first three convolutions, on patches of little contrast. Lowest cosine to fp32 over 1,024 patches of
-    real photos: 0.989 all in bf16; 0.9985 with two in fp32, 0.9992 with those and `round_filters`, or with three.
+    Its first `STEM` convolutions compute in fp32 and the others in `dtype`. It maps patches float32
+    [N, 3, s, s] → float32 [N, 1536].
+
+    Nearly all that bf16 loses, it loses in the first three convolutions, on patches of little
+    contrast. Lowest cosine to fp32 over 1,024 patches of real photos: 0.989 all in bf16, 0.9985
+    with two in fp32, 0.9992 with those and `round_filters`, or with three.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -164,15 +189,23 @@ class MixedInception(nn.Module):
         self.dtype = dtype
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Features of each patch: its last feature map, averaged over the pixels."""
+        """Compute the features of each patch.
+
+        They are its last feature map, averaged over the pixels.
+        """
         return self.pool(self.body(self.stem(patches).to(self.dtype)).float())
 
 
 def round_filters(weights: Tensor) -> Tensor:
-    """Weights float32 [out, in, h, w] as bfloat16 values, some rounded to the farther neighbour, so that each filter's sum is kept as nearly as possible.
+    """Round weights to bfloat16 and keep each filter's sum.
 
-    Where a patch has little contrast, a filter sees nearly the same value at each of its taps: rounding each tap to its nearest shifts all of its
-    outputs alike, and the next layers amplify the shift. The idea is that of bias correction after quantisation (Nagel et al. 2019, 4.2), without data.
+    Weights are float32 [out, in, h, w]. Some are rounded to the farther neighbour, so that each
+    filter's sum is kept as nearly as possible.
+
+    Where a patch has little contrast, a filter sees nearly the same value at each of its taps.
+    Rounding each tap to its nearest shifts all of its outputs alike, and the next layers amplify
+    the shift. The idea is that of bias correction after quantisation (Nagel et al. 2019, 4.2),
+    without data.
     """
     taps = weights.flatten(2)
     rounded = taps.to(torch.bfloat16)
@@ -193,15 +226,22 @@ def round_filters(weights: Tensor) -> Tensor:
 
 
 def compile_model(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`model` in inference with its weights frozen into the kernels; they are made by the first call, for its shape alone."""
+    """Compile `model` for inference.
+
+    Its weights are frozen into the kernels. These are made by the first call, for its shape alone.
+    """
     return torch.compile(model, dynamic=False, options={"freezing": True})
 
 
 def load_inception(spec: ImageSpec) -> nn.Module:
-    """timm's InceptionV4 without its classifier, with the weights that `spec` names: patches [N, 3, s, s] → [N, 1536], fp32, on the CPU.
+    """Load timm's InceptionV4 without its classifier.
+
+    It has the weights that `spec` names, and maps patches [N, 3, s, s] → [N, 1536], fp32, on the
+    CPU.
 
     Raises:
-        WeightsError: they cannot be had here, or are not those of the submission, or not InceptionV4's.
+        WeightsError: they cannot be had here, or are not those of the submission, or not
+            InceptionV4's.
     """
     model = timm.create_model("inception_v4", pretrained=False, num_classes=0, global_pool="avg").eval()
     seed = random_seed(spec.source)
@@ -236,7 +276,10 @@ def _load_weights(model: nn.Module, spec: ImageSpec) -> None:
 
 
 def fold_batch_norm(module: nn.Module) -> None:
-    """Fold batch norms into their convolutions, in place: the same function in eval mode, closer to fp32 in bf16."""
+    """Fold batch norms into their convolutions, in place.
+
+    The result is the same function in eval mode, and closer to fp32 in bf16.
+    """
     for name, child in module.named_children():
         convolution, norm = getattr(child, "conv", None), getattr(child, "bn", None)
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

@@ -1,5 +1,7 @@
-"""InceptionV4 without training, for machines that no weights reach: an explicit choice (`random:SEED`), never a
-fallback."""
+"""InceptionV4 without training, for machines that no weights reach.
+
+It is an explicit choice (`random:SEED`), never a fallback.
+"""
 
 import math
 
@@ -13,12 +15,14 @@ _SAMPLE = 128
 
 
 def draw_weights(model: nn.Module, seed: int, patch_size: int) -> None:
-    """Fill `model` in place: convolutions from N(0, 2 / fan_in) (He 2015), which keeps the variance through ReLUs, and
-    batch-norm
-    statistics of generated patches. With statistics of 0 and 1 instead, the signal dies: outputs of about 1e-12.
+    """Fill `model` in place with random weights.
 
-    NumPy draws the weights: its stream is the same on every processor. The sample is made and the statistics settle on
-    one thread, as the number of threads changes their last bits.
+    Convolutions are drawn from N(0, 2 / fan_in) (He 2015), which keeps the variance through ReLUs.
+    Batch norms get the statistics of generated patches. With statistics of 0 and 1 instead, the
+    signal dies: outputs of about 1e-12.
+
+    NumPy draws the weights: its stream is the same on every processor. The sample is made and the
+    statistics settle on one thread, as the number of threads changes their last bits.
     """
     random = np.random.default_rng(seed)
     with torch.no_grad():
@@ -36,7 +40,10 @@ def draw_weights(model: nn.Module, seed: int, patch_size: int) -> None:
 
 
 def generate_patches(random: np.random.Generator, count: int, size: int) -> Tensor:
-    """Patches that vary as photos do, by colour, shading and texture: float32 [count, 3, size, size], -1 to 1."""
+    """Generate patches that vary as photos do.
+
+    They vary by colour, shading and texture: float32 [count, 3, size, size], -1 to 1.
+    """
     colour, shading, texture = (
         torch.from_numpy(random.standard_normal((count, 3, cells, cells), dtype=np.float32)) for cells in (1, 5, size)
     )

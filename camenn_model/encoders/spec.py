@@ -1,8 +1,10 @@
-"""What an encoder is, resolved once at submission: where its weights lie, their hash, device, precision and fixed
-shapes.
+"""Specifications of the encoders, resolved once at submission.
 
-Nothing here imports torch: a pipeline is built, and a store looked up by fingerprint, without loading a model.
-Workers build `ImageEncoder` and `TextEncoder` from a spec and fail where they cannot honour it.
+A spec tells where an encoder's weights lie, their hash, device, precision and fixed shapes.
+
+Nothing here imports torch: a pipeline is built, and a store looked up by fingerprint, without
+loading a model. Workers build `ImageEncoder` and `TextEncoder` from a spec and fail where they
+cannot honour it.
 """
 
 import ctypes
@@ -35,9 +37,13 @@ MIN_PATCH_SIZE = 75
 IMAGE_PREPROCESSING, TITLE_PREPROCESSING = 2, 1
 """Raised when decoding, resizing and normalising, or title cleaning and tokenising, change what an encoder sees."""
 CPU_BATCH, CUDA_BATCH = 128, 1024
-"""Patches in a forward pass. On a CPU fewer of them read the weights (82 MB in bf16) too often, more leave the caches; a GPU is idle with fewer."""
+"""Patches in a forward pass. On a CPU fewer of them read the weights (82 MB in bf16) too often,
+more leave the caches; a GPU is idle with fewer.
+"""
 LEAST_BATCH = 16
-"""Patches: torch gives a 1 × 1 convolution of fewer to another kernel where it has one thread than where it has more, and last bits would depend on that."""
+"""Patches: torch gives a 1 × 1 convolution of fewer to another kernel where it has one thread than
+where it has more, and last bits would depend on that.
+"""
 COMPILE_PAYS_AT = 200_000
 """Patches from which on compiled kernels save more than compiling takes (docs/decisions.md)."""
 RANDOM_SCHEME = 1
@@ -45,12 +51,15 @@ RANDOM_SCHEME = 1
 
 
 class DeviceError(InputError):
-    """A machine cannot compute on the device, or in the precision, that the job was submitted with."""
+    """A device or precision that a machine cannot honour.
+
+    The machine cannot compute on the device, or in the precision, that the job was submitted with.
+    """
 
 
 def _has_cuda() -> bool:
     try:
-        # Asking torch takes seconds for its import; without the driver's library the answer is known.
+        # Asking torch takes seconds for its import. Without the driver's library the answer is known.
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return False
@@ -61,21 +70,24 @@ def _has_cuda() -> bool:
 
 @lru_cache(maxsize=1)
 def has_native_bf16() -> bool:
-    """Whether this machine's processor multiplies bf16 itself (AMX or AVX-512 BF16). Elsewhere bf16 is slower than
-    fp32."""
+    """Tell whether this machine's processor multiplies bf16 itself.
+
+    That is by AMX or AVX-512 BF16. Elsewhere bf16 is slower than fp32.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and bool({"amx_bf16", "avx512_bf16"} & set(cpuinfo.read_text().split()))
 
 
 def has_compiler() -> bool:
-    """Whether torch can compile kernels for the CPU here."""
+    """Tell whether torch can compile kernels for the CPU here."""
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
 
 
 def resolve_device_precision(device: str, precision: str) -> tuple[str, str]:
-    """Settle 'auto' once, at submission: ('cpu' | 'cuda' | 'cuda:N', 'fp32' | 'bf16').
+    """Settle 'auto' of device and precision once, at submission.
 
-    A device that is named is not looked for here, as the workers may be other machines; they check it.
+    Returns ('cpu' | 'cuda' | 'cuda:N', 'fp32' | 'bf16'). A device that is named is not looked for
+    here, as the workers may be other machines. They check it.
 
     Raises:
         DeviceError: no such device or precision.
@@ -93,7 +105,10 @@ def resolve_device_precision(device: str, precision: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """What both encoders have: all of it plain values, so that a spec travels to workers and into a manifest."""
+    """The part of a spec that both encoders have.
+
+    All of it is plain values, so that a spec travels to workers and into a manifest.
+    """
 
     source: str
     """as the user gave it: hub name, path or random:SEED"""
@@ -105,28 +120,34 @@ class EncoderSpec:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of one content's embedding."""
+        """Return the shape of one content's embedding."""
         raise NotImplementedError
 
     @property
     def parts(self) -> dict[str, str | int]:
-        """Everything that changes an embedding, by name."""
+        """Return everything that changes an embedding, by name."""
         raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of the sha256 over `parts`: embeddings of two equal ones may be mixed."""
+        """Return 16 hex digits of the sha256 over `parts`.
+
+        Embeddings of two equal ones may be mixed.
+        """
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def describe(self) -> str:
-        """One line for a manifest or report."""
+        """Return one line for a manifest or report."""
         note = ", untrained weights" if self.source.startswith("random:") else ""
         return f"{self.source} ({self.precision}, weights {self.weights_hash[:12]}{note})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec(EncoderSpec):
-    """InceptionV4 on the patches of a photo: `grid` × `grid` patches of `patch_size` × `patch_size` px."""
+    """InceptionV4 on the patches of a photo.
+
+    There are `grid` × `grid` patches of `patch_size` × `patch_size` px.
+    """
 
     grid: int
     patch_size: int
@@ -146,8 +167,9 @@ class ImageSpec(EncoderSpec):
         """Find and hash the weights, settle device and precision.
 
         Raises:
-            WeightsError: the weights cannot be had; DeviceError: no such device; InputError: grid or patch size out of
-            range.
+            WeightsError: the weights cannot be had.
+            DeviceError: no such device.
+            InputError: grid or patch size out of range.
         """
         if not 1 <= grid <= 16:
             raise InputError(f"--grid {grid}: must be between 1 and 16 patches per side.")
@@ -177,17 +199,24 @@ class ImageSpec(EncoderSpec):
 
     @property
     def side(self) -> int:
-        """Side in px to which a photo is resized before it is cut."""
+        """Return the side in px of a resized photo.
+
+        A photo is resized to it before it is cut.
+        """
         return self.grid * self.patch_size
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(patches of a photo, features of a patch)."""
+        """Return (patches of a photo, features of a patch)."""
         return self.grid * self.grid, IMAGE_WIDTH
 
     @property
     def parts(self) -> dict[str, str | int]:
-        """Model, weights, precision, patches and preprocessing. Kernels change last bits only, and are recorded with each file instead."""
+        """Return all that the fingerprint covers.
+
+        These are model, weights, precision, patches and preprocessing. Kernels change last bits
+        only, and are recorded with each file instead.
+        """
         return {
             "model": "inception_v4",
             "weights": self.weights_hash,
@@ -198,19 +227,28 @@ class ImageSpec(EncoderSpec):
         }
 
     def kernels(self, compiled: bool) -> str:
-        """What computes the features, for a file's metadata: other last bits for another one."""
+        """Name the kernels that compute the features.
+
+        The name goes into a file's metadata. Other kernels give other last bits.
+        """
         return (
             f"{'compiled' if compiled else 'eager'}-{self.device.split(':')[0]}-{self.precision}-batch{self.batch_size}"
         )
 
     def pays_to_compile(self, photos: int) -> bool:
-        """Whether compiling takes less time than it saves on so many photos."""
+        """Tell whether compiling saves more time than it takes.
+
+        It is judged for so many photos.
+        """
         return self.device == "cpu" and photos * self.shape[0] >= COMPILE_PAYS_AT
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSpec(EncoderSpec):
-    """BERT on a title: last hidden states of at most `max_tokens` tokens, [CLS] and [SEP] included."""
+    """BERT on a title.
+
+    It gives last hidden states of at most `max_tokens` tokens, [CLS] and [SEP] included.
+    """
 
     vocabulary_hash: str
     width: int
@@ -220,11 +258,14 @@ class TextSpec(EncoderSpec):
 
     @classmethod
     def resolve(cls, source: str, *, max_tokens: int, device: str, precision: str = "auto") -> "TextSpec":
-        """Find and hash the weights and the vocabulary, settle device and precision.
+        """Find and hash the encoder, settle device and precision.
+
+        Found and hashed are its weights and its vocabulary.
 
         Raises:
-            WeightsError: the encoder cannot be had or is no BERT; DeviceError: no such device; InputError: max_tokens
-            out of range.
+            WeightsError: the encoder cannot be had or is no BERT.
+            DeviceError: no such device.
+            InputError: max_tokens out of range.
         """
         path = find_text_encoder(source)
         config = text_config(path)
@@ -249,22 +290,28 @@ class TextSpec(EncoderSpec):
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Lengths to which titles are padded: 8, 16, 32, ... and `max_tokens`."""
+        """Return the lengths to which titles are padded.
+
+        They are 8, 16, 32, ... and `max_tokens`.
+        """
         powers = [2**n for n in range(3, 9) if 2**n < self.max_tokens]
         return (*powers, self.max_tokens)
 
     def batch_size(self, bucket: int) -> int:
-        """Titles in every forward pass of a bucket."""
+        """Return the titles in every forward pass of a bucket."""
         return max(1, self.tokens_per_batch // bucket)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(tokens, features of a token)."""
+        """Return (tokens, features of a token)."""
         return self.max_tokens, self.width
 
     @property
     def parts(self) -> dict[str, str | int]:
-        """Model, weights, vocabulary, precision, length and preprocessing."""
+        """Return all that the fingerprint covers.
+
+        These are model, weights, vocabulary, precision, length and preprocessing.
+        """
         return {
             "model": "bert",
             "weights": self.weights_hash,
@@ -276,5 +323,8 @@ class TextSpec(EncoderSpec):
 
     @property
     def kernels(self) -> str:
-        """What computes the states, for a file's metadata: other last bits for another one."""
+        """Name the kernels that compute the states.
+
+        The name goes into a file's metadata. Other kernels give other last bits.
+        """
         return f"eager-{self.device.split(':')[0]}-{self.precision}-tokens{self.tokens_per_batch}"

@@ -1,4 +1,4 @@
-"""Where an encoder's weights lie, and their hash, without torch.
+"""Places and hashes of encoders' weights, without torch.
 
 What cannot be had is an error that names the flag and the remedy.
 """
@@ -28,7 +28,10 @@ _HUB_TIMEOUT_S = 5
 
 
 class WeightsError(InputError):
-    """An encoder cannot be had as asked: the message names the flag and the remedy, and nothing takes its place."""
+    """An encoder cannot be had as asked.
+
+    The message names the flag and the remedy, and nothing takes its place.
+    """
 
 
 def _safetensors_error(path: Path, flag: str) -> WeightsError:
@@ -36,7 +39,10 @@ def _safetensors_error(path: Path, flag: str) -> WeightsError:
 
 
 def hash_safetensors(path: Path, flag: str) -> str:
-    """sha256 (hex) over names, types, shapes and bytes of the tensors, ordered by name: the file's layout is no matter.
+    """Hash the tensors of a safetensors file.
+
+    Returns the sha256 (hex) over names, types, shapes and bytes of the tensors, ordered by name.
+    The file's layout is no matter.
 
     Raises:
         WeightsError: the file is cut off or of another format.
@@ -60,7 +66,10 @@ def hash_safetensors(path: Path, flag: str) -> str:
 
 
 def _fetch_from_hub(name: str, files: tuple[str, ...], flag: str) -> Path:
-    """Directory of a hub model's files, downloaded or from the hub's local cache."""
+    """Return the directory of a hub model's files.
+
+    They are downloaded or come from the hub's local cache.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
@@ -85,7 +94,9 @@ def _file_in(directory: Path, name: str, flag: str) -> Path:
 
 
 def random_seed(source: str) -> int | None:
-    """SEED of `random:SEED`; None for any other source.
+    """Return the SEED of `random:SEED`.
+
+    It is None for any other source.
 
     Raises:
         WeightsError: the seed is not a whole number of 0 or more.
@@ -103,7 +114,9 @@ def _looks_local(source: str) -> bool:
 
 
 def find_image_weights(source: str) -> Path:
-    """The .safetensors file of a hub name, a local file or a local directory with `model.safetensors`.
+    """Find the .safetensors file of an image encoder.
+
+    The source is a hub name, a local file or a local directory with `model.safetensors`.
 
     Raises:
         WeightsError: nothing of that kind is there, or the hub cannot be reached.
@@ -128,10 +141,13 @@ def find_image_weights(source: str) -> Path:
 
 
 def find_text_encoder(source: str) -> Path:
-    """The directory of a BERT model: local, or fetched by hub name.
+    """Find the directory of a BERT model.
+
+    It is local, or fetched by hub name.
 
     Raises:
-        WeightsError: there is none, it lacks its configuration, weights or vocabulary, or it is no BERT.
+        WeightsError: there is none, it lacks its configuration, weights or vocabulary, or it is no
+            BERT.
     """
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -154,7 +170,11 @@ def find_text_encoder(source: str) -> Path:
 
 
 def text_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a model directory; raises WeightsError where there is none."""
+    """Read `config.json` of a model directory.
+
+    Raises:
+        WeightsError: there is none.
+    """
     file = _file_in(path, "config.json", TEXT_FLAG)
     try:
         return json.loads(file.read_text())
@@ -163,7 +183,10 @@ def text_config(path: Path) -> dict[str, Any]:
 
 
 def hash_vocabulary(directory: Path) -> str:
-    """sha256 (hex) over the tokenizer's files: other tokens are another encoder."""
+    """Hash the tokenizer's files.
+
+    Returns the sha256 (hex). Other tokens are another encoder.
+    """
     digest = hashlib.sha256()
     for name in _VOCABULARY_FILES:
         if (directory / name).is_file():

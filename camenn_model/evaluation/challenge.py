@@ -1,7 +1,10 @@
-"""Trained models on days that they have not seen: is the published one still calibrated, and does a new one predict as well?
+"""Trained models on days that they have not seen.
 
-Both questions are asked of the latest closed days of a shard set: all of them are in its test part, which no model was trained on that was trained on this
-shard set or on an earlier one of the same log.
+Two questions are asked: is the published one still calibrated, and does a new one predict as well?
+
+Both questions are asked of the latest closed days of a shard set. All of them are in its test part,
+which no model was trained on that was trained on this shard set or on an earlier one of the same
+log.
 """
 
 import math
@@ -22,7 +25,7 @@ from camenn_model.package import Package
 LEAST_EXAMPLES = 2_000
 """So many examples are looked at, where there are as many: one quiet day says little."""
 MOST_EXAMPLES = 20_000
-"""More would cost a night minutes and tell nothing more; units are then taken at even distances."""
+"""More would cost a night minutes and tell nothing more. Units are then taken at even distances."""
 
 
 @dataclass(frozen=True)
@@ -45,41 +48,59 @@ class Calibration:
     pcoc: float | None
     """Predicted over observed orders; None where nothing was ordered"""
     standard_error: float | None
-    """Of `pcoc`, by chance alone: of these days' orders, sqrt(Σ p (1 - p)) / Σ y, and of the orders that the model was calibrated on, pcoc / √n"""
+    """Of `pcoc`, by chance alone: of these days' orders, sqrt(Σ p (1 - p)) / Σ y, and of the orders
+    that the model was calibrated on, pcoc / √n
+    """
     log_loss: float
     expected: float = 0.0
     """Orders that the model predicts"""
     expected_error: float = 0.0
-    """Standard error of `expected` as a prediction of the orders: of these days' chance, and of the orders that the model was calibrated on"""
+    """Standard error of `expected` as a prediction of the orders: of these days' chance, and of the
+    orders that the model was calibrated on
+    """
 
     @property
     def orders_are_missing(self) -> bool:
-        """Whether nothing was ordered although something should have been, by two standard errors: a fault of the logs sooner than of the model."""
+        """Tell whether orders are missing from the days.
+
+        Nothing was ordered although something should have been, by two standard errors: a fault of
+        the logs sooner than of the model.
+        """
         return not self.orders and self.expected > 2 * self.expected_error
 
     def off_by(self) -> float:
-        """How far `pcoc` is from 1 beyond two standard errors; 0 = no further than chance explains, infinite where orders are missing."""
+        """Return the distance of `pcoc` from 1.
+
+        It is counted beyond two standard errors. 0 = no further than chance explains, infinite
+        where orders are missing.
+        """
         if self.pcoc is None or self.standard_error is None:
             return math.inf if self.orders_are_missing else 0.0
         return max(0.0, abs(self.pcoc - 1) - 2 * self.standard_error)
 
     def words(self) -> str:
-        """For a log."""
+        """Return a sentence for a log."""
         if self.pcoc is None:
             return (
                 f"nothing was ordered after {self.examples:,} clicks of {self.first_day} to {self.last_day}, "
                 f"{self.expected:,.1f} (± {self.expected_error:.1f}) orders were predicted"
             )
-        return f"predicted over observed orders is {self.pcoc:.3f} (± {self.standard_error:.3f}) on {self.examples:,} clicks of {self.first_day} to {self.last_day}"
+        return (
+            f"predicted over observed orders is {self.pcoc:.3f} (± {self.standard_error:.3f}) on "
+            f"{self.examples:,} clicks of {self.first_day} to {self.last_day}"
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """As a manifest keeps it."""
+        """Return the values as a manifest keeps them."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Duel:
-    """A challenger against the published model on the same clicks; losses are mean log losses of calibrated probabilities."""
+    """A challenger against the champion, the published model.
+
+    Both predict the same clicks. Losses are mean log losses of calibrated probabilities.
+    """
 
     first_day: str
     last_day: str
@@ -93,24 +114,33 @@ class Duel:
 
     @property
     def passed(self) -> bool:
-        """Whether the challenger takes over: unless it is worse by more than a standard error. Of two alike the one that knows later days is to be had."""
+        """Tell whether the challenger takes over.
+
+        It does unless it is worse by more than a standard error. Of two alike the one that knows
+        later days is to be had.
+        """
         return self.challenger_log_loss - self.champion_log_loss <= self.standard_error
 
     def words(self) -> str:
-        """For a log and a gate."""
+        """Return a sentence for a log and a gate."""
         return (
-            f"the new model's log loss is {self.challenger_log_loss:.4f}, the published one's {self.champion_log_loss:.4f} "
+            f"the new model's log loss is {self.challenger_log_loss:.4f}, the published one's "
+            f"{self.champion_log_loss:.4f} "
             f"(difference {self.challenger_log_loss - self.champion_log_loss:+.4f} ± {self.standard_error:.4f}) "
-            f"on {self.examples:,} clicks of {self.first_day} to {self.last_day}; worse by one standard error is allowed"
+            f"on {self.examples:,} clicks of {self.first_day} to {self.last_day}; worse by one "
+            "standard error is allowed"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As a manifest keeps it."""
+        """Return the values as a manifest keeps them."""
         return asdict(self)
 
 
 def latest_closed_days(shards: ShardSet) -> Days | None:
-    """The latest days whose labels are complete: as many as give `LEAST_EXAMPLES`. None where the test part has no closed day."""
+    """Find the latest days whose labels are complete.
+
+    They are as many as give `LEAST_EXAMPLES`. None where the test part has no closed day.
+    """
     closed_before = shards.closed_before()
     by_date: dict[str, list[tuple[str, int]]] = {}
     for path, rows in shards.examples("test"):
@@ -132,13 +162,19 @@ def latest_closed_days(shards: ShardSet) -> Days | None:
 
 
 def reads_embeddings_of(package: Package, shards: ShardSet) -> bool:
-    """Whether a model was trained on embeddings of the encoders that the shard set's are of."""
+    """Tell whether a model reads the shard set's embeddings.
+
+    It does if it was trained on embeddings of the encoders that the shard set's are of.
+    """
     there = shards.manifest["options"]["encoders"]
     return all(package.encoders[kind]["fingerprint"] == there[kind]["fingerprint"] for kind in ("image", "text"))
 
 
 def judge_calibration(package: Package, shards: ShardSet) -> Calibration | None:
-    """A model's calibration on the latest closed days; None where there are none, or the model reads other embeddings."""
+    """Judge a model's calibration on the latest closed days.
+
+    None where there are none, or the model reads other embeddings.
+    """
     days = latest_closed_days(shards)
     if days is None or not reads_embeddings_of(package, shards):
         return None
@@ -160,7 +196,10 @@ def judge_calibration(package: Package, shards: ShardSet) -> Calibration | None:
 
 
 def hold_duel(champion: Package, challenger: Package, shards: ShardSet) -> Duel | None:
-    """Both models on the latest closed days; None where there are none, or the published model cannot read the shard set's embeddings."""
+    """Compare champion and challenger on the latest closed days.
+
+    None where there are none, or the published model cannot read the shard set's embeddings.
+    """
     days = latest_closed_days(shards)
     if days is None or not reads_embeddings_of(champion, shards):
         return None
@@ -183,7 +222,10 @@ def hold_duel(champion: Package, challenger: Package, shards: ShardSet) -> Duel 
 def _predict(
     package: Package, shards: ShardSet, days: Days
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """(labels, calibrated probabilities, logits) of the examples of some days, float64 [n] each."""
+    """Predict the examples of some days.
+
+    Returns (labels, calibrated probabilities, logits), float64 [n] each.
+    """
     model = package.model()
     table = ItemTable(shards.items, shards.images, shards.titles, config=package.config).encode(package.space)
     config = package.config

@@ -1,4 +1,7 @@
-"""How probabilities are spread: histograms by log-odds, and how far one is from another."""
+"""Distributions of probabilities.
+
+They are histograms by log-odds, and there is a measure of how far one is from another.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,14 +13,18 @@ Counts = NDArray[np.int64]
 
 
 def histogram(cvr: NDArray[np.float64]) -> Counts:
-    """Counts of probabilities by log-odds, int64 [2802]."""
+    """Count probabilities by log-odds, int64 [2802]."""
     clipped = np.clip(cvr, 1e-7, 1 - 1e-7)
     bins = np.searchsorted(EDGES, np.log(clipped / (1 - clipped)), side="right")
     return np.bincount(bins, minlength=len(EDGES) + 1)
 
 
 def decile_shares(now: NDArray[np.float64] | Counts, before: NDArray[np.float64] | Counts) -> NDArray[np.float64]:
-    """Shares float64 [10] of the histogram `now` within the deciles of the histogram `before`; both [bins], counts or shares."""
+    """Return shares within the deciles of another histogram.
+
+    They are the shares float64 [10] of the histogram `now` within the deciles of the histogram
+    `before`. Both are [bins], counts or shares.
+    """
     reached = np.cumsum(before) / max(before.sum(), 1e-300)
     # A bin belongs to the decile in which its middle lies.
     middle = reached - before / max(before.sum(), 1e-300) / 2
@@ -26,6 +33,10 @@ def decile_shares(now: NDArray[np.float64] | Counts, before: NDArray[np.float64]
 
 
 def population_stability_index(found: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
-    """Σ (q - p) ln(q / p) over shares p, q: below 0.1 is read as stable, above 0.2 as shifted. Empty cells count as 1e-4."""
+    """Compute the population stability index.
+
+    It is Σ (q - p) ln(q / p) over shares p, q: below 0.1 is read as stable, above 0.2 as shifted.
+    Empty cells count as 1e-4.
+    """
     q, p = np.maximum(found, 1e-4), np.maximum(expected, 1e-4)
     return float(np.sum((q - p) * np.log(q / p)))

@@ -1,7 +1,10 @@
-"""Metrics of predictions, with numpy only and without loops over groups.
+"""Metrics of predictions, with numpy only.
 
-Shapes: n examples; ``labels`` are 0 or 1, ``scores`` any real numbers that rank (raw logits), ``probabilities`` in
-[0, 1], ``groups`` any array of n keys (users, sessions). Ties count a half, or are averaged over their orders, throughout.
+They are computed without loops over groups.
+
+Shapes: n examples; ``labels`` are 0 or 1, ``scores`` any real numbers that rank (raw logits),
+``probabilities`` in [0, 1], ``groups`` any array of n keys (users, sessions). Ties count a half, or
+are averaged over their orders, throughout.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ SMALLEST = 1e-12
 
 
 class UndefinedMetricError(ValueError):
-    """A metric that does not exist on these labels: no examples, or all of one class."""
+    """A metric that does not exist on these labels.
+
+    There are no examples, or all are of one class.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +36,13 @@ class GroupedAuc:
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Area under the ROC curve: the chance that a positive ranks above a negative. Raises UndefinedMetricError."""
+    """Compute the area under the ROC curve.
+
+    It is the chance that a positive ranks above a negative.
+
+    Raises:
+        UndefinedMetricError: it does not exist on these labels.
+    """
     y, s = _pair(labels, scores)
     positives = y.sum()
     negatives = len(y) - positives
@@ -41,7 +53,11 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def gauc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> GroupedAuc:
-    """AUC within each group (user or session), averaged with the groups' numbers of examples as weights."""
+    """Compute the AUC averaged over groups.
+
+    It is taken within each group (user or session), and the groups' numbers of examples are the
+    weights.
+    """
     y, s = _pair(labels, scores)
     keys = _keys(groups, len(y))
     count = int(keys.max()) + 1 if len(keys) else 0
@@ -59,7 +75,11 @@ def gauc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> GroupedAuc:
 
 
 def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Mean negative log likelihood, natural logarithm. Raises UndefinedMetricError for no examples."""
+    """Compute the mean negative log likelihood, natural logarithm.
+
+    Raises:
+        UndefinedMetricError: there are no examples.
+    """
     y, p = _pair(labels, probabilities)
     if len(y) == 0:
         raise UndefinedMetricError("log_loss: no examples")
@@ -68,7 +88,13 @@ def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
 
 def normalised_entropy(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """NE: log loss over that of always saying the labels' mean (He et al. 2014). Raises UndefinedMetricError."""
+    """Compute the normalised entropy (NE).
+
+    It is the log loss over that of always saying the labels' mean (He et al. 2014).
+
+    Raises:
+        UndefinedMetricError: it does not exist on these labels.
+    """
     y, _ = _pair(labels, probabilities)
     rate = y.mean() if len(y) else 0.0
     if rate in (0.0, 1.0):
@@ -77,7 +103,13 @@ def normalised_entropy(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
 
 def pcoc(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Predicted over observed conversions, Σp / Σy: 1 is calibrated. Raises UndefinedMetricError without positives."""
+    """Compute predicted over observed conversions, Σp / Σy.
+
+    1 is calibrated.
+
+    Raises:
+        UndefinedMetricError: there are no positives.
+    """
     y, p = _pair(labels, probabilities)
     if y.sum() == 0:
         raise UndefinedMetricError("pcoc: no positives")
@@ -85,9 +117,12 @@ def pcoc(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
 
 def ece(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> float:
-    """Expected calibration error over ``bins`` bins of equal mass, sorted by probability.
+    """Compute the expected calibration error.
 
-    Equal probabilities are not told apart: each takes the mean label of its ties, so order of rows does not matter.
+    It is over ``bins`` bins of equal mass, sorted by probability.
+
+    Equal probabilities are not told apart: each takes the mean label of its ties, so order of rows
+    does not matter.
     """
     y, p = _pair(labels, probabilities)
     if len(y) == 0:
@@ -102,9 +137,10 @@ def ece(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> float:
 
 
 def ndcg_at_k(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int = 10) -> float:
-    """Mean NDCG@k over groups with a positive; tied scores share the mean gain of their places (McSherry, Najork 2008).
+    """Compute the mean NDCG@k over groups with a positive.
 
-    NaN where no group has a positive.
+    Tied scores share the mean gain of their places (McSherry, Najork 2008). NaN where no group has
+    a positive.
     """
     y, s = _pair(labels, scores)
     keys = _keys(groups, len(y))
@@ -121,9 +157,12 @@ def ndcg_at_k(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int = 
 
 
 def hit_rate_at_k(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int = 10) -> float:
-    """Share of the groups with a positive that have one among their k best scores.
+    """Compute the share of groups with a hit.
 
-    Where ties straddle place k, the chance of a hit over all orders of the tied: hypergeometric. NaN without positives.
+    It is the share of the groups with a positive that have one among their k best scores.
+
+    Where ties straddle place k, the chance of a hit over all orders of the tied: hypergeometric.
+    NaN without positives.
     """
     y, s = _pair(labels, scores)
     keys = _keys(groups, len(y))
@@ -149,10 +188,13 @@ def hit_rate_at_k(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: in
 def recall_at_k(
     similarities: ArrayLike, query_groups: ArrayLike, target_groups: ArrayLike, ks: tuple[int, ...] = (1, 5, 10)
 ) -> dict[int, float]:
-    """R@k of retrieval: similarities [q, t]; a hit is a target of the query's group (product class) among the k best.
+    """Compute R@k of retrieval.
 
-    A query without any target of its group is left out. A foreign target that ties with the best own one counts as
-    ranked before it, so that constant vectors do not look good.
+    Similarities are [q, t]. A hit is a target of the query's group (product class) among the k
+    best.
+
+    A query without any target of its group is left out. A foreign target that ties with the best
+    own one counts as ranked before it, so that constant vectors do not look good.
     """
     sim = np.asarray(similarities, dtype=np.float64)
     own = np.asarray(query_groups)[:, None] == np.asarray(target_groups)[None, :]
@@ -168,12 +210,20 @@ def recall_at_k(
 
 
 def mismatch_auc(mismatched: ArrayLike, alignment: ArrayLike) -> float:
-    """AUC of finding listings whose photo and title do not belong together: low alignment should mean mismatched."""
+    """Compute the AUC of finding mismatched listings.
+
+    They are those whose photo and title do not belong together: low alignment should mean
+    mismatched.
+    """
     return auc(mismatched, -np.asarray(alignment, dtype=np.float64))
 
 
 def _pair(labels: ArrayLike, values: ArrayLike) -> tuple[Floats, Floats]:
-    """Both as float64 vectors of one length; raises ValueError for other labels than 0 and 1, or values not finite."""
+    """Convert both to float64 vectors of one length.
+
+    Raises:
+        ValueError: other labels than 0 and 1, or values not finite.
+    """
     y, v = np.asarray(labels, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if y.shape != v.shape or y.ndim != 1:
         raise ValueError(f"labels {y.shape} and values {v.shape} must be vectors of one length")
@@ -185,7 +235,7 @@ def _pair(labels: ArrayLike, values: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def _keys(groups: ArrayLike, count: int) -> NDArray[np.int64]:
-    """Groups numbered from 0."""
+    """Number the groups from 0."""
     keys = np.asarray(groups)
     if keys.shape != (count,):
         raise ValueError(f"groups {keys.shape}: one for each of {count} examples")
@@ -193,7 +243,10 @@ def _keys(groups: ArrayLike, count: int) -> NDArray[np.int64]:
 
 
 def _runs(starts: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For sorted rows, of which ``starts`` marks the first of each run: first and last row number of each row's run."""
+    """Return first and last row number of each row's run.
+
+    Rows are sorted, and ``starts`` marks the first of each run.
+    """
     number = np.cumsum(starts) - 1
     first = np.flatnonzero(starts)
     last = np.append(first[1:], len(starts)) - 1
@@ -201,7 +254,10 @@ def _runs(starts: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int6
 
 
 def _spans(keys: NDArray[np.int64], scores: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Place of the first and last example tied with each example, within its group, by rising score, from 1."""
+    """Return places of the first and last tied example.
+
+    They are tied with each example, within its group, by rising score, from 1.
+    """
     first, last = np.empty(len(keys), dtype=np.int64), np.empty(len(keys), dtype=np.int64)
     if len(keys) == 0:
         return first, last
@@ -215,11 +271,14 @@ def _spans(keys: NDArray[np.int64], scores: Floats) -> tuple[NDArray[np.int64], 
 
 
 def _group_ranks(keys: NDArray[np.int64], scores: Floats) -> Floats:
-    """Rank of each score within its group, from 1 for the smallest, ties averaged."""
+    """Rank each score within its group.
+
+    Ranks are from 1 for the smallest, ties averaged.
+    """
     first, last = _spans(keys, scores)
     return (first + last) / 2.0
 
 
 def _places(keys: NDArray[np.int64], scores: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Like ``_spans`` with 1 for the largest score."""
+    """Return ``_spans`` with 1 for the largest score."""
     return _spans(keys, -scores)

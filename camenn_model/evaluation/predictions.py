@@ -1,4 +1,8 @@
-"""What a trained model is worth: predictions over a split, CVR metrics, and the representation on held-out listings."""
+"""Evaluation of a trained model.
+
+It tells what a model is worth by predictions over a split, CVR metrics, and the representation on
+held-out listings.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,12 +24,17 @@ from camenn_model.scoring.scorer import Scorer
 
 EVALUATION_BATCH = 1_024
 CALIBRATED_ON = ("early_stop", "calibration")
-"""Parts that the calibration is fitted on. Early stop only chose among a few states of the model, and a calibration of half as many orders is off by 1.4 times as much by chance."""
+"""Parts that the calibration is fitted on. Early stop only chose among a few states of the model,
+and a calibration of half as many orders is off by 1.4 times as much by chance.
+"""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Raw logits and what is needed to judge them, in order of time; [n] each."""
+    """Raw logits and what is needed to judge them.
+
+    They are in order of time, [n] each.
+    """
 
     logits: NDArray[np.float64]
     labels: NDArray[np.float64]
@@ -33,11 +42,11 @@ class Predictions:
     sessions: NDArray[np.int64]
 
     def log_loss(self) -> float:
-        """Mean log loss of the uncalibrated probabilities."""
+        """Return the mean log loss of the uncalibrated probabilities."""
         return float(np.mean(np.logaddexp(0.0, self.logits) - self.labels * self.logits))
 
     def with_logits(self, logits: NDArray[np.float64]) -> "Predictions":
-        """The same examples under another model."""
+        """Return the same examples under another model."""
         return replace(self, logits=logits)
 
 
@@ -48,7 +57,10 @@ def predict(
     blocks: list[Unit],
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
-    """Logits of every example of some blocks. The display position is unknown, as it is in scoring."""
+    """Predict the logits of every example of some blocks.
+
+    The display position is unknown, as it is in scoring.
+    """
     total = count_rows(blocks)
     logits, labels, users, done = [], [], [], 0
     sessions: list[NDArray[np.int64]] = []
@@ -73,7 +85,10 @@ def predict(
 def predict_rows(
     model: CameNN, table: ItemTable, rows: Rows, progress: Callable[[int], None] | None = None
 ) -> NDArray[np.float64]:
-    """Logits of encoded examples, [n] in their order. The display position is unknown."""
+    """Predict the logits of encoded examples.
+
+    They are [n] in the order of the examples. The display position is unknown.
+    """
     scorer, device = Scorer(model), next(model.parameters()).device
     # Batches keep sessions whole, so they come in another order: `start` carries each row's place.
     indexed = replace(rows, start=np.arange(len(rows)))
@@ -92,7 +107,10 @@ def _batches(rows: Rows, table: ItemTable) -> Iterator[tuple[Ints, Batch]]:
 
 
 def calibrate(found: Mapping[str, Predictions]) -> PlattScaling:
-    """The calibration of a model's logits, by its predictions of the parts `CALIBRATED_ON`."""
+    """Calibrate a model's logits.
+
+    It is done by its predictions of the parts `CALIBRATED_ON`.
+    """
     labels, logits = (
         np.concatenate([getattr(found[split], name) for split in CALIBRATED_ON]) for name in ("labels", "logits")
     )
@@ -100,7 +118,10 @@ def calibrate(found: Mapping[str, Predictions]) -> PlattScaling:
 
 
 def cvr_metrics(found: Predictions, calibration: PlattScaling, base_rate: float) -> dict[str, Any]:
-    """All metrics of the CVR task. Ranks and AUC from raw logits; losses from calibrated probabilities."""
+    """Compute all metrics of the CVR task.
+
+    Ranks and AUC come from raw logits, losses from calibrated probabilities.
+    """
     probability = calibration(found.logits)
     by_user = metrics.gauc(found.labels, found.logits, found.users)
     by_session = metrics.gauc(found.labels, found.logits, found.sessions)
@@ -125,12 +146,18 @@ def cvr_metrics(found: Predictions, calibration: PlattScaling, base_rate: float)
 
 
 def _or_none(value: float) -> float | None:
-    """JSON has no NaN: a figure that does not exist is null."""
+    """Return None for a figure that does not exist.
+
+    JSON has no NaN: such a figure is null.
+    """
     return None if math.isnan(value) else value
 
 
 def reliability(found: Predictions, calibration: PlattScaling, bins: int = 15) -> list[dict[str, float]]:
-    """Mean predicted and observed rate in equal-mass bins of the prediction."""
+    """Compute the mean predicted and observed rate in bins.
+
+    The bins have equal mass of the prediction.
+    """
     probability = calibration(found.logits)
     order = np.argsort(probability, kind="stable")
     pieces = [rows for rows in np.array_split(order, bins) if len(rows)]

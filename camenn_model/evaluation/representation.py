@@ -14,14 +14,19 @@ from camenn_model.evaluation import metrics
 from camenn_model.model.camenn import AlignOutput, CameNN
 
 MOST_QUERIES = 2_000
-"""Held-out listings that retrieval is measured over: R@k falls as the pool grows, so the pool's size is reported beside it."""
+"""Held-out listings that retrieval is measured over: R@k falls as the pool grows, so the pool's
+size is reported beside it.
+"""
 SHOWN_QUERIES = 6
 
 
 def match_scores(
     model: CameNN, table: ItemTable, image_of: Ints, text_of: Ints
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """ITA and TIA probabilities that photos and titles of given listings belong together, [n] each."""
+    """Compute ITA and TIA probabilities of photos and titles.
+
+    They are the probabilities that photos and titles of given listings belong together, [n] each.
+    """
     ita, tia = [], []
     for start in range(0, len(image_of), 512):
         output = align_pairs(model, table, image_of[start : start + 512], text_of[start : start + 512])
@@ -31,7 +36,10 @@ def match_scores(
 
 
 def align_pairs(model: CameNN, table: ItemTable, image_of: Ints, text_of: Ints) -> AlignOutput:
-    """What the alignment tasks say of photos and titles of given listings [n], all at once."""
+    """Run the alignment tasks on photos and titles.
+
+    These are of given listings [n], all at once.
+    """
     rows, place = np.unique(np.concatenate([image_of, text_of]), return_inverse=True)
     half = len(place) // 2
     pairs = AlignmentPairs(
@@ -44,12 +52,18 @@ def align_pairs(model: CameNN, table: ItemTable, image_of: Ints, text_of: Ints) 
 
 
 def content_vectors(model: CameNN, table: ItemTable, rows: Ints) -> tuple[Tensor, Tensor]:
-    """Unit vectors of photos and titles of listings, two [n, e] float32 on the CPU."""
+    """Compute unit vectors of listings' photos and titles.
+
+    They are two [n, e] float32 on the CPU.
+    """
     return _of_listings(model.content_vectors, model, table, rows)
 
 
 def modality_states(model: CameNN, table: ItemTable, rows: Ints) -> tuple[Tensor, Tensor]:
-    """``[IMG]`` and ``[TXT]`` of listings out of the shared bottom, two [n, d] float32 on the CPU."""
+    """Compute ``[IMG]`` and ``[TXT]`` states of listings.
+
+    They come out of the shared bottom, two [n, d] float32 on the CPU.
+    """
     return _of_listings(model.modality_states, model, table, rows)
 
 
@@ -67,7 +81,10 @@ def _of_listings(
 
 
 def representation(model: CameNN, table: ItemTable, seed: int) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Retrieval and mismatch on held-out listings: (figures or None where there are fewer than ten, some queries with their answers)."""
+    """Measure retrieval and mismatch on held-out listings.
+
+    Returns (figures or None where there are fewer than ten, some queries with their answers).
+    """
     rng = np.random.default_rng([seed, 5])
     rows = np.flatnonzero(table.held_out & table.with_content())
     if len(rows) < 10:

@@ -1,4 +1,4 @@
-"""What the alignment tasks add to the model: task tokens, and the contrastive head.
+"""The alignment tasks' own parts: task tokens and contrastive head.
 
 Shapes: I items, A pairs, C items of the contrastive loss, N tokens, d width.
 """
@@ -21,16 +21,22 @@ LARGEST_SCALE = 100.0
 SIZE = 2
 """Dimensions that photos and titles are compared in, times the model's width."""
 START_LENGTH = 16.0
-"""Factor on the canonical directions. Lengths are divided out; but steps are of one size, and beside short vectors the states would soon be louder than what they add to."""
+"""Factor on the canonical directions.
+
+Lengths are divided out. But steps are of one size, and beside short vectors the states would soon
+be louder than what they add to.
+"""
 START_SLOPE, START_MIDDLE = 6.0, 0.35
 """Of the logit over the cosine, and the cosine at which it is 0."""
 
 
 class ContrastiveHead(nn.Module):
-    """Unit vectors of photos and titles, and the learned temperature of their similarities.
+    """Maps of photos and titles to comparable unit vectors.
 
-    A vector is the sum of two maps: of the ``[IMG]`` or ``[TXT]`` state out of the shared bottom, and of the frozen encoder's mean feature, which starts as
-    the canonical correlation analysis of the two and is as good as that before the first step.
+    It holds the learned temperature of their similarities too. A vector is the sum of two maps. One
+    is of the ``[IMG]`` or ``[TXT]`` state out of the shared bottom. The other is of the frozen
+    encoder's mean feature. It starts as the canonical correlation analysis of the two and is as
+    good as that before the first step.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -48,10 +54,15 @@ class ContrastiveHead(nn.Module):
 
     @torch.no_grad()
     def start(self, start: Start, images: Tensor, titles: Tensor) -> None:
-        """Starts the maps of frozen features on the shared directions, weighted by the roots of their correlations, and those of the states at 0.
+        """Start the maps from the directions found before training.
+
+        The maps of frozen features start on the directions that photos and titles share, weighted
+        by the roots of their correlations. The maps of the states start at 0.
 
         Args:
-            images, titles: means of the frozen features, [image_width] and [text_width].
+            start: the directions and their correlations.
+            images: mean of the frozen image features, [image_width].
+            titles: mean of the frozen text features, [text_width].
         """
         weight = torch.from_numpy(start.correlations).clamp(min=0).sqrt()
         for part, directions, center in (
@@ -67,29 +78,42 @@ class ContrastiveHead(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, patches: Tensor, tokens: Tensor, has_image: Tensor, has_text: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Two [C, e] float32 of length 1.
+        """Return unit vectors of images and texts, two [C, e].
+
+        They are float32 and of length 1.
 
         Args:
-            image, text: ``[IMG]`` and ``[TXT]`` states, [C, d].
-            patches, tokens: the frozen encoders' features, means over patches [C, image_width] and real tokens [C, text_width].
-            has_image, has_text: bool [C, 1]; where False the state alone counts.
+            image: ``[IMG]`` states, [C, d].
+            text: ``[TXT]`` states, [C, d].
+            patches: the frozen encoder's image features, means over patches [C, image_width].
+            tokens: the frozen encoder's text features, means over real tokens [C, text_width].
+            has_image: bool [C, 1]. Where False the state alone counts.
+            has_text: bool [C, 1]. Where False the state alone counts.
         """
         image = self.image(self.image_norm(image)) + self.image_frozen(patches) * has_image
         text = self.text(self.text_norm(text)) + self.text_frozen(tokens) * has_text
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
     def similarities(self, image: Tensor, text: Tensor) -> Tensor:
-        """[C, C] float32: cosine of each image (rows) with each text, over the temperature (scale ≤ 100, as CLIP)."""
+        """Return each image's similarity to each text, [C, C] float32.
+
+        It is the cosine of image (rows) and text, over the temperature (scale ≤ 100, as in CLIP).
+        """
         with torch.autocast(image.device.type, enabled=False):
             return image @ text.T * self.log_scale.exp().clamp(max=LARGEST_SCALE)
 
     def belongs(self, task: int, cosine: Tensor) -> Tensor:
-        """What the cosine [A] of a pair's photo and title says by itself: logits [A] for task 0 (ITA) or 1 (TIA)."""
+        """Return the logits [A] that the cosine alone gives.
+
+        Args:
+            task: 0 (ITA) or 1 (TIA).
+            cosine: [A], of a pair's photo and title.
+        """
         return self.slope[task] * cosine + self.offset[task]
 
 
 class TaskTokens(nn.Module):
-    """``[ITA]`` and ``[TIA]``."""
+    """The task tokens ``[ITA]`` and ``[TIA]``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -98,13 +122,19 @@ class TaskTokens(nn.Module):
         init_embedding(self.tokens)
 
     def forward(self, task: int, count: int) -> Tensor:
-        """[count, 1, d]; task 0 = ITA, 1 = TIA."""
+        """Return the token of a task, repeated, [count, 1, d].
+
+        Task 0 is ITA, task 1 is TIA.
+        """
         token: Tensor = self.norm(self.tokens[task])
         return token.expand(count, 1, -1)
 
 
 def pair_content(content: Content, image_of: Tensor, text_of: Tensor) -> Side:
-    """Photo of one row and title of another as one item without fields: a side with a row for each of the A pairs."""
+    """Join one row's photo and another's title as one item.
+
+    The item has no fields. The result is a side with a row for each of the A pairs.
+    """
     return Side(
         tokens=torch.cat([content.text.index_select(0, text_of), content.image.index_select(0, image_of)], dim=1),
         mask=torch.cat([content.text_mask[text_of], content.image_mask[image_of]], dim=1),
@@ -113,6 +143,6 @@ def pair_content(content: Content, image_of: Tensor, text_of: Tensor) -> Side:
 
 
 def init_heads(head: ContrastiveHead) -> None:
-    """Truncated normal weights."""
+    """Start the heads from truncated normal weights."""
     init_linear(head.image)
     init_linear(head.text)

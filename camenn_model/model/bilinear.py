@@ -1,14 +1,26 @@
-"""The CVR task's direct ways to the two sides and to the numbers, beside the transformer's. [ours; docs/decisions.md has the figures]
+"""Bilinear and direct parts of the CVR logit.
+
+They are the CVR task's direct ways to the two sides and to the numbers, beside the transformer's.
+[ours; docs/decisions.md has the figures]
 
 Shapes: R rows of a side (items or audience rows), d width.
 
-Two small networks, one a side, give each item and each audience row one vector, which serves twice. Their dot product is added to the CVR logit, as in
-factorisation machines (Rendle 2010) and two-tower models: tastes are products by nature (what someone likes times what a thing is), which attention and
-feed-forward layers must approximate by sums. Beside it stands the product of how the item looks and reads with a linear map of how that looked and read which the
-audience row bought and clicked: of Gaussian tastes the best estimate is such a map of means that are shrunk by their number. And both vectors are told to the ``[CVR]``
-token before the first layer, so that it looks for a given item in the history from there on; what the token then says by itself (both sides and all as-of numbers) is
-added to the logit too, the deep part of wide-and-deep models (Cheng et al. 2016).
-All of a side is computed once a row; the scorer has one matrix product more for a tile, and a small network for a pair.
+Two small networks, one a side, give each item and each audience row one vector, which serves twice.
+First, the dot product of the two vectors is added to the CVR logit, as in factorisation machines
+(Rendle 2010) and two-tower models. Tastes are products by nature (what someone likes times what a
+thing is), which attention and feed-forward layers must approximate by sums.
+
+Beside it stands the product of two things: how the item looks and reads, and a linear map of how
+that looked and read which the audience row bought and clicked. Of Gaussian tastes the best estimate
+is such a map of means that are shrunk by their number.
+
+Second, both vectors are told to the ``[CVR]`` token before the first layer, so that it looks for a
+given item in the history from there on. What the token then says by itself (both sides and all
+as-of numbers) is added to the logit too. That is the deep part of wide-and-deep models (Cheng et
+al. 2016).
+
+All of a side is computed once a row. The scorer has one matrix product more for a tile, and a small
+network for a pair.
 """
 
 from __future__ import annotations
@@ -21,19 +33,36 @@ from camenn_model.config import ModelConfig
 from camenn_model.model.layers import FAST, MASKED, drop, init_linear
 
 ITEM_INPUTS, AUDIENCE_INPUTS = 3, 7
-"""Summaries that each side is read from: fields, mean looks (patches), mean words (tokens); fields, and of purchases and of clicks the means of identity, looks and words."""
+"""Number of summaries that each side is read from.
+
+Of items: fields, mean looks (patches), mean words (tokens). Of the audience: fields, and of
+purchases and of clicks the means of identity, looks and words.
+"""
 FACTORS = 3
 """Pieces of a side's factor, each of width d: of all together, of looks, of words."""
 LEAST_WORTH = 1.0
-"""To an order, of the product of the two vectors, where orders begin to teach: near 0 it would hand their gradients neither vector."""
+"""Worth to an order of the product of the two vectors, where orders begin to teach.
+
+Near 0 it would hand their gradients neither vector.
+"""
 ENOUGH_WORTH = 0.25
-"""Of tastes that clicks taught, in the regression (which takes them for less than they are: both vectors carry noise). Where they are worth less, the audience's vectors begin smaller."""
+"""Worth of tastes that clicks taught, in the regression.
+
+It takes them for less than they are: both vectors carry noise. Where they are worth less, the
+audience's vectors begin smaller.
+"""
 LIKENESS = 0.1
-"""Times the identity: where the maps from looks and words of the past to those that are liked start. Who clicked something likes what is like it."""
+"""Factor on the identity, where the maps from looks and words of the past to liked ones start.
+
+Who clicked something likes what is like it.
+"""
 
 
 class SideVector(nn.Module):
-    """From a side's summaries [R, n d] to its vector [R, d]."""
+    """A network from a side's summaries to its vector.
+
+    Summaries are [R, n d], vectors [R, d].
+    """
 
     def __init__(self, inputs: int, config: ModelConfig) -> None:
         super().__init__()
@@ -44,7 +73,10 @@ class SideVector(nn.Module):
         self.out = nn.Linear(2 * width, width)
 
     def forward(self, summary: Tensor) -> Tensor:
-        """float32, as the product goes into the logit as it is."""
+        """Return the side's vectors in float32.
+
+        They are float32 because the product goes into the logit as it is.
+        """
         hidden = F.gelu(self.hidden(drop(self.norm(summary), self.dropout, self.training)))
         with torch.autocast(summary.device.type, enabled=False):
             vector: Tensor = self.out(drop(hidden.float(), self.dropout, self.training))
@@ -52,7 +84,10 @@ class SideVector(nn.Module):
 
 
 class Affinity(nn.Module):
-    """The bilinear part of the CVR logit, and what it tells the ``[CVR]`` token of both sides before the first layer."""
+    """The bilinear part of the CVR logit.
+
+    It also gives what the ``[CVR]`` token is told of both sides before the first layer.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -69,7 +104,8 @@ class Affinity(nn.Module):
         self.sought = nn.Linear(FACTORS * config.width, 1)
         self.worth = nn.Parameter(torch.full((FACTORS * config.width,), 1 / FAST))
         self.log_sharpness = nn.Parameter(torch.zeros(()))
-        # One factor starts near 0, so that logits start near the base rate; the other as torch has it, as both near 0 would leave both without gradients.
+        # One factor starts near 0, so that logits start near the base rate. The other starts as torch
+        # has it, as both near 0 would leave both without gradients.
         for part in (self.item_task, self.audience_task, self.audience.out, self.deep_hidden, self.deep, self.sought):
             init_linear(part)
         eye = LIKENESS * torch.eye(config.width)
@@ -77,7 +113,15 @@ class Affinity(nn.Module):
             part.weight.data.copy_(torch.cat([eye, eye], dim=1))
 
     def vectors(self, summary: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """(factor of the product, with its scale, [R, 3 d]; what is added to the ``[CVR]`` token, [R, d]) of side 0 (items) or 1 (audience)."""
+        """Return a side's factor and task part.
+
+        The factor of the product, with its scale, is [R, 3 d]. What is added to the ``[CVR]`` token
+        is [R, d].
+
+        Args:
+            summary: the side's summaries.
+            side: 0 (items) or 1 (audience).
+        """
         vector = (self.item, self.audience)[side](summary)
         width = self.item_task.in_features
         with torch.autocast(summary.device.type, enabled=False):
@@ -91,17 +135,27 @@ class Affinity(nn.Module):
         return torch.cat([vector * self.scale**0.5, looks, words], dim=-1), task
 
     def of_orders(self, ours: Tensor) -> Tensor:
-        """Items' factors [I, 3 d] as orders weigh them: what draws a click need not be what sells."""
+        """Weigh the items' factors [I, 3 d] as orders do.
+
+        What draws a click need not be what sells.
+        """
         return ours * (FAST * self.worth)
 
     @staticmethod
     def pieces(ours: Tensor, theirs: Tensor, item: Tensor, audience: Tensor) -> Tensor:
-        """Products of the factors of pairs, piece by piece, [B, 3] float32, before ``of_orders``. Args as in ``choice``."""
+        """Multiply the factors of pairs, piece by piece.
+
+        The products are [B, 3] float32, before ``of_orders``. The arguments are as in ``choice``.
+        """
         return (ours[item] * theirs[audience]).unflatten(-1, (FACTORS, -1)).sum(-1)
 
     @torch.no_grad()
     def start_worth(self, worth: Tensor) -> Tensor:
-        """Makes looks and words worth what the regression says, of worth [3], and tastes ``LEAST_WORTH`` or more, but with smaller vectors of the audience where they are not worth ``ENOUGH_WORTH``.
+        """Start the weights of the pieces from a regression's.
+
+        Looks and words become worth what the regression says, of worth [3], and tastes become worth
+        ``LEAST_WORTH`` or more. Where tastes are not worth ``ENOUGH_WORTH``, the audience's vectors
+        are made smaller.
 
         Returns:
             Share of ``ENOUGH_WORTH`` that tastes are worth, [] float32 in [0, 1].
@@ -114,14 +168,21 @@ class Affinity(nn.Module):
         return smaller
 
     def choice(self, ours: Tensor, theirs: Tensor, item: Tensor, audience: Tensor, store: Tensor) -> Tensor:
-        """Log-odds [B] float32 that an audience row clicks the item that it clicked rather than others that were clicked in the same store.
+        """Return the log-odds of each click among the store's items.
 
-        A click tells more often what someone likes than an order does, and does not wait for one, so the product learns from both. What draws everybody to an item
-        is no taste: it has its own term. Nor is what another store sells, or what the same row clicked too: neither is compared with.
+        They are [B] float32: the log-odds that an audience row clicks the item that it clicked
+        rather than others that were clicked in the same store.
+
+        A click tells more often what someone likes than an order does, and does not wait for one,
+        so the product learns from both. What draws everybody to an item is no taste: it has its own
+        term. Nor is what another store sells, or what the same row clicked too: neither is compared
+        with.
 
         Args:
-            ours, theirs: factors of the product, items [I, 3 d] and audience rows [S, 3 d].
-            item, audience: int64 [B], the pairs that were clicked.
+            ours: factors of the product, items [I, 3 d].
+            theirs: factors of the product, audience rows [S, 3 d].
+            item: int64 [B], the items of the pairs that were clicked.
+            audience: int64 [B], the audience rows of the pairs that were clicked.
             store: int64 [S], the store of each audience row.
         """
         with torch.autocast(ours.device.type, enabled=False):
@@ -135,7 +196,11 @@ class Affinity(nn.Module):
         return logits[audience, item] - others.logsumexp(dim=1)[audience]
 
     def of_token(self, task: Tensor) -> Tensor:
-        """What the ``[CVR]`` tokens [..., d] say below the first layer: logits [...] float32."""
+        """Return the logits of ``[CVR]`` tokens below the first layer.
+
+        Args:
+            task: the tokens, [..., d]. The logits are [...] float32.
+        """
         hidden = F.gelu(self.deep_hidden(task))
         with torch.autocast(task.device.type, enabled=False):
             logits: Tensor = self.deep(drop(hidden.float(), self.dropout, self.training))

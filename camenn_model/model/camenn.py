@@ -1,9 +1,13 @@
-"""CameNN: three tasks over a shared transformer bottom and a gated mixture of transformer experts.
+"""The CameNN network: shared transformer bottom and gated transformer experts.
 
-Source: "Cross-Modal Alignment with Mixture Experts Neural Network for Intral-City Retail Recommendation"
-(arXiv 2009.09926); ``docs/model.md`` tells which parts come from it and which are choices of this project.
+Three tasks share the bottom and the mixture of experts.
 
-Shapes: B pairs, I items, S audience rows, A alignment pairs, C items of the contrastive loss, E experts, d width.
+Source: "Cross-Modal Alignment with Mixture Experts Neural Network for Intral-City Retail
+Recommendation" (arXiv 2009.09926). ``docs/model.md`` tells which parts come from it and which are
+choices of this project.
+
+Shapes: B pairs, I items, S audience rows, A alignment pairs, C items of the contrastive loss, E
+experts, d width.
 """
 
 from __future__ import annotations
@@ -52,7 +56,11 @@ class AlignOutput:
 
 
 class CameNN(nn.Module):
-    """The model. ``forward`` is the CVR task, ``align`` the alignment tasks; both train the same bottom and experts."""
+    """The whole model.
+
+    ``forward`` is the CVR task, ``align`` the alignment tasks. Both train the same bottom and
+    experts.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -84,10 +92,13 @@ class CameNN(nn.Module):
 
     @torch.no_grad()
     def fit_features(self, items: ItemBatch) -> None:
-        """Sets the standardisation of the frozen features from a sample of training items (some hundred will do).
+        """Set the standardisation of the frozen features.
 
-        Call it once, before training. Without it the features enter as they are. Raises ValueError where the sample
-        holds no photo or no title.
+        It is taken from a sample of training items (some hundred will do). Call it once, before
+        training. Without it the features enter as they are.
+
+        Raises:
+            ValueError: the sample holds no photo or no title.
         """
         if not items.has_image.any() or not items.has_text.any():
             raise ValueError("fit_features: the sample must hold at least one photo and one title")
@@ -106,9 +117,12 @@ class CameNN(nn.Module):
     def start_projections(
         self, images: Tensor, titles: Tensor, *, aligned: bool = True, penalty: float = PENALTY
     ) -> None:
-        """Starts the projections on the directions that photos and titles share (unless not ``aligned``), and on each one's own (``canonical_directions.py``).
+        """Start the projections from canonical and principal directions.
 
-        Call it once, after ``fit_features``, with mean patch features [n, image_width] and mean token states [n, text_width] of the same n training items.
+        They start on the directions that photos and titles share (unless not ``aligned``), and on
+        each one's own (``canonical_directions.py``). Call it once, after ``fit_features``, with
+        mean patch features [n, image_width] and mean token states [n, text_width] of the same n
+        training items.
         """
         images, titles = images.float(), titles.float()
         given = images.numpy(), titles.numpy(), self.config.width, self.contrastive.size
@@ -124,7 +138,10 @@ class CameNN(nn.Module):
             self.contrastive.start(start, *center)
 
     def forward(self, batch: Batch) -> CvrOutput:
-        """Logit of an order for each pair. In eval mode every display position counts as unknown."""
+        """Return the logit of an order for each pair.
+
+        In eval mode every display position counts as unknown.
+        """
         pairs = batch.pairs
         items = self.item_tokens(batch.items)
         audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.liked(batch.history))
@@ -151,31 +168,46 @@ class CameNN(nn.Module):
         return CvrOutput(logits, gate, mixed.computed, choice)
 
     def choose(self, batch: Batch) -> Tensor:
-        """``CvrOutput.choice`` alone, [B]: no layer is computed for it."""
+        """Return ``CvrOutput.choice`` alone, [B].
+
+        No layer is computed for it.
+        """
         ours, theirs = self._tastes(batch)
         return self.affinity.choice(ours, theirs, batch.pairs.item, batch.pairs.audience, self._stores(batch))
 
     def liked(self, batch: Batch) -> Tensor:
-        """Pieces of the product of tastes, [B, 3] float32: no layer is computed for them."""
+        """Return the pieces of the product of tastes.
+
+        They are [B, 3] float32. No layer is computed for them.
+        """
         return self.affinity.pieces(*self._tastes(batch), batch.pairs.item, batch.pairs.audience)
 
     def _tastes(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Factors of the product, items' [I, 3 d] and audience rows' [S, 3 d]."""
+        """Return the factors of the product of tastes.
+
+        They are items' [I, 3 d] and audience rows' [S, 3 d].
+        """
         items = self.item_tokens(batch.items)
         audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.liked(batch.history))
         return self.affinity.vectors(items.summary, side=0)[0], self.affinity.vectors(audience.summary, side=1)[0]
 
     def _stores(self, batch: Batch) -> Tensor:
-        """Store of each audience row, int64 [S]; without such a field all are one."""
+        """Return the store of each audience row, int64 [S].
+
+        Without such a field all are one store.
+        """
         names = [field.name for field in self.config.audience_categorical]
         if STORE not in names:
             return torch.zeros_like(batch.audience.cats[:, 0])
         return batch.audience.cats[:, names.index(STORE)]
 
     def align(self, batch: AlignmentBatch) -> AlignOutput:
-        """ITA and TIA logits and the contrastive similarities; fields are hidden, photos and titles are all there is.
+        """Return ITA and TIA logits and the contrastive similarities.
 
-        Raises ValueError where an ITA or TIA pair lacks a photo or a title.
+        Fields are hidden. Photos and titles are all there is.
+
+        Raises:
+            ValueError: an ITA or TIA pair lacks a photo or a title.
         """
         items = batch.items
         for pairs in (batch.ita, batch.tia):
@@ -202,15 +234,20 @@ class CameNN(nn.Module):
         )
 
     def content_vectors(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
-        """Photo and title of each item as unit vectors, two [I, e] float32, each from its own modality alone.
+        """Return each item's photo and title as unit vectors.
 
-        Their dot product is the cosine used for retrieval. Where a modality is absent its vector is that of
-        ``no image`` or ``no text``: mind ``has_image`` and ``has_text``.
+        They are two [I, e] float32, each from its own modality alone. Their dot product is the
+        cosine used for retrieval. Where a modality is absent its vector is that of ``no image`` or
+        ``no text``: mind ``has_image`` and ``has_text``.
         """
         return self._states(items, self.item_tokens.content(items))
 
     def modality_states(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
-        """``[IMG]`` and ``[TXT]`` of each item out of the shared bottom, two [I, d], each from its own modality alone. Absent ones as in `content_vectors`."""
+        """Return each item's ``[IMG]`` and ``[TXT]`` states.
+
+        They come out of the shared bottom, two [I, d], each from its own modality alone. Absent
+        ones are as in `content_vectors`.
+        """
         return self._alone(self.item_tokens.content(items))
 
     def _match(
@@ -222,7 +259,11 @@ class CameNN(nn.Module):
         states: tuple[Tensor, Tensor],
         pairs: AlignmentPairs,
     ) -> tuple[Tensor, GateOutput, Tensor]:
-        """Logits [A], gate and computed pairs [E] of one alignment task; ``states``: ``_states`` of the content."""
+        """Score the pairs of one alignment task.
+
+        Returns logits [A], gate and computed pairs [E]. ``states`` are the ``_states`` of the
+        content.
+        """
         side = pair_content(content, pairs.image_of, pairs.text_of)
         features = torch.cat([content.text_gate[pairs.text_of], content.image_gate[pairs.image_of]], dim=-1)
         chosen = gate((features,), (side.index,))
@@ -233,7 +274,11 @@ class CameNN(nn.Module):
         return tower(mixed) + self.contrastive.belongs(task, cosine), chosen, mixed.computed[:, 0]
 
     def _states(self, items: ItemBatch, content: Content) -> tuple[Tensor, Tensor]:
-        """Photo and title of each item as unit vectors [I, e], each from its own modality alone: ``[IMG]`` and ``[TXT]`` out of the shared bottom, and the frozen features."""
+        """Return each item's photo and title as unit vectors.
+
+        They are [I, e], each from its own modality alone. They are read from ``[IMG]`` and
+        ``[TXT]`` out of the shared bottom, and from the frozen features.
+        """
         image, text = self._alone(content)
         seen = items.has_image[:, None], (items.text_mask & items.has_text[:, None])
         patches = items.patches.float().mean(1) * seen[0]
@@ -241,14 +286,20 @@ class CameNN(nn.Module):
         return self.contrastive(image, text, patches, tokens, seen[0], seen[1].any(1, keepdim=True))
 
     def _alone(self, content: Content) -> tuple[Tensor, Tensor]:
-        """``[IMG]`` and ``[TXT]`` out of the shared bottom, two [I, d]."""
+        """Return ``[IMG]`` and ``[TXT]`` out of the shared bottom.
+
+        They are two [I, d].
+        """
         image, text = content.image, content.text
         for layer in layers_of(self.shared):
             image, text = layer.own(image, content.image_mask)[0], layer.own(text, content.text_mask)[0]
         return image[:, 0], text[:, 0]
 
     def _bottom_and_experts(self, sides: tuple[Side, ...], x: Tensor, gate: GateOutput) -> Mixed:
-        """Shared layers, experts and mixture under either kind of attention; x [B, X, d] starts with the task token."""
+        """Run shared layers, experts and mixture.
+
+        It serves either kind of attention. x [B, X, d] starts with the task token.
+        """
         x_mask = None
         if self.config.attention == "full":
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

@@ -1,11 +1,19 @@
-"""What the as-of counts say together: a small network of their own, fitted before the linear part and kept. [ours; docs/decisions.md has the figures]
+"""A small network over the as-of counts.
+
+It finds what the counts say together. It is fitted before the linear part and kept. [ours;
+docs/decisions.md has the figures]
 
 Shapes: S audience rows, B pairs or examples, n numeric fields, h ``HIDDEN``.
 
-How often something was bought, how long ago, by someone who buys how often: such numbers tell together what none of them tells alone, as trees find and a linear part cannot. A network of some 26,000 weights
-finds it too, but not in the single pass over the log that ids and tokens bear before they are learned by heart. Counts of a listing, an audience row and the two are no identity, so they bear as many passes as they need.
-Each enters as its value, as its rank among training values, and as being missing or lowest; a weight for each bucket would be learned by heart again. Of the passes, the one with the least log loss on the
-early-stop part is kept.
+How often something was bought, how long ago, by someone who buys how often: such numbers tell
+together what none of them tells alone, as trees find and a linear part cannot. A network of some
+26,000 weights finds it too, but not in the single epoch over the log that ids and tokens bear
+before they are overfitted. Counts of a listing, an audience row and the two are no identity, so
+they bear as many epochs as they need.
+
+Each enters as its value, as its rank among training values, and as being missing or lowest. A
+weight for each bucket would be overfitted again. Of the epochs, the one with the least log loss on
+the early-stop part is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +32,10 @@ MEASURES = 4
 
 
 class Measures(nn.Module):
-    """Numeric fields' part of the first layer: a linear map of ``MEASURES`` numbers of each."""
+    """The numeric fields' part of the first layer.
+
+    It is a linear map of ``MEASURES`` numbers of each field.
+    """
 
     top: Tensor
 
@@ -34,7 +45,14 @@ class Measures(nn.Module):
         self.weight = nn.Parameter(torch.empty(MEASURES * len(fields), HIDDEN))
 
     def forward(self, values: Tensor, buckets: Tensor) -> Tensor:
-        """values [..., n] float32, buckets [..., n] int64, 0 = missing → [..., h] float32."""
+        """Return the fields' part of the first layer.
+
+        It is [..., h] float32.
+
+        Args:
+            values: [..., n] float32.
+            buckets: [..., n] int64, 0 = missing.
+        """
         known = buckets > 0
         rank = 2 * buckets / self.top - 1
         measures = [
@@ -47,7 +65,11 @@ class Measures(nn.Module):
 
 
 class Counts(nn.Module):
-    """Two hidden layers on the counts of an audience row, of an item and of the pair. Says 0 until ``fit_counts``; no other optimiser moves it."""
+    """A network of two hidden layers over counts.
+
+    The counts are of an audience row, of an item and of the pair. It says 0 until ``fit_counts``.
+    No other optimiser moves it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -65,13 +87,20 @@ class Counts(nn.Module):
         self.requires_grad_(False)
 
     def of_audience(self, audience: AudienceBatch) -> Tensor:
-        """The audience rows' part of the first layer, [S, h] float32."""
+        """Return the audience rows' first-layer part, [S, h] float32."""
         with torch.autocast(audience.values.device.type, enabled=False):
             part: Tensor = self.audience(audience.values, audience.buckets)
         return part
 
     def forward(self, of_audience: Tensor, values: Tensor, buckets: Tensor, dropout: float = 0.0) -> Tensor:
-        """Logits [B] float32 of pairs, from their audience rows' part [B, h] and their numbers [B, n]; ``dropout`` of the hidden numbers."""
+        """Return the logits [B] float32 of pairs.
+
+        Args:
+            of_audience: the part of the pairs' audience rows, [B, h].
+            values: the pairs' numbers, [B, n].
+            buckets: the buckets of the pairs' numbers, [B, n].
+            dropout: share of the hidden numbers that is dropped.
+        """
         with torch.autocast(values.device.type, enabled=False):
             first = F.gelu(of_audience + self.pairs(values, buckets) + self.bias)
             second = F.gelu(self.hidden(drop(first, dropout, True)))
@@ -80,6 +109,6 @@ class Counts(nn.Module):
 
     @torch.no_grad()
     def scale(self, worth: float) -> None:
-        """Makes what it says ``worth`` times as much."""
+        """Multiply what the network says by ``worth``."""
         self.out.weight.mul_(worth)
         self.out.bias.mul_(worth)

@@ -1,9 +1,10 @@
 """Gates and the mixture of transformer experts.
 
-Shapes: B pairs, R rows of a side, N tokens of a side, X tokens of a pair, E experts, K kept experts, d width.
+Shapes: B pairs, R rows of a side, N tokens of a side, X tokens of a pair, E experts, K kept
+experts, d width.
 
-Routing is per pair, not per token: experts contain attention. Only the experts that a pair chose are computed, on the
-pair's tokens and on the rows of the sides that it looks at.
+Routing is per pair, not per token: experts contain attention. Only the experts that a pair chose
+are computed, on the pair's tokens and on the rows of the sides that it looks at.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from camenn_model.model.layers import EncoderLayer, Side, layers_of
 
 @dataclass(frozen=True)
 class GateOutput:
-    """What a gate decided for B pairs."""
+    """A gate's decision for B pairs."""
 
     logits: Tensor  # [B, E] float32, with noise in training
     quiet: Tensor  # [B, E] float32, without it: what scoring goes by
@@ -29,21 +30,28 @@ class GateOutput:
 
     @property
     def use(self) -> Tensor:
-        """Share of pairs that each expert serves, [E] float32: the sum is K; 0 is a dead expert."""
+        """Return each expert's share of pairs, [E] float32.
+
+        The sum is K. 0 is a dead expert.
+        """
         return F.one_hot(self.chosen, self.logits.shape[-1]).sum(1).float().mean(0)
 
 
 def choose(logits: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The ``keep`` best experts and their softmax weights, logits [..., E] → two [..., K]. Ties: lowest index first."""
+    """Choose the ``keep`` best experts and their softmax weights.
+
+    Logits [..., E] give two [..., K]. Of ties the lowest index comes first.
+    """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     return order[..., :keep], ordered[..., :keep].softmax(dim=-1)
 
 
 class Gate(nn.Module):
-    """Noisy top-K softmax gate (Shazeer et al. 2017), one for each task (MMoE), in float32.
+    """A noisy top-K softmax gate.
 
-    The logits are a sum over sides, ``W_I a_i + W_U b_u``, so that each side's part is computed once per row. Weights
-    start at 0; noise N(0, 1) · softplus(noise logits) is added in training only.
+    It follows Shazeer et al. 2017, with one gate for each task (MMoE), in float32. The logits are a
+    sum over sides, ``W_I a_i + W_U b_u``, so that each side's part is computed once per row.
+    Weights start at 0. Noise N(0, 1) · softplus(noise logits) is added in training only.
     """
 
     def __init__(self, widths: tuple[int, ...], config: ModelConfig) -> None:
@@ -55,13 +63,21 @@ class Gate(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def part(self, side: int, features: Tensor) -> Tensor:
-        """One side's part of the logits without noise, features [R, width] → [R, E] float32."""
+        """Return one side's part of the logits, without noise.
+
+        Features [R, width] give [R, E] float32.
+        """
         with torch.autocast(features.device.type, enabled=False):
             part: Tensor = self.weights[side](features.float())
             return part
 
     def forward(self, features: tuple[Tensor, ...], indexes: tuple[Tensor, ...]) -> GateOutput:
-        """features: [R, width] for each side; indexes: [B] int64, the row of the side that each pair looks at."""
+        """Choose the experts of each pair.
+
+        Args:
+            features: [R, width] for each side.
+            indexes: [B] int64 for each side, the row that each pair looks at.
+        """
         parts = [
             self.part(side, feature).index_select(0, index)
             for side, (feature, index) in enumerate(zip(features, indexes, strict=True))
@@ -79,7 +95,10 @@ class Gate(nn.Module):
 
 @dataclass(frozen=True)
 class Mixed:
-    """The experts' normalised outputs, mixed for each pair by its gate: what a tower attends to."""
+    """The experts' normalised outputs, mixed for each pair.
+
+    The pair's gate weighs them. They are what a tower attends to.
+    """
 
     x: Tensor  # [B, X, d], the task token first
     x_mask: Tensor | None  # [B, X] bool
@@ -88,7 +107,11 @@ class Mixed:
 
 
 class Mixture(nn.Module):
-    """E transformer experts, each with a LayerNorm on its output: Y = sum over chosen e of g_e LN_e(expert_e(.))."""
+    """The transformer experts and their mixture.
+
+    There are E experts, each with a LayerNorm on its output: Y = sum over chosen e of g_e
+    LN_e(expert_e(.)).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -96,7 +119,11 @@ class Mixture(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(config.experts))
 
     def forward(self, sides: tuple[Side, ...], x: Tensor, x_mask: Tensor | None, gate: GateOutput) -> Mixed:
-        """Sides and x [B, X, d] as they leave the shared bottom. No expert is run on a pair that did not choose it."""
+        """Run the chosen experts and mix their outputs.
+
+        Sides and x [B, X, d] are as they leave the shared bottom. No expert is run on a pair that
+        did not choose it.
+        """
         slots = torch.zeros_like(gate.chosen)  # row of each (pair, slot) in the concatenated outputs
         side_slots = [torch.zeros_like(gate.chosen) for _ in sides]
         outputs: list[Tensor] = []
@@ -129,7 +156,13 @@ class Mixture(nn.Module):
 
 
 def _mix(outputs: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """outputs [rows, N, d], slots [B, K] rows of it, weights [B, K] → sum over K of weight x row, [B, N, d]."""
+    """Sum the chosen rows by their weights, [B, N, d].
+
+    Args:
+        outputs: [rows, N, d].
+        slots: [B, K] rows of ``outputs``.
+        weights: [B, K]. The result is the sum over K of weight x row.
+    """
     weights = weights.to(outputs.dtype)
     mixed = outputs.index_select(0, slots[:, 0]) * weights[:, 0, None, None]
     for slot in range(1, slots.shape[1]):

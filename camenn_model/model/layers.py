@@ -1,11 +1,13 @@
-"""The transformer layer that everything is made of, for sides that are shared between pairs.
+"""The transformer layer that everything is made of.
 
-Shapes: B pairs, R rows of a side (unique items or audience rows), N tokens of a side, X tokens of a pair, h heads,
-c = d / h width of a head, d width.
+It works on sides that are shared between pairs.
 
-In ``prefix`` attention a side attends to itself only and a pair's tokens attend to both sides and themselves, so a side
-is computed once per unique row and pairs refer to it by index. ``full`` attention is the case without sides: the pair's
-tokens are then all tokens.
+Shapes: B pairs, R rows of a side (unique items or audience rows), N tokens of a side, X tokens of a
+pair, h heads, c = d / h width of a head, d width.
+
+In ``prefix`` attention a side attends to itself only and a pair's tokens attend to both sides and
+themselves, so a side is computed once per unique row and pairs refer to it by index. ``full``
+attention is the case without sides: the pair's tokens are then all tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from camenn_model.config import ModelConfig
 INIT_STD = 0.02
 """Standard deviation of the truncated normal that weights start from."""
 FAST = 5.0
-"""Times parameters that are to move faster than the others: Adam moves each by the learning rate, whatever its gradient."""
+"""Factor on parameters that are to move faster than the others.
+
+Adam moves each by the learning rate, whatever its gradient.
+"""
 MASKED = -1e9
 """Added to the score of a masked key: its weight underflows to exactly 0 in float32 and bfloat16."""
 
@@ -37,7 +42,10 @@ class Side:
     index: Tensor  # [B] int64: the row that each pair looks at
 
     def keep(self, pairs: Tensor) -> Side:
-        """The side as the given pairs ([b] int64) see it: only rows they use, each once."""
+        """Keep the rows that the given pairs use, each once.
+
+        The pairs are [b] int64. The side is returned as they see it.
+        """
         rows, index = torch.unique(self.index[pairs], return_inverse=True)
         if rows.shape[0] == self.tokens.shape[0]:
             return Side(self.tokens, self.mask, index)
@@ -45,10 +53,11 @@ class Side:
 
 
 class _ByteDropout(torch.autograd.Function):
-    """Dropout whose mask comes from random bytes: eight draws from one 64-bit number.
+    """Dropout whose mask comes from random bytes.
 
-    On a CPU the draws of ``F.dropout`` cost more than the layer they sit in (measured: 75 ms for 5 million values on
-    one core, against 25 ms here). The rate is rounded to a multiple of 1/256 and the scale uses the rounded rate.
+    Eight draws come from one 64-bit number. On a CPU the draws of ``F.dropout`` cost more than the
+    layer they sit in (measured: 75 ms for 5 million values on one core, against 25 ms here). The
+    rate is rounded to a multiple of 1/256 and the scale uses the rounded rate.
     """
 
     @staticmethod
@@ -66,7 +75,10 @@ class _ByteDropout(torch.autograd.Function):
 
 
 def drop(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Dropout of any tensor; on a CPU by ``_ByteDropout``."""
+    """Apply dropout to any tensor.
+
+    On a CPU it is done by ``_ByteDropout``.
+    """
     if not training or rate == 0.0:
         return x
     if x.device.type != "cpu":
@@ -76,13 +88,19 @@ def drop(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def mask_bias(mask: Tensor) -> Tensor:
-    """Float32 of ``mask``'s shape: 0 where True, ``MASKED`` where False."""
+    """Return what a mask adds to scores, float32.
+
+    It has ``mask``'s shape: 0 where True, ``MASKED`` where False.
+    """
     return torch.where(mask, 0.0, MASKED)
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys and values of R rows and who may be looked at; ``index`` [B] maps queries to rows, None = row by row."""
+    """Keys and values of R rows, and their mask.
+
+    The mask tells who may be looked at. ``index`` [B] maps queries to rows. None means row by row.
+    """
 
     kv: Tensor  # [R, N, 2, h, c]
     mask: Tensor | None  # [R, N] bool, None = all real
@@ -90,7 +108,10 @@ class Keys:
 
 
 def attend(query: Tensor, parts: list[Keys], dropout: float, training: bool) -> Tensor:
-    """Softmax attention of ``query`` [B, Q, h, c] over the union of all parts, [B, Q, d]."""
+    """Attend from the queries to the union of all parts.
+
+    ``query`` is [B, Q, h, c], the result [B, Q, d]. It is softmax attention.
+    """
     rows, queries, heads, head_width = query.shape
     query = query.transpose(1, 2) * head_width**-0.5  # [B, h, Q, c]
     scores, values = [], []
@@ -112,7 +133,7 @@ def attend(query: Tensor, parts: list[Keys], dropout: float, training: bool) -> 
 
 
 class FeedForward(nn.Module):
-    """d → ffn → d with GELU."""
+    """The feed-forward part, d → ffn → d with GELU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -124,7 +145,10 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-LN transformer encoder layer over sides and pairs' tokens, all with the same weights."""
+    """A pre-LN transformer encoder layer.
+
+    It works on sides and pairs' tokens, all with the same weights.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -138,24 +162,34 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(config)
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Query [..., N, h, c] and key-value [..., N, 2, h, c] of LN(tokens [..., N, d])."""
+        """Return query and key-value of the normalised tokens.
+
+        They are [..., N, h, c] and [..., N, 2, h, c], of LN(tokens [..., N, d]).
+        """
         qkv = self.qkv(self.attention_norm(tokens))
         qkv = qkv.view(*tokens.shape[:-1], 3, self.heads, tokens.shape[-1] // self.heads)
         return qkv[..., 0, :, :], qkv[..., 1:, :, :]
 
     def finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
-        """Adds the attention's output and the feed-forward part to the residual stream."""
+        """Add attention and feed-forward parts to the residual stream."""
         tokens = tokens + drop(self.out(attended), self.dropout, self.training)
         return tokens + drop(self.ffn(self.ffn_norm(tokens)), self.dropout, self.training)
 
     def own(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens [R, N, d] that attend to themselves only: their output and their key-value [R, N, 2, h, c]."""
+        """Run the layer on tokens that attend to themselves only.
+
+        The tokens are [R, N, d]. Returned are their output and their key-value [R, N, 2, h, c].
+        """
         query, kv = self.project(tokens)
         attended = attend(query, [Keys(kv, mask, None)], self.attention_dropout, self.training)
         return self.finish(tokens, attended), kv
 
     def forward(self, sides: tuple[Side, ...], x: Tensor, x_mask: Tensor | None) -> tuple[tuple[Side, ...], Tensor]:
-        """Sides attend to themselves, ``x`` [B, X, d] to the sides and itself (``x_mask`` [B, X], None = all real)."""
+        """Run the layer on the sides and the pairs' tokens.
+
+        Sides attend to themselves, ``x`` [B, X, d] to the sides and itself (``x_mask`` [B, X], None
+        = all real).
+        """
         after, parts = [], []
         for side in sides:
             tokens, kv = self.own(side.tokens, side.mask)
@@ -167,22 +201,32 @@ class EncoderLayer(nn.Module):
 
 
 def layers_of(modules: nn.ModuleList) -> list[EncoderLayer]:
-    """The encoder layers of a list that holds nothing else, with their type."""
+    """Return a list's encoder layers, with their type.
+
+    The list holds nothing else.
+    """
     return cast("list[EncoderLayer]", list(modules))
 
 
 def init_linear(layer: nn.Linear, scale: float = 1.0) -> None:
-    """Truncated normal of ``INIT_STD`` times ``scale``, bias 0."""
+    """Start a linear layer from a truncated normal.
+
+    Its standard deviation is ``INIT_STD`` times ``scale``. The bias is 0.
+    """
     nn.init.trunc_normal_(layer.weight, std=INIT_STD * scale, a=-2 * INIT_STD * scale, b=2 * INIT_STD * scale)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 def init_embedding(weight: Tensor) -> None:
-    """Truncated normal of ``INIT_STD``."""
+    """Start a table from a truncated normal of ``INIT_STD``."""
     nn.init.trunc_normal_(weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
 
 
 def wide_scale(inputs: int, width: int) -> float:
-    """Scale for a map from a wide frozen feature: its output starts as large as that of a map from ``width``."""
+    """Return the starting scale of a wide feature's map.
+
+    It is for a map from a wide frozen feature: its output starts as large as that of a map from
+    ``width``.
+    """
     return math.sqrt(width / inputs)

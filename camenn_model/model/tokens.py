@@ -1,11 +1,13 @@
-"""From a batch to tokens: what the shared bottom reads.
+"""The token embeddings that the shared bottom reads.
 
-Shapes: I items, S audience rows, G history items, B pairs, T text tokens, P patches, F fields, H history, d width.
+Shapes: I items, S audience rows, G history items, B pairs, T text tokens, P patches, F fields, H
+history, d width.
 
-Every token is (features → d) + type + position embedding, then LayerNorm. ``[TXT]`` and ``[IMG]`` carry the mean of
-their modality's projected features beside a learned vector, so that they say something below the shared bottom too,
-where the gates read them. An absent modality leaves its summary token alone, with a learned ``no image`` / ``no text``
-vector in place of the mean; its other tokens are masked.
+Every token is (features → d) + type + position embedding, then LayerNorm. ``[TXT]`` and ``[IMG]``
+carry the mean of their modality's projected features beside a learned vector, so that they say
+something below the shared bottom too, where the gates read them. An absent modality leaves its
+summary token alone, with a learned ``no image`` / ``no text`` vector in place of the mean. Its
+other tokens are masked.
 """
 
 from __future__ import annotations
@@ -25,33 +27,45 @@ from camenn_model.model.layers import drop, init_embedding, init_linear, wide_sc
 from schemas.training import CLICKED, PURCHASED
 
 DOUBT, GAIN = 3.0, 4.0
-"""Where the shrinkage of a history's means starts, and what they are multiplied by: a mean of some entries is smaller than one of them."""
+"""Where the shrinkage of a history's means starts, and what they are multiplied by.
+
+A mean of some entries is smaller than one of them.
+"""
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x [R, N, d] over the tokens where mask [R, N] is True; 0 where there is none."""
+    """Average the tokens that are real.
+
+    Tokens are x [R, N, d]. Real ones are those where mask [R, N] is True. The mean is 0 where there
+    is none.
+    """
     weight = mask.to(x.dtype).unsqueeze(-1)
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
 
 def forget_ids(ids: Tensor, rate: float, training: bool) -> Tensor:
-    """``ids`` [R] int64 with a share ``rate`` set to 0 (unknown), in training only: new items then look familiar."""
+    """Set a share of ids to unknown, in training only.
+
+    ``ids`` is [R] int64, ``rate`` the share that is set to 0 (unknown). New items then look
+    familiar.
+    """
     if not training or rate == 0.0:
         return ids
     return torch.where(torch.rand(ids.shape, device=ids.device) < rate, torch.zeros_like(ids), ids)
 
 
 def init_tables(tables: Iterable[nn.Module]) -> None:
-    """Truncated normal rows."""
+    """Start the tables' rows from a truncated normal."""
     for table in tables:
         for weight in table.parameters():
             init_embedding(weight)
 
 
 class FrozenProjection(nn.Module):
-    """Linear map from a frozen encoder's feature to the width, after standardising each feature.
+    """A linear map from a frozen feature to the width.
 
-    Mean and scale are buffers (0 and 1 until ``fit`` is called), stored with the weights.
+    The feature is a frozen encoder's, and each number of it is standardised first. Mean and scale
+    are buffers (0 and 1 until ``fit`` is called), stored with the weights.
     """
 
     mean: Tensor
@@ -65,14 +79,21 @@ class FrozenProjection(nn.Module):
         self.register_buffer("scale", torch.ones(inputs))
 
     def fit(self, sample: Tensor) -> None:
-        """Takes mean and spread from a sample [n, inputs]; a tenth of the mean spread is added, for rare features."""
+        """Take mean and spread from a sample [n, inputs].
+
+        A tenth of the mean spread is added, for rare features.
+        """
         sample = sample.float()
         spread = sample.std(0, correction=0)
         self.mean.copy_(sample.mean(0))
         self.scale.copy_(1.0 / (spread + 0.1 * spread.mean() + 1e-6))
 
     def start(self, directions: Tensor, center: Tensor) -> None:
-        """Sets the first m dimensions to (x - ``center`` [inputs]) @ ``directions`` [inputs, m]; call it after ``fit``. The others stay random."""
+        """Set the first dimensions of the map to given directions.
+
+        The first m dimensions become (x - ``center`` [inputs]) @ ``directions`` [inputs, m]. The
+        others stay random. Call it after ``fit``.
+        """
         count = directions.shape[1]
         self.linear.weight[:count] = (directions / self.scale[:, None]).T
         self.linear.bias[:count] = (self.mean - center) @ directions
@@ -84,9 +105,11 @@ class FrozenProjection(nn.Module):
 
 
 class TasteMap(nn.Module):
-    """Where a listing's photo and title lie in the space of tastes (``taste_directions.py``), whether it is offered or in a history.
+    """A map of listings to the space of tastes.
 
-    The maps are found from clicks before training and stay; what stands for an absent photo or title is learned.
+    It tells where a listing's photo and title lie in that space (``taste_directions.py``), whether
+    it is offered or in a history. The maps are found from clicks before training and stay. What
+    stands for an absent photo or title is learned.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -101,7 +124,10 @@ class TasteMap(nn.Module):
 
     @torch.no_grad()
     def start(self, image: TasteSpace | None, text: TasteSpace | None) -> None:
-        """Takes over the directions; dimensions beyond them, and a modality that nobody has, are 0."""
+        """Take over the directions that were found.
+
+        Dimensions beyond them, and a modality that nobody has, are 0.
+        """
         for part, found in ((self.image, image), (self.text, text)):
             nn.init.zeros_(part.weight)
             nn.init.zeros_(part.bias)
@@ -111,7 +137,10 @@ class TasteMap(nn.Module):
                 part.bias[:count] = torch.from_numpy(-found.center @ found.directions).to(part.bias)
 
     def forward(self, image: Tensor, has_image: Tensor, text: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor]:
-        """(looks, words), [R, d] float32 each, of mean features [R, image_width] and [R, text_width]."""
+        """Return (looks, words), [R, d] float32 each.
+
+        They are of mean features [R, image_width] and [R, text_width].
+        """
         with torch.autocast(image.device.type, enabled=False):
             looks = torch.where(has_image[:, None], self.image(image.float()), self.no_image)
             words = torch.where(has_text[:, None], self.text(text.float()), self.no_text)
@@ -119,7 +148,10 @@ class TasteMap(nn.Module):
 
 
 class NumericToken(nn.Module):
-    """One token from a group of numeric fields: the sum over fields of bucket embedding + value x learned vector."""
+    """One token from a group of numeric fields.
+
+    It is the sum over fields of bucket embedding + value x learned vector.
+    """
 
     offsets: Tensor
 
@@ -134,7 +166,14 @@ class NumericToken(nn.Module):
             init_embedding(weight)
 
     def forward(self, values: Tensor, buckets: Tensor) -> Tensor:
-        """values [..., n] float32, buckets [..., n] int64 → [..., d]; a value counts only where its bucket is not 0."""
+        """Return the group's token, [..., d].
+
+        A value counts only where its bucket is not 0.
+
+        Args:
+            values: [..., n] float32.
+            buckets: [..., n] int64.
+        """
         count = buckets.shape[-1]
         rows = (buckets + self.offsets).reshape(-1, count)
         known = torch.where(buckets > 0, values, 0.0)
@@ -143,7 +182,10 @@ class NumericToken(nn.Module):
 
 
 class NumericTokens(nn.Module):
-    """One ``NumericToken`` for each group that has fields; columns run through the groups in order."""
+    """One ``NumericToken`` for each group that has fields.
+
+    Columns run through the groups in order.
+    """
 
     def __init__(self, config: ModelConfig, groups: tuple[str, ...]) -> None:
         super().__init__()
@@ -152,14 +194,20 @@ class NumericTokens(nn.Module):
         self.parts = nn.ModuleList(NumericToken(group, config.width) for group in fields)
 
     def forward(self, values: Tensor, buckets: Tensor) -> list[Tensor]:
-        """values, buckets [..., n] → a token [..., d] for each group."""
+        """Return a token [..., d] for each group.
+
+        ``values`` and ``buckets`` are [..., n].
+        """
         columns = zip(self.parts, values.split(self.sizes, -1), buckets.split(self.sizes, -1), strict=True)
         return [part(value, bucket) for part, value, bucket in columns] if self.sizes else []
 
 
 @dataclass(frozen=True)
 class Content:
-    """A listing's photo and title as tokens; ``*_gate`` are gate inputs, before dropout."""
+    """A listing's photo and title as tokens.
+
+    ``*_gate`` are gate inputs, before dropout.
+    """
 
     text: Tensor  # [I, 1 + T, d], [TXT] first
     text_mask: Tensor  # [I, 1 + T] bool
@@ -213,7 +261,10 @@ class ItemTokens(nn.Module):
         init_tables(self.tables)
 
     def content(self, items: ItemBatch, modality_dropout: float = 0.0) -> Content:
-        """Photo and title of each item; in training a share ``modality_dropout`` of either is taken as absent."""
+        """Return the photo and title of each item.
+
+        In training a share ``modality_dropout`` of either is taken as absent.
+        """
         text_mask, has_text, has_image = items.text_mask, items.has_text, items.has_image
         if self.training and modality_dropout > 0.0:
             has_text = has_text & (torch.rand(has_text.shape, device=has_text.device) >= modality_dropout)
@@ -249,7 +300,10 @@ class ItemTokens(nn.Module):
         )
 
     def forward(self, items: ItemBatch) -> SideTokens:
-        """All item tokens: text, image, fields. Gate: mean of fields ‖ [TXT] ‖ mean of patches, [I, 3 d]."""
+        """Return all item tokens: text, image, fields.
+
+        The gate input is mean of fields ‖ [TXT] ‖ mean of patches, [I, 3 d].
+        """
         content = self.content(items, self.config.modality_dropout)
         fields = []
         for column, table in enumerate(self.tables):
@@ -271,19 +325,28 @@ class ItemTokens(nn.Module):
         )
 
     def identity(self, cats: Tensor) -> Tensor:
-        """Item hash + subcategory of history items, cats [G, 2] → [G, d], from the item fields' own tables."""
+        """Embed history items by item hash and subcategory.
+
+        cats [G, 2] give [G, d], the sum of both, from the item fields' own tables.
+        """
         hashes = forget_ids(cats[:, 0], self.config.id_dropout, self.training)
         item_table, subcategory_table = (self.tables[column] for column in self.identity_columns)
         return item_table(hashes) + subcategory_table(cats[:, 1])
 
     def liked(self, history: HistoryItems) -> Tensor:
-        """What tastes know history items by, [G, 3 d]: identity, looks, words."""
+        """Return the features that tastes know history items by.
+
+        They are identity, looks, words, [G, 3 d].
+        """
         places = self.tastes(history.image, history.has_image, history.text, history.has_text)
         return torch.cat([self.identity(history.cats), *places], dim=-1)
 
 
 class AudienceTokens(nn.Module):
-    """Tokens of group U: user and context fields, and the history."""
+    """Tokens of group U: fields and history.
+
+    The fields are those of user and context.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -312,7 +375,11 @@ class AudienceTokens(nn.Module):
         init_tables([*self.tables, self.kind])
 
     def forward(self, audience: AudienceBatch, history: HistoryItems, liked: Tensor) -> SideTokens:
-        """Audience tokens; ``liked`` [G, 3 d]: ``ItemTokens.liked``. Gate: mean of fields ‖ of history, [S, 2 d]."""
+        """Return all audience tokens: fields and history.
+
+        ``liked`` [G, 3 d] is what ``ItemTokens.liked`` gives. The gate input is mean of fields ‖
+        mean of history, [S, 2 d].
+        """
         fields = []
         for column, table in enumerate(self.tables):
             ids = audience.cats[:, column]
@@ -350,14 +417,19 @@ class AudienceTokens(nn.Module):
 
 
 def _padded(known: Tensor, history: Tensor) -> Tensor:
-    """Rows of ``known`` [G, n] at ``history`` [S, H], 0 where it is -1."""
+    """Return rows of ``known`` [G, n] at ``history`` [S, H].
+
+    They are 0 where ``history`` is -1.
+    """
     return F.embedding(history + 1, F.pad(known, (0, 0, 1, 0)))
 
 
 def _mean_of_kind(known: Tensor, audience: AudienceBatch, kind: int, doubt: Tensor) -> Tensor:
-    """Mean of ``known`` [G, n] over the entries of one kind in each row's history, [S, n], drawn to 0 as by ``doubt`` more entries that tell nothing.
+    """Average one kind of entries of each history, [S, n].
 
-    The posterior mean of a Gaussian taste of which each entry is a noisy sight.
+    It is the mean of ``known`` [G, n] over those entries, drawn to 0 as by ``doubt`` more entries
+    that tell nothing. It is the posterior mean of a Gaussian taste of which each entry is a noisy
+    sight.
     """
     weight = ((audience.history >= 0) & (audience.history_kind == kind)).to(known.dtype)
     every = F.pad(known, (0, 0, 1, 0))  # row 0: padding
@@ -366,7 +438,10 @@ def _mean_of_kind(known: Tensor, audience: AudienceBatch, kind: int, doubt: Tens
 
 
 class PairTokens(nn.Module):
-    """Tokens of group X: ``[CVR]`` first, then the item's counts, the pair's counts, the display position."""
+    """Tokens of group X, those of a pair.
+
+    ``[CVR]`` comes first, then the item's counts, the pair's counts, the display position.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -379,7 +454,11 @@ class PairTokens(nn.Module):
         init_embedding(self.position.weight)
 
     def forward(self, pairs: PairBatch, told: Tensor) -> Tensor:
-        """[B, X, d]; ``told`` [B, d] is added to the task token. In training ``position_dropout`` of the positions become unknown; in eval mode all are."""
+        """Return the pair tokens, [B, X, d].
+
+        ``told`` [B, d] is added to the task token. In training ``position_dropout`` of the
+        positions become unknown. In eval mode all are.
+        """
         if self.training:
             position = forget_ids(pairs.position, self.config.position_dropout, True)
         else:
@@ -387,7 +466,10 @@ class PairTokens(nn.Module):
         return drop(self.embed(pairs.values, pairs.buckets, position, told), self.config.dropout, self.training)
 
     def embed(self, values: Tensor, buckets: Tensor, position: Tensor, told: Tensor) -> Tensor:
-        """values, buckets [..., n], position [...], told [..., d] → [..., X, d], without any dropout."""
+        """Embed the pairs without any dropout, [..., X, d].
+
+        ``values`` and ``buckets`` are [..., n], ``position`` [...], ``told`` [..., d].
+        """
         groups = self.groups(values, buckets)
         tokens = [sum(groups, self.task + told), *groups, self.position(position)]
         return self.norm(torch.stack(tokens, dim=-2))

@@ -1,10 +1,13 @@
-"""A task's tower: one transformer layer of which only the task token is a query, then an MLP to one logit.
+"""A task's tower, from the mixed experts to one logit.
+
+It is one transformer layer of which only the task token is a query, then an MLP to one logit.
 
 Shapes: B pairs, N tokens, h heads, c = d / h, d width.
 
-Keys have no bias (it would add the same number to every score) and values none (``out``'s bias carries it, as the
-attention weights and the gate weights both sum to 1): nothing but linear maps stands between the experts' mixed outputs
-and the attention, which is what lets the scorer cache W_K and W_V of each expert's output and mix afterwards.
+Keys have no bias (it would add the same number to every score) and values none (``out``'s bias
+carries it, as the attention weights and the gate weights both sum to 1). Nothing but linear maps
+stands between the experts' mixed outputs and the attention. That lets the scorer cache W_K and W_V
+of each expert's output and mix afterwards.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ from camenn_model.model.layers import FeedForward, drop, init_linear, mask_bias
 
 
 class Tower(nn.Module):
-    """From the mixed experts to one logit for each pair."""
+    """A network from the mixed experts to each pair's logit."""
 
     def __init__(self, config: ModelConfig, base_rate: float) -> None:
-        """``base_rate``: the probability that the tower starts from."""
+        """Build the layers of the tower.
+
+        ``base_rate`` is the probability that the tower starts from.
+        """
         super().__init__()
         width = config.width
         self.heads = config.heads
@@ -43,13 +49,20 @@ class Tower(nn.Module):
         self.start = math.log(base_rate / (1.0 - base_rate))
 
     def ask(self, task: Tensor) -> Tensor:
-        """Scaled query of the task tokens [..., d] → [..., h, c]."""
+        """Return the scaled query of the task tokens.
+
+        Tokens [..., d] give [..., h, c].
+        """
         query: Tensor = self.query(self.query_norm(task))
         width = query.shape[-1] // self.heads
         return query.unflatten(-1, (self.heads, width)) * width**-0.5
 
     def answer(self, task: Tensor, attended: Tensor) -> Tensor:
-        """Logits [...] float32 from the task tokens [..., d] and what they attended to [..., d] (before ``out``)."""
+        """Return the logits of the task tokens, [...] float32.
+
+        They are read from the task tokens [..., d] and what they attended to [..., d] (before
+        ``out``).
+        """
         task = task + drop(self.out(attended), self.dropout, self.training)
         task = task + drop(self.ffn(self.ffn_norm(task)), self.dropout, self.training)
         hidden = F.gelu(self.head_hidden(self.head_norm(task)))
@@ -58,10 +71,11 @@ class Tower(nn.Module):
         return logits.squeeze(-1)
 
     def forward(self, mixed: Mixed) -> Tensor:
-        """Logits [B] float32.
+        """Return the logits [B] float32.
 
-        With one query for each pair it is cheaper to carry W_K over to the query, and W_V past the sum, than to project
-        every token: q·(W_K y) = (W_Kᵀ q)·y and Σ α (W_V y) = W_V Σ α y, head by head.
+        With one query for each pair it is cheaper to carry W_K over to the query, and W_V past the
+        sum, than to project every token: q·(W_K y) = (W_Kᵀ q)·y and Σ α (W_V y) = W_V Σ α y, head
+        by head.
         """
         task = mixed.x[:, 0]
         width = task.shape[-1]
@@ -80,12 +94,15 @@ class Tower(nn.Module):
         return self.answer(task, attended)
 
     def reset_head(self) -> None:
-        """The head's bias at the logit of the base rate."""
+        """Set the head's bias to the base rate's logit."""
         nn.init.constant_(self.head.bias, self.start)
 
 
 def init_tower(tower: Tower) -> None:
-    """Truncated normal weights, zero biases, the head's bias at the base rate's logit."""
+    """Start a tower's weights and biases.
+
+    Weights are truncated normal and biases zero. The head's bias is the base rate's logit.
+    """
     for module in tower.modules():
         if isinstance(module, nn.Linear):
             init_linear(module)

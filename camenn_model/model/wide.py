@@ -1,12 +1,25 @@
-"""The linear part of the CVR logit: a logistic regression, fitted before the network and kept; the network learns what it leaves. [ours; docs/decisions.md has the figures]
+"""The linear part of the CVR logit: a logistic regression.
 
-Shapes: I items, S audience rows, B examples, C values of the crossed item field, k directions of content.
+It is fitted before the network and kept. The network learns what it leaves. [ours;
+docs/decisions.md has the figures]
 
-What a price, a count, a store or a weekday does to everybody alike is a sum of numbers, and some hundred steps of Adam through LayerNorms and attention do not find it: a slope that every example
-tells of moves as slowly as a table's row that one example tells of moves fast. A penalised maximum likelihood has no such rates. So a wide part as in wide-and-deep models (Cheng et al. 2016) is
-fitted by L-BFGS in seconds: a number for each category, a slope for each numeric field and a number for each of its buckets, a number for each category of the item with each category of the audience (what
-sells at which hour, in which store), slopes of the principal directions of photos and titles, and what the three pieces of ``Affinity``'s product and the logit of ``Counts`` are worth to an order. Hashed ids have no number: they would be learned
-by heart. The penalty is the one, of some, with the least log loss on the early-stop part.
+Shapes: I items, S audience rows, B examples, C values of the crossed item field, k directions of
+content.
+
+What a price, a count, a store or a weekday does to everybody alike is a sum of numbers, and some
+hundred steps of Adam through LayerNorms and attention do not find it: a slope that every example
+tells of moves as slowly as a table's row that one example tells of moves fast. A penalised maximum
+likelihood has no such rates. So a wide part as in wide-and-deep models (Cheng et al. 2016) is
+fitted by L-BFGS in seconds.
+
+It has a number for each category, a slope for each numeric field and a number for each of its
+buckets. It has a number for each category of the item with each category of the audience (what
+sells at which hour, in which store), and slopes of the principal directions of photos and titles.
+It also tells what the three pieces of ``Affinity``'s product and the logit of ``Counts`` are worth
+to an order.
+
+Hashed ids have no number: they would be overfitted. The penalty is the one, of some, with the least
+log loss on the early-stop part.
 """
 
 from __future__ import annotations
@@ -28,13 +41,16 @@ from camenn_model.model.tokens import masked_mean
 DIRECTIONS = 64
 """Of photos and of titles, the widest"""
 MOST_FITTED, BLOCK = 8_192, 65_536
-"""Photos, and titles, that the directions are found on (up to twice as many); contents that are mapped at a time"""
+"""Photos, and titles, that the directions are found on (up to twice as many), and contents mapped at a time."""
 MOST_CROSSED = 256
 """Values of the item's field that is crossed: where it has more, nothing is."""
 
 
 class Slopes(nn.Module):
-    """A slope for each numeric field, and a number for each of its buckets, 0 = missing among them."""
+    """A slope for each numeric field, and numbers for buckets.
+
+    Each of a field's buckets has a number, 0 = missing among them.
+    """
 
     offsets: Tensor
 
@@ -46,12 +62,22 @@ class Slopes(nn.Module):
         self.number = _frozen(int(sizes.sum()))
 
     def forward(self, values: Tensor, buckets: Tensor) -> Tensor:
-        """values [..., n] float32, buckets [..., n] int64 → [...]; a value counts only where its bucket is not 0."""
+        """Return the sum of what the numeric fields add, [...].
+
+        A value counts only where its bucket is not 0.
+
+        Args:
+            values: [..., n] float32.
+            buckets: [..., n] int64.
+        """
         return torch.where(buckets > 0, values, 0.0) @ self.slope + self.number[buckets + self.offsets].sum(-1)
 
 
 class Categories(nn.Module):
-    """A number for each value of each categorical field but a hashed id, one after the other."""
+    """A number for each value of each categorical field.
+
+    A hashed id has none. The fields' numbers stand one after the other.
+    """
 
     offsets: Tensor
 
@@ -63,16 +89,19 @@ class Categories(nn.Module):
         self.number = _frozen(int(sizes.sum()))
 
     def places(self, cats: Tensor) -> Tensor:
-        """Codes [R, n] → places in ``number`` [R, m]."""
+        """Turn codes [R, n] into places in ``number`` [R, m]."""
         return cats[:, self.columns] + self.offsets
 
     def forward(self, cats: Tensor) -> Tensor:
-        """[R]."""
+        """Return the sum of the categories' numbers, [R]."""
         return self.number[self.places(cats)].sum(-1)
 
 
 class Content(nn.Module):
-    """Slopes of a modality's mean features along some directions, and a number where it is absent."""
+    """Slopes of a modality's mean features along some directions.
+
+    Where the modality is absent, a number stands instead.
+    """
 
     center: Tensor
     directions: Tensor
@@ -86,7 +115,10 @@ class Content(nn.Module):
 
     @torch.no_grad()
     def start(self, features: NDArray[np.floating]) -> None:
-        """Takes the widest directions of mean features [n, inputs]; listings have mean 0 and spread 1 along each. Those that are missing are 0."""
+        """Take the widest directions of mean features [n, inputs].
+
+        Listings have mean 0 and spread 1 along each. Those that are missing are 0.
+        """
         if not len(features):
             return
         found = principal_directions(features, DIRECTIONS)
@@ -95,11 +127,14 @@ class Content(nn.Module):
         self.directions[:, : found.shape[1]] = torch.from_numpy(found)
 
     def along(self, features: Tensor) -> Tensor:
-        """Mean features [R, inputs] → [R, k]."""
+        """Map mean features [R, inputs] to the directions, [R, k]."""
         return (features.float() - self.center) @ self.directions
 
     def of_rows(self, features: NDArray[np.float16], row: Ints) -> Tensor:
-        """`along` of rows of a table of features, int64 [N]; 0 where a row is -1."""
+        """Map rows of a table of features, as `along` does.
+
+        The rows are int64 [N]. The result is 0 where a row is -1.
+        """
         device = self.center.device
         every = torch.zeros(len(features) + 1, DIRECTIONS, device=device)
         for start in range(0, len(features), BLOCK):
@@ -108,12 +143,15 @@ class Content(nn.Module):
         return every[torch.from_numpy(row).to(device)]
 
     def forward(self, along: Tensor, present: Tensor) -> Tensor:
-        """[R]."""
+        """Return what the modality adds, [R]."""
         return torch.where(present, along @ self.slope, self.absent)
 
 
 class Wide(nn.Module):
-    """The linear part. All weights are 0 until ``fit_wide``, and no optimiser moves them."""
+    """The linear part.
+
+    All weights are 0 until ``fit_wide``, and no optimiser moves them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -132,7 +170,11 @@ class Wide(nn.Module):
         self.bias = _frozen(1)
 
     def item_factors(self, items: ItemBatch) -> Tensor:
-        """[I, C + 2] float32: which category, 1, what the item adds. Its product with an audience row's factors is all but the pair's numbers."""
+        """Return the items' factors, [I, C + 2] float32.
+
+        They are which category, 1, and what the item adds. Their product with an audience row's
+        factors is all but the pair's numbers.
+        """
         title = masked_mean(items.text.float(), items.text_mask & items.has_text[:, None])
         with torch.autocast(title.device.type, enabled=False):
             own = self._of_items(
@@ -146,7 +188,10 @@ class Wide(nn.Module):
         return torch.cat([*which, torch.ones_like(own)[:, None], own[:, None]], dim=1)
 
     def audience_factors(self, audience: AudienceBatch) -> Tensor:
-        """[S, C + 2] float32: what each category adds, what the row adds, 1."""
+        """Return the audience rows' factors, [S, C + 2] float32.
+
+        They are what each category adds, what the row adds, and 1.
+        """
         with torch.autocast(audience.cats.device.type, enabled=False):
             own = self.audience(audience.cats) + self.audience_numbers(audience.values, audience.buckets) + self.bias
             places = self.audience.places(audience.cats)
@@ -154,7 +199,7 @@ class Wide(nn.Module):
         return torch.cat([*crossed, own[:, None], torch.ones_like(own)[:, None]], dim=1)
 
     def of_pairs(self, values: Tensor, buckets: Tensor) -> Tensor:
-        """What the pair's numbers [..., n] add, [...] float32."""
+        """Return what the pair's numbers [..., n] add, [...] float32."""
         with torch.autocast(values.device.type, enabled=False):
             added: Tensor = self.pair_numbers(values, buckets)
         return added
@@ -166,7 +211,10 @@ class Wide(nn.Module):
 
     @torch.no_grad()
     def see(self, table: ItemTable) -> Catalog:
-        """All items, and the directions of their photos and titles, found on the training listings that have any."""
+        """Gather all items, and find the directions of their content.
+
+        The directions of photos and titles are found on the training listings that have any.
+        """
         sides = []
         for content, pooled, row in (
             (self.image, table.pooled_images, table.image_row),
@@ -183,7 +231,10 @@ class Wide(nn.Module):
         return Catalog(cats, values, buckets, *sides)
 
     def of_examples(self, catalog: Catalog, rows: WideRows) -> Tensor:
-        """Linear logits [B] of examples, from their codes alone."""
+        """Return the linear logits [B] of examples.
+
+        They come from the examples' codes alone.
+        """
         own = self._of_items(catalog.cats, catalog.values, catalog.buckets, catalog.image, catalog.text)[rows.item]
         own = (
             own + self.audience(rows.audience_cats) + self.audience_numbers(rows.audience_values, rows.audience_buckets)

@@ -1,16 +1,20 @@
-"""The one scoring path: validation, ``camenn score`` and any service go through here.
+"""The one scoring path for all pairs.
 
-Shapes: I items, S audience rows, N tokens of a side, X tokens of a pair, E experts, h heads, c = d / h, d width.
+Validation, ``camenn score`` and any service go through here.
 
-A tile is every item of one batch against every audience row of another. Item states are computed once per item and
-audience states once per row; in the tile only the X tokens are computed, for the chosen experts alone. Attention is two
-batched matrix products, one per side (all pairs of an item against its keys, all pairs of an audience row against its
-keys), merged under one softmax: nothing of a side is gathered per pair. The tile equals the model's plain forward pass
-in eval mode up to float32 rounding; pairs whose K-th and next gate logits nearly tie may choose differently
+Shapes: I items, S audience rows, N tokens of a side, X tokens of a pair, E experts, h heads, c = d
+/ h, d width.
+
+A tile is every item of one batch against every audience row of another. Item states are computed
+once per item and audience states once per row. In the tile only the X tokens are computed, for the
+chosen experts alone. Attention is two batched matrix products, one per side (all pairs of an item
+against its keys, all pairs of an audience row against its keys), merged under one softmax: nothing
+of a side is gathered per pair. The tile equals the model's plain forward pass in eval mode up to
+float32 rounding. Pairs whose K-th and next gate logits nearly tie may choose differently
 (``margin``).
 
-In bfloat16 (``draft``) the transformer layers are computed in it; embeddings, gates, and all that is added to the
-tower's logit stay float32, so that a pair goes to the same experts.
+In bfloat16 (``draft``) the transformer layers are computed in it. Embeddings, gates, and all that
+is added to the tower's logit stay float32, so that a pair goes to the same experts.
 """
 
 from __future__ import annotations
@@ -33,7 +37,10 @@ TILE_PAIRS = 2048
 
 @dataclass
 class SideStates:
-    """What a side leaves for its pairs. Experts are filled in when a pair first chooses them."""
+    """The states that a side leaves for its pairs.
+
+    Experts are filled in when a pair first chooses them.
+    """
 
     gate: Tensor  # [R, E] float32, the side's part of the CVR gate's logits
     mask: Tensor  # [R, N] bool
@@ -51,22 +58,36 @@ class SideStates:
 
 
 class Scorer:
-    """Scores tiles of items x audience rows with a model in eval mode."""
+    """A scorer of tiles of items x audience rows.
+
+    Its model is in eval mode.
+    """
 
     def __init__(self, model: CameNN, draft: bool = False) -> None:
-        """``draft``: layers in bfloat16, logits with errors of some thousandths."""
+        """Wrap a model for scoring.
+
+        With ``draft``, layers are in bfloat16, and logits have errors of some thousandths.
+        """
         self.model = model
         self.draft = draft
 
     @torch.inference_mode()
     def item_states(self, items: ItemBatch) -> SideStates:
-        """States of I items, on the model's device. Raises ValueError in training mode or with ``full`` attention."""
+        """Compute the states of I items, on the model's device.
+
+        Raises:
+            ValueError: training mode or ``full`` attention.
+        """
         self._check()
         return self._states(self.model.item_tokens(items), self.model.wide.item_factors(items), None, side=0)
 
     @torch.inference_mode()
     def audience_states(self, audience: AudienceBatch, history: HistoryItems) -> SideStates:
-        """States of S audience rows. Raises ValueError in training mode or with ``full`` attention."""
+        """Compute the states of S audience rows.
+
+        Raises:
+            ValueError: training mode or ``full`` attention.
+        """
         self._check()
         tokens = self.model.audience_tokens(audience, history, self.model.item_tokens.liked(history))
         counts = self.model.counts.of_audience(audience)
@@ -81,10 +102,11 @@ class Scorer:
         buckets: Tensor,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Raw logits [S, I] float32; ``values`` float32 and ``buckets`` int64 are [S, I, n_pair_num].
+        """Return the raw logits [S, I] float32 of a tile.
 
-        Only pairs where ``wanted`` [S, I] is True are computed, the others are -inf; None = all. The display position
-        is unknown. The states are completed on the way (experts that a pair is first to choose).
+        ``values`` float32 and ``buckets`` int64 are [S, I, n_pair_num]. Only pairs where ``wanted``
+        [S, I] is True are computed, the others are -inf. None means all. The display position is
+        unknown. The states are completed on the way (experts that a pair is first to choose).
         """
         count_s, count_i = len(audience), len(items)
         if values.shape[:2] != (count_s, count_i) or buckets.shape != values.shape:
@@ -112,8 +134,11 @@ class Scorer:
 
     @torch.inference_mode()
     def margin(self, items: SideStates, audience: SideStates) -> Tensor:
-        """K-th minus next gate logit of each pair, [S, I] float32: below 1e-5 the choice of experts is a matter of
-        rounding. Infinite where all experts are kept."""
+        """Return each pair's K-th minus next gate logit.
+
+        It is [S, I] float32. Below 1e-5 the choice of experts is a matter of rounding. It is
+        infinite where all experts are kept.
+        """
         logits = audience.gate[:, None] + items.gate[None, :]
         keep = self.model.config.top_k
         if keep == self.model.config.experts:
@@ -123,7 +148,10 @@ class Scorer:
 
     @torch.inference_mode()
     def score_pairs(self, batch: Batch) -> Tensor:
-        """Raw logits [B] float32 of listed pairs by the plain forward pass: either kind of attention, any pairs."""
+        """Return the raw logits [B] float32 of listed pairs.
+
+        They are computed by the plain forward pass: either kind of attention, any pairs.
+        """
         if self.model.training:
             raise ValueError("Scorer: call model.eval() first")
         return self.model(batch).logits
@@ -135,7 +163,7 @@ class Scorer:
             raise ValueError("Scorer: states need attention='prefix'; use score_pairs with 'full'")
 
     def _states(self, side_tokens: SideTokens, wide: Tensor, counts: Tensor | None, side: int) -> SideStates:
-        """Runs the shared bottom on one side."""
+        """Run the shared bottom on one side."""
         tokens, shared = side_tokens.tokens, []
         with self._layers():
             for layer in layers_of(self.model.shared):
@@ -150,11 +178,15 @@ class Scorer:
         return SideStates(gate, side_tokens.mask, shared, tokens, filled, vector, task, counts)
 
     def _layers(self) -> torch.autocast:
-        """What transformer layers are computed in."""
+        """Return the precision that transformer layers are computed in."""
         return torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=self.draft)
 
     def _tile(self, items: _Rows, audience: _Rows, some: Tensor, values: Tensor, buckets: Tensor) -> Tensor:
-        """Logits [n] of the pairs of one cache-sized tile where ``some`` [I, S] is True, item by item; values, buckets [n, ·]."""
+        """Return the logits [n] of a cache-sized tile's pairs.
+
+        They are those of the pairs where ``some`` [I, S] is True, item by item. Values and buckets
+        are [n, ·].
+        """
         model = self.model
         by_item, by_audience = some.nonzero(as_tuple=True)
         with torch.autocast(values.device.type, enabled=False):
@@ -190,9 +222,10 @@ class Scorer:
         return self._tower(mixed, weights, sides) + below
 
     def _tower(self, mixed: Tensor, weights: Tensor, sides: tuple[tuple[Part, Places], ...]) -> Tensor:
-        """Logits [n] from the mixed X tokens [n, X, d] and dense gate weights [n, E].
+        """Return the logits [n] from mixed tokens and gate weights.
 
-        logit_j = sum over e of g_e q·kappa_{e,j}: as one product with the gate weights on the query's side.
+        The mixed X tokens are [n, X, d], the dense gate weights [n, E]. logit_j = sum over e of g_e
+        q·kappa_{e,j}: as one product with the gate weights on the query's side.
         """
         tower = self.model.cvr_tower
         task = mixed[:, 0]
@@ -248,14 +281,17 @@ class _Rows:
         return self._of(self.states.shared[number])
 
     def expert(self, expert: int, rows: Tensor) -> Part:
-        """``rows``: [r] int64, counted from the start of the run."""
+        """Return an expert's part for these rows.
+
+        ``rows`` is [r] int64, counted from the start of the run.
+        """
         part = self._of(self.states.experts[expert])
         if len(rows) == len(part.keys):
             return part
         return Part(part.keys.index_select(0, rows), part.values.index_select(0, rows))
 
     def tower(self) -> Part:
-        """Of all experts."""
+        """Return the tower's part of all experts."""
         assert self.states.tower is not None  # the tower is asked after the experts
         return self._of(self.states.tower)
 
@@ -264,7 +300,11 @@ class _Rows:
 
 
 def _fill(model: CameNN, states: SideStates, expert: int, rows: Tensor) -> None:
-    """Computes an expert and the tower's keys and values of its output for those of ``rows`` that lack them."""
+    """Compute an expert for the rows that lack it.
+
+    It fills the expert and the tower's keys and values of its output for those of ``rows`` that
+    lack them.
+    """
     rows = rows[~states.filled[expert, rows]]
     if len(rows) == 0:
         return
@@ -289,7 +329,7 @@ def _fill(model: CameNN, states: SideStates, expert: int, rows: Tensor) -> None:
 
 
 def _zeros(like: Part, rows: int, times: int) -> Part:
-    """Zeros for so many rows, of ``times`` the width."""
+    """Return zeros for so many rows, of ``times`` the width."""
     _, heads, width, length = like.keys.shape
     return Part(
         like.keys.new_zeros(rows, heads, width * times, length),

@@ -1,11 +1,16 @@
-"""The best of each audience row, exact, where most pairs are computed in bfloat16 only.
+"""Exact shortlists from mostly bfloat16 scores.
+
+They hold the best of each audience row, where most pairs are computed in bfloat16 only.
 
 Shapes: I items, S audience rows, K listings kept for each row.
 
-A tile is drafted in bfloat16; pairs whose draft is near enough to their row's K best are computed again in float32. With errors of at most s, a pair among the K best of a row has a draft of at least
-the row's K-th best logit so far less s, and of at least the K-th best draft of the tile less 2 s. s is `SAFETY` times the largest error seen, of pairs drawn evenly from the first tile and of all that
-were computed twice since; a tile in which one is larger is computed again as a whole. So published numbers are float32 ones, and a row's K best are float32's, unless a pair that was computed once
-has more than `SAFETY` times the error of all that were computed twice.
+A tile is drafted in bfloat16. Pairs whose draft is near enough to their row's K best are computed
+again in float32. With errors of at most s, a pair among the K best of a row has a draft of at least
+the row's K-th best logit so far less s, and of at least the K-th best draft of the tile less 2 s. s
+is `SAFETY` times the largest error seen, of pairs drawn evenly from the first tile and of all that
+were computed twice since. A tile in which one is larger is computed again as a whole. So published
+numbers are float32 ones, and a row's K best are float32's, unless a pair that was computed once has
+more than `SAFETY` times the error of all that were computed twice.
 """
 
 from __future__ import annotations
@@ -37,10 +42,18 @@ class ListedStates:
 
 
 class Shortlist:
-    """Scores tiles as ``Scorer`` does, for ``keep`` listings of each audience row."""
+    """A scorer of tiles for each row's best.
+
+    It scores as ``Scorer`` does, for ``keep`` listings of each audience row.
+    """
 
     def __init__(self, model: CameNN, keep: int) -> None:
-        """Raises ValueError where all listings are kept: all would be computed twice."""
+        """Wrap a model for scoring in two precisions.
+
+        Raises:
+            ValueError: ``keep`` is below 1. Where 0 stands for all listings, all would be computed
+                twice.
+        """
         if keep < 1:
             raise ValueError(f"Shortlist: keep {keep}: must be at least 1")
         self.keep = keep
@@ -50,12 +63,16 @@ class Shortlist:
         """Pairs computed, and those of them that were computed in both precisions"""
 
     def item_states(self, items: ItemBatch) -> ListedStates:
-        """As ``Scorer.item_states``."""
+        """Compute the items' states, as ``Scorer.item_states`` does."""
         exact = self.exact.item_states(items)
         return ListedStates(self.drafts.item_states(items), exact, exact.gate.new_empty(0))
 
     def audience_states(self, audience: AudienceBatch, history: HistoryItems) -> ListedStates:
-        """As ``Scorer.audience_states``; they remember the best of the tiles that they were scored in."""
+        """Compute the audience rows' states.
+
+        They are as of ``Scorer.audience_states``. They remember the best of the tiles that they
+        were scored in.
+        """
         exact = self.exact.audience_states(audience, history)
         best = exact.gate.new_full((len(exact), self.keep), -torch.inf)
         return ListedStates(self.drafts.audience_states(audience, history), exact, best)
@@ -69,7 +86,11 @@ class Shortlist:
         buckets: Tensor,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Raw logits [S, I] float32 as ``Scorer.score_tile`` gives them, -inf for pairs that are not among the row's best."""
+        """Return the raw logits [S, I] of the rows' best.
+
+        They are float32 as ``Scorer.score_tile`` gives them, -inf for pairs that are not among the
+        row's best.
+        """
         draft = self.drafts.score_tile(items.draft, audience.draft, values, buckets, wanted)
         drafted = draft > -torch.inf
 
@@ -97,7 +118,10 @@ class Shortlist:
 
 
 def _evenly(mask: Tensor) -> Tensor:
-    """About `PROBED_PAIRS` of the places where ``mask`` is True."""
+    """Choose places evenly where ``mask`` is True.
+
+    They are about `PROBED_PAIRS`.
+    """
     places = mask.flatten().nonzero().squeeze(1)
     probed = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
     probed[places[:: max(1, len(places) // PROBED_PAIRS)]] = True

@@ -1,13 +1,17 @@
-"""Attention of the pairs of a tile to keys that their item and their audience row hold, without gathering the keys.
+"""Attention of a tile's pairs to keys of their rows.
 
-Shapes: n pairs of a tile, I items, S audience rows, R rows of a side (I or S), N tokens of a side, M places of a row, Q
-queries of a pair, X tokens of a pair, h heads, c = d / h, d width.
+An item and an audience row hold the keys of their pairs, which are not gathered.
 
-For each side the pairs' queries are laid out row by row (all pairs of one item beside each other, padded to the largest
-number M), so that attention is one batched matrix product per side. Weights are exp(score) as it is, without taking off
-the largest score first, which would be a pass over all scores; values carry a column of ones, so that the same product
-gives the sum of weights. Masked tokens have keys and values of 0, ones included. The parts' sums are added and divided;
-where a sum of weights comes near the limits of float32 (scores beyond about 57), all is computed again in float64.
+Shapes: n pairs of a tile, I items, S audience rows, R rows of a side (I or S), N tokens of a side,
+M places of a row, Q queries of a pair, X tokens of a pair, h heads, c = d / h, d width.
+
+For each side the pairs' queries are laid out row by row (all pairs of one item beside each other,
+padded to the largest number M), so that attention is one batched matrix product per side. Weights
+are exp(score) as it is, without taking off the largest score first, which would be a pass over all
+scores. Values carry a column of ones, so that the same product gives the sum of weights. Masked
+tokens have keys and values of 0, ones included. The parts' sums are added and divided. Where a sum
+of weights comes near the limits of float32 (scores beyond about 57), all is computed again in
+float64.
 """
 
 from __future__ import annotations
@@ -30,19 +34,25 @@ WIDE_LIMIT = 1e300
 
 @dataclass(frozen=True)
 class Part:
-    """Keys, times the scale of scores, and values of R rows of a side, 0 where masked."""
+    """Keys and values of R rows of a side.
+
+    Keys are times the scale of scores. Both are 0 where masked.
+    """
 
     keys: Tensor  # [R, h, c, N]
     values: Tensor  # [R, h, N, c + 1], the last column 1
 
     def to(self, dtype: torch.dtype | None) -> Part:
-        """In a dtype; None = as it is."""
+        """Convert to a dtype, or leave as it is.
+
+        ``dtype`` None means as it is.
+        """
         return self if dtype is None else Part(self.keys.to(dtype), self.values.to(dtype))
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where each pair stands in the layout of one side."""
+    """The places of pairs in the layout of one side."""
 
     shape: tuple[int, int]  # (I, S)
     side: int  # 0: laid out by item, 1: by audience row
@@ -50,7 +60,10 @@ class Places:
     index: Tensor | None  # [n h] int64, into [R, h, M] flattened; None: every item meets every audience row
 
     def lay_out(self, query: Tensor) -> Tensor:
-        """[n, Q, h, c] → [R, h, M Q, c]."""
+        """Lay out the pairs' queries by the rows.
+
+        [n, Q, h, c] gives [R, h, M Q, c].
+        """
         count, queries, heads, width = query.shape
         rows = self.shape[self.side]
         if self.index is None:
@@ -62,7 +75,10 @@ class Places:
         return laid_out.view(rows, heads, self.size * queries, width)
 
     def take(self, answer: Tensor, queries: int) -> Tensor:
-        """[R, h, M Q, c] → a view or copy [n, Q, h, c] (dense: [I, S, Q, h, c])."""
+        """Take the pairs' answers out of the layout.
+
+        [R, h, M Q, c] gives a view or copy [n, Q, h, c] (dense: [I, S, Q, h, c]).
+        """
         rows, heads, _, width = answer.shape
         if self.index is None:
             order = (0, 2, 3, 1, 4) if self.side == 0 else (2, 0, 3, 1, 4)
@@ -72,7 +88,11 @@ class Places:
 
 
 def find_places(some: Tensor, heads: int) -> tuple[Places, Places]:
-    """Places of the pairs where ``some`` [I, S] is True, in row-major order, by item and by audience row."""
+    """Find the places of a tile's pairs on both sides.
+
+    The pairs are those where ``some`` [I, S] is True, in row-major order. The places are by item
+    and by audience row.
+    """
     shape = (some.shape[0], some.shape[1])
     if bool(some.all()):
         return Places(shape, 0, shape[1], None), Places(shape, 1, shape[0], None)
@@ -88,15 +108,21 @@ def find_places(some: Tensor, heads: int) -> tuple[Places, Places]:
 
 
 def read_part(query: Tensor, part: Part, places: Places) -> Tensor:
-    """Weighted sums of the values of the row that each pair's place lies in, [n, Q, h, c + 1] (dense: [I, S, Q, h, c + 1]), of queries [n, Q, h, c]."""
+    """Sum the weighted values of the pairs' rows.
+
+    A pair's row is the one that its place lies in. The sums are [n, Q, h, c + 1] (dense: [I, S, Q,
+    h, c + 1]), of queries [n, Q, h, c].
+    """
     weights = (places.lay_out(query) @ part.keys).exp_()
     return places.take(weights @ part.values, query.shape[1])
 
 
 def read_own(query: Tensor, kv: Tensor) -> Tensor:
-    """Weighted sums of the values of the pair's own tokens, [n, X, h, c + 1], of queries [n, X, h, c] and kv [n, X, 2, h, c].
+    """Sum the weighted values of the pairs' own tokens.
 
-    ``BLOCK`` pairs go through one matrix product, with each other's tokens masked: products of 4 x 4 are all overhead.
+    The sums are [n, X, h, c + 1], of queries [n, X, h, c] and kv [n, X, 2, h, c]. ``BLOCK`` pairs
+    go through one matrix product, with each other's tokens masked: products of 4 x 4 are all
+    overhead.
     """
     count, length, heads, width = query.shape
     spare = -count % BLOCK
@@ -111,14 +137,21 @@ def read_own(query: Tensor, kv: Tensor) -> Tensor:
 
 
 def _in_blocks(x: Tensor) -> Tensor:
-    """[n, X, ...] → [n / BLOCK, BLOCK X, ...]."""
+    """Join pairs in blocks.
+
+    [n, X, ...] gives [n / BLOCK, BLOCK X, ...].
+    """
     return x.unflatten(0, (-1, BLOCK)).flatten(1, 2)
 
 
 def divide(read: Callable[[torch.dtype | None], Tensor]) -> Tensor:
-    """Attention [..., c] from ``read(dtype)``: the parts' weighted sums, added up, [..., c + 1], computed in the dtype (None: as things are).
+    """Divide the weighted sums into attention [..., c].
 
-    Raises FloatingPointError for scores beyond about 700, which no trained model has.
+    ``read(dtype)`` gives the parts' weighted sums, added up, [..., c + 1], computed in the dtype
+    (None: as things are).
+
+    Raises:
+        FloatingPointError: scores beyond about 700, which no trained model has.
     """
     for dtype, limit in ((None, LIMIT), (torch.float64, WIDE_LIMIT)):
         total = read(dtype)
@@ -131,7 +164,10 @@ def divide(read: Callable[[torch.dtype | None], Tensor]) -> Tensor:
 
 
 def run_layer(layer: EncoderLayer, x: Tensor, sides: tuple[tuple[Part, Places], ...]) -> Tensor:
-    """One layer in eval mode on the X tokens [n, X, d] of the pairs at the given places of each side."""
+    """Run one layer in eval mode on the pairs' tokens.
+
+    The tokens are X, [n, X, d], of the pairs at the given places of each side.
+    """
     query, kv = layer.project(x)
 
     def read(dtype: torch.dtype | None) -> Tensor:
@@ -146,7 +182,10 @@ def run_layer(layer: EncoderLayer, x: Tensor, sides: tuple[tuple[Part, Places], 
 
 
 def keys_values(kv: Tensor, scale: float, mask: Tensor | None = None) -> Part:
-    """Keys, times ``scale``, and values of kv [R, N, 2, h, c], 0 where ``mask`` [R, N] is False; None = all real."""
+    """Return keys, times ``scale``, and values of kv.
+
+    kv is [R, N, 2, h, c]. Both are 0 where ``mask`` [R, N] is False. None means that all are real.
+    """
     if mask is not None:
         kv = kv * mask[:, :, None, None, None]
     rows, length, _, heads, width = kv.shape

@@ -1,4 +1,7 @@
-"""What a training run is asked for, and the encoded shard set that it reads."""
+"""The options of a training run, and its corpus.
+
+The corpus is the encoded shard set that the run reads.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -40,7 +43,7 @@ class TrainOptions:
     batch_size: int = 128
     """Examples a step, over all processes"""
     micro_batches: int = 1
-    """Pieces that a step's batch is cut into; the number of processes divides it"""
+    """Pieces that a step's batch is cut into. The number of processes divides it."""
     by_store: bool = False
     """Whether a batch draws from few stores, and so holds fewer distinct listings"""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3, ema_decay=0.99))
@@ -52,21 +55,30 @@ class TrainOptions:
     loss: LossConfig = field(default_factory=LossConfig)
     alignment: bool = True
     alignment_passes: int = 8
-    """Times that each listing is seen in the steps of alignment alone, before the clicks, and again at most in the steps with clicks; 0 = never"""
+    """Times that each listing is seen in the steps of alignment alone, before the clicks.
+
+    It is seen at most as often again in the steps with clicks. 0 = never.
+    """
     choice_passes: int = 4
-    """Times that each click is seen in the steps that learn who clicks what, before what is ordered; 0 = no such steps"""
+    """Times that each click is seen in the steps that learn who clicks what.
+
+    They come before what is ordered. 0 = no such steps.
+    """
     checkpoint_seconds: float = 60.0
     workers: int = 1
     """Threads that gather batches"""
 
     def request(self) -> dict[str, Any]:
-        """What the result depends on: not on how often it is saved, nor on the threads that gather."""
+        """Return the options that the result depends on.
+
+        It does not depend on how often it is saved, nor on the threads that gather.
+        """
         return {name: value for name, value in asdict(self).items() if name not in ("workers", "checkpoint_seconds")}
 
 
 @dataclass
 class Corpus:
-    """What training reads: the shard set, encoded."""
+    """The encoded shard set that training reads."""
 
     shards: ShardSet
     space: FeatureSpace
@@ -75,33 +87,40 @@ class Corpus:
     config: ModelConfig
 
     def files(self, split: str) -> list[tuple[str, int]]:
-        """(path, rows) of a split."""
+        """List (path, rows) of a split."""
         return self.shards.examples(split)
 
     def blocks(self, split: str) -> list[Unit]:
-        """List the large pieces of a split, in order of time."""
+        """List a split's large pieces, in order of time."""
         return list_units(self.files(split), BLOCK_ROWS)
 
     def rows(self, split: str) -> int:
-        """Examples of a split."""
+        """Count the examples of a split."""
         return sum(rows for _, rows in self.files(split))
 
     def latest(self, split: str) -> Iterator[Rows]:
-        """Whole blocks of a split, the latest first, up to `LATEST_ROWS` examples."""
+        """Yield whole blocks of a split, the latest first.
+
+        They hold up to `LATEST_ROWS` examples.
+        """
         return map(self.reader.read_unit, _latest_blocks(self.blocks(split), LATEST_ROWS))
 
 
 def open_corpus(options: TrainOptions) -> Corpus:
-    """Open a shard set, fit the feature space on its training part, and size the model.
+    """Open a shard set for training.
+
+    It also fits the feature space on the set's training part, and sizes the model.
 
     Raises:
-        InputError: a part is empty, labels are of one class only, or no listing has a photo or a title.
+        InputError: a part is empty, labels are of one class only, or no listing has a photo or a
+            title.
     """
     shards = ShardSet(options.shards)
     for split in ("train", "early_stop", "calibration", "test"):
         if not shards.examples(split):
             raise InputError(
-                f"--shards {options.shards}: part '{split}' is empty: the log is too short to be split by time with a gap of the attribution window. "
+                f"--shards {options.shards}: part '{split}' is empty: the log is too short to be split by time "
+                "with a gap of the attribution window. "
                 "Give a longer log, or a smaller --test_share or --attribution_hours to `camenn shards`."
             )
     blocks = list_units(shards.examples("train"), BLOCK_ROWS)
@@ -116,7 +135,8 @@ def open_corpus(options: TrainOptions) -> Corpus:
     if not len(shards.images) or not len(shards.titles):
         missing = "photo" if not len(shards.images) else "title"
         raise InputError(
-            f"--shards {options.shards}: no listing has a {missing} that could be encoded: CameNN needs both. See the store's `defects`."
+            f"--shards {options.shards}: no listing has a {missing} that could be encoded: "
+            "CameNN needs both. See the store's `defects`."
         )
     table = ItemTable(shards.items, shards.images, shards.titles)
     likeness = table.fit_likeness()
@@ -142,7 +162,10 @@ def open_corpus(options: TrainOptions) -> Corpus:
 
 
 def _latest_blocks(blocks: list[Unit], most: int) -> Iterator[Unit]:
-    """The last one first, until they hold `most` rows or there are no more."""
+    """Yield the last blocks, the last one first.
+
+    It stops when they hold `most` rows or there are no more.
+    """
     count = 0
     for block in reversed(blocks):
         yield block

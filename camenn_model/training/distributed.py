@@ -1,4 +1,8 @@
-"""Several training processes, as `camenn train --processes` or torchrun start them: each computes its share of every step, and sums are taken over all."""
+"""Data-parallel training by several processes.
+
+`camenn train --processes` or torchrun start them. Each computes its share of every step, and sums
+are taken over all.
+"""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +17,10 @@ WAIT = timedelta(hours=2)
 """How long a process waits for another: the first one alone writes checkpoints and measures the split parts."""
 
 MEETING = "CAMENN_MEETING"
-"""Environment variable: file over which the processes of one machine find each other; without it they meet as torchrun says"""
+"""Environment variable: file over which the processes of one machine find each other.
+
+Without it they meet as torchrun says.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,14 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what is written."""
+        """Tell whether this process writes what is written."""
         return self.rank == 0
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Element by element over all processes, in float64; the same on each."""
+        """Sum element by element over all processes, in float64.
+
+        The result is the same on each.
+        """
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -45,18 +55,27 @@ class Processes:
 
 
 def started_processes() -> tuple[int, int]:
-    """(rank, number of processes) from the environment, in torchrun's names; (0, 1) without them."""
+    """Read (rank, number of processes) from the environment.
+
+    The variables have torchrun's names. Without them it is (0, 1).
+    """
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes_here() -> int:
-    """Processes that were started on this machine; 1 where nobody says."""
+    """Return the number of processes started on this machine.
+
+    It is 1 where nobody says.
+    """
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
 def join_processes(device: str) -> Iterator[Processes]:
-    """Meet the other processes, if any were started: over nccl on GPUs (one for each process), over gloo on CPUs."""
+    """Meet the other processes, if any were started.
+
+    They meet over nccl on GPUs (one for each process), over gloo on CPUs.
+    """
     rank, count = started_processes()
     if device == "cuda" and count > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

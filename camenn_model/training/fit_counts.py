@@ -34,24 +34,24 @@ class CountRows:
 
     @classmethod
     def of(cls, rows: WideRows) -> CountRows:
-        """The same examples as the linear part sees."""
+        """Take the same examples as the linear part sees."""
         return cls(rows.audience_values, rows.audience_buckets, rows.values, rows.buckets, rows.label)
 
     def __len__(self) -> int:
         return len(self.label)
 
     def take(self, rows: Tensor | slice) -> CountRows:
-        """Some of them."""
+        """Take some of the examples."""
         return CountRows(**{name: column[rows] for name, column in vars(self).items()})
 
     def said_by(self, counts: Counts, dropout: float = 0.0) -> Tensor:
-        """Logits [B], with gradients where there are any."""
+        """Return the logits [B], with gradients where there are any."""
         return counts(counts.audience(self.audience_values, self.audience_buckets), self.values, self.buckets, dropout)
 
 
 @torch.no_grad()
 def say(counts: Counts, rows: CountRows) -> Tensor:
-    """Logits [B], some at a time."""
+    """Return the logits [B], computed some at a time."""
     blocks = [rows.take(slice(start, start + EVALUATED)) for start in range(0, len(rows), EVALUATED)]
     return torch.cat([block.said_by(counts) for block in blocks])
 
@@ -64,11 +64,17 @@ def fit_counts(
     seed: int,
     progress: Callable[[int, int, str], None],
 ) -> float:
-    """Fits all weights, in place, by AdamW. Where no pass lowers the log loss of the early-stop part, it goes on saying 0.
+    """Fit all weights, in place, by AdamW.
+
+    Where no epoch lowers the log loss of the early-stop part, the network goes on saying 0.
 
     Args:
+        counts: the network that is fitted.
         base: logit that everything else says.
-        train, stop: what to fit on, and what to choose the pass by.
+        train: rows to fit on.
+        stop: rows to choose the epoch by.
+        seed: seed of torch's random numbers.
+        progress: called on the way.
 
     Returns:
         Mean log loss on the early-stop part.

@@ -12,16 +12,23 @@ from torch import Tensor
 from camenn_model.model.wide import Catalog, Wide, WideRows
 
 PENALTIES = (10_000.0, 3_000.0, 1_000.0, 300.0, 100.0, 30.0, 10.0)
-"""Half of it times the sum of squares of the numbers of categories, crosses and content is added to the summed log loss. Tried from the largest on, as long as the early-stop part gains."""
+"""Penalties on the numbers of categories, crosses and content.
+
+Half of it times their sum of squares is added to the summed log loss. They are tried from the
+largest on, as long as the early-stop part gains.
+"""
 SLOPE_PENALTY, BUCKET_PENALTY = 10.0, 300.0
-"""The same of slopes, which every example tells of, and of buckets of numeric fields, which tell how a field differs from its slope."""
+"""The penalties of slopes and of buckets.
+
+Every example tells of slopes. Buckets of numeric fields tell how a field differs from its slope.
+"""
 ITERATIONS = 40
-"""Of L-BFGS for each penalty; each begins where the one before ended."""
+"""Of L-BFGS for each penalty. Each begins where the one before ended."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What was found."""
+    """The penalty, loss and worths that were found."""
 
     penalty: float
     loss: float  # mean log loss on the early-stop part
@@ -36,11 +43,15 @@ def fit_wide(
     stop: WideRows,
     progress: Callable[[int, int, str], None],
 ) -> Fit:
-    """Fits all weights, in place.
+    """Fit all weights of the linear part, in place.
 
     Args:
+        wide: the linear part that is fitted.
         base: what the rest of the model says, a logit, which the linear part's is added to.
-        train, stop: what to fit on, and what to choose the penalty by.
+        catalog: all items.
+        train: rows to fit on.
+        stop: rows to choose the penalty by.
+        progress: called on the way.
     """
     worth = torch.zeros(train.told.shape[1], requires_grad=True, device=train.told.device)
     weights = [*wide.parameters(), worth]

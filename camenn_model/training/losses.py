@@ -1,4 +1,6 @@
-"""The loss and its parts. Parts come back as values, nothing is stored on the model.
+"""The loss and its parts.
+
+Parts come back as values, nothing is stored on the model.
 
 Shapes: B pairs, A alignment pairs, C items of the contrastive loss, E experts, K kept experts.
 """
@@ -18,7 +20,10 @@ from camenn_model.model.layers import MASKED
 
 
 class Losses(NamedTuple):
-    """Scalars, float32. All but ``total`` are before their weights."""
+    """The parts of the loss, scalars in float32.
+
+    All but ``total`` are before their weights.
+    """
 
     cvr: Tensor
     ita: Tensor
@@ -31,9 +36,13 @@ class Losses(NamedTuple):
 
 
 def balance_loss(gate: GateOutput) -> Tensor:
-    """E · Σ f_i · P_i (Fedus et al. 2021): f_i the share of assignments, P_i the mean probability of expert i; 1 when all are used alike.
+    """Return the load-balancing loss of a gate's experts.
 
-    Of the choice without noise: with it, gates that lean a little to some experts look balanced, and send nothing to the others when there is none.
+    It is E · Σ f_i · P_i (Fedus et al. 2021): f_i is the share of assignments, P_i the mean
+    probability of expert i. It is 1 when all are used alike.
+
+    It is of the choice without noise. With noise, gates that lean a little to some experts look
+    balanced, and send nothing to the others when there is none.
     """
     experts = gate.quiet.shape[-1]
     chosen, _ = choose(gate.quiet, gate.chosen.shape[1])
@@ -42,14 +51,18 @@ def balance_loss(gate: GateOutput) -> Tensor:
 
 
 def z_loss(gate: GateOutput) -> Tensor:
-    """mean(logsumexp(logits)²): keeps gate logits small (ST-MoE)."""
+    """Return mean(logsumexp(logits)²), the z loss.
+
+    It keeps gate logits small (ST-MoE).
+    """
     return gate.logits.logsumexp(dim=-1).square().mean()
 
 
 def contrastive_loss(similarities: Tensor, group: Tensor) -> Tensor:
-    """Symmetric InfoNCE; similarities [C, C], group [C]. Other items of the same group are not taken as negatives.
+    """Return the symmetric InfoNCE of similarities.
 
-    0 where no row has a negative left.
+    Similarities are [C, C], group is [C]. Other items of the same group are not taken as negatives.
+    The loss is 0 where no row has a negative left.
     """
     count = len(group)
     same = (group[:, None] == group[None, :]) & ~torch.eye(count, dtype=torch.bool, device=group.device)
@@ -61,18 +74,25 @@ def contrastive_loss(similarities: Tensor, group: Tensor) -> Tensor:
 
 
 def smoothed_bce(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Mean binary cross-entropy with labels drawn towards a half: y(1 - s) + s/2. 0 for no rows."""
+    """Return the mean binary cross-entropy with smoothed labels.
+
+    Labels are drawn towards a half: y(1 - s) + s/2. The mean is 0 for no rows.
+    """
     if len(labels) == 0:
         return logits.sum()
     return F.binary_cross_entropy_with_logits(logits, labels * (1.0 - smoothing) + smoothing / 2)
 
 
 class MultiTaskLoss(nn.Module):
-    """Weighs the tasks.
+    """The weighted sum of the tasks' losses.
 
-    ``fixed``: cvr + w (w_ita ita + w_tia tia) / 2 + w_c contrastive. ``uncertainty`` (Kendall, Gal, Cipolla 2018): sum over the
-    four of exp(-s) loss + s / 2, s a learned log variance without bounds: train ``parameters()`` with the model's.
-    The clicked item's loss among the batch's items, and balance and z losses of all gates, are added with their own weights.
+    ``fixed``: cvr + w (w_ita ita + w_tia tia) / 2 + w_c contrastive.
+
+    ``uncertainty`` (Kendall, Gal, Cipolla 2018): the sum over the four of exp(-s) loss + s / 2. s
+    is a learned log variance without bounds: train ``parameters()`` with the model's.
+
+    The clicked item's loss among the batch's items, and balance and z losses of all gates, are
+    added with their own weights.
     """
 
     log_variances: nn.Parameter | None  # [4]: cvr, ita, tia, contrastive
@@ -92,7 +112,11 @@ class MultiTaskLoss(nn.Module):
         ita_label: Tensor | None = None,
         tia_label: Tensor | None = None,
     ) -> Losses:
-        """label [B] float32. ``align`` with its labels [A] each; without it only the CVR task counts in this step."""
+        """Return the losses of a step.
+
+        ``label`` is [B] float32. ``align`` comes with its labels [A] each. Without it only the CVR
+        task counts in this step.
+        """
         config = self.config
         gates = [cvr.gate]
         tasks = [F.binary_cross_entropy_with_logits(cvr.logits, label)]

@@ -1,4 +1,7 @@
-"""AdamW with decay where it belongs, the learning rate's schedule, and averaged weights."""
+"""AdamW, the learning rate's schedule, and averaged weights.
+
+The decay of AdamW is where it belongs (see `decayed_names`).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """``warmup``: share of steps with a rising rate; then it falls linearly to 0. ``clip``: largest gradient norm."""
+    """Settings of the optimiser and its schedule.
+
+    ``warmup`` is the share of steps with a rising rate. Then the rate falls linearly to 0. ``clip``
+    is the largest gradient norm.
+    """
 
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
@@ -22,9 +29,10 @@ class OptimizerConfig:
 
 
 def decayed_names(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters that take weight decay: the weights of linear maps, and nothing else.
+    """Name the parameters that take weight decay.
 
-    LayerNorms, biases, embedding tables, learned vectors and scalars take none.
+    They are the weights of linear maps, and nothing else. LayerNorms, biases, embedding tables,
+    learned vectors and scalars take none.
     """
     names = set()
     for prefix, part in module.named_modules():
@@ -34,7 +42,10 @@ def decayed_names(module: nn.Module) -> frozenset[str]:
 
 
 def build_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters that learn of all modules (the model, and the loss where it learns weights), in two groups."""
+    """Build AdamW over all parameters that learn.
+
+    They are those of all modules (the model, and the loss where it learns weights), in two groups.
+    """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for module in modules:
@@ -47,7 +58,11 @@ def build_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> to
 
 
 def rate_factor(step: int, total: int, warmup: float) -> float:
-    """Factor on the rate at ``step`` (from 0) of ``total``: linear up over a share ``warmup``, then linear down to 0."""
+    """Return the factor on the learning rate at a step.
+
+    It is that of ``step`` (from 0) of ``total``: linear up over a share ``warmup``, then linear
+    down to 0.
+    """
     rising = max(1, round(total * warmup))
     if step < rising:
         return (step + 1) / rising
@@ -57,17 +72,28 @@ def rate_factor(step: int, total: int, warmup: float) -> float:
 def build_schedule(
     optimizer: torch.optim.Optimizer, total: int, config: OptimizerConfig
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """``rate_factor`` as a scheduler: call ``step()`` after each optimizer step."""
+    """Make a scheduler of ``rate_factor``.
+
+    Call ``step()`` after each optimizer step.
+    """
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, total, config.warmup))
 
 
 def rate_at(done: float, warmup: float) -> float:
-    """Factor on the learning rate when the share `done` of the examples is seen: linear up over `warmup` of them, linear down to 0."""
+    """Return the rate's factor at a share of examples.
+
+    The share `done` of the examples is seen. The factor is linear up over `warmup` of them, linear
+    down to 0.
+    """
     return done / warmup if done < warmup else max(0.0, (1.0 - done) / (1.0 - warmup))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, done: float) -> float:
-    """Set the learning rate for the share `done`; returns it."""
+    """Set the learning rate for the share `done`.
+
+    Returns:
+        The rate.
+    """
     rate = config.learning_rate * rate_at(done, config.warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -75,9 +101,10 @@ def set_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, done: fl
 
 
 class WeightAverage:
-    """Exponential moving average of a module's parameters, float32; buffers are the module's own.
+    """An exponential moving average of a module's parameters.
 
-    Early on the decay is min(decay, (1 + n) / (10 + n)) after n updates, so that the start is forgotten soon.
+    It is kept in float32. Buffers are the module's own. Early on the decay is min(decay, (1 + n) /
+    (10 + n)) after n updates, so that the start is forgotten soon.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -89,7 +116,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Takes in the module's present weights."""
+        """Take in the module's present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for name, parameter in module.named_parameters():
@@ -97,13 +124,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Overwrites the module's weights with the average."""
+        """Overwrite the module's weights with the average."""
         for name, parameter in module.named_parameters():
             parameter.copy_(self.average[name])
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
-        """The module with averaged weights inside the block, and with its own again after it."""
+        """Give the module its averaged weights inside the block.
+
+        It has its own again after the block.
+        """
         own = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
         self.copy_to(module)
         try:
@@ -114,11 +144,18 @@ class WeightAverage:
                     parameter.copy_(own[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors only, fit for safetensors: the averages under ``average.<name>``, the count under ``updates``."""
+        """Return the state as tensors only, fit for safetensors.
+
+        The averages are under ``average.<name>``, the count is under ``updates``.
+        """
         return {"updates": torch.tensor(self.updates)} | {f"average.{k}": v for k, v in self.average.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """What ``state_dict`` gave; raises ValueError where names or shapes differ."""
+        """Take over what ``state_dict`` gave.
+
+        Raises:
+            ValueError: names or shapes differ.
+        """
         expected = {f"average.{name}": tensor.shape for name, tensor in self.average.items()} | {
             "updates": torch.Size()
         }

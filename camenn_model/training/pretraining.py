@@ -1,4 +1,8 @@
-"""What comes before the first order is predicted: photos and titles find each other, clicks tell tastes, and what counts and the linear part say of orders is fitted."""
+"""The phases that come before training proper.
+
+They come before the first order is predicted. Photos and titles find each other, clicks tell
+tastes, and what counts and the linear part say of orders is fitted.
+"""
 
 import math
 from collections.abc import Callable
@@ -37,7 +41,10 @@ ALIGNMENT_LISTINGS = 256
 
 
 def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, aligned: bool = True, penalty: float = PENALTY) -> None:
-    """Standardise the frozen features on a sample of the training listings, and start their projections (see `start_projections`)."""
+    """Standardise the frozen features and start their projections.
+
+    It is done on a sample of the training listings (see `start_projections`).
+    """
     rng = np.random.default_rng([seed, 3])
     usable = np.flatnonzero(~table.held_out & ((table.image_row >= 0) | (table.title_row >= 0)))
     with_photo = usable[table.image_row[usable] >= 0]
@@ -56,9 +63,10 @@ def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, aligned: bool = Tr
 
 @dataclass(frozen=True)
 class Pretraining:
-    """The phases before training proper, which change `model` and `loss` in place.
+    """The phases before training proper.
 
-    `sampler` is None where nothing is aligned; `steps` is how many steps training proper has: alignment alone takes no more.
+    They change `model` and `loss` in place. `sampler` is None where nothing is aligned. `steps` is
+    how many steps training proper has: alignment alone takes no more.
     """
 
     model: CameNN
@@ -71,7 +79,7 @@ class Pretraining:
     progress: Progress
 
     def run(self) -> None:
-        """All phases.
+        """Run all phases.
 
         Raises:
             InputError: a loss or its gradient is not finite.
@@ -89,7 +97,7 @@ class Pretraining:
         self._fit_direct()
 
     def _find_tastes(self) -> None:
-        """The space of tastes, from the latest training clicks."""
+        """Find the space of tastes, from the latest training clicks."""
         table = self.corpus.table
         pieces = [(rows.item, rows.user, rows.store) for rows in self.corpus.latest("train")]
         item, user, store = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
@@ -102,7 +110,10 @@ class Pretraining:
         self.model.item_tokens.tastes.start(*spaces)
 
     def _learn_choices(self) -> None:
-        """Steps on who clicks what alone: many more clicks than orders tell of tastes, and they cost no layer."""
+        """Take steps that learn who clicks what, and nothing else.
+
+        Many more clicks than orders tell of tastes, and they cost no layer.
+        """
         options = self.options
         if not options.loss.choice:
             return
@@ -122,7 +133,11 @@ class Pretraining:
                 self.progress("tastes", done, total, f"loss {told:.4f}")
 
     def _fit_direct(self) -> None:
-        """What counts say together, and the linear part with what that and tastes are worth to an order, on the latest training examples."""
+        """Fit the count network and the linear part.
+
+        The linear part is fitted with what the counts' logit and tastes are worth to an order. Both
+        are fitted on the latest training examples.
+        """
         wide, counts, rate = self.model.wide, self.model.counts, self.corpus.config.base_rate
         base = math.log(rate / (1 - rate))
         train, stop = self.wide_rows("train"), self.wide_rows("early_stop")
@@ -148,7 +163,7 @@ class Pretraining:
         self.loss.choices_count.copy_(self.model.affinity.start_worth(torch.tensor(tastes)))
 
     def wide_rows(self, split: str) -> WideRows:
-        """The latest examples of a split."""
+        """Gather the latest examples of a split."""
         self.model.eval()
         pieces: list[tuple[Tensor, ...]] = []
         for latest in self.corpus.latest(split):
@@ -175,7 +190,9 @@ def _told_by(counts: Counts, rows: WideRows) -> WideRows:
 def _descend(
     model: CameNN, optimizer: torch.optim.Optimizer, loss: Tensor, config: OptimizerConfig, done: float, where: str
 ) -> float:
-    """One step of an optimiser when the share `done` of its phase is behind; returns the loss.
+    """Take one step of an optimiser, and return the loss.
+
+    The share `done` of its phase is behind.
 
     Raises:
         InputError: the loss or its gradient is not finite.
@@ -198,10 +215,10 @@ def train_alignment(
     steps_limit: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Train photos and titles to find each other, without clicks: ITA, TIA and the contrastive loss, on batches as large as the latter wants them.
+    """Train photos and titles to find each other, without clicks.
 
-    Args:
-        steps_limit: most steps, whatever `alignment_passes` asks for.
+    The losses are ITA, TIA and the contrastive loss, on batches as large as the latter wants them.
+    `steps_limit` is the most steps, whatever `alignment_passes` asks for.
     """
     listings = min(ALIGNMENT_LISTINGS, len(sampler))
     steps = min(steps_limit, math.ceil(options.alignment_passes * len(sampler) / listings))

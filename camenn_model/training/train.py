@@ -24,12 +24,17 @@ from camenn_model.training.trainer import Trainer
 def train(
     options: TrainOptions, directory: Path, progress: Progress, processes: Processes | None = None
 ) -> dict[str, Any]:
-    """Train, calibrate, measure, and write the package into `directory`; returns the metrics.
+    """Train CameNN and write the package into `directory`.
 
-    Of several processes the first one does so; the others take part in the steps, and return {}.
+    It trains, calibrates, measures, and writes. Of several processes the first one does so. The
+    others take part in the steps, and return {}.
+
+    Returns:
+        The metrics.
 
     Raises:
-        InputError: the shard set cannot be trained on (see `open_corpus`), or the loss stopped being finite.
+        InputError: the shard set cannot be trained on (see `open_corpus`), or the loss stopped
+            being finite.
     """
     started = time.monotonic()
     corpus = open_corpus(options)
@@ -90,19 +95,29 @@ def train(
 
 
 def popularity(corpus: Corpus, split: str) -> NDArray[np.float64]:
-    """log(1 + orders of the listing before the session) of each example of a split, [n]."""
+    """Return the popularity logit of each example, [n].
+
+    It is log(1 + orders of the listing before the session), of the examples of a split.
+    """
     files = [pq.ParquetFile(path).read(columns=["item_orders"]) for path, _ in corpus.files(split)]
     return np.log1p(np.concatenate([table["item_orders"].to_numpy() for table in files]).astype(np.float64))
 
 
 def popularity_metrics(corpus: Corpus, found: dict[str, Predictions]) -> dict[str, Any]:
-    """The popularity baseline, calibrated like the model: listings by their orders before the session. `found`: predictions of the same examples."""
+    """Measure the popularity baseline, calibrated like the model.
+
+    It scores listings by their orders before the session. `found` holds predictions of the same
+    examples.
+    """
     popular = {split: predictions.with_logits(popularity(corpus, split)) for split, predictions in found.items()}
     return cvr_metrics(popular["test"], calibrate(popular), corpus.config.base_rate)
 
 
 def write_curves(path: Path, curves: list[dict[str, float]]) -> None:
-    """One CSV row per step; an empty cell where nothing was measured."""
+    """Write one CSV row per step.
+
+    A cell is empty where nothing was measured.
+    """
     with path.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(curves[0]) if curves else ["step"])
         writer.writeheader()

@@ -1,7 +1,11 @@
-"""Training: from a shard set to a model package. Streams, resumes from a checkpoint to the same bits, never opens the test part before the end.
+"""The trainer, from a shard set to a model package.
 
-A step's batch is cut into micro-batches, which are computed one after another, or by several processes at once, and whose gradients are summed: the result
-is that of one process, but for the order of sums, with any number of processes that divides the number of micro-batches.
+It streams, resumes from a checkpoint to the same bits, and never opens the test part before the
+end.
+
+A step's batch is cut into micro-batches, which are computed one after another, or by several
+processes at once, and whose gradients are summed. The result is that of one process, but for the
+order of sums, with any number of processes that divides the number of micro-batches.
 """
 
 import itertools
@@ -43,7 +47,10 @@ are all that the CPU's generator takes of a seed."""
 
 @dataclass
 class State:
-    """Where training stands: enough to go on to the same result."""
+    """The state of training.
+
+    It is enough to go on to the same result.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -63,14 +70,14 @@ class MicroBatch:
     number: int
     rows: Rows
     weight: float
-    """Its share of the step's examples; 0 for a row that stands in where a process has none"""
+    """Its share of the step's examples. It is 0 for a row that stands in where a process has none."""
     batch: Batch
     alignment: AlignmentBatch | None
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process computes of a step."""
+    """One process's share of a step."""
 
     examples: int
     """Of the whole step"""
@@ -78,28 +85,41 @@ class Share:
 
 
 class Objective(nn.Module):
-    """Model and loss as one module, as DistributedDataParallel wants them."""
+    """Model and loss as one module.
+
+    DistributedDataParallel wants them so.
+    """
 
     def __init__(self, model: CameNN, loss: MultiTaskLoss, bf16: bool) -> None:
         super().__init__()
         self.model, self.loss, self.bf16 = model, loss, bf16
 
     def forward(self, batch: Batch, alignment: AlignmentBatch | None) -> tuple[Losses, Tensor]:
-        """(losses; assignments of each expert of the CVR task, float32 [E])."""
+        """Return the losses and the assignments of each expert.
+
+        The assignments are those of the CVR task, float32 [E].
+        """
         with torch.autocast(batch.pairs.label.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.model(batch)
             aligned = self.model.align(alignment) if alignment is not None else None
         losses = self.loss(
-            output, batch.pairs.label, aligned, alignment.ita.label if alignment is not None else None, alignment.tia.label if alignment is not None else None
-        )  # fmt: skip
+            output,
+            batch.pairs.label,
+            aligned,
+            alignment.ita.label if alignment is not None else None,
+            alignment.tia.label if alignment is not None else None,
+        )
         return losses, torch.bincount(output.gate.chosen.flatten(), minlength=output.gate.logits.shape[-1]).float()
 
 
 class Trainer:
-    """One model, its optimiser and averaged weights, over the stream of a corpus.
+    """A model in training over the stream of a corpus.
+
+    It holds one model, its optimiser and averaged weights.
 
     Args:
-        processes: this process's place among those that train the same model; each makes a Trainer of the same options.
+        processes: this process's place among those that train the same model. Each makes a Trainer
+            of the same options.
 
     Raises:
         InputError: the processes cannot share the micro-batches evenly.
@@ -112,7 +132,8 @@ class Trainer:
         self.processes = processes or Processes(device=options.device)
         if options.micro_batches % self.processes.count:
             raise InputError(
-                f"--micro_batches {options.micro_batches}: {self.processes.count} processes cannot share them evenly. Give a multiple of {self.processes.count}."
+                f"--micro_batches {options.micro_batches}: {self.processes.count} processes cannot share them "
+                f"evenly. Give a multiple of {self.processes.count}."
             )
         torch.manual_seed(options.seed)
         self.device = torch.device(self.processes.device)
@@ -142,7 +163,10 @@ class Trainer:
             )
 
     def run(self) -> None:
-        """Train to the end or to early stop, from a checkpoint where there is one."""
+        """Train to the end or to early stop.
+
+        It goes on from a checkpoint where there is one.
+        """
         options = self.options
         if not self._restore():
             self._begin()
@@ -174,9 +198,10 @@ class Trainer:
         self.model.eval()
 
     def _align_every(self) -> int:
-        """Alignment takes part in each of so many steps with clicks; 0 = in none.
+        """Return the interval of steps that alignment takes part in.
 
-        Clicks may be many for few listings, whose photos and titles would then be learned by heart.
+        Alignment takes part in each of so many steps with clicks. 0 means in none. Clicks may be
+        many for few listings, whose photos and titles would then be overfitted.
         """
         options = self.options
         if self.sampler is None or not options.alignment_passes:
@@ -186,14 +211,21 @@ class Trainer:
         return max(1, math.ceil(steps * drawn / (options.alignment_passes * len(self.sampler))))
 
     def _begin(self) -> None:
-        """What comes before the first order is predicted (see `Pretraining`). The first process does it, and the others take its weights."""
+        """Run the phases before training proper (see `Pretraining`).
+
+        They come before the first order is predicted. The first process does them, and the others
+        take its weights.
+        """
         if self.processes.first:
             self.pretraining().run()
         self.processes.copy_from_first([*self.model.state_dict().values(), *self.loss.state_dict().values()])
         self.ema = WeightAverage(self.model, self.options.optimizer.ema_decay)
 
     def pretraining(self) -> Pretraining:
-        """The phases before training proper, on this trainer's model."""
+        """Build the phases before training proper.
+
+        They work on this trainer's model.
+        """
         return Pretraining(
             model=self.model,
             loss=self.loss,
@@ -206,7 +238,11 @@ class Trainer:
         )
 
     def stream(self) -> Iterator[Share]:
-        """This process's share of each step from where the epoch stands, gathered ahead; every draw depends on the seed and the step alone."""
+        """Yield this process's share of each step.
+
+        It starts from where the epoch stands, and shares are gathered ahead. Every draw depends on
+        the seed and the step alone.
+        """
         options, state = self.options, self.state
         rng = np.random.default_rng([options.seed, 1, state.epoch])
         units = list_units(self.corpus.files("train"))
@@ -234,10 +270,10 @@ class Trainer:
         return Share(len(whole), pieces)
 
     def step(self, share: Share) -> None:
-        """One step of the optimiser.
+        """Take one step of the optimiser.
 
         Raises:
-            InputError: a loss or the gradient is not finite; the rows are written aside.
+            InputError: a loss or the gradient is not finite. The rows are written aside.
         """
         options, state = self.options, self.state
         rate = set_rate(self.optimizer, options.optimizer, (state.examples + share.examples / 2) / self.total)
@@ -274,7 +310,11 @@ class Trainer:
         self.progress("train", state.examples, self.total, f"loss {losses['cvr']:.4f}")
 
     def _backward(self, piece: MicroBatch, last: bool) -> Tensor:
-        """Add a micro-batch's gradients; returns its weighted losses and the assignments of its experts, float32 [7 + E]."""
+        """Add a micro-batch's gradients.
+
+        Returns:
+            Its weighted losses and the assignments of its experts, float32 [7 + E].
+        """
         # Seeded by step and piece, so that a resumed run, or another number of processes, draws the same dropout.
         torch.manual_seed(self.options.seed * 1_000_003 + self.state.step + piece.number * PIECE_SEED)
         batch = piece.batch.to(self.device)
@@ -298,11 +338,15 @@ class Trainer:
         }
         path.write_text(json.dumps(found))
         raise InputError(
-            f"training: a loss or the gradient is not finite at step {self.state.step}; the batch is written to {path}. Lower --learning_rate, or look at these rows."
+            f"training: a loss or the gradient is not finite at step {self.state.step}; "
+            f"the batch is written to {path}. Lower --learning_rate, or look at these rows."
         )
 
     def _evaluate(self) -> None:
-        """Log loss of the averaged weights on the early-stop part; keeps the best."""
+        """Measure the averaged weights on the early-stop part.
+
+        The measure is log loss. The best weights are kept.
+        """
         state = self.state
         self.model.eval()
         # Each process takes some of the blocks.
@@ -338,11 +382,14 @@ class Trainer:
         )
 
     def _request(self) -> str:
-        """What the checkpoint belongs to: another shard run or other options begin anew."""
+        """Return the identity of the run a checkpoint belongs to.
+
+        Another shard run or other options begin again.
+        """
         return json.dumps({"run": self.corpus.shards.manifest["run"], **self.options.request()}, sort_keys=True)
 
     def _restore(self) -> bool:
-        """Whether there was a checkpoint to go on from."""
+        """Tell whether a checkpoint to go on from was restored."""
         if not self.checkpoint_path.exists():
             return False
         tensors, metadata = load_tensors(self.checkpoint_path)

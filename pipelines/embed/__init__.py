@@ -1,1 +1,1 @@
-"""Stage `embed`: encode every distinct photo and title of the catalog, once."""
+"""Stage `embed`: encode the catalog's distinct photos and titles once."""

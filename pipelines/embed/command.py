@@ -10,7 +10,7 @@ from schemas.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn embed`."""
+    """Build the parser with the flags of `camenn embed`."""
     parser = new_parser(
         "embed", "Encode every distinct photo (InceptionV4 on grid patches) and title (BERT) of the catalog, once."
     )
@@ -34,14 +34,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--compile",
         default="auto",
         choices=("auto", "on", "off"),
-        help="compile InceptionV4 for this processor: other kernels, so other last bits; auto = where a run has photos enough to pay for compiling (default %(default)s)",
+        help=(
+            "compile InceptionV4 for this processor: other kernels, so other last bits; auto = where a run has "
+            "photos enough to pay for compiling (default %(default)s)"
+        ),
     )
     parser.add_argument(
         "--plan", action="store_true", help="print what a run would encode and how long that takes, and encode nothing"
     )
     parser.add_argument(
         "--accelerator",
-        help="GPU of the workers that encode, on Dataflow only, as in type:nvidia-l4;count:1;install-nvidia-driver (default: none)",
+        help=(
+            "GPU of the workers that encode, on Dataflow only, as in "
+            "type:nvidia-l4;count:1;install-nvidia-driver (default: none)"
+        ),
     )
     add_common_flags(parser)
     return parser
@@ -51,31 +57,36 @@ def check_workers(device: str, precision: str, accelerator: str | None, dataflow
     """Hold the flags about the encoders' machines against each other.
 
     Raises:
-        InputError: on Dataflow, where the submitting machine encodes nothing, the workers' device must be named; elsewhere there is no accelerator to ask for.
+        InputError: on Dataflow, where the submitting machine encodes nothing, the workers' device
+            must be named. Elsewhere there is no accelerator to ask for.
     """
     if dataflow and "auto" in (device, precision):
         raise InputError(
-            f"--device {device} --precision {precision}: 'auto' looks at this machine, but Dataflow's workers are others. "
+            f"--device {device} --precision {precision}: 'auto' looks at this machine, but Dataflow's workers are "
+            "others. "
             "Name both: --device cuda --precision bf16, or --device cpu --precision fp32."
         )
     if accelerator is None:
         return
     if not dataflow:
         raise InputError(
-            f"--accelerator {accelerator}: only DataflowRunner gives GPUs to a step, and elsewhere the hint would only end fusion. Leave it out; --device cuda asks for a GPU."
+            f"--accelerator {accelerator}: only DataflowRunner gives GPUs to a step, and elsewhere the hint would "
+            "only end fusion. Leave it out; --device cuda asks for a GPU."
         )
     if not re.fullmatch(r"type:[^;]+;count:\d+(;[^;]+)*", accelerator):
         raise InputError(
-            f"--accelerator {accelerator}: not an accelerator. Write it as 'type:nvidia-l4;count:1;install-nvidia-driver', in quotes."
+            f"--accelerator {accelerator}: not an accelerator. Write it as "
+            "'type:nvidia-l4;count:1;install-nvidia-driver', in quotes."
         )
     if device == "cpu":
         raise InputError(
-            f"--accelerator {accelerator}: with --device cpu its GPUs would be paid for and not used. Give --device cuda."
+            f"--accelerator {accelerator}: with --device cpu its GPUs would be paid for and not used. Give "
+            "--device cuda."
         )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, resolve the encoders once, run, print."""
+    """Parse the flags, resolve the encoders once, run and print."""
     arguments, beam_flags = parse_with_beam(build_parser(), argv)
     from camenn_model.encoders.spec import ImageSpec, TextSpec
     from pipelines.embed.options import STAGE, EmbedOptions

@@ -1,4 +1,7 @@
-"""Whether the photos that the catalog names are there: before a run reads any, and before its readers see it."""
+"""Check that the photos the catalog names are there.
+
+This is asked before a run reads any photo, and before its readers see the run.
+"""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -24,7 +27,10 @@ in 240."""
 
 
 def read_items(item_files: list[str], columns: list[str]) -> Iterator[pa.Table]:
-    """The run's items, a row group at a time: all of them at once would grow with the catalog."""
+    """Yield the run's items, a row group at a time.
+
+    All of them at once would grow with the catalog.
+    """
     for path in item_files:
         with files.open_read(path) as handle:
             source = pq.ParquetFile(handle)
@@ -34,7 +40,10 @@ def read_items(item_files: list[str], columns: list[str]) -> Iterator[pa.Table]:
 
 @dataclass(frozen=True)
 class PhotoIds:
-    """Which listings have a photo. Ids are hashes, uint64, ordered: eight bytes a listing."""
+    """The listings that have a photo.
+
+    Ids are hashes, uint64, ordered: eight bytes a listing.
+    """
 
     listings: np.ndarray
     with_photo: np.ndarray
@@ -43,13 +52,16 @@ class PhotoIds:
 
     @property
     def lacks_photos(self) -> bool:
-        """Whether as good as none of the photos that are named can be used."""
+        """Tell whether nearly none of the named photos is usable."""
         usable = len(self.with_photo)
         return self.named >= (LEAST_ROWS if usable else LEAST_NAMED) and usable < NEARLY_NONE * self.named
 
     @classmethod
     def of_items(cls, item_files: list[str], failed: Iterable[str], bad_items: Iterable[str] = ()) -> "PhotoIds":
-        """Read a run's items; `failed`: content keys without an embedding, `bad_items`: ids of listings without."""
+        """Read a run's items.
+
+        `failed` are content keys without an embedding. `bad_items` are ids of listings without one.
+        """
         keys, ids = pa.array(list(failed), pa.string()), pa.array(list(bad_items), pa.string())
         listings, with_photo, named = [], [], 0
         for table in read_items(item_files, ["item_id", "image_key", "image_defect"]):
@@ -65,7 +77,10 @@ class PhotoIds:
 
     @classmethod
     def of_run(cls, manifest: Manifest | None) -> "PhotoIds":
-        """Read those of a published run; none where there is no run."""
+        """Read the photo ids of a published run.
+
+        There are none where there is no run.
+        """
         if manifest is None:
             return cls.of_items([], [])
         bad = [key.removeprefix("catalog:") for path in manifest.paths("defects") for key in _defect_keys(path)]
@@ -85,18 +100,20 @@ def check_photos(
     There is no gate where no listing of tonight had one.
 
     Raises:
-        InputError: none had one before, listings name photos, and as good as none can be used.
+        InputError: none had one before, listings name photos, and nearly none can be used.
     """
     before = PhotoIds.of_run(latest)
     had = np.intersect1d(before.with_photo, now.listings, assume_unique=True)
     if len(had):
         return [hold_photos(len(np.intersect1d(had, now.with_photo, assume_unique=True)), len(had))]
-    # Such a run is published by force only; an earlier camenn, which did not count what is named, published it anyway.
+    # Such a run is published by force only. An earlier camenn, which did not count what is named, published it anyway.
     given_up = latest is not None and "photos_named" in latest.summary and before.lacks_photos
     if now.lacks_photos and not given_up:
         raise InputError(
-            f"--image_root {options.image_root}: {len(now.with_photo):,} of {now.named:,} listings that name a photo have one that can be used. "
-            f"The first: {first_defect(defects)} Nothing was published. Give the directory that image_uri is relative to, "
+            f"--image_root {options.image_root}: {len(now.with_photo):,} of {now.named:,} listings that name a "
+            "photo have one that can be used. "
+            f"The first: {first_defect(defects)} Nothing was published. Give the directory that image_uri is "
+            "relative to, "
             "or leave image_uri null to embed titles alone."
         )
     return []
@@ -111,10 +128,11 @@ def first_defect(defects: list[FileRecord]) -> str:
 
 
 def check_image_root(options: EmbedOptions, source: Source) -> None:
-    """Stop where photos are sought in a directory that is gone.
+    """Stop where photos are sought in a missing directory.
 
     Raises:
-        InputError: with the first address that is relative to it; a catalog without any does not need one.
+        InputError: with the first address that is relative to it. A catalog without any does not
+            need the directory.
     """
     root = options.image_root
     if not files.is_local(root) or os.path.isdir(root):
@@ -127,6 +145,8 @@ def check_image_root(options: EmbedOptions, source: Source) -> None:
         relative = uris.filter(pc.invert(pc.match_substring_regex(uris, r"^(\s*$|/|[A-Za-z][A-Za-z0-9+.-]*:)")))
         if len(relative):
             raise InputError(
-                f"--image_root {root}: no such directory, and {where.file}: column 'image_uri' has addresses that are relative to it "
-                f"('{relative[0]}' is the first). Mount it, or give the directory that holds the photos (default: --data)."
+                f"--image_root {root}: no such directory, and {where.file}: column 'image_uri' has addresses that "
+                "are relative to it "
+                f"('{relative[0]}' is the first). Mount it, or give the directory that holds the photos (default: "
+                "--data)."
             )

@@ -1,4 +1,7 @@
-"""From wanted contents to parts of the store: those that are not stored yet, in chunks, through their encoder, each chunk committed."""
+"""Encode wanted contents into parts of the store.
+
+Contents that are not stored yet go in chunks through their encoder. Each chunk is committed.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -32,7 +35,10 @@ CHUNK = 256
 
 
 class ReadKeys(beam.DoFn):
-    """A committed part → the table of its content keys, those that could not be encoded included."""
+    """A step from a committed part to its content keys.
+
+    It yields a table of the keys, those that could not be encoded included.
+    """
 
     def __init__(self, column: str) -> None:
         self.column = column
@@ -49,7 +55,10 @@ class ReadKeys(beam.DoFn):
 
 
 def pending(kinds: dict[str, pa.Table], column: str) -> pa.Table:
-    """Of the wanted contents, one row per key that is not stored yet, ordered by key."""
+    """Return the wanted contents that are not stored yet.
+
+    There is one row per key, ordered by key.
+    """
     if "wanted" not in kinds:
         return pa.table({})
     wanted = kinds["wanted"].sort_by(column)
@@ -63,7 +72,11 @@ def pending(kinds: dict[str, pa.Table], column: str) -> pa.Table:
 
 
 class CountPending(beam.DoFn):
-    """A bucket's wanted and stored contents → how many are stored, and how many are not: what `--plan` asks."""
+    """A count of a bucket's stored and pending contents.
+
+    The step takes a bucket's wanted and stored contents, and counts how many are stored and how
+    many are not. This is what `--plan` asks.
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -80,7 +93,10 @@ class CountPending(beam.DoFn):
 
 @dataclass(frozen=True)
 class PackedChunk:
-    """A chunk as it travels: FnApiRunner holds all of them at once."""
+    """A chunk in the form in which it travels.
+
+    It is packed because FnApiRunner holds all chunks at once.
+    """
 
     chunk_id: str
     contents: int
@@ -89,7 +105,7 @@ class PackedChunk:
     compiled: bool = False
 
     def unpack(self) -> ImageChunk | TitleChunk:
-        """The chunk that the encoder takes."""
+        """Return the chunk that the encoder takes."""
         rows = ipc_table(self.data).to_pydict()
         if "image_key" in rows:
             return ImageChunk(self.chunk_id, rows["image_key"], rows["path"], rows["bytes"], self.compiled)
@@ -97,7 +113,11 @@ class PackedChunk:
 
 
 class CutChunks(beam.DoFn):
-    """A bucket's wanted and stored contents → chunks of at most 256 pending ones: the unit of work. A kill loses two, one being encoded, one being written."""
+    """A step that cuts a bucket's pending contents into chunks.
+
+    It takes a bucket's wanted and stored contents, and yields chunks of at most 256 pending ones. A
+    chunk is the unit of work. A kill loses two: one being encoded, one being written.
+    """
 
     def __init__(self, kind: str, run: str, progress: str | None) -> None:
         self.kind = kind
@@ -119,7 +139,10 @@ class CutChunks(beam.DoFn):
 
 
 def _report(contract: Contract, part: Part) -> Iterator[beam.pvalue.TaggedOutput]:
-    """What a committed part is to the run: a file of the store, and photos that were gone."""
+    """Yield what a committed part means to the run.
+
+    That is a file of the store, and photos that were gone.
+    """
     if part.unread:
         # Not a failure in the store: it says something about this moment, not about the content.
         keys, reasons, details = zip(*part.unread, strict=True)
@@ -132,7 +155,11 @@ def _report(contract: Contract, part: Part) -> Iterator[beam.pvalue.TaggedOutput
 
 
 class SkipCommitted(beam.DoFn):
-    """Chunks that an earlier attempt of this run committed are reported; the others go on to the encoder."""
+    """A step that passes over chunks already committed.
+
+    Chunks that an earlier attempt of this run committed are reported. The others go on to the
+    encoder.
+    """
 
     def __init__(self, directory: str, contract: Contract) -> None:
         self.directory, self.contract = directory, contract
@@ -146,7 +173,10 @@ class SkipCommitted(beam.DoFn):
 
 
 class CommitChunk(beam.DoFn):
-    """An encoded chunk → one part and its commit marker, written while the encoder goes on with the next chunk."""
+    """A step that writes an encoded chunk as one part.
+
+    The part and its commit marker are written while the encoder goes on with the next chunk.
+    """
 
     def __init__(
         self, kind: str, directory: str, contract: Contract, shape: tuple[int, int], progress: str | None
@@ -213,7 +243,10 @@ class CommitChunk(beam.DoFn):
 
 
 class ChooseKernels(beam.DoFn):
-    """Photo chunks → the same, marked for compiled kernels where the photos of the whole run pay for compiling."""
+    """A step that marks photo chunks for compiled kernels.
+
+    It yields the same chunks. They are marked where the photos of the whole run pay for compiling.
+    """
 
     def __init__(self, spec: ImageSpec) -> None:
         self.spec = spec
@@ -224,7 +257,11 @@ class ChooseKernels(beam.DoFn):
 
 @dataclass
 class EncodeChunks(beam.PTransform):
-    """Chunks → parts of the store, all of it in one composite: a resource hint makes another environment, and steps of two are never fused."""
+    """The composite that turns chunks into parts of the store.
+
+    All of it is in one composite: a resource hint makes another environment, and steps of two
+    environments are never fused.
+    """
 
     kind: str
     job: EmbedJob
@@ -250,7 +287,11 @@ class EncodeChunks(beam.PTransform):
 
 @dataclass
 class EncodeContents(beam.PTransform):
-    """Wanted contents of one kind, minus the stored ones, through the encoder into the store; a plan counts them."""
+    """The composite that encodes wanted contents of one kind.
+
+    Contents that are stored already are left out. The others go through the encoder into the store.
+    A plan only counts them.
+    """
 
     kind: str
     job: EmbedJob

@@ -1,5 +1,6 @@
-"""RunInference handlers for the two encoders. The element is a chunk of at most 256 contents: decoded, encoded, pixels
-dropped at once.
+"""RunInference handlers for the two encoders.
+
+The element is a chunk of at most 256 contents: decoded, encoded, pixels dropped at once.
 
 torch, timm and transformers are imported where a worker loads a model.
 """
@@ -36,13 +37,16 @@ Encoder = TypeVar("Encoder")
 IMAGE_METRICS, TITLE_METRICS = "embed-images", "embed-titles"
 """Metrics namespaces of RunInference and of the counters below."""
 _READ_THREADS = 4
-"""Photos read and decoded at a time beside the encoder; Pillow and file reads let other threads run."""
+"""Photos read and decoded at a time beside the encoder. Pillow and file reads let other threads run."""
 
 
 @dataclass(frozen=True)
 class ImageChunk:
-    """Distinct photos to encode. `keys`: their `content_key`s; `uris`: paths to open; `bytes`: the photo itself, where
-    the catalog has it inline; `compiled`: by the compiled kernels."""
+    """A chunk of distinct photos to encode.
+
+    `keys` are their `content_key`s. `uris` are paths to open. `bytes` is the photo itself, where
+    the catalog has it inline. `compiled` says that they are encoded by the compiled kernels.
+    """
 
     chunk_id: str
     keys: list[str]
@@ -53,7 +57,10 @@ class ImageChunk:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """A chunk's photos, encoded: the arrays have one row per key. In memory only."""
+    """A chunk's photos, encoded.
+
+    The arrays have one row per key. They are in memory only.
+    """
 
     chunk_id: str
     keys: list[str]
@@ -89,7 +96,10 @@ class TitleChunk:
 
 @dataclass(frozen=True)
 class EncodedTitles:
-    """A chunk's titles, encoded: the arrays have one row per key. In memory only."""
+    """A chunk's titles, encoded.
+
+    The arrays have one row per key. They are in memory only.
+    """
 
     chunk_id: str
     keys: list[str]
@@ -116,7 +126,7 @@ class _Photo(NamedTuple):
 
 
 class _Unread(Exception):
-    """A photo that is not what it was when it was hashed."""
+    """A photo that is no longer what was hashed."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -125,7 +135,9 @@ class _Unread(Exception):
 
 
 class OnDemand(Generic[Encoder]):
-    """An encoder that is loaded when the first chunk comes: a night on which nothing changed needs none.
+    """An encoder that is loaded when the first chunk comes.
+
+    A night on which nothing changed needs none.
 
     Args:
         load: raises WeightsError or DeviceError where this worker cannot honour the spec.
@@ -136,7 +148,10 @@ class OnDemand(Generic[Encoder]):
         self._encoder: Encoder | None = None
 
     def get(self) -> Encoder:
-        """The encoder; loaded once, whichever thread asks first."""
+        """Return the encoder, loading it at the first call.
+
+        It is loaded once, whichever thread asks first.
+        """
         with self._lock:
             if self._encoder is None:
                 self._encoder = self._load()
@@ -144,17 +159,23 @@ class OnDemand(Generic[Encoder]):
 
 
 class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "OnDemand[ImageEncoder]"]):
-    """Photos → patch features. A photo that cannot be decoded is a defect; the rest of its chunk goes on."""
+    """A handler from photos to patch features.
+
+    A photo that cannot be decoded is a defect. The rest of its chunk goes on.
+    """
 
     def __init__(self, spec: ImageSpec, *, torch_threads: int | None = None) -> None:
-        """`torch_threads`: per worker process; None leaves torch's default, one for each core."""
+        """Keep the spec and the number of torch threads.
+
+        `torch_threads` is per worker process. None leaves torch's default, one for each core.
+        """
         # A GPU would be idle while the first photos of each chunk are decoded.
         super().__init__(min_batch_size=1, max_batch_size=1 if spec.device == "cpu" else 4)
         self._spec = spec
         self._torch_threads = torch_threads
 
     def load_model(self) -> OnDemand[ImageEncoder]:
-        """The encoder, which is not loaded yet."""
+        """Return the encoder, which is not loaded yet."""
         return OnDemand(self._load)
 
     def _load(self) -> ImageEncoder:
@@ -166,35 +187,47 @@ class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "OnDemand[ImageE
     def run_inference(
         self, batch: Sequence[ImageChunk], model: OnDemand[ImageEncoder], inference_args: dict[str, Any] | None = None
     ) -> Iterable[EncodedImages]:
-        """Encode each chunk; photos are read and decoded on threads while the encoder computes."""
+        """Encode each chunk.
+
+        Photos are read and decoded on threads while the encoder computes.
+        """
         return encode_images(batch, model.get())
 
     def get_num_bytes(self, batch: Sequence[ImageChunk]) -> int:
-        """Bytes of keys, paths and inline photos (the default would pickle them)."""
+        """Return the bytes of keys, paths and inline photos.
+
+        The default would pickle them.
+        """
         return sum(
             len(text or "") for chunk in batch for texts in (chunk.keys, chunk.uris, chunk.bytes) for text in texts
         )
 
     def get_metrics_namespace(self) -> str:
-        """Namespace of RunInference's own metrics."""
+        """Return the namespace of RunInference's own metrics."""
         return IMAGE_METRICS
 
     def share_model_across_processes(self) -> bool:
-        """One model for each process: sharing would send every batch through a proxy."""
+        """Return whether processes share a model: they do not.
+
+        There is one model for each process, because sharing would send every batch through a proxy.
+        """
         return False
 
 
 class TitleChunkHandler(ModelHandler[TitleChunk, EncodedTitles, "OnDemand[TextEncoder]"]):
-    """Titles → token states."""
+    """A handler from titles to token states."""
 
     def __init__(self, spec: TextSpec, *, torch_threads: int | None = None) -> None:
-        """`torch_threads`: per worker process; None leaves torch's default, one for each core."""
+        """Keep the spec and the number of torch threads.
+
+        `torch_threads` is per worker process. None leaves torch's default, one for each core.
+        """
         super().__init__(min_batch_size=1, max_batch_size=1)
         self._spec = spec
         self._torch_threads = torch_threads
 
     def load_model(self) -> OnDemand[TextEncoder]:
-        """The encoder, which is not loaded yet."""
+        """Return the encoder, which is not loaded yet."""
         return OnDemand(self._load)
 
     def _load(self) -> TextEncoder:
@@ -211,24 +244,31 @@ class TitleChunkHandler(ModelHandler[TitleChunk, EncodedTitles, "OnDemand[TextEn
         return [encode_titles(chunk, encoder) for chunk in batch]
 
     def get_num_bytes(self, batch: Sequence[TitleChunk]) -> int:
-        """Characters of keys and titles (the default would pickle them)."""
+        """Return the characters of keys and titles.
+
+        The default would pickle them.
+        """
         return sum(len(text) for chunk in batch for texts in (chunk.keys, chunk.titles) for text in texts)
 
     def get_metrics_namespace(self) -> str:
-        """Namespace of RunInference's own metrics."""
+        """Return the namespace of RunInference's own metrics."""
         return TITLE_METRICS
 
     def share_model_across_processes(self) -> bool:
-        """One model for each process: sharing would send every batch through a proxy."""
+        """Return whether processes share a model: they do not.
+
+        There is one model for each process, because sharing would send every batch through a proxy.
+        """
         return False
 
 
 MakeHandler = Callable[[ImageSpec | TextSpec, int | None], ModelHandler[Any, Any, Any]]
-"""Of an encoder's spec and the torch threads of a worker (None = torch's default): the handler of its chunks, which travels to the workers."""
+"""Of an encoder's spec and the torch threads of a worker (None = torch's default): the handler of
+its chunks, which travels to the workers."""
 
 
 def chunk_handler(spec: ImageSpec | TextSpec, threads: int | None) -> ModelHandler[Any, Any, Any]:
-    """The handler of the encoder that `spec` describes."""
+    """Return the handler of the encoder that `spec` describes."""
     if isinstance(spec, ImageSpec):
         return ImageChunkHandler(spec, torch_threads=threads)
     return TitleChunkHandler(spec, torch_threads=threads)
@@ -242,10 +282,13 @@ def _set_threads(threads: int | None) -> None:
 
 
 def encode_images(chunks: Sequence[ImageChunk], model: ImageEncoder) -> Iterator[EncodedImages]:
-    """Read, decode, cut and encode the photos of some chunks, each while the encoder computes those before it.
+    """Read, decode, cut and encode the photos of some chunks.
+
+    Each chunk is prepared while the encoder computes those before it.
 
     Raises:
-        OSError: a file system that fails in other ways than by not having the photo; the chunks are to be tried again.
+        OSError: a file system that fails in other ways than by not having the photo. The chunks are
+            to be tried again.
     """
     spec = model.spec
     # As many photos as fill whole batches: padding is left to a chunk's tail.
@@ -326,7 +369,10 @@ def encode_titles(chunk: TitleChunk, model: TextEncoder) -> EncodedTitles:
 
 
 def measure_pace(spec: ImageSpec | TextSpec, threads: int | None) -> float:
-    """Seconds for one content on this machine: the encoder is loaded and given one batch to warm up and one to be timed."""
+    """Measure the seconds for one content on this machine.
+
+    The encoder is loaded and given one batch to warm up and one to be timed.
+    """
     model = chunk_handler(spec, threads).load_model().get()
     work: Any
     if isinstance(spec, ImageSpec):
@@ -344,7 +390,10 @@ def measure_pace(spec: ImageSpec | TextSpec, threads: int | None) -> float:
 def _decode_ahead(
     chunks: Sequence[ImageChunk], spec: ImageSpec, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[tuple[str, Future[_Photo]]]:
-    """Photos in the chunks' order, at most `ahead` of them decoded before they are asked for."""
+    """Yield photos in the chunks' order, decoded ahead.
+
+    At most `ahead` of them are decoded before they are asked for.
+    """
     queue: deque[tuple[str, Future[_Photo]]] = deque()
     for chunk in chunks:
         for key, uri, data in zip(chunk.keys, chunk.uris, chunk.bytes, strict=True):
@@ -363,7 +412,10 @@ def _load_photo(key: str, uri: str | None, data: bytes | None, spec: ImageSpec) 
 
 
 def _read(key: str, uri: str | None) -> bytes:
-    """The photo's bytes, of which no more than the limit and one are read."""
+    """Read the photo's bytes.
+
+    No more than the limit and one are read.
+    """
     if uri is None:
         raise ValueError(f"photo {key}: neither a path nor bytes")
     again = "The next run reads it again."

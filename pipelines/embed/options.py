@@ -1,4 +1,4 @@
-"""What one run of `camenn embed` is asked for."""
+"""The options of one run of `camenn embed`."""
 
 from dataclasses import dataclass
 
@@ -25,11 +25,14 @@ class EmbedOptions:
     text: TextSpec
     max_reject_rate: float
     accelerator: str | None = None
-    """Dataflow's accelerator for the encoder steps; changes no row"""
+    """Dataflow's accelerator for the encoder steps. It changes no row"""
 
 
 def store_place(options: EmbedOptions, kind: str) -> tuple[str, Contract]:
-    """Directory and contract of one kind's generation in the store."""
+    """Return one kind's directory and contract in the store.
+
+    They are those of the kind's generation.
+    """
     spec = options.image if kind == IMAGES else options.text
     contract = image_embeddings(*spec.shape) if kind == IMAGES else title_embeddings(*spec.shape)
     return generation(options.store, kind, spec.fingerprint), contract
@@ -37,7 +40,10 @@ def store_place(options: EmbedOptions, kind: str) -> tuple[str, Contract]:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedJob:
-    """One job of the stage. `plan`: it ends where encoding would begin."""
+    """One job of the stage.
+
+    With `plan` it ends where encoding would begin.
+    """
 
     options: EmbedOptions
     source: Source
@@ -50,14 +56,17 @@ class EmbedJob:
 
     @property
     def run(self) -> str:
-        """Name of the run."""
+        """Return the name of the run."""
         return self.run_directory.rsplit("/", 1)[-1]
 
     @property
     def buckets(self) -> int:
-        """Buckets that contents and listings are shuffled into."""
+        """Return the buckets for contents and listings.
+
+        Contents and listings are shuffled into them.
+        """
         return max(1, -(-self.source.rows // ROWS_PER_BUCKET))
 
     def spec(self, kind: str) -> ImageSpec | TextSpec:
-        """The encoder of one kind."""
+        """Return the spec of one kind's encoder."""
         return self.options.image if kind == IMAGES else self.options.text

@@ -1,4 +1,7 @@
-"""Wire the Beam steps that encode a catalog's distinct photos and titles."""
+"""Wire the Beam steps that encode photos and titles.
+
+They encode a catalog's distinct photos and titles.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +24,11 @@ ROWS_PER_FILE = 32_768
 
 @dataclass
 class EmbedCatalog(beam.PTransform):
-    """The whole stage: catalog in, store parts and the run's tables out; yields what `FinishRun` wants."""
+    """The whole stage as one composite.
+
+    The catalog goes in. Store parts and the run's tables come out. It yields what `FinishRun`
+    wants.
+    """
 
     job: EmbedJob
 
@@ -70,7 +77,11 @@ class EmbedCatalog(beam.PTransform):
 
 
 class MergeParts(beam.DoFn):
-    """A directory and some of its small parts → one part with their contents, in the store."""
+    """A step that merges small parts of a directory.
+
+    It takes a directory and some of its small parts, and writes one part with their contents, in
+    the store.
+    """
 
     def process(self, element: tuple[str, list[Part]]) -> None:
         directory, group = element

@@ -1,4 +1,7 @@
-"""From the catalog to items: which photo and which title each listing has, and which contents are wanted."""
+"""Resolve the catalog to items and wanted contents.
+
+This finds which photo and which title each listing has, and which contents are wanted.
+"""
 
 import functools
 import os
@@ -27,7 +30,11 @@ WANTED_TITLE = pa.schema([("title_key", pa.string()), ("title", pa.string())])
 
 
 class CleanRows(beam.DoFn):
-    """(Slice, catalog rows) → rows with their origin; rejects and counts beside."""
+    """A step that cleans catalog rows and keeps their origin.
+
+    It takes (slice, catalog rows) and yields rows with their origin. Rejects and counts come
+    beside.
+    """
 
     def process(self, element: tuple[Slice, pa.Table]) -> Iterator[Any]:
         where, table = element
@@ -41,7 +48,7 @@ class CleanRows(beam.DoFn):
 
 @dataclass(frozen=True)
 class _Photo:
-    """What is known of one listing's photo."""
+    """The known facts of one listing's photo."""
 
     key: str | None = None
     path: str | None = None
@@ -53,9 +60,12 @@ class _Photo:
 
 
 class ResolveItems(beam.DoFn):
-    """One bucket of the catalog → its items, and the photos and titles that they want.
+    """A step from a catalog bucket to its items.
 
-    A photo whose (address, size, modification time) is the previous run's is not opened: its key is known.
+    It also yields the photos and titles that the items want.
+
+    A photo whose (address, size, modification time) is the previous run's is not opened: its key is
+    known.
     """
 
     def __init__(self, image_root: str, allow_absolute: bool) -> None:
@@ -143,8 +153,14 @@ class ResolveItems(beam.DoFn):
         except FileDefect as defect:
             return _Photo(defect=defect.reason, detail=f"column 'image_uri': '{uri}' {defect.detail}")
         except FileNotFoundError:
-            detail = f"column 'image_uri': '{uri}' is not a file under {self.photos.image_root}. Upload the photo, or mend the address."
+            detail = (
+                f"column 'image_uri': '{uri}' is not a file under {self.photos.image_root}. Upload the photo, or "
+                "mend the address."
+            )
             return _Photo(defect="missing_image", detail=detail)
         except OSError as error:
-            detail = f"column 'image_uri': '{uri}' cannot be read ({error.strerror or error}). Mend its permissions, or upload it again."
+            detail = (
+                f"column 'image_uri': '{uri}' cannot be read ({error.strerror or error}). Mend its permissions, "
+                "or upload it again."
+            )
             return _Photo(defect="unreadable_image", detail=detail)

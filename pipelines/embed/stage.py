@@ -1,12 +1,15 @@
-"""`camenn embed`: every distinct photo and title of the catalog through its encoder, once.
+"""Run `camenn embed`: encode each distinct photo and title once.
+
+Every distinct photo and title of the catalog goes through its encoder.
 
 catalog ──► Clean ──► Resolve (which photo, which title) ──► items/
                           │ wanted keys        ▲ previous items: unchanged photos are not read
                           ▼
               minus committed keys ──► chunks of ≤ 256 ──► RunInference ──► one part + commit marker each
 
-Small parts, of this run and of those before, are merged once all are encoded, by runs that encoded something. `--plan` ends before RunInference: it counts.
-A run that lost photos is held back (pipelines/embed/coverage.py).
+Small parts, of this run and of those before, are merged once all are encoded, by runs that encoded
+something. `--plan` ends before RunInference: it counts. A run that lost photos is held back
+(pipelines/embed/coverage.py).
 """
 
 import sys
@@ -43,7 +46,11 @@ from schemas.rejects import DEFECTS, REJECTS
 
 
 def failed_photos(parts: list[Part], unread_files: list[str]) -> dict[str, tuple[str, str]]:
-    """{content key: (reason, detail)} of photos that could not be decoded, or not be read tonight."""
+    """Return the photos that could not be decoded or read.
+
+    The result is {content key: (reason, detail)} of photos that could not be decoded, or not be
+    read tonight.
+    """
     failures = {key: (reason, detail) for part in parts for key, reason, detail in part.failures}
     for path in unread_files:
         with files.open_read(path) as handle:
@@ -53,7 +60,10 @@ def failed_photos(parts: list[Part], unread_files: list[str]) -> dict[str, tuple
 
 
 def write_defects(run_directory: str, item_files: list[str], failures: dict[str, tuple[str, str]]) -> list[FileRecord]:
-    """Listings whose photo is missing, unreadable or undecodable, as the run's `defects` table: one file, ordered by key."""
+    """Write the run's `defects` table.
+
+    It has the listings whose photo is missing, unreadable or undecodable: one file, ordered by key.
+    """
     failed = pa.array(list(failures), pa.string())
     keys: list[str] = []
     reasons: list[str] = []
@@ -78,7 +88,10 @@ def write_defects(run_directory: str, item_files: list[str], failures: dict[str,
 
 
 def content_request(options: EmbedOptions, item_files: list[str], failures: Iterable[str]) -> str:
-    """What a reader of the store gets, as 16 hex digits: each listing's contents, the encoders, and which photos have no embedding (content keys).
+    """Fingerprint what a reader of the store gets.
+
+    The result has 16 hex digits. It covers each listing's contents, the encoders, and which photos
+    have no embedding (content keys).
 
     Listings come in any order, so their hashes are added up.
     """
@@ -94,7 +107,10 @@ def content_request(options: EmbedOptions, item_files: list[str], failures: Iter
 
 
 def describe_options(options: EmbedOptions) -> dict[str, Any]:
-    """The options for the manifest; the encoders with the fingerprints of their generations."""
+    """Describe the options for the manifest.
+
+    The encoders come with the fingerprints of their generations.
+    """
     record = asdict(options)
     for name, spec in (("image", options.image), ("text", options.text)):
         record[name] |= {"fingerprint": spec.fingerprint, "description": spec.describe()}
@@ -102,7 +118,10 @@ def describe_options(options: EmbedOptions) -> dict[str, Any]:
 
 
 def _items_of(latest: Manifest | None) -> Source | None:
-    """Items of the published run, if there are any that can be read: without, photos are read again to know them."""
+    """Return the published run's items, if they can be read.
+
+    Without them, photos are read again to know them.
+    """
     try:
         paths = latest.paths("items") if latest else []
     except DamagedError as error:
@@ -114,7 +133,10 @@ def _items_of(latest: Manifest | None) -> Source | None:
 
 
 def _run_job(job: EmbedJob, beam_flags: list[str]) -> tuple[list[FileRecord], dict[str, dict[str, int]]]:
-    """Run the pipeline to its end; returns the files and counts that it emitted."""
+    """Run the pipeline to its end.
+
+    Returns the files and counts that it emitted.
+    """
     with open_pipeline(beam_flags) as pipeline:
         pipeline | "Embed" >> EmbedCatalog(job) | "Finish" >> FinishRun(job.run_directory)
     records, counts = read_finished(job.run_directory)
@@ -123,7 +145,11 @@ def _run_job(job: EmbedJob, beam_flags: list[str]) -> tuple[list[FileRecord], di
 
 
 def _merge_small(options: EmbedOptions, parts: dict[str, list[Part]], beam_flags: list[str]) -> dict[str, list[Part]]:
-    """Merge small parts where there are many, as a job of its own: what is encoded tonight is whole before, and is merged tonight too. Returns the parts after it."""
+    """Merge small parts where there are many.
+
+    This is a job of its own: what is encoded tonight is whole before, and is merged tonight too.
+    Returns the parts after it.
+    """
     groups = [(store_place(options, kind)[0], group) for kind, found in parts.items() for group in plan_merges(found)]
     if not groups:
         return parts
@@ -133,12 +159,15 @@ def _merge_small(options: EmbedOptions, parts: dict[str, list[Part]], beam_flags
 
 
 def _list_parts(options: EmbedOptions) -> dict[str, list[Part]]:
-    """Committed parts of both kinds' generations."""
+    """List the committed parts of both kinds' generations."""
     return {kind: list_parts(store_place(options, kind)[0]) for kind in (IMAGES, TITLES)}
 
 
 def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler = chunk_handler) -> dict[str, Any]:
-    """Run the stage and publish; returns the closing table."""
+    """Run the stage and publish.
+
+    Returns the closing table.
+    """
     started = time.monotonic()
     source = Source.find(options.data, CATALOG)
     check_image_root(options, source)
@@ -227,8 +256,10 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
         if failed:
             write_manifest(options.store, manifest)
             raise HeldBack(
-                f"run {run_name} is finished, but {'; '.join(failed)}. The first without: {first_defect(defects)} The embeddings of before stay published, and what was encoded is kept. "
-                f"See whether all of --image_root {options.image_root} is there, and run again; if it is right: camenn publish {run_directory} --force --reason TEXT"
+                f"run {run_name} is finished, but {'; '.join(failed)}. The first without: {first_defect(defects)} "
+                "The embeddings of before stay published, and what was encoded is kept. "
+                f"See whether all of --image_root {options.image_root} is there, and run again; if it is right: "
+                f"camenn publish {run_directory} --force --reason TEXT"
             )
         publish(options.store, manifest)
         # What was published may be published again, as far back as `camenn gc` keeps it.
@@ -245,7 +276,11 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
 
 
 def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
-    """What `run` would have to do; returns the closing table. Photos that are new or changed are read, nothing is encoded or published."""
+    """Report what `run` would have to do.
+
+    Returns the closing table. Photos that are new or changed are read. Nothing is encoded or
+    published.
+    """
     started = time.monotonic()
     source = Source.find(options.data, CATALOG)
     check_image_root(options, source)
@@ -293,7 +328,10 @@ def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
 
 
 def _stored_pace(options: EmbedOptions, kind: str) -> float | None:
-    """Seconds that one worker took for one content of this generation; None = none was encoded."""
+    """Return the seconds one worker took for one content.
+
+    The contents are of this generation. None means that none was encoded.
+    """
     parts = [part for part in list_parts(store_place(options, kind)[0]) if part.seconds]
     contents = sum(part.rows + len(part.failures) for part in parts)
     return sum(part.seconds for part in parts) / contents if contents else None

@@ -1,7 +1,10 @@
-"""As-of features: what was known of user, listing and pair strictly before a time.
+"""The features of user, listing and pair before a time.
 
-One set of functions for training (the time is the session's first click) and for scoring (the time is the score's own). They take events as
-arrays and queries as arrays, and never look at an event at or after a query's time. Times are int64 microseconds, UTC; ids are int64 codes.
+These as-of features tell what was known strictly before that time.
+
+One set of functions serves training (the time is the session's first click) and scoring (the time
+is the score's own). They take events as arrays and queries as arrays, and never look at an event at
+or after a query's time. Times are int64 microseconds, UTC. Ids are int64 codes.
 """
 
 from dataclasses import dataclass
@@ -19,12 +22,16 @@ FEATURES_VERSION = 5
 """Raised when the same events give other features or histories: days of one shard set are all of one version."""
 PRIOR_CVR = 0.15
 PRIOR_CLICKS = 20.0
-"""A new listing or user starts at a CVR of 0.15 with the weight of 20 clicks. Constants, not today's rates, so that yesterday's features stay what they were."""
+"""A new listing or user starts at a CVR of 0.15 with the weight of 20 clicks. Constants, not
+today's rates, so that yesterday's features stay what they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """Clicks and orders as codes. `converted_at` is when a click's first credited order came, NEVER = none (yet)."""
+    """Clicks and orders as codes.
+
+    `converted_at` is when a click's first credited order came, NEVER = none (yet).
+    """
 
     click_user: Ints
     click_item: Ints
@@ -39,7 +46,10 @@ class Events:
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """Whom, what and where to describe, as of when: int64 [n] each. A user or store of -1 has no events."""
+    """The users, listings, stores and times to describe.
+
+    Each is int64 [n]. A user or store of -1 has no events.
+    """
 
     user: Ints
     item: Ints
@@ -56,28 +66,40 @@ def _counts(index: TimeIndex, key: Ints, time: Ints) -> Floats:
 
 
 def _counts_and_days(index: TimeIndex, key: Ints, time: Ints) -> tuple[Floats, Floats]:
-    """Events before each time, and days since the last of them (NaN = none)."""
+    """Count events before each time, and days since the last.
+
+    The days are NaN where there is no event.
+    """
     count, _, last = index.count_first_last(key, time)
     return count.astype(np.float32), _days(last, time)
 
 
 def _days(since: Ints, time: Ints) -> Floats:
-    """Days from `since` to `time`; NaN where it is NEVER."""
+    """Return the days from `since` to `time`.
+
+    They are NaN where `since` is NEVER.
+    """
     return np.where(since == NEVER, np.nan, (time - since) / DAY_US).astype(np.float32)
 
 
 def smoothed_cvr(conversions: Floats, clicks: Floats) -> Floats:
-    """(conversions + prior) / (clicks + prior weight), float32 [n]."""
+    """Return the smoothed CVR, float32 [n].
+
+    It is (conversions + prior) / (clicks + prior weight).
+    """
     return ((conversions + np.float32(PRIOR_CVR * PRIOR_CLICKS)) / (clicks + np.float32(PRIOR_CLICKS))).astype(
         np.float32
     )
 
 
 def user_features(events: Events, user: Ints, time: Ints) -> dict[str, Floats]:
-    """Columns of `AUDIENCE_COUNTS` for each (user, time), float32 [n].
+    """Compute columns of `AUDIENCE_COUNTS` for each (user, time).
 
-    Clicks and orders are told as rates. Counts grow with the log for everybody, so a model would read its age from them, and take a new listing among
-    users of long standing for an old one that nobody wants.
+    They are float32 [n].
+
+    Clicks and orders are told as rates. Counts grow with the log for everybody, so a model would
+    read its age from them, and take a new listing among users of long standing for an old one that
+    nobody wants.
     """
     clicks = TimeIndex(events.click_user, events.clicked_at)
     orders = TimeIndex(events.order_user, events.ordered_at)
@@ -111,12 +133,26 @@ def item_features(
     conversion_weight: Ints | None = None,
     order_weight: Ints | None = None,
 ) -> dict[str, Floats]:
-    """Columns of `ITEM_COUNTS` for each query's (item, store, time), float32 [n].
+    """Compute columns of `ITEM_COUNTS` for each query.
+
+    They are for each query's (item, store, time), float32 [n].
 
     Args:
-        listed_at: since when each query's listing is offered, int64 [n] microseconds; NEVER = unknown. At or after the query's time it is not known yet.
-        conversion_item, converted_at: first orders credited to a click.
-        click_weight, conversion_weight, order_weight: how many each of them stands for; None = one.
+        click_item: item of each click.
+        click_store: store of each click.
+        clicked_at: time of each click.
+        conversion_item: item of each first order credited to a click.
+        converted_at: time of each first order credited to a click.
+        order_item: item of each order.
+        order_store: store of each order.
+        ordered_at: time of each order.
+        queries: what to describe, as of when.
+        listed_at: since when each query's listing is offered, int64 [n] microseconds, NEVER =
+            unknown. At or after the query's time it is not known yet.
+        n_stores: number of stores.
+        click_weight: how many clicks each of them stands for. None = one.
+        conversion_weight: how many conversions each of them stands for. None = one.
+        order_weight: how many orders each of them stands for. None = one.
     """
     clicks, first, _ = TimeIndex(click_item, clicked_at, click_weight).count_first_last(queries.item, queries.time)
     n_clicks = clicks.astype(np.float32)
@@ -142,8 +178,11 @@ def item_features(
 
 @dataclass(frozen=True, kw_only=True)
 class ItemAttributes:
-    """What the catalog says of each item code, int64 [items]: codes of subcategory and brand, -1 = unknown, which matches nothing; and `listed_at`,
-    microseconds, NEVER = unknown."""
+    """The catalog's attributes of each item code.
+
+    All are int64 [items]: codes of subcategory and brand, -1 = unknown, which matches nothing, and
+    `listed_at`, microseconds, NEVER = unknown.
+    """
 
     subcategory: Ints
     brand: Ints
@@ -151,12 +190,15 @@ class ItemAttributes:
 
     @property
     def size(self) -> int:
-        """Number of items."""
+        """Return the number of items."""
         return len(self.subcategory)
 
 
 def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> dict[str, Floats]:
-    """Columns of `PAIR_COUNTS` for each query's (user, item, time), float32 [n]."""
+    """Compute columns of `PAIR_COUNTS` for each query.
+
+    They are for each query's (user, item, time), float32 [n].
+    """
     n_groups = 1 + int(max(items.subcategory.max(initial=-1), items.brand.max(initial=-1), 0))
     pair = _pair(queries.user, queries.item, items.size)
     n_clicks, click_days = _counts_and_days(
@@ -195,7 +237,9 @@ def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> di
 def local_hour_weekday(
     time: Ints, store: Ints, store_timezones: list[str]
 ) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Hour (0 to 23) and weekday (0 = Monday) of each time on the clock of its store, int8 [n].
+    """Return each time's hour and weekday in its store.
+
+    The hour (0 to 23) and weekday (0 = Monday) are on the clock of the time's store, int8 [n].
 
     Args:
         time: int64 microseconds, UTC.
@@ -216,7 +260,10 @@ ATTRIBUTES = ("subcategory", "brand", "listed_at")
 
 
 def item_attributes(items: pa.Table) -> ItemAttributes:
-    """Of `ATTRIBUTES`, in the items' order."""
+    """Return the attributes of items with the columns `ATTRIBUTES`.
+
+    They are in the items' order.
+    """
     codes = [pd.factorize(items[name].to_pandas())[0].astype(np.int64) for name in ("subcategory", "brand")]
     listed_at = pc.fill_null(items["listed_at"].cast(pa.int64()), NEVER).to_numpy()
     return ItemAttributes(subcategory=codes[0], brand=codes[1], listed_at=listed_at)

@@ -12,7 +12,10 @@ from schemas.training import CLICKED, NO_HISTORY, PURCHASED
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """The last entries of each query's user, latest first: item code (-1 = padding), kind, hours before; [n, length]."""
+    """The last entries of each query's user, latest first.
+
+    They are item code (-1 = padding), kind and hours before, each [n, length].
+    """
 
     item: Ints
     kind: NDArray[np.int8]
@@ -20,16 +23,22 @@ class History:
 
 
 CLICKS_OF_HISTORY = 4
-"""The latest clicks without a known purchase keep one in so many places of a history; older ones yield theirs to older purchases."""
+"""The latest clicks without a known purchase keep one in so many places of a history. Older ones
+yield theirs to older purchases."""
 
 
 def user_history(events: Events, user: Ints, time: Ints, length: int) -> History:
-    """A user's last purchases and clicks without a known purchase strictly before `time`, at most `length`, latest first.
+    """Return the last entries of each user's history.
 
-    These are the last `length` of both, but a click that is not among the latest `length // 4` clicks yields its place to a purchase before all
-    of them, if there is one: people click several things for each that they buy, and what they bought tells more.
-    A click whose credited order came before `time` is left out, as the purchase itself stands in the list. Ties in time are ordered purchases
-    first, then by item code, so that the result does not depend on the order of files.
+    These are a user's last purchases, and clicks without a known purchase, strictly before `time`,
+    at most `length`, latest first.
+
+    They are the last `length` of both, but a click that is not among the latest `length // 4`
+    clicks yields its place to a purchase before all of them, if there is one. The reason: people
+    click several things for each that they buy, and what they bought tells more. A click whose
+    credited order came before `time` is left out, as the purchase itself stands in the list. Ties
+    in time are ordered purchases first, then by item code, so that the result does not depend on
+    the order of files.
     """
     n_clicks, n_orders = len(events.click_user), len(events.order_user)
     if not n_clicks + n_orders or not len(user):
@@ -50,7 +59,8 @@ def user_history(events: Events, user: Ints, time: Ints, length: int) -> History
     event = index.order[tied]
     index.order[tied] = event[np.lexsort((-item[event], kind[event], index.combined[tied]))]
     start, end = index.bounds(user, time)
-    # Each click left out has its own order, later than the click and before `time`: of the last 2·length events at least `length` stay.
+    # Each click left out has its own order, later than the click and before `time`: of the last
+    # 2·length events at least `length` stay.
     position = end[:, None] - np.arange(1, 2 * length + 1)[None, :]
     inside = position >= start[:, None]
     event = index.order[np.where(inside, position, 0)]

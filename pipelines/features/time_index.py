@@ -1,4 +1,7 @@
-"""Which order is credited to which click. Pure functions on arrays; times are int64 microseconds since 1970, UTC."""
+"""Look up events by key and time.
+
+Pure functions on arrays. Times are int64 microseconds since 1970, UTC.
+"""
 
 import datetime
 
@@ -14,19 +17,24 @@ DAY_US = 24 * HOUR_US
 
 
 def day_of(time: int) -> str:
-    """Date of a time in int64 microseconds, UTC."""
+    """Return the date of a time in int64 microseconds, UTC."""
     return (datetime.date(1970, 1, 1) + datetime.timedelta(days=time // DAY_US)).isoformat()
 
 
 class TimeIndex:
-    """Events sorted by (key, time), for asking what lay before a time under a key.
+    """Events sorted by (key, time).
 
-    Key and time are packed into one int64, so that one `searchsorted` answers all queries at once: the key as its distance from the least one, or its rank
-    where keys are sparse (codes of pairs grow as users × listings); the time as its distance from the first one, or its rank where that would not fit.
+    The index is for asking what lay before a time under a key.
+
+    Key and time are packed into one int64, so that one `searchsorted` answers all queries at once.
+    The key is packed as its distance from the least one, or as its rank where keys are sparse
+    (codes of pairs grow as users × listings). The time is packed as its distance from the first
+    one, or as its rank where that would not fit.
 
     Args:
         key, time: of each event, int64 [n].
-        weight: how many events each of them stands for, int64 [n]; None = one each. Only `count` and `count_first_last` know of it.
+        weight: how many events each of them stands for, int64 [n]. None = one each. Only `count`
+            and `count_first_last` know of it.
     """
 
     def __init__(self, key: Ints, time: Ints, weight: Ints | None = None) -> None:
@@ -55,20 +63,26 @@ class TimeIndex:
         self.starts = np.zeros(width + 1, dtype=np.int64)
         np.cumsum(np.bincount(code, minlength=width), out=self.starts[1:])
         self.before: Ints | None = None
-        """Events before each place of `order`, and in all [n + 1]; None where each counts as one"""
+        """Events before each place of `order`, and in all [n + 1]. None where each counts as one"""
         if weight is not None:
             self.before = np.concatenate([[0], np.cumsum(weight[self.order])])
 
     @classmethod
     def of_asked(cls, asked: Ints, key: Ints, time: Ints) -> "TimeIndex":
-        """Of the events whose key is asked for: to look for a key costs less than to sort its events. `order` counts all events."""
+        """Index only the events whose key is asked for.
+
+        To look for a key costs less than to sort its events. `order` counts all events.
+        """
         wanted = np.flatnonzero(pd.Series(key).isin(asked).to_numpy())
         index = cls(key[wanted], time[wanted])
         index.order = wanted[index.order]
         return index
 
     def _codes(self, key: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """Code of each key, 0 where it has no events, and whether it may have some."""
+        """Return each key's code, and whether it may have events.
+
+        The code is 0 where the key has no events.
+        """
         width = len(self.starts) - 1
         if self.keys is None:
             code = key - self.first
@@ -80,7 +94,11 @@ class TimeIndex:
         return np.where(there, code, 0), there
 
     def bounds(self, key: Ints, time: Ints, *, inclusive: bool = False) -> tuple[Ints, Ints]:
-        """First and one-past-last position (into `order`) of the events of `key` before `time`, or up to and including it."""
+        """Return where the events of `key` before `time` lie.
+
+        These are the first and one-past-last position (into `order`) of the events of `key` before
+        `time`, or up to and including it.
+        """
         code, there = self._codes(key)
         if self.times is None:
             at = np.clip(time - self.low + inclusive, 0, self.span - 1)
@@ -91,14 +109,18 @@ class TimeIndex:
         return start, np.where(there, end, start)
 
     def count(self, key: Ints, time: Ints) -> Ints:
-        """Events of `key` strictly before `time`."""
+        """Count the events of `key` strictly before `time`."""
         return self._between(*self.bounds(key, time))
 
     def _between(self, start: Ints, end: Ints) -> Ints:
         return end - start if self.before is None else self.before[end] - self.before[start]
 
     def count_first_last(self, key: Ints, time: Ints) -> tuple[Ints, Ints, Ints]:
-        """`count`, and the times of the first and the last of these events; NEVER where there is none."""
+        """Return `count`, and the first and last of these times.
+
+        These are the times of the first and the last of the counted events. They are NEVER where
+        there is none.
+        """
         start, end = self.bounds(key, time)
         some = end > start
         first, last = np.full(len(start), NEVER), np.full(len(start), NEVER)
@@ -107,8 +129,12 @@ class TimeIndex:
 
 
 def _order(code: Ints, width: int, time: Ints) -> Ints:
-    """Events by (code, time), those of both alike as they came; codes lie below `width`. Logs come in order of time or nearly so, and numpy sorts 16 bits without comparing: on
-    300,000 events a quarter to half of the time of sorting (code, time) packed into one number."""
+    """Return the order of events by (code, time).
+
+    Events that are alike in both stay as they came. Codes lie below `width`. Logs come in order of
+    time or nearly so, and numpy sorts 16 bits without comparing. On 300,000 events this takes a
+    quarter to half of the time of sorting (code, time) packed into one number.
+    """
     by_time = None if (time[1:] >= time[:-1]).all() else np.argsort(time, kind="stable")
     rest = code if by_time is None else code[by_time]
     order = np.argsort((rest & 0xFFFF).astype(np.uint16), kind="stable")

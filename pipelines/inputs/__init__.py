@@ -1,1 +1,1 @@
-"""What users hand in: catalog, stores, users, logs, photos; and stored contents."""
+"""The input tables: catalog, stores, users, logs, photos, stored contents."""

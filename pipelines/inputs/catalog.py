@@ -1,4 +1,7 @@
-"""The catalog, cleaned: one rule for every stage that reads it, whether a bucket at a time or whole."""
+"""The cleaned catalog.
+
+One rule holds for every stage that reads it, whether a bucket at a time or whole.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -11,11 +14,15 @@ from schemas.contract import conform
 from schemas.rejects import REJECTS
 
 FILE, ROW = "__file", "__row"
-"""Where a row came from: kept beside the rows until duplicates are decided, so that the decision does not depend on reading order."""
+"""Where a row came from: kept beside the rows until duplicates are decided, so that the decision
+does not depend on reading order."""
 
 
 def add_origin(where: Slice, table: pa.Table) -> pa.Table:
-    """The catalog's own columns with each row's file and row number (from 0) beside them."""
+    """Add each row's file and row number to its columns.
+
+    Returned are the catalog's own columns with the file and the row number (from 0) beside them.
+    """
     rows = pa.array(np.arange(where.first_row, where.first_row + table.num_rows))
     files = pa.DictionaryArray.from_arrays(
         pa.array(np.zeros(table.num_rows, dtype=np.int32)), pa.array([where.file])
@@ -24,10 +31,12 @@ def add_origin(where: Slice, table: pa.Table) -> pa.Table:
 
 
 def drop_duplicates(stage: str, table: pa.Table) -> tuple[pa.Table, pa.Table, int]:
-    """One row per item_id: (rows ordered by item_id, rejects, number of exact copies).
+    """Reduce a table to one row per item_id.
 
-    Exact copies collapse (a NaN is a copy of a NaN). Of rows that share an item_id and differ, the first by file and row number stays and the
-    others are rejects.
+    Returns (rows ordered by item_id, rejects, number of exact copies).
+
+    Exact copies collapse (a NaN is a copy of a NaN). Of rows that share an item_id and differ, the
+    first by file and row number stays and the others are rejects.
     """
     table = table.sort_by([("item_id", "ascending"), (FILE, "ascending"), (ROW, "ascending")])
     ids = table["item_id"]
@@ -56,7 +65,8 @@ def drop_duplicates(stage: str, table: pa.Table) -> tuple[pa.Table, pa.Table, in
     rows_here, rows_there = here.take(pa.array(conflicts)), there.take(pa.array(conflicts))
     keys = [f"catalog:{item}" for item in rows_here["item_id"].to_pylist()]
     details = [
-        f"{file}: row {row}: column 'item_id': '{item}' stands already in {other_file}: row {other_row}, with another {', '.join(differs[index])}. "
+        f"{file}: row {row}: column 'item_id': '{item}' stands already in {other_file}: row "
+        f"{other_row}, with another {', '.join(differs[index])}. "
         "Give each listing its own item_id, or leave one row out."
         for index, file, row, item, other_file, other_row in zip(
             conflicts,
@@ -73,7 +83,11 @@ def drop_duplicates(stage: str, table: pa.Table) -> tuple[pa.Table, pa.Table, in
 
 
 def read_catalog(stage: str, source: Source) -> tuple[pa.Table, pa.Table, dict[str, int]]:
-    """The whole cleaned catalog in memory: (rows ordered by item_id, rejects, counts). About 300 bytes a listing, photos' bytes left out."""
+    """Read the whole cleaned catalog into memory.
+
+    Returns (rows ordered by item_id, rejects, counts). It takes about 300 bytes a listing, photos'
+    bytes left out.
+    """
     kept, rejects = [], []
     for where in list_slices(source):
         good, bad = drop_unusable(stage, where, add_origin(where, read_slice(where, CATALOG)), CATALOG)

@@ -1,4 +1,4 @@
-"""Copy embeddings out of the store into a run's own `contents/`."""
+"""Copy embeddings from the store into a run's `contents/`."""
 
 import sys
 from collections.abc import Iterator
@@ -42,9 +42,9 @@ def plan_contents(
 ) -> list[ContentJob]:
     """Plan how the embeddings of `wanted` keys are copied.
 
-    Keys that a file of `present` holds already are left out. All jobs together are one pass over the store's parts: in
-    order of keys, which are hashes and lie in all parts, they would be as many passes as there are files. Each job's
-    keys are written under `directory`.
+    Keys that a file of `present` holds already are left out. All jobs together are one pass over
+    the store's parts: in order of keys, which are hashes and lie in all parts, they would be as
+    many passes as there are files. Each job's keys are written under `directory`.
     """
     key, table = f"{kind[:-1]}_key", f"{kind[:-1]}_embeddings"
     stored = read_stored(store, table, [key])
@@ -82,9 +82,10 @@ def plan_contents(
 def copy_contents(job: ContentJob, directory: str) -> FileRecord:
     """Copy a job's rows into one Arrow IPC file.
 
-    It is not compressed, so that a reader can map it and gather rows without decoding. Columns: the content key, in
-    order, and `embedding` as fixed_size_binary (float16, shape in the field's metadata). The file is named by its keys:
-    a job that is done again, by a retried bundle or after a crash, writes the same file again.
+    It is not compressed, so that a reader can map it and gather rows without decoding. Columns: the
+    content key, in order, and `embedding` as fixed_size_binary (float16, shape in the field's
+    metadata). The file is named by its keys: a job that is done again, by a retried bundle or after
+    a crash, writes the same file again.
 
     Raises:
         RuntimeError: the store's parts no longer have all that was planned.
@@ -110,7 +111,9 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
         missing[found] = False
     if rows is None or field is None or missing.any():
         raise RuntimeError(
-            f"{', '.join(path for path, _ in job.groups)}: {missing.sum():,} of {len(wanted):,} contents that were there a moment ago are not ({wanted[int(np.argmax(missing))]} is the first)."
+            f"{', '.join(path for path, _ in job.groups)}: {missing.sum():,} of "
+            f"{len(wanted):,} contents that were there a moment ago are not "
+            f"({wanted[int(np.argmax(missing))]} is the first)."
         )
     path = files.join(directory, f"part-{chunk_name(CONTENTS, wanted.to_pylist())}.arrow")
     schema = pa.schema([pa.field(key, pa.string()), pa.field("embedding", field.type, metadata=field.metadata)])
@@ -121,7 +124,10 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
 
 
 def _read_batches(job: ContentJob, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Some columns of a job's row groups, `ROW_GROUP` rows at a time."""
+    """Yield some columns of a job's row groups in batches.
+
+    A batch has `ROW_GROUP` rows at a time.
+    """
     for path, groups in job.groups:
         with files.open_read(path) as source:
             # Read ahead, each of the reading threads would keep 33 MB for good.
@@ -153,9 +159,13 @@ class CopyContents(beam.DoFn):
 def contents_jobs(
     store: Manifest, items: pa.Table, latest: Manifest | None, root: str, run_directory: str
 ) -> tuple[list[PlacedJob], list[FileRecord]]:
-    """What is still to be copied into `root`/contents/KIND/FINGERPRINT/, and the files of the last run that stay in use.
+    """List what is still to be copied into `contents/`.
 
-    Contents are only ever added; those of another encoder lie in another directory and are not used.
+    The directory is `root`/contents/KIND/FINGERPRINT/. Returned beside the jobs are the files of
+    the last run that stay in use.
+
+    Contents are only ever added. Those of another encoder lie in another directory and are not
+    used.
     """
     jobs: list[PlacedJob] = []
     kept: list[FileRecord] = []
@@ -184,7 +194,10 @@ def contents_jobs(
 
 
 def _is_whole(record: FileRecord) -> bool:
-    """Tell whether a contents file can stay in use; what was in one that cannot is copied from the store again."""
+    """Tell whether a contents file can stay in use.
+
+    The contents of one that cannot are copied from the store again.
+    """
     try:
         check_records([record], "Its embeddings are copied again from the store.")
     except DamagedError as error:

@@ -1,4 +1,7 @@
-"""The catalog joined with its embeddings' keys and quality figures: the `items` table that shards and score share."""
+"""The catalog joined with its embeddings' keys and quality figures.
+
+This is the `items` table that shards and score share.
+"""
 
 import numpy as np
 import pandas as pd
@@ -18,8 +21,9 @@ from schemas.training import ITEMS
 def read_stored(manifest: Manifest, table: str, columns: list[str]) -> pa.Table:
     """Read columns, not the embeddings, of a store table.
 
-    One row per content key: the first by path wins where a retry wrote a key twice. Beside the columns `part` and
-    `group`: the number of the part among the sorted paths, and of the row group in it.
+    One row per content key: the first by path wins where a retry wrote a key twice. Beside the
+    columns `part` and `group`: the number of the part among the sorted paths, and of the row group
+    in it.
     """
     paths = sorted(manifest.paths(table))
     pieces = []
@@ -62,10 +66,13 @@ AS_THEY_ARE = (
 
 
 def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, pa.Table, dict[str, int]]:
-    """The `items` table of a catalog under a pinned store run: (items ordered by item_id, rejects, counts).
+    """Load the `items` table of a catalog.
+
+    The embedding store's run is pinned. Returns (items ordered by item_id, rejects, counts).
 
     Raises:
-        InputError: listings of the catalog were never embedded, or have another title or photo address since.
+        InputError: listings of the catalog were never embedded, or have another title or photo
+            address since.
     """
     catalog, rejects, counts = read_catalog(stage, source)
     names = ["item_id", "title_key", "image_key", "image_uri"]
@@ -75,7 +82,8 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
     if row.null_count:
         missing = catalog["item_id"].filter(pc.is_null(row))
         raise InputError(
-            f"{source.files[0]}: {len(missing):,} of {catalog.num_rows:,} listings are not in the embedding store (item_id '{missing[0]}' is the first). "
+            f"{source.files[0]}: {len(missing):,} of {catalog.num_rows:,} listings are not in "
+            f"the embedding store (item_id '{missing[0]}' is the first). "
             "Run `camenn embed` on this catalog first."
         )
     keys = keys.take(row.combine_chunks())
@@ -89,7 +97,9 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
         if other.any():
             # What is published would stand beside another photo or title than it was computed from.
             raise InputError(
-                f"{source.files[0]}: column '{name}' of {other.sum():,} of {catalog.num_rows:,} listings is not what was embedded (item_id '{catalog['item_id'][int(np.argmax(other))]}' is the first). "
+                f"{source.files[0]}: column '{name}' of {other.sum():,} of "
+                f"{catalog.num_rows:,} listings is not what was embedded (item_id "
+                f"'{catalog['item_id'][int(np.argmax(other))]}' is the first). "
                 "Run `camenn embed` on this catalog first."
             )
     images = read_stored(store, "image_embeddings", ["image_key", "blur", "luminance", "width", "height"])
@@ -116,7 +126,10 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
 
 
 def relative_price(price: pa.ChunkedArray, subcategory: pa.ChunkedArray) -> pa.Array:
-    """log(price / median price of the subcategory), float32 [n]; null where the price is unknown or not positive."""
+    """Compute log(price / median price of the subcategory), float32 [n].
+
+    It is null where the price is unknown or not positive.
+    """
     frame = pd.DataFrame(
         {"price": price.to_pandas().to_numpy(dtype=np.float64), "group": subcategory.to_pandas().fillna("")}
     )

@@ -1,4 +1,7 @@
-"""Read click and order logs: clean events, times in UTC, and codes instead of texts."""
+"""Read click and order logs.
+
+Read are clean events, times in UTC, and codes instead of texts.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,9 +35,13 @@ def time_column(contract: Contract) -> str:
 def drop_impossible(
     stage: str, where: Slice, table: pa.Table, contract: Contract, latest: int
 ) -> tuple[pa.Table, pa.Table]:
-    """(events to keep, rejects): without those that `find_unusable` finds and those whose time cannot be.
+    """Split off unusable events and those with an impossible time.
 
-    One time in the future would end the log there: windows that are open would count as closed, and days that are to come as final.
+    Returns (events to keep, rejects). Left out are those that `find_unusable` finds and those whose
+    time cannot be.
+
+    One time in the future would end the log there: windows that are open would count as closed, and
+    days that are to come as final.
     """
     name = time_column(contract)
     times = table[name].cast(pa.int64()).fill_null(EARLIEST).to_numpy()
@@ -42,7 +49,9 @@ def drop_impossible(
         "impossible_time",
         ~can_be(times, latest),
         lambda row: (
-            f"column '{name}' is {np.datetime64(int(times[row]), 'us')}: before {np.datetime64(EARLIEST, 'us')} or after {np.datetime64(latest, 'us')}, a day from now. "
+            f"column '{name}' is {np.datetime64(int(times[row]), 'us')}: before "
+            f"{np.datetime64(EARLIEST, 'us')} or after {np.datetime64(latest, 'us')}, a day "
+            "from now. "
             "Write times in microseconds, UTC, or leave the row out."
         ),
     )
@@ -50,7 +59,11 @@ def drop_impossible(
 
 
 class CleanEvents(beam.DoFn):
-    """(Slice, rows) → rows that have what is required and whose time can be (up to `latest`), with SLICE; rejects and counts beside."""
+    """A step that drops unusable events from each slice.
+
+    (Slice, rows) → rows that have what is required and whose time can be (up to `latest`), with
+    SLICE. Rejects and counts are emitted beside.
+    """
 
     def __init__(self, stage: str, contract: Contract, latest: int) -> None:
         self.stage = stage
@@ -71,10 +84,14 @@ class CleanEvents(beam.DoFn):
 
 @dataclass(frozen=True)
 class CleanLog:
-    """Events of a log that count: each user's in order of time and key, all in order of time."""
+    """The events of a log that count.
+
+    Each user's are in order of time and key, and all are in order of time.
+    """
 
     events: pd.DataFrame
-    """Columns of the contract but for those of its key alone; times are int64 microseconds, texts codes, int64, of the values in `texts`"""
+    """Columns of the contract but for those of its key alone. Times are int64 microseconds, texts
+    codes, int64, of the values in `texts`"""
     texts: dict[str, pa.Array]
     """Column → its values, string"""
     rejects: pa.Table
@@ -85,8 +102,9 @@ class CleanLog:
 def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
     """Collapse exact copies of events.
 
-    Of a user's clicks that share an exposure_id and differ, the first by time and values stays and the others are rejects; those of two users are
-    not compared, as users are read in buckets and the answer must not depend on which share one.
+    Of a user's clicks that share an exposure_id and differ, the first by time and values stays and
+    the others are rejects. Those of two users are not compared, as users are read in buckets and
+    the answer must not depend on which share one.
     """
     time = time_column(contract)
     times = table[time].cast(pa.int64()).to_numpy()
@@ -111,11 +129,14 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
         rows = to_frame(table.take(pa.array(order)), ["user_id", "exposure_id", "item_id"])
         again = rows.duplicated(["user_id", "exposure_id"]).to_numpy()
         if again.any():
-            # Which file it came from is not known here: kept logs are of row groups, whichever file they lie in. User, item and time find the row.
+            # Which file it came from is not known here: kept logs are of row groups, whichever file
+            # they lie in. User, item and time find the row.
             left_out = rows[again].assign(at=times[order[again]].view("datetime64[us]"))
             details = [
-                f"table 'clicks': column 'exposure_id': '{row.exposure_id}' stands on different clicks of user_id '{row.user_id}'. "
-                f"Left out is the one on item_id '{row.item_id}' at {row.at.isoformat()}. Give each exposure its own id."
+                f"table 'clicks': column 'exposure_id': '{row.exposure_id}' stands on "
+                f"different clicks of user_id '{row.user_id}'. "
+                f"Left out is the one on item_id '{row.item_id}' at {row.at.isoformat()}. "
+                "Give each exposure its own id."
                 for row in left_out.itertuples()
             ]
             keys = [f"clicks:{exposure}" for exposure in left_out["exposure_id"]]
@@ -135,13 +156,20 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
 
 
 def to_frame(table: pa.Table, names: list[str]) -> pd.DataFrame:
-    """Some columns for pandas, texts as Arrow's strings, which pandas' own would cost a Python object each."""
+    """Convert some columns to pandas.
+
+    Texts are held as Arrow's strings, since pandas' own would cost a Python object each.
+    """
     table = pa.table({name: without_dictionary(table[name]) for name in names})
     return table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
 
 
 def encode_texts(*columns: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """(code of each value of some columns one after another, int64, equal for equal strings; the values of the codes). Texts may be dictionary-encoded."""
+    """Encode the texts of some columns as integer codes.
+
+    Returned are the code of each value of the columns, one after another, int64, and the values of
+    the codes. Codes are equal for equal strings. Texts may be dictionary-encoded.
+    """
     chunks: list[pa.Array] = []
     for column in columns:
         coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
@@ -153,26 +181,39 @@ def encode_texts(*columns: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.A
 
 
 def share_codes(clicks: CleanLog, orders: CleanLog, name: str) -> tuple[np.ndarray, np.ndarray, pa.Array]:
-    """One column of both logs under the same codes: those of each one's own codes, int64, and their values."""
+    """Encode one column of both logs under the same codes.
+
+    Returned are the codes of each log's own codes, int64, and their values.
+    """
     both, values = encode_texts(clicks.texts[name], orders.texts[name])
     edge = len(clicks.texts[name])
     return both[:edge], both[edge:], values
 
 
 def first_of_each(codes: np.ndarray) -> np.ndarray:
-    """Whether each code stands there for the first time, bool [n]; codes are numbered as they come, from 0."""
+    """Mark each code's first appearance, bool [n].
+
+    Codes are numbered as they come, from 0.
+    """
     return np.diff(np.maximum.accumulate(codes), prepend=-1) > 0
 
 
 def item_codes(log: CleanLog, known: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Row of each event's listing in `known`, int64 [n]; -1 = not there."""
+    """Find each event's listing in `known`.
+
+    Returned is its row, int64 [n], where -1 means that it is not there.
+    """
     value_set = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
     found = pc.fill_null(pc.index_in(log.texts["item_id"], value_set=value_set), -1)
     return found.to_numpy(zero_copy_only=False).astype(np.int64)[log.events["item_id"].to_numpy()]
 
 
 def usable_orders(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
-    """Orders that feed labels and counts, with their `item` code: known by `as_of`, of a listing of the catalog, not returned."""
+    """Select the orders that feed labels and counts.
+
+    They come with their `item` code. They are known by `as_of`, of a listing of the catalog, and
+    not returned.
+    """
     orders = log.events.assign(item=item_codes(log, known))
     orders = outcomes.keep(orders, (orders["ordered_at"] <= as_of).to_numpy(dtype=bool), "after_as_of")
     orders = outcomes.keep(orders, (orders["quantity"] > 0).to_numpy(dtype=bool), "returns")
@@ -180,19 +221,27 @@ def usable_orders(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, 
 
 
 def usable_clicks(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
-    """Clicks that feed counts and examples, with their `item` code, their `session` and its start (its first click, `session_start`)."""
+    """Select the clicks that feed counts and examples.
+
+    They come with their `item` code, their `session` and its start (its first click,
+    `session_start`).
+    """
     clicks = log.events.assign(item=item_codes(log, known))
     clicks = outcomes.keep(clicks, (clicks["clicked_at"] <= as_of).to_numpy(dtype=bool), "after_as_of")
     sessions = max(1, len(log.texts["session_id"]))
     session = pd.factorize(clicks["user_id"].to_numpy() * np.int64(sessions) + clicks["session_id"].to_numpy())[0]
-    # The session starts at its first click, whether or not the catalog knows that click's listing; clicks are in order of time.
+    # The session starts at its first click, whether or not the catalog knows that click's listing;
+    # clicks are in order of time.
     start = clicks["clicked_at"].to_numpy()[first_of_each(session)][session]
     clicks = clicks.assign(session=session, session_start=start)
     return outcomes.keep(clicks, (clicks["item"] >= 0).to_numpy(dtype=bool), "unknown_item")
 
 
 def read_times(source: Source, latest: int) -> np.ndarray:
-    """The times of a log, int64 microseconds, nulls and those that cannot be left out: eight bytes a row in the submitting process.
+    """Read the times of a log, int64 microseconds.
+
+    Nulls and those that cannot be are left out. It takes eight bytes a row in the submitting
+    process.
 
     Raises:
         InputError: times finer than microseconds.

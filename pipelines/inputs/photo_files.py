@@ -1,6 +1,9 @@
-"""The one door to a catalog's photos: which addresses are let in, and how what lies there is opened.
+"""The only access to a catalog's photos.
 
-`image_uri` comes with the catalog, from whoever writes listings. It reads nothing beyond `--image_root`, nothing that is no file, and no more than a photo's bytes.
+It decides which addresses are let in, and how what lies there is opened.
+
+`image_uri` comes with the catalog, from whoever writes listings. It reads nothing beyond
+`--image_root`, nothing that is no file, and no more than a photo's bytes.
 """
 
 import errno
@@ -42,26 +45,34 @@ RealDirectory = Callable[[str], str]
 class UriDefect(Defect):
     """An address that is not read.
 
-    `reason`: unsupported_scheme, outside_root or malformed_uri. `detail`: column, value and remedy, for a person.
+    `reason`: unsupported_scheme, outside_root or malformed_uri. `detail`: column, value and remedy,
+    for a person.
     """
 
 
 class FileDefect(Defect):
-    """What lies at an address and is no photo, whatever its bytes are.
+    """A defect of something that is no photo.
 
-    `reason`: not_a_file or too_many_bytes. `detail`: what was found and what to do, for a person; the caller knows the address and puts it before.
+    It is none whatever its bytes are.
+
+    `reason`: not_a_file or too_many_bytes. `detail`: what was found at the address and what to do,
+    for a person. The caller knows the address and puts it before.
     """
 
 
 def resolve_uri(uri: str, image_root: str, allow_absolute: bool, real_directory: RealDirectory | None = None) -> str:
-    """Return the path to open for a catalog's `image_uri`, which lies under `image_root`.
+    """Return the path to open for a catalog's `image_uri`.
 
-    An address of gs:// or s3:// is as it stands, and lies under an `image_root` of that scheme, bucket and prefix, or nowhere. With `allow_absolute`, an
-    address may lead out of `image_root`, or have nothing to do with it. Whether the file is there is not asked.
+    The path lies under `image_root`.
+
+    An address of gs:// or s3:// is as it stands, and lies under an `image_root` of that scheme,
+    bucket and prefix, or nowhere. With `allow_absolute`, an address may lead out of `image_root`,
+    or have nothing to do with it. Whether the file is there is not asked.
 
     Raises:
-        UriDefect: another scheme, or one whose library is not installed; an address that leaves `image_root` (by '..', from the file system's root, through
-        a symbolic link, to another bucket); or no path at all.
+        UriDefect: another scheme, or one whose library is not installed. Also an address that
+            leaves `image_root` (by '..', from the file system's root, through a symbolic link, to
+            another bucket), or no path at all.
     """
     column = f"column 'image_uri': '{uri[:200]}'"
     if not uri.strip() or "\0" in uri:
@@ -94,7 +105,10 @@ def resolve_uri(uri: str, image_root: str, allow_absolute: bool, real_directory:
 
 
 def _resolve_object(uri: str, column: str, image_root: str, allow_absolute: bool) -> str:
-    """An address in an object store, or one relative to a root that lies there."""
+    """Resolve an address in an object store.
+
+    It may also be one relative to a root that lies there.
+    """
     remedy = "Copy the photo under --image_root, or pass --allow_absolute."
     if os.path.isabs(uri):
         if not allow_absolute:
@@ -134,7 +148,9 @@ def _is_below(path: str, directory: str) -> bool:
 
 
 def check_root_scheme(image_root: str) -> None:
-    """Refuse, before any work is done, a root from which no photo could be read.
+    """Refuse a root from which no photo could be read.
+
+    This is done before any work is.
 
     Raises:
         InputError: another scheme than gs:// and s3://, or one whose library is not installed.
@@ -153,19 +169,26 @@ def check_root_scheme(image_root: str) -> None:
 
 @functools.cache
 def missing_library(scheme: str) -> str | None:
-    """What this installation lacks for an object store's scheme, and how to install it; None where nothing is."""
+    """Tell which library an object store's scheme lacks here.
+
+    The text says what this installation lacks and how to install it. It is None where nothing is
+    lacking.
+    """
     if scheme == "s3" and importlib.util.find_spec("boto3") is None:
         return "boto3 is not installed, which reads s3://. Install it: pip install boto3"
     try:
         FileSystems.get_filesystem(f"{scheme}://bucket/object")
     except ValueError:
-        return f"Google's client libraries are not installed, which read {scheme}://. Install them: pip install 'camenn[gcp]' -c constraints.txt"
+        return (
+            f"Google's client libraries are not installed, which read {scheme}://. Install them: "
+            "pip install 'camenn[gcp]' -c constraints.txt"
+        )
     return None
 
 
 @dataclass(frozen=True)
 class PhotoFiles:
-    """Reads photos by the addresses that a catalog gives.
+    """A reader of photos by the addresses of a catalog.
 
     Args:
         image_root: directory or gs:// or s3:// prefix that addresses are relative to.
@@ -176,14 +199,18 @@ class PhotoFiles:
     allow_absolute: bool
 
     def resolve(self, uri: str, real_directory: RealDirectory | None = None) -> str:
-        """The path of a photo. Raises as `resolve_uri` does."""
+        """Return the path of a photo.
+
+        It raises as `resolve_uri` does.
+        """
         return resolve_uri(uri, self.image_root, self.allow_absolute, real_directory)
 
     def read(self, path: str) -> bytes:
-        """The bytes of a photo whose path `resolve` gave.
+        """Read the bytes of a photo whose path `resolve` gave.
 
         Raises:
-            UriDefect: the file that was opened lies elsewhere: a link was put on the way to it in between.
+            UriDefect: the file that was opened lies elsewhere: a link was put on the way to it in
+                between.
             FileDefect: it is no file, or larger than a photo may be.
             OSError: it is not there, or cannot be read.
         """
@@ -197,10 +224,13 @@ class PhotoFiles:
 
 
 def photo_status(path: str) -> tuple[int, float]:
-    """Bytes and time of the last change (seconds since 1970, UTC) of a photo, which is not opened.
+    """Return a photo's size and time without opening it.
+
+    They are its bytes and the time of its last change (seconds since 1970, UTC).
 
     Raises:
-        FileDefect: it is no file, or larger than a photo may be. OSError: it is not there, or cannot be looked at.
+        FileDefect: it is no file, or larger than a photo may be.
+        OSError: it is not there, or cannot be looked at.
     """
     if files.is_local(path):
         status = os.stat(path)
@@ -214,10 +244,14 @@ def photo_status(path: str) -> tuple[int, float]:
 
 
 def read_photo(path: str, within: str | None = None) -> bytes:
-    """The bytes of a photo; of what is larger than a photo may be, one byte more than that is read and no more.
+    """Read the bytes of a photo.
+
+    Of what is larger than a photo may be, one byte more than that is read and no more.
 
     Args:
-        within: where a directory lies, as the kernel knows it, that a local file must lie in once it is open.
+        path: of the photo.
+        within: where a directory lies, as the kernel knows it, that a local file must lie in once
+            it is open.
 
     Raises:
         UriDefect, FileDefect, OSError: see `PhotoFiles.read`.
@@ -262,7 +296,10 @@ def _check_size(size: int) -> None:
 
 
 def _path_of(descriptor: int) -> str | None:
-    """Where an open file lies, as the kernel knows it; None where it does not tell."""
+    """Return an open file's path as the kernel knows it.
+
+    It is None where the kernel does not tell.
+    """
     get_path = getattr(fcntl, "F_GETPATH", None)
     if get_path is not None:
         return os.fsdecode(fcntl.fcntl(descriptor, get_path, bytes(1024)).rstrip(b"\0"))

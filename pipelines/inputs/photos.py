@@ -1,5 +1,7 @@
-"""Photos as arrays: decoding, grid patches and quality. Pure functions; what is wrong with a photo is a value with a
-reason."""
+"""Photos as arrays: decoding, grid patches and quality.
+
+All are pure functions. What is wrong with a photo is a value with a reason.
+"""
 
 import re
 import struct
@@ -13,12 +15,13 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""Formats that are tried; the rarer ones of Pillow are left closed."""
+"""Formats that are tried. The rarer ones of Pillow are left closed."""
 
 # Pillow loads the decoders of WebP, TIFF and AVIF only when it is asked to, and does not know them by name before.
 Image.init()
 
-# Pillow warns of odd tags and large sizes, and names no photo: noise in the logs, and an exception under python -W error.
+# Pillow warns of odd tags and large sizes, and names no photo: noise in the logs, and an exception
+# under python -W error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # First bytes that only photos have: who begins so and cannot be opened is a broken photo, not another kind of file.
@@ -27,7 +30,7 @@ _SIGNATURE = re.compile(
 )
 
 _QUALITY_SIDE = 256
-"""px; photos are compared in sharpness at one size."""
+"""px. Photos are compared in sharpness at one size."""
 
 # What Pillow's decoders raise on bytes that are broken, never on good ones: tags of the wrong type or number included.
 _BROKEN = (
@@ -66,7 +69,10 @@ _TURNS = {
 
 
 class Defect(ValueError):
-    """Why something cannot be used: a short, stable `reason`, and `detail` for a person."""
+    """A reason why something cannot be used.
+
+    It has a short, stable `reason`, and `detail` for a person.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -80,15 +86,15 @@ class Defect(ValueError):
 class ImageDefect(Defect):
     """A photo that cannot be used.
 
-    `reason`: empty_image, too_many_bytes, too_many_pixels, not_an_image, truncated_image, corrupt_image or
-    unsupported_mode. `detail`: what was found and what to do, for a person; the caller knows the address and puts it
-    before.
+    `reason`: empty_image, too_many_bytes, too_many_pixels, not_an_image, truncated_image,
+    corrupt_image or unsupported_mode. `detail`: what was found and what to do, for a person. The
+    caller knows the address and puts it before.
     """
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused before a single pixel is decoded."""
+    """Limits that are checked before a single pixel is decoded."""
 
     bytes: int = 32 * 2**20
     pixels: int = 64_000_000
@@ -109,10 +115,10 @@ class DecodedImage(NamedTuple):
 
 
 class ImageQuality(NamedTuple):
-    """What a photo looks like, without knowing what it shows."""
+    """Figures of a photo's looks, without knowing what it shows."""
 
     blur: float
-    """variance of the Laplacian of the grey photo at 256 × 256 px, values 0 to 255; low = blurred
+    """variance of the Laplacian of the grey photo at 256 × 256 px, values 0 to 255. Low = blurred
 
     (Pech-Pacheco et al. 2000)."""
     luminance: float
@@ -127,11 +133,13 @@ class ImageQuality(NamedTuple):
 
 
 def decode_image(data: bytes, side: int, limits: Limits = LIMITS) -> DecodedImage:
-    """Decode, turn upright, convert to RGB and resize (bicubic, antialiased, without keeping the aspect) to side × side
-    px.
+    """Decode a photo into RGB of side × side px.
 
-    Of an animation the first frame counts; transparency becomes white; JPEGs are decoded at a reduced scale where that
-    suffices.
+    It is turned upright, converted to RGB and resized (bicubic, antialiased, without keeping the
+    aspect).
+
+    Of an animation the first frame counts. Transparency becomes white. JPEGs are decoded at a
+    reduced scale where that suffices.
 
     Raises:
         ImageDefect: the bytes are beyond `limits`, which is checked before decoding, or no photo.
@@ -165,7 +173,10 @@ def decode_image(data: bytes, side: int, limits: Limits = LIMITS) -> DecodedImag
 
 
 class _Tape(BytesIO):
-    """Remembers whether more was asked of it than there is."""
+    """A file that remembers reads beyond its end.
+
+    It tells whether more was asked of it than there is.
+    """
 
     short = False
 
@@ -196,7 +207,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 
 def _decode(image: ImageFile.ImageFile, side: int) -> np.ndarray:
-    """First frame, RGB, uint8 [side, side, 3]."""
+    """Decode the first frame, RGB, uint8 [side, side, 3]."""
     try:
         image.draft("RGB", (side, side))
         _drop_texts(image)
@@ -209,9 +220,10 @@ def _decode(image: ImageFile.ImageFile, side: int) -> np.ndarray:
 
 
 def resize(image: Image.Image, side: int) -> np.ndarray:
-    """An RGB photo as uint8 [side, side, 3]: bicubic, antialiased.
+    """Resize an RGB photo to uint8 [side, side, 3], bicubic.
 
-    torch's, which is Pillow's to two of 255 and takes a third of its time.
+    The method is torch's, which is Pillow's to two of 255 and takes a third of its time. It is
+    antialiased.
     """
     import torch
     from torch.nn.functional import interpolate
@@ -249,11 +261,13 @@ def _name_damage(error: Exception | str, cut: bool = False) -> ImageDefect:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any photo's mode to RGB: 16 bits a channel are scaled to 8, transparency is laid over white.
+    """Convert any photo's mode to RGB.
+
+    16 bits a channel are scaled to 8, and transparency is laid over white.
 
     Raises:
-        ImageDefect: unsupported_mode, for values whose range is not known (floats, 32-bit integers) or colour spaces
-        Pillow cannot convert.
+        ImageDefect: unsupported_mode, for values whose range is not known (floats, 32-bit integers)
+            or colour spaces Pillow cannot convert.
     """
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
@@ -283,7 +297,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 where the tag is absent or unreadable: the pixels are good all the same."""
+    """Return the EXIF orientation, 1 to 8.
+
+    It is 1 where the tag is absent or unreadable: the pixels are good all the same.
+    """
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _BROKEN:
@@ -295,7 +312,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def grid_patches(image: np.ndarray, grid: int, size: int) -> np.ndarray:
-    """Cut uint8 [grid·size, grid·size, 3] into uint8 [grid·grid, size, size, 3], row by row from the top left.
+    """Cut a square image into a grid of patches.
+
+    uint8 [grid·size, grid·size, 3] becomes uint8 [grid·grid, size, size, 3], row by row from the
+    top left.
 
     Raises:
         ValueError: the image is not of that size.
@@ -309,7 +329,7 @@ def grid_patches(image: np.ndarray, grid: int, size: int) -> np.ndarray:
 
 
 def image_quality(image: DecodedImage) -> ImageQuality:
-    """Blur, luminance and size of a decoded photo."""
+    """Measure blur, luminance and size of a decoded photo."""
     small = Image.fromarray(image.pixels).convert("L").resize((_QUALITY_SIDE, _QUALITY_SIDE), Image.Resampling.BILINEAR)
     # Integers of 16 bits hold every value, and are the fastest.
     grey = np.asarray(small, dtype=np.int16)

@@ -1,4 +1,7 @@
-"""Users and stores: optional tables, small enough to be held whole."""
+"""Users and stores, two optional tables.
+
+They are small enough to be held whole.
+"""
 
 import zoneinfo
 
@@ -27,7 +30,8 @@ def _check_key(source: Source, table: pa.Table, key: str) -> None:
     if table[key].null_count:
         where = locate_row(source, pc.index(pc.is_null(table[key]), value=True).as_py())
         raise InputError(
-            f"{where}: column '{key}' of table '{source.contract.name}' is null or blank. Give it a value or leave the row out."
+            f"{where}: column '{key}' of table '{source.contract.name}' is null or blank. "
+            "Give it a value or leave the row out."
         )
     counts = pc.value_counts(table[key].combine_chunks())
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -35,12 +39,16 @@ def _check_key(source: Source, table: pa.Table, key: str) -> None:
         rows = np.flatnonzero(pc.equal(table[key], repeated[0]).to_numpy())
         places = " and ".join(locate_row(source, int(row)) for row in rows[:2])
         raise InputError(
-            f"{places}: column '{key}' of table '{source.contract.name}': '{repeated[0]}' stands there more than once. Keep one row for each {key}."
+            f"{places}: column '{key}' of table '{source.contract.name}': '{repeated[0]}' "
+            f"stands there more than once. Keep one row for each {key}."
         )
 
 
 def locate_row(source: Source, row: int) -> str:
-    """File and row number (from 0, in that file) of a row of `source.read_all()`, as a message names it."""
+    """Return file and row number of a row.
+
+    A message names a row of `source.read_all()` by them. The number is from 0, in that file.
+    """
     for path in source.files:
         with open_table(path, source.contract) as (_, parquet):
             rows = parquet.metadata.num_rows
@@ -59,21 +67,30 @@ RESERVED = frozenset(
 
 
 def as_category(source: Source, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column as strings. Raises InputError where it is no category (a list, say)."""
+    """Cast a column to strings.
+
+    Raises:
+        InputError: it is no category (a list, say).
+    """
     try:
         return column.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(
-            f"{source.files[0]}: column '{name}' of table '{source.contract.name}' has type {column.type}, which is not a category. Write it as strings, or leave the column out."
+            f"{source.files[0]}: column '{name}' of table '{source.contract.name}' has type "
+            f"{column.type}, which is not a category. Write it as strings, or leave the "
+            "column out."
         ) from error
 
 
 def read_users(data: str) -> tuple[pa.Table, Source | None]:
-    """The users, every column a string (fields are categorical), ordered by user_id; an empty table where there is none.
+    """Read the users, ordered by user_id.
+
+    Every column is a string, as fields are categorical. Where there is no such table, an empty one
+    is returned.
 
     Raises:
-        InputError: a null, blank or repeated user_id, or a column that is no category (a list, say) or has the name of a
-            feature.
+        InputError: a null, blank or repeated user_id, or a column that is no category (a list, say)
+            or has the name of a feature.
     """
     source = _find_optional(data, USERS)
     if source is None:
@@ -83,17 +100,22 @@ def read_users(data: str) -> tuple[pa.Table, Source | None]:
     taken = sorted(RESERVED.intersection(table.column_names))
     if taken:
         raise InputError(
-            f"{source.files[0]}: column '{taken[0]}' of table 'users' would be the feature 'user_{taken[0]}', which camenn computes itself. Rename the column, or leave it out."
+            f"{source.files[0]}: column '{taken[0]}' of table 'users' would be the feature "
+            f"'user_{taken[0]}', which camenn computes itself. Rename the column, or leave it "
+            "out."
         )
     strings = {name: as_category(source, name, table[name]) for name in table.column_names}
     return pa.table(strings).sort_by("user_id"), source
 
 
 def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | None]:
-    """IANA zone of each store that the table `stores` names.
+    """Read the IANA zone of each store.
+
+    The stores are those that the table `stores` names.
 
     Raises:
-        InputError: a zone, or the default, is not in the time zone database; a null, blank or repeated store_id.
+        InputError: a zone, or the default, is not in the time zone database, or a store_id is null,
+            blank or repeated.
     """
     known = zoneinfo.available_timezones()
     if default not in known:
@@ -108,6 +130,7 @@ def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | No
         if zone not in known:
             wrong = "is null or blank" if zone is None else f"'{zone}' is not an IANA zone"
             raise InputError(
-                f"{source.files[0]}: store_id '{store}': column 'timezone': {wrong}. Use an IANA name such as Asia/Shanghai."
+                f"{source.files[0]}: store_id '{store}': column 'timezone': {wrong}. Use an "
+                "IANA name such as Asia/Shanghai."
             )
     return zones, source

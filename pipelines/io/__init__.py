@@ -1,1 +1,1 @@
-"""Read and write files and tables; no stage, no run."""
+"""Read and write files and tables, without stages or runs."""

@@ -1,4 +1,8 @@
-"""The one clock of the plant: what is stamped on runs and publications, what their age is measured by, and which times an event can have."""
+"""The one clock of the pipelines.
+
+It gives what is stamped on runs and publications, what their age is measured by, and which times an
+event can have.
+"""
 
 import datetime
 
@@ -9,20 +13,26 @@ EARLIEST = 946_684_800_000_000
 
 
 def utc_now() -> datetime.datetime:
-    """The time, UTC."""
+    """Return the time, UTC."""
     return datetime.datetime.now(datetime.UTC)
 
 
 def utc_stamp() -> str:
-    """The time as ISO text to the second, UTC."""
+    """Return the time as ISO text to the second, UTC."""
     return utc_now().isoformat(timespec="seconds")
 
 
 def latest_time() -> int:
-    """The end of what can have happened, int64 microseconds: a day from now, for exporters that write local times."""
+    """Return the latest time an event can have, int64 microseconds.
+
+    It is a day from now, for exporters that write local times.
+    """
     return int((utc_now() + datetime.timedelta(days=1)).timestamp()) * 1_000_000
 
 
 def can_be(times: np.ndarray, latest: int) -> np.ndarray:
-    """Which times, int64 microseconds, events can have, bool [n]."""
+    """Tell which times events can have, bool [n].
+
+    Times are int64 microseconds.
+    """
     return (times >= EARLIEST) & (times <= latest)

@@ -1,9 +1,12 @@
-"""What goes wrong outside the program, told so that a user can mend it: damaged files, full disks, missing rights.
+"""Tell users of errors outside the program.
 
-Two places use it. `reading` stands around the opening and reading of a file that a user handed in, so that whatever
-Arrow, a parser or the system says of it names the file. `input_error_behind` looks at what ended a command: an
-InputError, or an error of the system with a number that a user can act on, wherever it comes from, also through a Beam
-worker, which may hand over no more than a traceback's text. Errors of the program itself stay what they are.
+They are damaged files, full disks and missing rights, told so that a user can fix them.
+
+Two places use it. `reading` stands around the opening and reading of a file that a user handed in,
+so that whatever Arrow, a parser or the system says of it names the file. `input_error_behind` looks
+at what ended a command: an InputError, or an error of the system with a number that a user can act
+on, wherever it comes from, also through a Beam worker, which may hand over no more than a
+traceback's text. Errors of the program itself stay what they are.
 """
 
 import contextlib
@@ -27,7 +30,8 @@ REMEDIES = {
     errno.ENOLCK: "The file system has no locks: name a place on a local disk, or mount it with locks.",
     errno.EIO: "The disk or its connection fails: look at the system's log, then run again.",
     errno.ESTALE: "The server of the file system has lost it: mount it again, then run again.",
-    errno.EFBIG: "The file system, or `ulimit -f`, allows no file of that size: raise the limit, or name another place.",
+    errno.EFBIG: "The file system, or `ulimit -f`, allows no file of that size: raise the limit, or name "
+    "another place.",
     errno.ENOSPC: "",
     errno.EDQUOT: "",
 }
@@ -39,7 +43,8 @@ REMEDIES_OF_PATHS = {
     errno.EISDIR: "A file is needed there: check the path.",
     errno.EEXIST: "Something else is there already: remove it, or name another place.",
 }
-"""The same of errors that a user can mend where they gave the path; of other paths they are the program's own."""
+"""The same of errors that a user can fix where they gave the path. Of other paths they are the
+program's own."""
 
 PROGRAMMING = (
     ArithmeticError,
@@ -52,7 +57,7 @@ PROGRAMMING = (
     SyntaxError,
     TypeError,
 )
-"""Never the user's to mend, whatever was being handled when one of them was raised"""
+"""Never the user's to fix, whatever was being handled when one of them was raised"""
 
 _STEP = re.compile(r" ?\[while running [^\n]*")
 _RAISED = re.compile(r"(?:[\w.<>]+\.)?(\w+)(?=:|\s|$)")
@@ -64,7 +69,7 @@ _LONGEST = 300
 
 @contextlib.contextmanager
 def reading(path: str, what: str, *, remedy: str = "Write it again.") -> Iterator[None]:
-    """Name the file in whatever goes wrong while it is read.
+    """Name the file in whatever goes wrong while reading.
 
     Args:
         path: the file.
@@ -94,16 +99,22 @@ def _unencrypted(error: Exception) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's text on one line, without a full stop, cut where it is very long."""
+    """Return an error's text on one line.
+
+    It is without a full stop, and cut where it is very long.
+    """
     text = " ".join(str(error).split()).removesuffix(".")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def input_error_behind(error: BaseException, given: Sequence[str] = ()) -> InputError | None:
-    """Return what the user can mend, if that is what ended a command.
+    """Find an error that the user can fix.
+
+    It is returned if that is what ended a command.
 
     Args:
-        error: what ended it, perhaps wrapped by a Beam worker in its own exceptions, or flattened to text.
+        error: what ended it, perhaps wrapped by a Beam worker in its own exceptions, or flattened
+            to text.
         given: paths, and other words, of the command line and its config: see `REMEDIES_OF_PATHS`.
     """
     seen: BaseException | None = error
@@ -122,7 +133,10 @@ def input_error_behind(error: BaseException, given: Sequence[str] = ()) -> Input
 
 
 def _told_in_text(text: str, given: Sequence[str]) -> InputError | None:
-    """What a runner that flattened a worker's exception to text says of it."""
+    """Find an input error in a traceback's text.
+
+    A runner may have flattened a worker's exception to text.
+    """
     # What was raised last stands below the last frames.
     lines = text.rpartition("Traceback (most recent call last):")[2].splitlines()
     raised = next((line for line in lines if line.strip() and not line.startswith(" ")), "")
@@ -148,7 +162,10 @@ _PROGRAMMING_NAMES = {"IndexError", "KeyError", "ModuleNotFoundError", "UnboundL
 
 
 def tell_system_error(error: OSError, given: Sequence[str] = ()) -> InputError | None:
-    """Return what an error of the system says to the user, or None where it is none that they can mend."""
+    """Return what a system error says to the user.
+
+    It is None where it is none that they can fix.
+    """
     inner = getattr(error, "exception_details", None)
     if isinstance(inner, dict):
         # Beam's operations on many files: an error for each.
@@ -166,7 +183,8 @@ def _tell(number: int, path: str | None, words: str, given: Sequence[str]) -> In
     if number in (errno.ENOSPC, errno.EDQUOT):
         return InputError(
             f"{place}: the disk is full ({os.strerror(number)}). "
-            "Free some of it (`camenn gc` removes what no kept run refers to) and run again: what was published is as it was."
+            "Free some of it (`camenn gc` removes what no kept run refers to) and run again: "
+            "what was published is as it was."
         )
     remedy = REMEDIES.get(number)
     if remedy is None and path is not None and _is_given(path, given):
@@ -177,7 +195,11 @@ def _tell(number: int, path: str | None, words: str, given: Sequence[str]) -> In
 
 
 def _is_given(path: str, given: Sequence[str]) -> bool:
-    """Whether a path is one of those given, below one of them, or a directory that one of them lies in."""
+    """Tell whether a path is, or lies around, one given.
+
+    It is so for one of those given, for one below them, and for a directory that one of them lies
+    in.
+    """
     path = os.path.abspath(path)
     for word in given:
         # A flag and its value may be one word.

@@ -1,4 +1,8 @@
-"""Files through Beam's FileSystems: local paths, gs:// and s3:// alike. Every write is atomic: a unique temporary name, then the final one."""
+"""Read and write files through Beam's FileSystems.
+
+Local paths, gs:// and s3:// are treated alike. Every write is atomic: a unique temporary name, then
+the final one.
+"""
 
 import contextlib
 import errno
@@ -25,27 +29,36 @@ from schemas.errors import InputError
 
 
 def join(*parts: str) -> str:
-    """Join path parts on the file system that the first part names."""
+    """Join path parts.
+
+    They are joined as on the file system that the first part names.
+    """
     return FileSystems.join(*parts)
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` is on this machine's own file system."""
+    """Tell whether `path` is on this machine's own file system."""
     return "://" not in path
 
 
 def absolute(path: str) -> str:
-    """A local path from the root on, since workers run elsewhere; others as they are."""
+    """Make a local path absolute.
+
+    Workers run elsewhere. Paths of other file systems stay as they are.
+    """
     return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path
 
 
 def exists(path: str) -> bool:
-    """Whether a file or directory exists."""
+    """Tell whether a file or directory exists."""
     return FileSystems.exists(path)
 
 
 def open_read(path: str) -> BinaryIO:
-    """Open for reading bytes, as they are (a .gz stays compressed)."""
+    """Open a file for reading bytes as they are.
+
+    A .gz stays compressed.
+    """
     return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 
@@ -70,12 +83,19 @@ class Found:
 
 
 def match(directory: str, pattern: str) -> list[Found]:
-    """Files below a directory whose paths match, in no order; `*` matches no slash, `**` does. The directory is taken as it is, whatever its name has of `[*?`."""
+    """List the files below a directory whose paths match.
+
+    They come in no order. `*` matches no slash, `**` does. The directory is taken as it is,
+    whatever its name has of `[*?`.
+    """
     return _match([join(_literal(directory), pattern)])
 
 
 def find(paths: Iterable[str]) -> list[Found]:
-    """Those of some files that are there. Their names are taken as they are."""
+    """Find those of some files that are there.
+
+    Their names are taken as they are.
+    """
     found, remote = [], []
     for path in paths:
         if not is_local(path):
@@ -95,18 +115,28 @@ def _match(patterns: list[str]) -> list[Found]:
 
 
 def _literal(path: str) -> str:
-    """A pattern that matches this path alone. Beam knows no quoting, but sets of one character; `[` may not begin one, and no path has a backslash before it."""
+    """Return a pattern that matches this path alone.
+
+    Beam knows no quoting, but sets of one character. `[` may not begin one, and no path has a
+    backslash before it.
+    """
     return re.sub(r"[*?[]", lambda found: r"[\[]" if found[0] == "[" else f"[{found[0]}]", path)
 
 
 def make_directory(path: str) -> None:
-    """Create a local directory and its parents; object stores need none."""
+    """Create a local directory and its parents.
+
+    Object stores need none.
+    """
     if is_local(path):
         os.makedirs(path, exist_ok=True)
 
 
 def delete_directory(path: str) -> None:
-    """Remove a directory with all that is in it. Object stores know names only: there, a last slash means all that begin so."""
+    """Remove a directory with all that is in it.
+
+    Object stores know names only. There, a last slash means all that begin so.
+    """
     if is_local(path):
         shutil.rmtree(path)
     else:
@@ -124,14 +154,20 @@ def delete(paths: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """What a finished file holds: its size in bytes and the SHA-256 of them, 64 hex digits."""
+    """The size and checksum of a finished file.
+
+    They are its size in bytes and the SHA-256 of them, 64 hex digits.
+    """
 
     bytes: int
     sha256: str
 
 
 class Sink:
-    """A binary handle that computes the checksum of what is written through it, from the first byte to the last."""
+    """A binary handle that computes a checksum while writing.
+
+    The checksum is of what is written through it, from the first byte to the last.
+    """
 
     closed = False
 
@@ -141,7 +177,7 @@ class Sink:
         self._bytes = 0
 
     def write(self, data: Any) -> int:
-        """Write bytes; returns how many."""
+        """Write bytes and return how many."""
         self._digest.update(data)
         self._bytes += memoryview(data).nbytes
         return self._handle.write(data)
@@ -155,7 +191,10 @@ class Sink:
         self._handle.flush()
 
     def close(self) -> None:
-        """Do nothing: who opened the file closes it (Arrow closes what it is given)."""
+        """Do nothing.
+
+        Who opened the file closes it (Arrow closes what it is given).
+        """
 
     def readable(self) -> bool:
         """Say that nothing is read."""
@@ -171,19 +210,23 @@ class Sink:
 
     @property
     def written(self) -> Written:
-        """Size and checksum of all that was written."""
+        """Return size and checksum of all that was written."""
         return Written(self._bytes, self._digest.hexdigest())
 
 
 @contextlib.contextmanager
 def atomic_write(path: str, *, durable: bool = False) -> Iterator[Sink]:
-    """Yield a sink; `path` appears, whole, when the block ends without an error.
+    """Yield a sink to a file that appears whole.
 
-    On object stores an object appears only when it is complete, so it is written under its own name at once: a rename would copy it.
+    `path` appears when the block ends without an error.
+
+    On object stores an object appears only when it is complete, so it is written under its own name
+    at once: a rename would copy it.
 
     Args:
         path: of the file.
-        durable: whether it must outlast a power cut from the moment that it appears. It costs a wait for the disk.
+        durable: whether it must outlast a power cut from the moment that it appears. It costs a
+            wait for the disk.
     """
     if not is_local(path):
         with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as handle:
@@ -218,7 +261,10 @@ def _sync(descriptor: int) -> None:
 
 
 def sync_file(path: str) -> None:
-    """Wait until a local file's bytes are on the disk, whoever wrote them."""
+    """Wait until a local file's bytes are on the disk.
+
+    It does not matter who wrote them.
+    """
     if not is_local(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -229,7 +275,10 @@ def sync_file(path: str) -> None:
 
 
 def sync_directory(path: str) -> None:
-    """Wait until a local directory's names are on the disk: a new file's name is none of its bytes."""
+    """Wait until a local directory's names are on the disk.
+
+    A new file's name is none of its bytes.
+    """
     if not is_local(path):
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -244,7 +293,10 @@ def sync_directory(path: str) -> None:
 
 
 def sync_tree(root: str, paths: Iterable[str]) -> None:
-    """Wait until local files below `root`, and all names on the way to them, are on the disk."""
+    """Wait until local files below `root` are on disk.
+
+    It waits for all names on the way to them as well.
+    """
     if not is_local(root):
         return
     directories = {root}
@@ -266,7 +318,10 @@ def write_json(path: str, value: Any) -> None:
 
 
 def write_document(path: str, value: dict[str, Any], *, durable: bool = False) -> None:
-    """Write a JSON object with its own checksum, atomically; `read_document` reads it."""
+    """Write a JSON object with its checksum, atomically.
+
+    `read_document` reads it.
+    """
     with atomic_write(path, durable=durable) as handle:
         handle.write(dump_document(value))
 
@@ -287,25 +342,35 @@ def read_document(path: str, fields: Collection[str], remedy: str) -> dict[str, 
 
 
 def write_parquet(path: str, table: pa.Table, *, row_group_size: int = 65_536, durable: bool = False) -> Written:
-    """Write a table atomically: zstd, dictionary-encoded strings, a checksum for every page."""
+    """Write a table to a Parquet file atomically.
+
+    It has zstd, dictionary-encoded strings and a checksum for every page.
+    """
     with atomic_write(path, durable=durable) as handle:
         pq.write_table(table, handle, compression="zstd", row_group_size=row_group_size, write_page_checksum=True)
     return handle.written
 
 
 def has_table(path: str) -> bool:
-    """Return whether a table is there as `path`.parquet or as a directory `path`, readable or not."""
+    """Return whether a table is there, readable or not.
+
+    It is there as `path`.parquet or as a directory `path`.
+    """
     names = (f"{path}.parquet", path)
     return any(os.path.lexists(name) if is_local(name) else exists(name) for name in names)
 
 
 def list_parquet(path: str, table: str) -> list[str]:
-    """Files of a table given as `DIR/table.parquet`, a directory `DIR/table` of Parquet files, or a file itself; sorted by name.
+    """List the Parquet files of a table, sorted by name.
 
-    Below the table's own directory, names that begin with `_` or `.` are passed over: see `is_hidden`.
+    It is given as `DIR/table.parquet`, a directory `DIR/table` of Parquet files, or a file itself.
+
+    Below the table's own directory, names that begin with `_` or `.` are passed over: see
+    `is_hidden`.
 
     Raises:
-        InputError: nothing is there (the message names both places that were tried), or what is there cannot be opened.
+        InputError: nothing is there (the message names both places that were tried), or what is
+            there cannot be opened.
     """
     names = [path] if path.endswith(".parquet") else [f"{path}.parquet", path]
     # A directory of the table's name goes before a file.
@@ -319,15 +384,17 @@ def list_parquet(path: str, table: str) -> list[str]:
     empty = [name for name in names if is_local(name) and os.path.isdir(name)]
     told = f" ({empty[0]} is a directory without any; names that begin with _ or . do not count)" if empty else ""
     raise InputError(
-        f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with .parquet files exists{told}. Put it there."
+        f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with "
+        f".parquet files exists{told}. Put it there."
     )
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a name in a table's directory is none of its data.
+    """Return whether a name is none of a table's data.
 
-    Writers have such files under way, or keep them beside: `_temporary`, `.spark-staging-1`, `_delta_log`. The rule is
-    Spark's (InMemoryFileIndex.shouldFilterOutPathName): `_x=1`, a partition by a column `_x`, is data.
+    Writers have such files under way in a table's directory, or keep them beside: `_temporary`,
+    `.spark-staging-1`, `_delta_log`. The rule is Spark's
+    (InMemoryFileIndex.shouldFilterOutPathName): `_x=1`, a partition by a column `_x`, is data.
     """
     return name.startswith(".") or (name.startswith("_") and "=" not in name) or name.endswith("._COPYING_")
 
@@ -361,7 +428,7 @@ def _list_local(name: str, table: str) -> list[str]:
 
 
 def _walk(directory: str, table: str, above: frozenset[str]) -> Iterator[str]:
-    """Parquet files below a directory.
+    """List the Parquet files below a directory.
 
     Beam's listing would leave out, unsaid, what may not be read and what links lead to.
     """
@@ -394,7 +461,10 @@ def _is_utf8(path: str) -> bool:
 
 
 def fingerprint(paths: list[str]) -> str:
-    """16 hex digits over names, sizes and modification times of files: changes when any of them does."""
+    """Hash names, sizes and modification times of files.
+
+    The 16 hex digits change when any of them does.
+    """
     lines = [f"{file.path}:{file.bytes}:{file.written_at}" for file in find(paths)]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
@@ -447,9 +517,12 @@ READING = ".reading"
 
 @contextlib.contextmanager
 def shared_reader(*roots: str) -> Iterator[None]:
-    """Keep `camenn gc` from removing files of some outputs while the block reads them.
+    """Keep `camenn gc` off some outputs while reading.
 
-    An output that cannot be written to is read without: nothing can be removed from it by this user either.
+    It removes no files of them while the block reads them.
+
+    An output that cannot be written to is read without: nothing can be removed from it by this user
+    either.
     """
     with contextlib.ExitStack() as stack:
         for root in filter(is_local, roots):
@@ -482,7 +555,10 @@ OWN = ".camenn"
 
 
 def mark_own(directory: str) -> None:
-    """Record in a directory that camenn made it: `camenn gc` removes nothing from others."""
+    """Record in a directory that camenn made it.
+
+    `camenn gc` removes nothing from others.
+    """
     path = join(directory, OWN)
     if not exists(path):
         write_document(path, {"made_at": clock.utc_stamp()})
@@ -494,7 +570,10 @@ def is_own(directory: str) -> bool:
 
 
 def ipc_bytes(table: pa.Table, compression: str = "lz4") -> bytes:
-    """An Arrow IPC stream: what travels through a shuffle."""
+    """Write a table as an Arrow IPC stream.
+
+    It is what travels through a shuffle.
+    """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table)
@@ -502,18 +581,19 @@ def ipc_bytes(table: pa.Table, compression: str = "lz4") -> bytes:
 
 
 def ipc_table(data: bytes) -> pa.Table:
-    """The table of an Arrow IPC stream."""
+    """Read the table of an Arrow IPC stream."""
     return pa.ipc.open_stream(data).read_all()
 
 
 def local_only(path: str, flag: str) -> str:
-    """`path`, if it is on this machine.
+    """Return `path`, if it is on this machine.
 
     Raises:
         InputError: it is on an object store, whose files cannot be mapped into memory.
     """
     if not files.is_local(path):
         raise InputError(
-            f"{flag} {path}: embeddings are mapped into memory, which needs a local directory. Copy it, or mount the bucket."
+            f"{flag} {path}: embeddings are mapped into memory, which needs a local "
+            "directory. Copy it, or mount the bucket."
         )
     return os.path.abspath(path)

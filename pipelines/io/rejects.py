@@ -13,7 +13,7 @@ from schemas.rejects import REJECTS
 
 
 def make_rejects(stage: str, keys: list[str], reason: str, details: list[str]) -> pa.Table:
-    """A rejects (or defects) table of one reason."""
+    """Make a rejects (or defects) table of one reason."""
     return pa.table(
         {"stage": [stage] * len(keys), "key": keys, "reason": [reason] * len(keys), "detail": details},
         schema=REJECTS.schema,
@@ -22,7 +22,10 @@ def make_rejects(stage: str, keys: list[str], reason: str, details: list[str]) -
 
 @dataclass(frozen=True)
 class Fault:
-    """What makes rows of a table unusable. `rows`: bool [n]; `told`: of one of them, column, value and remedy."""
+    """A fault that makes rows of a table unusable.
+
+    `rows`: bool [n]. `told`: of one of them, column, value and remedy.
+    """
 
     reason: str
     rows: np.ndarray
@@ -30,7 +33,10 @@ class Fault:
 
 
 def find_unusable(table: pa.Table, contract: Contract) -> list[Fault]:
-    """Return a fault for each column with a text that is not UTF-8 or a required value that is missing."""
+    """Return a fault for each column with unusable values.
+
+    They are texts that are not UTF-8, or required values that are missing.
+    """
     faults = []
     for column in contract.columns:
         wrong = find_not_utf8(table[column.name])
@@ -66,7 +72,10 @@ def keep_usable(table: pa.Table, contract: Contract) -> pa.Table:
 def drop_faults(
     stage: str, where: Slice, table: pa.Table, contract: Contract, faults: Iterable[Fault]
 ) -> tuple[pa.Table, pa.Table]:
-    """Split off unusable rows, each under its first fault: (rows to keep, rejects). A reject names file, row, column and remedy."""
+    """Split off unusable rows, each under its first fault.
+
+    Returns (rows to keep, rejects). A reject names file, row, column and remedy.
+    """
     bad = np.zeros(table.num_rows, dtype=bool)
     rejects = [REJECTS.schema.empty_table()]
     for fault in faults:
@@ -83,5 +92,8 @@ def drop_faults(
 
 
 def drop_unusable(stage: str, where: Slice, table: pa.Table, contract: Contract) -> tuple[pa.Table, pa.Table]:
-    """Split off rows that lack a required value or have a text that is not UTF-8, see `drop_faults`."""
+    """Split off rows with missing or undecodable values.
+
+    They lack a required value or have a text that is not UTF-8, see `drop_faults`.
+    """
     return drop_faults(stage, where, table, contract, find_unusable(table, contract))

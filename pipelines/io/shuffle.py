@@ -1,4 +1,7 @@
-"""Shuffle tables by bucket: spilled to files of the run on the local runner, sent as bytes elsewhere."""
+"""Shuffle tables by bucket.
+
+They are spilled to files of the run on the local runner, and sent as bytes elsewhere.
+"""
 
 import os
 import uuid
@@ -18,10 +21,12 @@ Parcel = bytes | tuple[str, int, int]
 
 
 class Packer:
-    """Packs tables into parcels; travels to workers, and opens its file there.
+    """A packer of tables into parcels.
+
+    It travels to workers, and opens its file there.
 
     Args:
-        scratch: directory of the files, on a disk that all workers share; None = parcels are bytes.
+        scratch: directory of the files, on a disk that all workers share. None = parcels are bytes.
         compression: lz4 is the faster one, zstd the smaller.
     """
 
@@ -33,28 +38,35 @@ class Packer:
         return {"scratch": self.scratch, "compression": self.compression, "_file": None}
 
     def pack(self, table: pa.Table) -> Parcel:
-        """The table's parcel; it can be unpacked at once."""
+        """Pack a table into a parcel.
+
+        It can be unpacked at once.
+        """
         data = files.ipc_bytes(table, self.compression)
         if self.scratch is None:
             return data
         if self._file is None:
             os.makedirs(self.scratch, exist_ok=True)
             # A name of its own: a bundle that is tried again leaves the first attempt's file alone.
-            self._file = open(os.path.join(self.scratch, f"{uuid.uuid4().hex}.arrows"), "ab")  # noqa: SIM115 - closed by `close`
+            # It is closed by `close`.
+            self._file = open(os.path.join(self.scratch, f"{uuid.uuid4().hex}.arrows"), "ab")  # noqa: SIM115
         start = self._file.tell()
         self._file.write(data)
         self._file.flush()
         return (self._file.name, start, len(data))
 
     def close(self) -> None:
-        """End the file; the next table begins another one."""
+        """End the file.
+
+        The next table begins another one.
+        """
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def unpack(parcel: Parcel) -> pa.Table:
-    """The table of a parcel."""
+    """Return the table of a parcel."""
     if isinstance(parcel, tuple):
         path, start, length = parcel
         with open(path, "rb") as handle:
@@ -64,7 +76,11 @@ def unpack(parcel: Parcel) -> pa.Table:
 
 
 def hash_buckets(column: pa.ChunkedArray, buckets: int) -> np.ndarray:
-    """Bucket number of each string (or integer code), int64 [n], 0 <= b < buckets: the same on every machine and in every process (`stable_hash`)."""
+    """Compute each value's bucket number, int64 [n].
+
+    Values are strings or integer codes, and 0 <= b < buckets. The number is the same on every
+    machine and in every process (`stable_hash`).
+    """
     if buckets == 1:
         return np.zeros(len(column), dtype=np.int64)
     if pa.types.is_integer(column.type):
@@ -73,7 +89,10 @@ def hash_buckets(column: pa.ChunkedArray, buckets: int) -> np.ndarray:
 
 
 def split_by_bucket(table: pa.Table, column: str, buckets: int) -> Iterator[tuple[int, pa.Table]]:
-    """Cut a table into one piece per bucket of `column`; row order within a piece is kept."""
+    """Cut a table into one piece per bucket of `column`.
+
+    Row order within a piece is kept.
+    """
     if table.num_rows == 0:
         return
     bucket = hash_buckets(table[column], buckets)
@@ -101,12 +120,19 @@ class _ToBuckets(beam.DoFn):
 
 @dataclass
 class ShuffleByBucket(beam.PTransform):
-    """Bring tables of several kinds together by the hash of one column.
+    """A transform that groups several tables by a column's hash.
 
-    Takes a dict kind -> (PCollection of Arrow tables, column); yields (bucket, {kind: Arrow table or None}). Batches travel as Arrow IPC bytes: a
-    shuffle costs by element, so rows never travel alone. Row order within a bucket is not defined: sort before you depend on it. `compression`: lz4
-    is the faster one; zstd takes half of the memory where FnApiRunner holds the shuffle, above all of content keys. `scratch`: directory in which the batches
-    stay, so that only their places travel (see pipelines/io/shuffle.py). `placed`: (bucket, (kind, parcel)) of what lies in files by its bucket already.
+    Takes a dict kind -> (PCollection of Arrow tables, column). Yields (bucket, {kind: Arrow table
+    or None}). Batches travel as Arrow IPC bytes: a shuffle costs by element, so rows never travel
+    alone. Row order within a bucket is not defined: sort before you depend on it.
+
+    `compression`: lz4 is the faster one. zstd takes half of the memory where FnApiRunner holds the
+    shuffle, above all of content keys.
+
+    `scratch`: directory in which the batches stay, so that only their places travel (see
+    pipelines/io/shuffle.py).
+
+    `placed`: (bucket, (kind, parcel)) of what lies in files by its bucket already.
     """
 
     kinds: dict[str, str]

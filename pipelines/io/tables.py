@@ -1,4 +1,7 @@
-"""Reading and writing tables in Beam: one pair of transforms, bound to a contract. Elements are Arrow tables, not rows."""
+"""Read and write tables in Beam.
+
+There is one pair of transforms, bound to a contract. Elements are Arrow tables, not rows.
+"""
 
 import contextlib
 import time
@@ -22,7 +25,10 @@ ROWS_PER_FILE = 262_144
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One table's files, with the row count of their footers and a fingerprint of what they hold."""
+    """One table's files and their row count.
+
+    The row count is that of their footers. A fingerprint of what they hold is kept with them.
+    """
 
     contract: Contract
     files: tuple[str, ...]
@@ -31,7 +37,10 @@ class Source:
 
     @classmethod
     def find(cls, directory: str, contract: Contract, *, name: str | None = None) -> "Source":
-        """Find `DIR/name.parquet` or `DIR/name/`, and hold every file's columns and types to the contract before any work starts.
+        """Find a table's files and check their columns.
+
+        The files are `DIR/name.parquet` or `DIR/name/`. Every file's columns and types are held to
+        the contract before any work starts.
 
         Raises:
             InputError: the table is missing, or a file's columns cannot be read under the contract.
@@ -45,10 +54,13 @@ class Source:
         return cls(contract=contract, files=tuple(files), rows=rows, fingerprint=fingerprint(files))
 
     def read_all(self, columns: list[str] | None = None) -> pa.Table:
-        """The whole table in memory: for small dimensions (users, stores, audience).
+        """Read the whole table into memory.
+
+        It is for small dimensions (users, stores, audience).
 
         Raises:
-            InputError: a file cannot be read, has a text that is not UTF-8, or does not fit the others.
+            InputError: a file cannot be read, has a text that is not UTF-8, or does not fit the
+                others.
         """
         tables = []
         for path in self.files:
@@ -64,14 +76,18 @@ class Source:
             table = pa.concat_tables(tables, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise InputError(
-                f"{self.files[0]}: the files of table '{self.contract.name}' do not fit together ({error}). Write each column with the same type in all of them."
+                f"{self.files[0]}: the files of table '{self.contract.name}' do not fit "
+                f"together ({error}). Write each column with the same type in all of them."
             ) from error
         return table.select(columns) if columns else table
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One row group of a file, with the number of its first row (from 0): where a reject says that it was found."""
+    """One row group of a file.
+
+    It has the number of its first row (from 0): where a reject says that it was found.
+    """
 
     file: str
     row_group: int
@@ -82,7 +98,9 @@ class Slice:
 
 @contextlib.contextmanager
 def open_table(path: str, contract: Contract) -> Iterator[tuple[BinaryIO, pq.ParquetFile]]:
-    """Open one of a table's files: (its bytes, what Arrow reads of them).
+    """Open one of a table's files.
+
+    Yields (its bytes, what Arrow reads of them).
 
     Raises:
         InputError: naming the file, for whatever goes wrong in the block.
@@ -92,7 +110,9 @@ def open_table(path: str, contract: Contract) -> Iterator[tuple[BinaryIO, pq.Par
 
 
 def open_parquet(handle: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
-    """Open Parquet, pages held to their checksums where there are any.
+    """Open a Parquet file and check its pages.
+
+    Pages are held to their checksums where there are any.
 
     `texts`: columns to read as dictionaries of strings.
     """
@@ -102,7 +122,9 @@ def open_parquet(handle: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
 def read_groups(
     path: str, contract: Contract, groups: Sequence[int] | None = None, columns: list[str] | None = None
 ) -> pa.Table:
-    """Read some row groups of a file, or all, and some of its columns, or all, conformed to the contract.
+    """Read row groups and columns of a file.
+
+    Some of either, or all, are read and conformed to the contract.
 
     Raises:
         InputError: naming file, row group and column of what cannot be read.
@@ -131,7 +153,10 @@ def _read_columns(
     columns: list[str] | None,
     error: Exception,
 ) -> pa.Table:
-    """Read again what `error` ended the reading of, and find where."""
+    """Read again after `error` and find where it is.
+
+    `error` ended the reading before.
+    """
     tables = []
     for group in groups:
         try:
@@ -146,7 +171,7 @@ def _read_columns(
 
 
 def list_slices(source: Source) -> list[Slice]:
-    """Row groups of a table's files, in order."""
+    """List the row groups of a table's files, in order."""
     slices = []
     for path in source.files:
         with open_table(path, source.contract) as (_, parquet):
@@ -159,7 +184,10 @@ def list_slices(source: Source) -> list[Slice]:
 
 
 def read_slice(where: Slice, contract: Contract, columns: list[str] | None = None) -> pa.Table:
-    """One row group, or some of its columns, conformed to its contract."""
+    """Read one row group, conformed to its contract.
+
+    It may be some of its columns only.
+    """
     return read_groups(where.file, contract, [where.row_group], columns)
 
 
@@ -179,9 +207,12 @@ class _ReadSlice(beam.DoFn):
 
 @dataclass
 class ReadTable(beam.PTransform):
-    """Read a table as (Slice, Arrow table) per row group, conformed to its contract; row groups are spread over the workers.
+    """A transform that reads a table by row group.
 
-    `slices`: those of its row groups that are wanted; None = all.
+    It yields (Slice, Arrow table) per row group, conformed to its contract. Row groups are spread
+    over the workers.
+
+    `slices`: those of its row groups that are wanted. None = all.
     """
 
     source: Source
@@ -207,7 +238,7 @@ class FileRecord:
     split: str = ""
     """Part of the log, of example files"""
     sha256: str = ""
-    """64 hex digits over its bytes; '' where an earlier version of camenn wrote it"""
+    """64 hex digits over its bytes, '' where an earlier version of camenn wrote it"""
 
     @classmethod
     def of(cls, table: str, path: str, rows: int, written: Written, split: str = "") -> "FileRecord":
@@ -216,7 +247,10 @@ class FileRecord:
 
 
 class _WriteTables(beam.DoFn):
-    """Buffers Arrow tables up to a file's worth of rows, then writes one file with a unique name."""
+    """A step that writes buffered Arrow tables to files.
+
+    It buffers up to a file's worth of rows, then writes one file with a unique name.
+    """
 
     def __init__(self, contract: Contract, directory: str, rows_per_file: int) -> None:
         self.contract = contract
@@ -252,7 +286,10 @@ class _WriteTables(beam.DoFn):
 
 @dataclass
 class WriteTable(beam.PTransform):
-    """Write Arrow tables under `directory` as uniquely named Parquet files that meet the contract; yields a FileRecord per file."""
+    """A transform that writes Arrow tables under `directory`.
+
+    They are uniquely named Parquet files that meet the contract. It yields a FileRecord per file.
+    """
 
     contract: Contract
     directory: str
@@ -269,10 +306,16 @@ def write_table(directory: str, name: str, table: pa.Table) -> FileRecord:
 
 
 def tell_not_utf8(name: str, text: pa.StringScalar) -> str:
-    """Return column, value (foreign bytes as \\xe9) and remedy of a text that is not UTF-8."""
-    return f"column '{name}' is not UTF-8: '{show_text(text)}'. Convert the text to UTF-8 (from Latin-1, perhaps), or leave the row out."
+    r"""Describe a text that is not UTF-8.
+
+    Given are column, value (foreign bytes as \xe9) and remedy.
+    """
+    return (
+        f"column '{name}' is not UTF-8: '{show_text(text)}'. Convert the text to UTF-8 (from "
+        "Latin-1, perhaps), or leave the row out."
+    )
 
 
 def show_text(text: pa.StringScalar) -> str:
-    """A text for a person, whatever its bytes are."""
+    """Return a text for a person, whatever its bytes are."""
     return str(text.cast(pa.large_binary()).as_py().decode(errors="backslashreplace"))

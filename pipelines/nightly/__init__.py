@@ -1,1 +1,1 @@
-"""Stage `nightly`: run the other stages from one config file, unattended."""
+"""Stage `nightly`: run the other stages unattended from one config."""

@@ -9,12 +9,15 @@ from schemas.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn nightly`."""
+    """Build the parser of `camenn nightly`."""
     parser = argparse.ArgumentParser(
         prog="camenn nightly",
         description="Run embed, shards, train where it is due, score and report in order; each does only what changed.",
-        epilog="exit codes: 0 all is well; 1 something unforeseen (a traceback tells); 2 something to mend: input, config, a full disk; 3 tonight's embeddings or scores were held back by a gate; "
-        "4 another night is running; 5 the published scores are older than they may be. After each of them readers see tonight's scores whole, or those of before.",
+        epilog="exit codes: 0 all is well; 1 something unforeseen (a traceback tells); 2 something "
+        "to mend: input, config, a full disk; 3 tonight's embeddings or scores were held "
+        "back by a gate; "
+        "4 another night is running; 5 the published scores are older than they may be. "
+        "After each of them readers see tonight's scores whole, or those of before.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="TOML file; see --init")
@@ -24,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run the night, print."""
+    """Parse, run the night and print."""
     arguments = build_parser().parse_args(argv)
     if arguments.init:
         from pipelines.nightly.config import example

@@ -1,4 +1,8 @@
-"""The one file that `camenn nightly` is told everything by: read, checked key by key, and written out with every default by `--init`."""
+"""Read and write the config file of `camenn nightly`.
+
+It is told everything by this one file. It is read, checked key by key, and written out with every
+default by `--init`.
+"""
 
 import argparse
 import difflib
@@ -47,7 +51,10 @@ def _setting(default: Any, words: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrain:
-    """When a night trains. Days are those of the logs, not of the clock."""
+    """Settings for when a night trains.
+
+    Days are those of the logs, not of the clock.
+    """
 
     every_days: float = _setting(
         7.0, "train when the logs have grown by so many days since the last training; 0 = never by schedule"
@@ -64,7 +71,7 @@ class Retrain:
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """What is kept of earlier nights."""
+    """Settings for what is kept of earlier nights."""
 
     runs: int = _setting(7, "runs published last that are kept of each output; 0 = remove nothing")
     retention_days: float = _setting(0.0, "keep no run that was published longer ago; 0 = however long ago")
@@ -86,17 +93,23 @@ class NightlyConfig:
     """By stage: flags beyond those that a night sets by itself"""
 
     def output(self, name: str) -> str:
-        """An output in the working directory: store, shards, model or scores."""
+        """Return the path of an output in the working directory.
+
+        It is one of store, shards, model or scores.
+        """
         return files.join(self.work, name)
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Every path, and every other value, that the config gives."""
+        """List every path and value that the config gives."""
         values = (str(value) for flags in self.flags.values() for value in flags.values())
         return (self.path, self.data, self.work, *values)
 
     def stage_flags(self, stage: str) -> list[str]:
-        """A stage's flags, as its command takes them; a true switch is the flag alone, a false one is left out."""
+        """Return a stage's flags, as its command takes them.
+
+        A true switch is the flag alone, a false one is left out.
+        """
         found = []
         for name, value in self.flags.get(stage, {}).items():
             if isinstance(value, bool):
@@ -107,16 +120,23 @@ class NightlyConfig:
 
 
 def stage_actions(stage: str) -> dict[str, argparse.Action]:
-    """The flags of a stage that a config may set, by name."""
+    """Return the flags that a config may set, by name.
+
+    They are those of a stage.
+    """
     parser = STAGES[stage].module().build_parser()
     return {action.dest: action for action in parser._actions if action.option_strings and action.dest not in OWN}
 
 
 def read_config(path: str) -> NightlyConfig:
-    """The config, checked. Relative paths of data, work and the photos are those beside the file: cron starts in another directory.
+    """Read and check the config.
+
+    Relative paths of data, work and the photos are those beside the file: cron starts in another
+    directory.
 
     Raises:
-        InputError: not there, too large, not TOML, an unknown or missing key, or a value of the wrong kind.
+        InputError: not there, too large, not TOML, an unknown or missing key, or a value of the
+            wrong kind.
     """
     given = _parse(path)
     known = {"data": str, "work": str, "beam": list, "on_failure": list, "retrain": dict, "keep": dict} | dict.fromkeys(
@@ -177,7 +197,10 @@ _KINDS: dict[Any, str] = {str: "a text", list: "a list", dict: "a table", bool: 
 
 
 def show(value: Any) -> str:
-    """Return a value as it would be written, cut where it is long or deep."""
+    """Return a value as it would be written.
+
+    It is cut where it is long or deep.
+    """
     return reprlib.repr(value)
 
 
@@ -237,15 +260,20 @@ def _words(kind: type[Any]) -> str:
 
 
 def example() -> str:
-    """A config with every key, its default and what it does; only `data` and `work` must be changed."""
+    """Write a config with every key and its default.
+
+    It tells what each does. Only `data` and `work` must be changed.
+    """
     lines = [
         "# camenn nightly --config city.toml",
         "# Every key with its default; what is left out has it. Relative paths are those beside this file.",
         "",
         'data = "data"          # catalog, clicks, orders and so on',
         'work = "work"          # store/, shards/, model/, scores/, report/ and nights/ are made in it',
-        'beam = []              # flags for Apache Beam, for example ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]',
-        "on_failure = []        # a command and its arguments, run where the exit code is not 0; CAMENN_EXIT_CODE, CAMENN_MESSAGE and CAMENN_RECORD tell why",
+        "beam = []              # flags for Apache Beam, for example "
+        '["--direct_num_workers=2", "--direct_running_mode=multi_processing"]',
+        "on_failure = []        # a command and its arguments, run where the exit code is "
+        "not 0; CAMENN_EXIT_CODE, CAMENN_MESSAGE and CAMENN_RECORD tell why",
     ]
     for table, kind in (("retrain", Retrain), ("keep", Keep)):
         lines += ["", f"[{table}]"]
@@ -277,7 +305,10 @@ def _help(action: argparse.Action) -> str:
 
 
 def describe(config: NightlyConfig) -> Iterator[tuple[str, Any]]:
-    """(key, value) of all settings, for the record of a night."""
+    """Yield (key, value) of all settings.
+
+    They are for the record of a night.
+    """
     yield from (("data", config.data), ("work", config.work), ("beam", list(config.beam)))
     for name, settings in (("retrain", config.retrain), ("keep", config.keep)):
         yield name, {entry.name: getattr(settings, entry.name) for entry in fields(settings)}

@@ -1,8 +1,18 @@
-"""`camenn nightly`: embed, shards, train where it is due, score and report, from one config file; unattended.
+"""Run one night unattended: `camenn nightly`.
 
-Each stage skips what did not change and goes on where a killed run ended, so a night that failed is simply run again. Exit codes: 0 all is well; 1 something
-unforeseen; 2 something to mend (input, config, a full disk); 3 tonight's embeddings or scores were held back by a gate; 4 another night is running; 5 the published
-scores are older than they may be. After each of them readers see tonight's scores whole, or those of before.
+It runs embed, shards, train where it is due, score and report, from one config file.
+
+Each stage skips what did not change and goes on where a killed run ended, so a night that failed is
+simply run again. Exit codes:
+
+* 0 all is well
+* 1 something unforeseen
+* 2 something to fix (input, config, a full disk)
+* 3 tonight's embeddings or scores were held back by a gate
+* 4 another night is running
+* 5 the published scores are older than they may be
+
+After each of them readers see tonight's scores whole, or those of before.
 """
 
 import contextlib
@@ -32,7 +42,7 @@ FAILURE_COMMAND_S = 300.0
 
 
 def stage_command(config: NightlyConfig, stage: str) -> list[str]:
-    """The flags that a stage is called with tonight."""
+    """Return the flags that a stage gets tonight."""
     store, shards, model, scores = (config.output(name) for name in OUTPUT_FOLDERS.values())
     own = {
         "embed": ["--data", config.data, "--store", store],
@@ -46,17 +56,25 @@ def stage_command(config: NightlyConfig, stage: str) -> list[str]:
 
 
 def tell(stage: str, summary: dict[str, Any]) -> str:
-    """What a stage changed and what it left out, in a sentence."""
+    """Say what a stage changed and what it left out.
+
+    It is said in a sentence.
+    """
     s = summary
     if stage == "embed":
         return (
-            f"{s['encoded_images']:,} photos and {s['encoded_titles']:,} titles encoded, {s['images_in_store']:,} and {s['titles_in_store']:,} in the store; "
+            f"{s['encoded_images']:,} photos and {s['encoded_titles']:,} titles encoded, "
+            f"{s['images_in_store']:,} and {s['titles_in_store']:,} in the store; "
             f"{s['rows_out']:,} listings, {s['rejected']:,} rejected, {s['defects']:,} without a usable photo"
         )
     if stage == "shards":
         return (
-            f"{s.get('log_rows_read', 0):,} rows of the logs read, {s.get('log_rows_kept', 0):,} known already; {s['examples_built']:,} examples of {s['days_built']:,} days built, {s['days_kept']:,} final days left as they are; "
-            f"{s.get('clicks_open_window', 0):,} clicks left out until their window is over, {s['rejected']:,} rows rejected"
+            f"{s.get('log_rows_read', 0):,} rows of the logs read, "
+            f"{s.get('log_rows_kept', 0):,} known already; {s['examples_built']:,} examples "
+            f"of {s['days_built']:,} days built, {s['days_kept']:,} final days left as they "
+            "are; "
+            f"{s.get('clicks_open_window', 0):,} clicks left out until their window is over, "
+            f"{s['rejected']:,} rows rejected"
         )
     if stage == "train":
         duel = s.get("challenge")
@@ -66,7 +84,10 @@ def tell(stage: str, summary: dict[str, Any]) -> str:
             else ""
         )
         return f"{s['steps']:,} steps, AUC {s['test_auc']:.4f} on unseen clicks{took_over}"
-    return f"{s['pairs']:,} pairs as of {s['score_date']}, {s['rows_out']:,} rows published, mean CVR {s['mean_cvr']:.4f}, {s['flagged_mismatch']:,} listings flagged as mismatched"
+    return (
+        f"{s['pairs']:,} pairs as of {s['score_date']}, {s['rows_out']:,} rows published, mean "
+        f"CVR {s['mean_cvr']:.4f}, {s['flagged_mismatch']:,} listings flagged as mismatched"
+    )
 
 
 class _Nightly:
@@ -77,7 +98,10 @@ class _Nightly:
         self.code = 0
 
     def stage(self, stage: str, work: Callable[[StageRecord], None]) -> bool:
-        """Run one stage and record how it went; returns whether it did what it is for."""
+        """Run one stage and record how it went.
+
+        Returned is whether it did what it is for.
+        """
         record = StageRecord(stage)
         self.night.stages.append(record)
         self.night.write()
@@ -115,7 +139,10 @@ class _Nightly:
             self.code, self.night.message = code, f"{stage}: {words}"
 
     def run_stage(self, record: StageRecord) -> None:
-        """Call a stage's command; what it published goes into the record."""
+        """Call a stage's command.
+
+        What it published goes into the record.
+        """
         stage = record.stage
         root = self.config.output(OUTPUT_FOLDERS[stage]) if stage in OUTPUT_FOLDERS else None
         before = read_latest(root) if root else None
@@ -156,7 +183,10 @@ class _Nightly:
         record.status, record.words = DONE, f"{removed:,} files removed, {megabytes:,.1f} MB"
 
     def run(self) -> None:
-        """The stages in order. A training that fails leaves the model of before, and the night goes on with it."""
+        """Run the stages in order.
+
+        A training that fails leaves the model of before, and the night goes on with it.
+        """
         for stage in ("embed", "shards"):
             if not self.stage(stage, self.run_stage):
                 return
@@ -167,7 +197,10 @@ class _Nightly:
             self.stage("gc", self.tidy)
 
     def finish(self) -> int:
-        """Look at what readers see now, write the record; returns the exit code."""
+        """Write the record and return the exit code.
+
+        Before that it looks at what readers see now.
+        """
         night = self.night
         night.published = published_scores(self.config)
         if night.published is not None:
@@ -175,7 +208,8 @@ class _Nightly:
             if hours > self.config.keep.stale_hours and not self.code:
                 self.code = STALE
                 night.message = (
-                    f"the published scores are {hours:.0f} h old, more than {self.config.keep.stale_hours:g}: nothing new came in. "
+                    f"the published scores are {hours:.0f} h old, more than "
+                    f"{self.config.keep.stale_hours:g}: nothing new came in. "
                     "See whether catalog and logs still arrive."
                 )
         night.exit_code, night.finished_at = self.code, clock.utc_stamp()
@@ -186,7 +220,10 @@ class _Nightly:
 
 
 def published_scores(config: NightlyConfig) -> dict[str, Any] | None:
-    """The scores that readers see: run, when they were published, and hours since (0 where the clock was set back)."""
+    """Describe the scores that readers see.
+
+    They are run, when they were published, and hours since (0 where the clock was set back).
+    """
     root = config.output("scores")
     latest = read_latest(root)
     if latest is None:
@@ -198,7 +235,10 @@ def published_scores(config: NightlyConfig) -> dict[str, Any] | None:
 
 
 def call_on_failure(config: NightlyConfig, code: int, message: str, record: str, say: Callable[[str], None]) -> None:
-    """Run the config's `on_failure` command; whatever becomes of it, the night's own exit code stands."""
+    """Run the config's `on_failure` command.
+
+    Whatever becomes of it, the night's own exit code stands.
+    """
     if not config.on_failure or not code:
         return
     told = {"CAMENN_EXIT_CODE": str(code), "CAMENN_MESSAGE": message, "CAMENN_RECORD": record}
@@ -210,12 +250,20 @@ def call_on_failure(config: NightlyConfig, code: int, message: str, record: str,
 
 
 class Terminated(BaseException):
-    """Somebody asked the process to end, as a service manager does: the night's record is written, and `on_failure` is called."""
+    """A request to end the process.
+
+    Somebody asked it to end, as a service manager does. The night's record is written, and
+    `on_failure` is called.
+    """
 
 
 @contextlib.contextmanager
 def told_of_termination() -> Iterator[None]:
-    """SIGTERM raises `Terminated` in this process instead of ending it on the spot; forked children end as they would."""
+    """Raise `Terminated` on SIGTERM.
+
+    It is raised in this process instead of ending it on the spot. Forked children end as they
+    would.
+    """
     own = os.getpid()
 
     def end(number: int, _: object) -> None:
@@ -231,7 +279,7 @@ def told_of_termination() -> Iterator[None]:
 
 
 def run_night(config: NightlyConfig, as_json: bool) -> int:
-    """One night, from the lock to the exit code."""
+    """Run one night, from the lock to the exit code."""
     started = time.monotonic()
     try:
         with told_of_termination(), files.single_writer(config.work):
@@ -258,7 +306,10 @@ def run_night(config: NightlyConfig, as_json: bool) -> int:
 
 
 def _summary(night: Night, seconds: float) -> dict[str, Any]:
-    """The closing table: books and figures of the stages that ran."""
+    """Build the closing table.
+
+    It has the row counts and figures of the stages that ran.
+    """
     found = {record.stage: record.summary for record in night.stages}
     rows = {name: found.get("score", {}).get(name, 0) for name in ("rows_in", "rows_out", "rejected")}
     encoded = {name: found.get("embed", {}).get(name, 0) for name in ("encoded_images", "encoded_titles")}

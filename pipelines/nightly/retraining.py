@@ -1,4 +1,8 @@
-"""Whether tonight is a night to train: by the days that the logs have grown since the last training, or because the published model drifts."""
+"""Decide whether tonight is a night to train.
+
+It is decided by the days that the logs have grown since the last training, or because the published
+model drifts.
+"""
 
 import datetime
 from dataclasses import dataclass
@@ -19,14 +23,20 @@ SLACK = 0.1
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether to train, and why or why not, in words for the log."""
+    """A decision whether to train.
+
+    It tells why or why not, in words for the log.
+    """
 
     due: bool
     words: str
 
 
 def decide(config: NightlyConfig) -> Decision:
-    """Look at the published model, the trainings since, and the shard set of tonight."""
+    """Decide whether to train tonight.
+
+    It looks at the published model, the trainings since, and the shard set of tonight.
+    """
     shards, model = read_latest(config.output("shards")), read_latest(config.output("model"))
     if shards is None:
         raise RuntimeError("shards must be built before training is thought of")
@@ -71,7 +81,11 @@ def decide(config: NightlyConfig) -> Decision:
 
 
 def last_training(root: str, published: Manifest) -> Manifest:
-    """The training that ended last, published or held back: one that lost against the published model is not repeated every night."""
+    """Find the training that ended last.
+
+    It was published or held back: one that lost against the published model is not repeated every
+    night.
+    """
     newest = published
     for found in files.match(files.join(root, "runs"), f"*/{MANIFEST}"):
         other = read_run(root, found.path.split("/")[-2])
@@ -81,6 +95,9 @@ def last_training(root: str, published: Manifest) -> Manifest:
 
 
 def days_between(before: str, after: str) -> float:
-    """Days from one moment of a log to another, both ISO text; negative where the log was set back."""
+    """Compute the days from one log moment to another.
+
+    Both are ISO text. The result is negative where the log was set back.
+    """
     early, late = (datetime.datetime.fromisoformat(text) for text in (before, after))
     return (late - early).total_seconds() / 86_400

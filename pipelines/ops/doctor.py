@@ -1,4 +1,8 @@
-"""`camenn doctor`: looks at this machine and says what is there, what is not, and what to do about each. It downloads nothing."""
+"""Check this machine: `camenn doctor`.
+
+It looks at this machine and says what is there, what is not, and what to do about each. It
+downloads nothing.
+"""
 
 import argparse
 import importlib.metadata
@@ -28,7 +32,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 
 LEAST_PYTHON = (3, 11)
 LEAST_DISK, LEAST_MEMORY = 10 * 10**9, 8 * 10**9
-"""bytes; below them a demo still runs, a catalog of a city does not."""
+"""bytes. Below them a demo still runs, a catalog of a city does not."""
 
 OPTIONAL = {
     "demo": "the text encoder of the offline demo",
@@ -45,7 +49,10 @@ JAR_PATTERN = "*flink*job-server*.jar"
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line: what was looked at, how it stands, what was found, and what to do ('' = nothing)."""
+    """One line of the check.
+
+    It has what was looked at, how it stands, what was found, and what to do ('' = nothing).
+    """
 
     name: str
     status: str
@@ -55,17 +62,23 @@ class Check:
 
 
 def check_python() -> Check:
-    """This Python against the least that is supported."""
+    """Check this Python against the least that is supported."""
     enough = sys.version_info[:2] >= LEAST_PYTHON
     least = ".".join(map(str, LEAST_PYTHON))
     return Check(
-        name="python", status=OK if enough else FAIL, found=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        remedy="" if enough else f"Install Python {least} or later.", essential=True,
-    )  # fmt: skip
+        name="python",
+        status=OK if enough else FAIL,
+        found=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        remedy="" if enough else f"Install Python {least} or later.",
+        essential=True,
+    )
 
 
 def installed_version(name: str) -> str | None:
-    """Version of an installed distribution, None where there is none."""
+    """Return the version of an installed distribution.
+
+    It is None where there is none.
+    """
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -73,10 +86,13 @@ def installed_version(name: str) -> str | None:
 
 
 def check_packages(requirements: list[str] | None = None) -> list[Check]:
-    """Required packages and useful extras against the lower bounds of setup.py.
+    """Check required packages and useful extras.
+
+    They are held against the lower bounds of setup.py.
 
     Args:
-        requirements: requirement lines as package metadata has them; None = those of the installed `camenn`.
+        requirements: requirement lines as package metadata has them. None = those of the installed
+            `camenn`.
     """
     if requirements is None:
         try:
@@ -115,9 +131,12 @@ def _check_required(requirement: Requirement) -> Check:
     if version is not None and requirement.specifier.contains(version, prereleases=True):
         return Check(name=requirement.name, status=OK, found=f"{version} ({requirement.specifier})", essential=True)
     return Check(
-        name=requirement.name, status=FAIL, found=f"{version or 'not installed'} (needs {requirement.specifier})",
-        remedy=f"pip install '{requirement.name}{requirement.specifier}'", essential=True,
-    )  # fmt: skip
+        name=requirement.name,
+        status=FAIL,
+        found=f"{version or 'not installed'} (needs {requirement.specifier})",
+        remedy=f"pip install '{requirement.name}{requirement.specifier}'",
+        essential=True,
+    )
 
 
 def _check_extra(requirement: Requirement, extra: str) -> Check:
@@ -134,7 +153,11 @@ def _check_extra(requirement: Requirement, extra: str) -> Check:
 
 
 def check_processor(cpuinfo: str | None = None) -> Check:
-    """Cores, and the instructions that make bf16 worth while; `cpuinfo` is the text of /proc/cpuinfo."""
+    """Check the processor.
+
+    Checked are its cores, and the instructions that make bf16 worth while. `cpuinfo` is the text of
+    /proc/cpuinfo.
+    """
     path = Path("/proc/cpuinfo")
     if cpuinfo is None:
         cpuinfo = path.read_text() if path.exists() else ""
@@ -148,12 +171,13 @@ def check_processor(cpuinfo: str | None = None) -> Check:
         name="processor",
         status=WARN,
         found=f"{cores}, {', '.join(flags) or 'none of the known flags'}: no native bf16",
-        remedy="Photos are encoded in fp32, which takes longer; a machine with bf16 gives other embeddings, so keep to one kind.",
+        remedy="Photos are encoded in fp32, which takes longer; a machine with bf16 gives other "
+        "embeddings, so keep to one kind.",
     )
 
 
 def check_device() -> Check:
-    """The device that `--device auto` chooses."""
+    """Check the device that `--device auto` chooses."""
     device, precision = resolve_device_precision("auto", "auto")
     if device == "cpu":
         return Check(name="accelerator", status=OK, found=f"no CUDA device: --device auto is cpu, {precision}")
@@ -167,7 +191,7 @@ def check_device() -> Check:
 
 
 def check_compiler() -> Check:
-    """Whether `embed --compile` can compile."""
+    """Check whether `embed --compile` can compile."""
     if has_compiler():
         return Check(
             name="C++ compiler", status=OK, found="found: camenn embed compiles InceptionV4 where photos are many"
@@ -182,7 +206,10 @@ def check_compiler() -> Check:
 
 @contextmanager
 def hub_offline() -> Iterator[None]:
-    """Let the hub's client look into its local cache only: a check must not fetch gigabytes."""
+    """Let the hub's client look into its cache only.
+
+    The cache is local: a check must not fetch gigabytes.
+    """
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -195,7 +222,10 @@ def hub_offline() -> Iterator[None]:
 
 
 def check_encoders(image_weights: str, text_encoder: str) -> list[Check]:
-    """Whether both encoders can be had from here without a network."""
+    """Check that both encoders can be had offline.
+
+    They must be there from here without a network.
+    """
     defaults = argparse.ArgumentParser()
     add_encoder_flags(defaults)
     grid, patch_size, max_tokens = (defaults.get_default(name) for name in ("grid", "patch_size", "max_tokens"))
@@ -230,12 +260,15 @@ def check_encoders(image_weights: str, text_encoder: str) -> list[Check]:
 def _lacking(name: str, flag: str, source: str, error: WeightsError) -> Check:
     if "from the hub" not in str(error):
         return Check(name=name, status=WARN, found=f"{source}: not usable", remedy=str(error))
-    remedy = f"`camenn embed` fetches it where the hub can be reached. Elsewhere fetch it on another machine and give its local path: {flag} PATH."
+    remedy = (
+        "`camenn embed` fetches it where the hub can be reached. Elsewhere fetch it on another "
+        f"machine and give its local path: {flag} PATH."
+    )
     return Check(name=name, status=WARN, found=f"{source}: not on this machine", remedy=remedy)
 
 
 def check_java() -> Check:
-    """Java, which Flink's job server needs."""
+    """Check Java, which Flink's job server needs."""
     program = shutil.which("java")
     need = "needed for --runner FlinkRunner only"
     if program is None:
@@ -253,7 +286,10 @@ def check_java() -> Check:
 
 
 def check_flink_jar(caches: tuple[Path, ...] = JAR_CACHES) -> Check:
-    """Flink's job server where scripts/flink_local.sh or Beam put it."""
+    """Check Flink's job server.
+
+    It is looked for where scripts/flink_local.sh or Beam put it.
+    """
     jars = [str(path) for cache in caches for path in sorted(cache.expanduser().glob(JAR_PATTERN))]
     if jars:
         return Check(name="flink job server", status=OK, found=", ".join(jars))
@@ -266,32 +302,44 @@ def check_flink_jar(caches: tuple[Path, ...] = JAR_CACHES) -> Check:
 
 
 def check_disk(out: str) -> Check:
-    """Free bytes where output would go; a directory that is not made yet counts as its nearest parent."""
+    """Check the free bytes where output would go.
+
+    A directory that is not made yet counts as its nearest parent.
+    """
     place = Path(out).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     enough = free >= LEAST_DISK
     return Check(
-        name="free disk", status=OK if enough else WARN, found=f"{free / 1e9:,.1f} GB at {place}",
-        remedy="" if enough else "A photo's embedding takes 50 kB (grid 4) to 200 kB (grid 8): make room, or give --out on another disk.",
-    )  # fmt: skip
+        name="free disk",
+        status=OK if enough else WARN,
+        found=f"{free / 1e9:,.1f} GB at {place}",
+        remedy=""
+        if enough
+        else "A photo's embedding takes 50 kB (grid 4) to 200 kB (grid 8): make room, or give --out on another disk.",
+    )
 
 
 def check_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
-    """Memory of the machine, or of the container that this process lives in, whichever is less."""
+    """Check the memory.
+
+    It is that of the machine, or of the container that this process lives in, whichever is less.
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if limit.exists() and limit.read_text().strip().isdigit():
         total = min(total, int(limit.read_text()))
     enough = total >= LEAST_MEMORY
     return Check(
-        name="memory", status=OK if enough else WARN, found=f"{total / 1e9:,.1f} GB",
+        name="memory",
+        status=OK if enough else WARN,
+        found=f"{total / 1e9:,.1f} GB",
         remedy="" if enough else "Keep to the profile `small`, and to few workers.",
-    )  # fmt: skip
+    )
 
 
 def examine(image_weights: str, text_encoder: str, out: str) -> list[Check]:
-    """All checks, in the order in which they are shown."""
+    """Make all checks, in the order they are shown."""
     machine = [check_processor(), check_device(), check_compiler(), check_memory(), check_disk(out)]
     return [
         check_python(),
@@ -304,12 +352,15 @@ def examine(image_weights: str, text_encoder: str, out: str) -> list[Check]:
 
 
 def exit_code(checks: list[Check]) -> int:
-    """1 where something essential fails, else 0."""
+    """Return 1 where something essential fails, else 0."""
     return int(any(check.essential and check.status == FAIL for check in checks))
 
 
 def show(checks: list[Check], out: str, seconds: float, *, as_json: bool) -> None:
-    """Print a line for each check, what to do below it, and a last line in sum; with `as_json`, one JSON object."""
+    """Print a line for each check.
+
+    What to do is below it, and a last line sums up. With `as_json`, one JSON object is printed.
+    """
     counts = {status: sum(check.status == status for check in checks) for status in (OK, WARN, FAIL)}
     if as_json:
         found = {"checks": [asdict(check) for check in checks], **counts, "seconds": round(seconds, 1), "out": out}
@@ -325,10 +376,11 @@ def show(checks: list[Check], out: str, seconds: float, *, as_json: bool) -> Non
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn doctor`."""
+    """Build the parser of `camenn doctor`."""
     parser = new_parser(
         COMMAND,
-        "Look at this machine: versions, devices, encoder weights, runner jars, memory, disk; say what to do about each.",
+        "Look at this machine: versions, devices, encoder weights, runner jars, memory, "
+        "disk; say what to do about each.",
     )
     # Nothing here runs on Beam.
     parser.epilog = None
@@ -339,7 +391,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, look, print; 1 where something essential fails."""
+    """Parse, look and print.
+
+    Returned is 1 where something essential fails.
+    """
     arguments = build_parser().parse_args(argv)
     started = time.monotonic()
     checks = examine(arguments.image_weights, arguments.text_encoder, arguments.out)

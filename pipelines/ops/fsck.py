@@ -9,11 +9,13 @@ from schemas.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn fsck`."""
+    """Build the parser of `camenn fsck`."""
     parser = argparse.ArgumentParser(
         prog="camenn fsck",
-        description="Read every file of an output, compare it with the checksum that was written with it, and say what to run again.",
-        epilog="exit codes: 0 all is whole; 2 something is lost or damaged: each file and its remedy is a line on stderr.",
+        description="Read every file of an output, compare it with the checksum that was written with "
+        "it, and say what to run again.",
+        epilog="exit codes: 0 all is whole; 2 something is lost or damaged: each file and its "
+        "remedy is a line on stderr.",
         allow_abbrev=False,
     )
     place = parser.add_mutually_exclusive_group(required=True)
@@ -22,14 +24,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="set damaged documents and parts of the store aside (`.damaged`), and let latest.json name the newest run that is whole",
+        help="set damaged documents and parts of the store aside (`.damaged`), and let "
+        "latest.json name the newest run that is whole",
     )
     add_json_flag(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, check, print."""
+    """Parse, check and print."""
     a = build_parser().parse_args(argv)
     from pipelines.io import files
     from pipelines.runner.console import closing_table

@@ -9,7 +9,7 @@ from schemas.manifest import KEEP
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn gc`."""
+    """Build the parser of `camenn gc`."""
     parser = argparse.ArgumentParser(
         prog="camenn gc",
         description="Remove files of an output that no kept run refers to and that are older than 48 hours.",
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, collect, print."""
+    """Parse, collect and print."""
     arguments = build_parser().parse_args(argv)
     from pipelines.runner.console import closing_table
     from pipelines.runs.garbage import collect

@@ -8,7 +8,7 @@ from pipelines.runner.flags import add_json_flag
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn publish`."""
+    """Build the parser of `camenn publish`."""
     parser = argparse.ArgumentParser(
         prog="camenn publish",
         description="Let readers see a finished run: one that a gate held back, or an earlier one.",
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, publish, print."""
+    """Parse, publish and print."""
     arguments = build_parser().parse_args(argv)
     from pipelines.runner.console import closing_table
     from pipelines.runs.publication import republish

@@ -1,4 +1,7 @@
-"""`camenn rollback`: let readers see the run that was published before the present one."""
+"""Publish the previous run again: `camenn rollback`.
+
+Readers then see the run that was published before the present one.
+"""
 
 import argparse
 import sys
@@ -8,7 +11,7 @@ from pipelines.runner.flags import add_json_flag
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn rollback`."""
+    """Build the parser of `camenn rollback`."""
     parser = argparse.ArgumentParser(
         prog="camenn rollback",
         description="Let readers see the run that was published before the present one.",
@@ -21,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, roll back, print."""
+    """Parse, roll back and print."""
     arguments = build_parser().parse_args(argv)
     from pipelines.runner.console import closing_table
     from pipelines.runs.publication import rollback

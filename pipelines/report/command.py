@@ -9,7 +9,7 @@ from schemas.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn report`."""
+    """Build the parser of `camenn report`."""
     parser = new_parser("report", "Write one self-contained HTML page about a working directory.")
     # Nothing here runs on Beam.
     parser.epilog = None
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run, print."""
+    """Parse, run and print."""
     arguments = build_parser().parse_args(argv)
     if not arguments.run:
         raise InputError("--run: the working directory is empty text. Give its path.")

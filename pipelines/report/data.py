@@ -1,4 +1,8 @@
-"""What the report reads: the manifests, metrics, curves and tables of a working directory. Every one of them may be absent."""
+"""Read what the report shows.
+
+It is the manifests, metrics, curves and tables of a working directory. Every one of them may be
+absent.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,9 +37,12 @@ _ITEM_COLUMNS = ("item_id", "title", "subcategory", "image_uri", "store_id", "pr
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A working directory, as far as it exists. `metrics`, `curves` and `retrieval` are as their files have them.
+    """A working directory, as far as it exists.
 
-    `metrics` come from `metrics.json` of the working directory, which has the baselines, or else from the model's own; `metrics_path` says which.
+    `metrics`, `curves` and `retrieval` are as their files have them.
+
+    `metrics` come from `metrics.json` of the working directory, which has the baselines, or else
+    from the model's own. `metrics_path` says which.
     """
 
     root: str
@@ -49,7 +56,10 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A listing, as it was clicked or scored. `price`: currency units."""
+    """A listing, as it was clicked or scored.
+
+    `price`: currency units.
+    """
 
     item_id: str
     title: str | None = None
@@ -62,7 +72,10 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """One reason of a rejects or defects table: its rows, and a few of them as examples (key, detail)."""
+    """One reason of a rejects or defects table.
+
+    It has its rows, and a few of them as examples (key, detail).
+    """
 
     stage: str
     reason: str
@@ -78,7 +91,8 @@ def read_work(root: str) -> Work:
     """
     if files.is_local(root) and not files.exists(root):
         raise InputError(
-            f"--run {root}: no such directory. Give the working directory that holds store/, shards/, model/ and scores/."
+            f"--run {root}: no such directory. Give the working directory that holds store/, "
+            "shards/, model/ and scores/."
         )
     found = {stage: read_latest(files.join(root, folder)) for stage, folder in OUTPUT_FOLDERS.items()}
     manifests = {stage: manifest for stage, manifest in found.items() if manifest is not None}
@@ -126,7 +140,7 @@ def _read_curves(path: str) -> pd.DataFrame | None:
 
 
 def read_columns(paths: list[str], columns: list[str]) -> Iterator[pa.Table]:
-    """Some columns of Parquet files, one file at a time."""
+    """Yield some columns of Parquet files, file by file."""
     for path in paths:
         with files.open_read(path) as handle:
             # A ParquetFile reads this file alone; hive folders of its path would add columns.
@@ -134,7 +148,11 @@ def read_columns(paths: list[str], columns: list[str]) -> Iterator[pa.Table]:
 
 
 def read_items(work: Work, wanted: set[str]) -> dict[str, Item]:
-    """The listings of some ids: from the scored catalog, and those that it no longer has from the shards' one; unknown ids are left out."""
+    """Read the listings of some ids.
+
+    They are from the scored catalog, and those that it no longer has from the shards' one. Unknown
+    ids are left out.
+    """
     found: dict[str, Item] = {}
     for stage in ("score", "shards"):
         manifest = work.manifests.get(stage)
@@ -146,7 +164,10 @@ def read_items(work: Work, wanted: set[str]) -> dict[str, Item]:
 
 
 def count_reasons(manifests: dict[str, Manifest], table: str, examples: int) -> list[Reason]:
-    """Rows of `rejects` or `defects` by stage and reason, most frequent first, with the first few of each."""
+    """Count the rows of `rejects` or `defects` by reason.
+
+    They are by stage and reason, most frequent first, with the first few of each.
+    """
     rows: dict[tuple[str, str], int] = {}
     first: dict[tuple[str, str], list[dict[str, str]]] = {}
     for manifest in manifests.values():

@@ -1,4 +1,7 @@
-"""The report's words: what counts and metrics mean, in plain English, and how numbers are written."""
+"""The report's words.
+
+They tell what counts and metrics mean, in plain English, and how numbers are written.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +74,10 @@ GATE_WORDS = {
 
 
 def gate_title(name: str) -> str:
-    """Return a gate's name for readers; the model's user fields have gates of their own."""
+    """Return a gate's name for readers.
+
+    The model's user fields have gates of their own.
+    """
     if name in GATE_WORDS:
         return GATE_WORDS[name]
     if name.startswith("known_user_"):
@@ -81,7 +87,10 @@ def gate_title(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """How one metric is shown; `best`: 'high', 'low' or 'one' (the closer to 1, the better)."""
+    """A description of how one metric is shown.
+
+    `best`: 'high', 'low' or 'one' (the closer to 1, the better).
+    """
 
     name: str
     title: str
@@ -125,22 +134,22 @@ METRICS = (
 
 
 def count(value: float | None) -> str:
-    """A whole number with separators, or a dash."""
+    """Write a whole number with separators, or a dash."""
     return "–" if value is None else f"{value:,.0f}"
 
 
 def number(value: float | None, digits: int = DIGITS) -> str:
-    """A number with fixed decimals, or a dash."""
+    """Write a number with fixed decimals, or a dash."""
     return "–" if value is None or value != value else f"{value:,.{digits}f}"
 
 
 def signed(value: float, digits: int = DIGITS) -> str:
-    """A difference, with its sign."""
+    """Write a difference with its sign."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent, or a dash."""
+    """Write a share as per cent, or a dash."""
     if value is None or value != value:
         return "–"
     least = 10.0 ** -(digits + 2)
@@ -148,7 +157,10 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them: 8.2 s, 3 min 20 s, 2 h 5 min."""
+    """Write seconds as people say them.
+
+    For example 8.2 s, 3 min 20 s, 2 h 5 min.
+    """
     if seconds is None:
         return "–"
     if seconds < 60:
@@ -159,12 +171,15 @@ def duration(seconds: float | None) -> str:
 
 
 def phrase(name: str) -> str:
-    """A column or reason name as words."""
+    """Write a column or reason name as words."""
     return name.replace("_", " ")
 
 
 def shown(value: Any) -> str:
-    """A value of a stage's summary, whatever its type."""
+    """Write a value of a stage's summary.
+
+    It may have any type.
+    """
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, int):

@@ -1,4 +1,7 @@
-"""The report's look at single listings and stores: when a listing sells, what is known of its photo and title, and how a store stands."""
+"""The report's look at single listings and stores.
+
+It shows when a listing sells, what is known of its photo and title, and how a store stands.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +17,10 @@ from pipelines.report.scores import ScoreDigest, read_scores
 
 @dataclass(frozen=True, kw_only=True)
 class Hour:
-    """A listing's mean predicted rate for the audience rows of one hour; `share` of its best hour's."""
+    """A listing's mean predicted rate in one hour.
+
+    It is for the audience rows of that hour. `share` is of its best hour's.
+    """
 
     label: str
     cvr: float
@@ -23,7 +29,10 @@ class Hour:
 
 @dataclass(frozen=True, kw_only=True)
 class Detail:
-    """What a listing's card opens to. `best_rank`: its highest place in any audience row; `facts`: (name, value) pairs."""
+    """The details that a listing's card opens to.
+
+    `best_rank`: its highest place in any audience row. `facts`: (name, value) pairs.
+    """
 
     rows: int
     mean: float
@@ -34,7 +43,11 @@ class Detail:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFigures:
-    """How a store stands: listings scored, their mean predicted rate over that of all stores less one, listings to mend (None = not known)."""
+    """Figures of how a store stands.
+
+    They are listings scored, their mean predicted rate over that of all stores less one, and
+    listings to fix (None = not known).
+    """
 
     listings: int
     mean: float
@@ -43,7 +56,11 @@ class StoreFigures:
 
 
 def read_details(work: Work, wanted: set[str]) -> dict[str, Detail]:
-    """Details of the listings that the scores have, by item id: one more pass over the scores, of which only these rows are kept."""
+    """Read details of scored listings, by item id.
+
+    They are of the listings that the scores have. It is one more pass over the scores, of which
+    only these rows are kept.
+    """
     manifest = work.manifests.get("score")
     if manifest is None or not manifest.paths("audience") or not wanted:
         return {}
@@ -76,7 +93,10 @@ def read_details(work: Work, wanted: set[str]) -> dict[str, Detail]:
 
 
 def _hours(own: pd.DataFrame) -> list[Hour]:
-    """By hour, where the audience has hours and more than one of them."""
+    """Compute mean rates by hour.
+
+    They are given where the audience has hours and more than one of them.
+    """
     means = own.dropna(subset="hour").groupby("hour")["cvr"].mean()
     if len(means) < 2:
         return []
@@ -110,7 +130,7 @@ def _words(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def store_figures(work: Work, digest: ScoreDigest, names: list[str]) -> dict[str, StoreFigures]:
-    """Figures of some stores, by store id."""
+    """Compute figures of some stores, by store id."""
     every = digest.stores["total"].sum() / max(digest.stores["rows"].sum(), 1)
     flagged = _flagged_by_store(work)
     found = {}
@@ -127,7 +147,10 @@ def store_figures(work: Work, digest: ScoreDigest, names: list[str]) -> dict[str
 
 
 def _flagged_by_store(work: Work) -> dict[str, int] | None:
-    """Listings to mend of each store; None where the catalog names no stores or quality is not known."""
+    """Count each store's listings to fix.
+
+    It is None where the catalog names no stores or quality is not known.
+    """
     manifest = work.manifests.get("score")
     if manifest is None or not manifest.paths("listing_quality") or not manifest.paths("items"):
         return None

@@ -1,4 +1,7 @@
-"""`camenn report`: one self-contained HTML page about a working directory: what came in, what was learned, what was scored."""
+"""Write one HTML page about a working directory: `camenn report`.
+
+The page is self-contained. It shows what came in, what was learned, and what was scored.
+"""
 
 import base64
 import hashlib
@@ -43,19 +46,23 @@ class ReportOptions:
 
 
 def missing_commands(root: str) -> dict[str, str]:
-    """For what a section lacks, the command that makes it."""
+    """Return the commands that make what sections lack."""
     store, shards, model, scores = (files.join(root, folder) for folder in OUTPUT_FOLDERS.values())
     return {
         "embed": f"camenn embed --data DATA --store {store}",
         "shards": f"camenn shards --data DATA --store {store} --out {shards}",
         "train": f"camenn train --shards {shards} --out {model}",
-        "baselines": f"python -m benchmarks.baselines --shards {shards} --model {model} --out {files.join(root, 'metrics.json')}",
+        "baselines": f"python -m benchmarks.baselines --shards {shards} --model {model} --out "
+        f"{files.join(root, 'metrics.json')}",
         "score": f"camenn score --data DATA --store {store} --model {model} --out {scores}",
     }
 
 
 def headline(work: Work, context: dict[str, Any], digest: ScoreDigest | None) -> list[dict[str, str]]:
-    """The figures at the top: label, value, a note, and the note's tone."""
+    """Build the figures at the top of the page.
+
+    Each has label, value, a note, and the note's tone.
+    """
     found = []
     metrics = work.metrics or {}
     test = metrics.get("test", {})
@@ -143,7 +150,10 @@ def headline(work: Work, context: dict[str, Any], digest: ScoreDigest | None) ->
 
 
 def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]]:
-    """Everything that the template shows, and the names of the sections that lack their source."""
+    """Build everything that the template shows.
+
+    Returned beside it are the names of the sections that lack their source.
+    """
     scores = work.manifests.get("score")
     digest = digest_scores(scores, with_stores=True) if scores and scores.paths("scores") else None
     flagged = section_listings.read_flagged(work)
@@ -237,7 +247,10 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
 
 
 def trend_plots(nights: list[section_nights.Published]) -> list[dict[str, str]]:
-    """Title and plot of each figure that is followed over the nights; none before the second night."""
+    """Plot each figure that is followed over the nights.
+
+    Each has title and plot. There are none before the second night.
+    """
     if len(nights) < 2:
         return []
     changes = [night.new_model for night in nights]
@@ -256,7 +269,10 @@ def trend_plots(nights: list[section_nights.Published]) -> list[dict[str, str]]:
 
 
 def _list_stores(chosen: tuple[Any, list[str], list[str]], items: dict[str, Item]) -> list[section_listings.Store]:
-    """Stores beyond those with photos: their first few listings by name, so that no photo is read for them."""
+    """List stores beyond those with photos.
+
+    They have their first few listings by name, so that no photo is read for them.
+    """
     without = Photos(None, allow_absolute=False).find(None)
 
     def plain(item_id: str, note: str = "") -> section_listings.Card:
@@ -266,7 +282,11 @@ def _list_stores(chosen: tuple[Any, list[str], list[str]], items: dict[str, Item
 
 
 def render(context: dict[str, Any]) -> str:
-    """The page. Whatever comes from a table is escaped; the page's own policy lets nothing but its own script run."""
+    """Render the page.
+
+    Whatever comes from a table is escaped. The page's own policy lets nothing but its own script
+    run.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipelines.report"),
         autoescape=True,
@@ -276,10 +296,18 @@ def render(context: dict[str, Any]) -> str:
     )
     filters: dict[str, Callable[..., str]] = {
         "count": count,
-        "signed": signed, "number": number, "percent": percent, "duration": duration, "phrase": labels.phrase, "shown": labels.shown,
-    }  # fmt: skip
+        "signed": signed,
+        "number": number,
+        "percent": percent,
+        "duration": duration,
+        "phrase": labels.phrase,
+        "shown": labels.shown,
+    }
     environment.filters.update(filters)
-    style, script = (environment.loader.get_source(environment, name)[0] for name in ("report.css", "report.js"))  # type: ignore[union-attr]
+    style, script = (
+        environment.loader.get_source(environment, name)[0]  # type: ignore[union-attr]
+        for name in ("report.css", "report.js")
+    )
     script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
         **context, style=Markup(style), script=Markup(script), script_hash=script_hash
@@ -287,7 +315,7 @@ def render(context: dict[str, Any]) -> str:
 
 
 def run(options: ReportOptions) -> dict[str, Any]:
-    """Write the page; returns the closing table."""
+    """Write the page and return the closing table."""
     started = time.monotonic()
     work = read_work(options.run)
     embed = work.manifests.get("embed")

@@ -1,4 +1,7 @@
-"""Photos for the report: small JPEGs inside the page, or the reason why there is none."""
+"""Photos for the report.
+
+They are small JPEGs inside the page, or the reason why there is none.
+"""
 
 import base64
 import io
@@ -18,17 +21,20 @@ _QUALITY = 80
 
 @dataclass(frozen=True)
 class Photo:
-    """A thumbnail as a data URI; or '', and `reason` in a few words."""
+    """A thumbnail as a data URI.
+
+    It may be '' instead, and then `reason` tells why in a few words.
+    """
 
     source: str = ""
     reason: str = ""
 
 
 class Photos:
-    """Makes thumbnails of a catalog's photos, each once.
+    """A maker of thumbnails of a catalog's photos, each once.
 
     Args:
-        image_root: directory that image_uri is relative to; None where it is not known.
+        image_root: directory that image_uri is relative to. None where it is not known.
         allow_absolute: whether an image_uri may be an absolute path or leave `image_root`.
     """
 
@@ -37,7 +43,10 @@ class Photos:
         self.made: dict[str, Photo] = {}
 
     def find(self, uri: str | None) -> Photo:
-        """The thumbnail of one photo, or why it cannot be shown. Only local files are opened."""
+        """Make the thumbnail of one photo.
+
+        Where it cannot be shown, the reason is given. Only local files are opened.
+        """
         if uri is None or not uri.strip():
             return Photo(reason="no photo")
         if uri not in self.made:
@@ -45,11 +54,11 @@ class Photos:
         return self.made[uri]
 
     def shown(self) -> int:
-        """Distinct photos that could be shown."""
+        """Count the distinct photos that could be shown."""
         return sum(bool(photo.source) for photo in self.made.values())
 
     def failed(self) -> int:
-        """Distinct photos that could not be shown."""
+        """Count the distinct photos that could not be shown."""
         return len(self.made) - self.shown()
 
     def _make(self, uri: str) -> Photo:
@@ -69,7 +78,9 @@ class Photos:
 
 
 def thumbnail(data: bytes) -> str:
-    """A photo's bytes as a small, upright JPEG data URI with its own aspect ratio.
+    """Convert a photo into a small JPEG data URI.
+
+    It is upright and has its own aspect ratio.
 
     Raises:
         ImageDefect: the bytes are no photo.

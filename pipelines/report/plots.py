@@ -1,4 +1,7 @@
-"""The report's plots: inline SVG that takes its colours from the page, so that it reads in light and in dark."""
+"""The report's plots.
+
+They are inline SVG that takes its colours from the page, so that it reads in light and in dark.
+"""
 
 import io
 import re
@@ -64,7 +67,10 @@ def _new_axes(rows: int = 1, ratios: Sequence[float] = (1,)) -> tuple[Figure, li
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an `<svg>` element: no fixed size, ids that are its own, colours from the page."""
+    """Write a figure as an `<svg>` element.
+
+    It has no fixed size, ids that are its own, and colours from the page.
+    """
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
@@ -80,7 +86,10 @@ def _svg(figure: Figure, name: str, label: str) -> str:
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_MOST_POINTS` points, each the mean of its neighbours: a long run must not make a heavy page."""
+    """Reduce a series to at most `_MOST_POINTS` points.
+
+    Each is the mean of its neighbours: a long run must not make a heavy page.
+    """
     if len(steps) <= _MOST_POINTS:
         return steps, values
     pieces = np.array_split(np.arange(len(steps)), _MOST_POINTS)
@@ -88,7 +97,10 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _draw(axis: Axes, curves: pd.DataFrame, column: str, colour: str, label: str) -> None:
-    """A noisy series: faint as it was, and strong as a running mean."""
+    """Draw a noisy series.
+
+    It is faint as it was, and strong as a running mean.
+    """
     known = curves[["step", column]].dropna()
     if known.empty:
         return
@@ -103,7 +115,11 @@ def _draw(axis: Axes, curves: pd.DataFrame, column: str, colour: str, label: str
 def plot_trend(
     values: Sequence[float | None], new_model: Sequence[bool], label: str, *, even: float | None = None
 ) -> str:
-    """One figure night after night; a dashed line where another model took over. `even`: a value to compare with. NaN and None are gaps."""
+    """Plot one figure night after night.
+
+    A dashed line shows where another model took over. `even`: a value to compare with. NaN and None
+    are gaps.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, (axis,) = _new_axes()
         figure.set_size_inches(4.5, 2.0)
@@ -143,7 +159,10 @@ def _finish_steps(axis: Axes, ylabel: str, columns: int) -> None:
 
 
 def plot_conversion_loss(curves: pd.DataFrame) -> str:
-    """Training loss of the conversion task, and the log loss on the early-stop part where it was evaluated."""
+    """Plot the loss of the conversion task.
+
+    It is the training loss, and the log loss on the early-stop part where it was evaluated.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, (axis,) = _new_axes()
         _draw(axis, curves, "cvr", _SERIES[0], "training clicks")
@@ -173,7 +192,10 @@ def plot_conversion_loss(curves: pd.DataFrame) -> str:
 
 
 def plot_alignment_loss(curves: pd.DataFrame) -> str:
-    """Losses of the two matching tasks, with the loss of a coin toss."""
+    """Plot the losses of the two matching tasks.
+
+    The loss of a coin toss is shown beside them.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, (axis,) = _new_axes()
         for number, (column, label) in enumerate((("ita", "photo → title"), ("tia", "title → photo"))):
@@ -195,7 +217,11 @@ def plot_alignment_loss(curves: pd.DataFrame) -> str:
 
 
 def plot_total_loss(curves: pd.DataFrame) -> str:
-    """What the optimiser minimised, with its contrastive term and the two that keep the gates in order, on a logarithmic scale."""
+    """Plot what the optimiser minimised.
+
+    It is shown with its contrastive term and the two that keep the gates in order, on a logarithmic
+    scale.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, (axis,) = _new_axes()
         for number, (column, label) in enumerate(
@@ -212,9 +238,12 @@ def plot_total_loss(curves: pd.DataFrame) -> str:
 
 
 def plot_expert_use(curves: pd.DataFrame, experts: Sequence[str]) -> str:
-    """Share of the routed pairs that each expert received, stacked to one.
+    """Plot how much each expert received.
+
+    It is its share of the routed pairs, stacked to one.
 
     Args:
+        curves: has the columns `step` and those of the experts.
         experts: the columns `expert_0` ... in order.
     """
     with matplotlib.rc_context(_STYLE):
@@ -236,10 +265,13 @@ def plot_expert_use(curves: pd.DataFrame, experts: Sequence[str]) -> str:
 
 
 def plot_reliability(predicted: np.ndarray, observed: np.ndarray, rows: np.ndarray) -> str:
-    """Predicted against observed conversion rate per bin with 95 % Wilson intervals, and below it the rows of each bin.
+    """Plot predicted against observed conversion rate per bin.
+
+    There are 95 % Wilson intervals, and below it the rows of each bin.
 
     Args:
-        predicted, observed: float64 [bins], 0 to 1.
+        predicted: float64 [bins], 0 to 1.
+        observed: float64 [bins], 0 to 1.
         rows: int64 [bins].
     """
     with matplotlib.rc_context(_STYLE):
@@ -268,7 +300,11 @@ def plot_reliability(predicted: np.ndarray, observed: np.ndarray, rows: np.ndarr
 
 
 def plot_deciles(shares: np.ndarray) -> str:
-    """Share of tonight's scores within each tenth of the previous night's, float64 [10]; 10 % each = no drift."""
+    """Plot how tonight's scores fall into last night's deciles.
+
+    It is the share of tonight's scores within each tenth of the previous night's, float64 [10]. 10
+    % each = no drift.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, (axis,) = _new_axes()
         axis.bar(np.arange(1, len(shares) + 1), shares, color=_SERIES[0], width=0.72)

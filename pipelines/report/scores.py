@@ -1,4 +1,7 @@
-"""The report's one pass over the score table, in bounded memory: its distribution, each store's best listings, the top ten."""
+"""The report's one pass over the score table.
+
+It takes bounded memory, and finds the distribution, each store's best listings and the top ten.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +27,8 @@ _BATCH = 262_144
 class ScoreDigest:
     """A score table in small.
 
-    `histogram`: int64 [2802], counts by log-odds. `stores`: store_id, item_id, total (sum of cvr), rows. `top`: audience_id and
-    item_id of the first `TOP` ranks.
+    `histogram`: int64 [2802], counts by log-odds. `stores`: store_id, item_id, total (sum of cvr),
+    rows. `top`: audience_id and item_id of the first `TOP` ranks.
     """
 
     rows: int
@@ -39,8 +42,9 @@ class ScoreDigest:
 class Drift:
     """Tonight's scores beside the previous night's.
 
-    `psi`: population stability index over the previous night's deciles; `shares`: float64 [10], tonight's share of each decile;
-    `changed` of `compared` top-ten places hold a listing that was not in the same audience row's top ten before.
+    `psi`: population stability index over the previous night's deciles. `shares`: float64 [10],
+    tonight's share of each decile. `changed` of `compared` top-ten places hold a listing that was
+    not in the same audience row's top ten before.
     """
 
     mean: float
@@ -52,12 +56,18 @@ class Drift:
 
     @property
     def mean_change(self) -> float:
-        """Relative change of the mean score; 0.1 = 10 % higher."""
+        """Return the relative change of the mean score.
+
+        0.1 = 10 % higher.
+        """
         return self.mean / self.previous_mean - 1 if self.previous_mean else 0.0
 
 
 def read_scores(manifest: Manifest) -> Iterator[pa.Table]:
-    """A run's `scores`, without model_version, a bounded piece at a time."""
+    """Yield a run's `scores`, a bounded piece at a time.
+
+    They are without model_version.
+    """
     for path in manifest.paths("scores"):
         with files.open_read(path) as handle:
             for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=["audience_id", "item_id", "cvr", "rank"]):
@@ -65,9 +75,12 @@ def read_scores(manifest: Manifest) -> Iterator[pa.Table]:
 
 
 def digest_scores(manifest: Manifest, *, with_stores: bool) -> ScoreDigest:
-    """Read a run's `scores` once; `with_stores` also adds up the scores by store and listing.
+    """Read a run's `scores` once.
 
-    Rows of audience ids that the run's `audience` table does not have count in the distribution, but in no store.
+    `with_stores` also adds up the scores by store and listing.
+
+    Rows of audience ids that the run's `audience` table does not have count in the distribution,
+    but in no store.
     """
     audience = (
         pa.concat_tables(read_columns(manifest.paths("audience"), ["audience_id", "store_id"]))
@@ -116,10 +129,14 @@ def _sum_by_store(table: pa.Table, audience: pa.Table) -> pa.Table:
 
 
 def top_by_store(digest: ScoreDigest, items: int) -> pd.DataFrame:
-    """Each store's best listings: store_id, item_id, cvr (mean over the store's audience rows that have it), place from 1.
+    """List each store's best listings.
 
-    They are ordered by the sum of cvr. Where every listing is scored for every audience row that is the order of the means; where only the
-    best of each row are published, a listing that made it once does not stand above one that always does.
+    Columns are store_id, item_id, cvr (mean over the store's audience rows that have it), place
+    from 1.
+
+    They are ordered by the sum of cvr. Where every listing is scored for every audience row that is
+    the order of the means. Where only the best of each row are published, a listing that made it
+    once does not stand above one that always does.
     """
     frame = digest.stores.sort_values(["store_id", "total", "item_id"], ascending=[True, False, True])
     frame = frame.groupby("store_id", sort=False).head(items)
@@ -127,7 +144,7 @@ def top_by_store(digest: ScoreDigest, items: int) -> pd.DataFrame:
 
 
 def compare_nights(now: ScoreDigest, before: ScoreDigest) -> Drift:
-    """Drift of tonight's scores from the previous night's."""
+    """Measure tonight's drift from the previous night's scores."""
     shares = decile_shares(now.histogram, before.histogram)
     expected, found = decile_shares(before.histogram, before.histogram), shares
     audiences = set(now.top["audience_id"]) & set(before.top["audience_id"])

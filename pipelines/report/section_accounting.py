@@ -1,4 +1,7 @@
-"""The report's accounts: what became of the rows of every table, and why they fell out."""
+"""The report's row-count reconciliation.
+
+It shows what became of the rows of every table, and why they fell out.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +13,11 @@ EXAMPLES_PER_REASON = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of a funnel: rows that remain before it, and those that it takes. Shares are of the rows that came in."""
+    """One step of a funnel.
+
+    It has the rows that remain before it, and those that it takes. Shares are of the rows that came
+    in.
+    """
 
     name: str
     meaning: str
@@ -32,12 +39,12 @@ class Book:
 
     @property
     def balances(self) -> bool:
-        """Whether every row that came in is accounted for."""
+        """Tell whether every row that came in is accounted for."""
         return self.rows_in == self.rows_out + sum(self.exclusions.values())
 
 
 def books(work: Work) -> list[Book]:
-    """The accounts of all tables of all stages."""
+    """List the row counts of all tables and stages."""
     found = []
     for stage, manifest in work.manifests.items():
         for table, counts in sorted(manifest.counts.items()):
@@ -58,7 +65,10 @@ def books(work: Work) -> list[Book]:
 
 
 def click_funnel(work: Work) -> list[Step] | None:
-    """From all clicks to training examples: what came in, what each reason took, what was left."""
+    """Follow the clicks down to training examples.
+
+    Shown are what came in, what each reason took, and what was left.
+    """
     manifest = work.manifests.get("shards")
     if manifest is None or "clicks" not in manifest.counts:
         return None
@@ -101,7 +111,10 @@ def click_funnel(work: Work) -> list[Step] | None:
 
 
 def splits(work: Work) -> list[Step]:
-    """The examples by part of time, in order of time."""
+    """List the examples by part of time, in order.
+
+    The order is that of time.
+    """
     manifest = work.manifests.get("shards")
     found: dict[str, int] = manifest.summary.get("examples", {}) if manifest else {}
     total = max(sum(found.values()), 1)
@@ -120,5 +133,5 @@ def splits(work: Work) -> list[Step]:
 
 
 def reasons(work: Work) -> dict[str, list[Reason]]:
-    """Rejects and defects by reason."""
+    """List rejects and defects by reason."""
     return {table: count_reasons(work.manifests, table, EXAMPLES_PER_REASON) for table in ("rejects", "defects")}

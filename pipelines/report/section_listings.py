@@ -1,4 +1,7 @@
-"""The report's sections with photos: retrieval, listings to mend, top items by store."""
+"""The report's sections with photos.
+
+They are retrieval, listings to fix, and top items by store.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,7 +27,10 @@ NAMES_PER_STORE = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A listing as the page shows it. `note` and `good` belong to where it stands: a figure, and whether to mark it as right."""
+    """A listing as the page shows it.
+
+    `note` and `good` belong to where it stands: a figure, and whether to mark it as right.
+    """
 
     item: Item
     photo: Photo
@@ -53,7 +59,7 @@ class Store:
 
 
 def retrieval_ids(work: Work) -> set[str]:
-    """Listings that the retrieval section shows."""
+    """List the listings that the retrieval section shows."""
     return {
         name
         for query in _chosen_queries(work)
@@ -69,7 +75,7 @@ def _chosen_queries(work: Work) -> list[dict[str, Any]]:
 
 
 def retrieval(work: Work, card: Callable[..., Card]) -> list[Query]:
-    """The retrieval queries with photos."""
+    """Show the retrieval queries with photos."""
     return [
         Query(
             direction=query["direction"],
@@ -84,7 +90,11 @@ def retrieval(work: Work, card: Callable[..., Card]) -> list[Query]:
 
 
 def read_flagged(work: Work) -> tuple[pd.DataFrame, dict[str, int], int] | None:
-    """Flagged listings (item_id, mismatch, flags, clicks, orders, lost_orders), those that lost most first; listings by flag; all listings. None without scores."""
+    """Read the flagged listings, those that lost most first.
+
+    Returned are the flagged listings (item_id, mismatch, flags, clicks, orders, lost_orders),
+    listings by flag, and all listings. It is None without scores.
+    """
     manifest = work.manifests.get("score")
     if manifest is None or not manifest.paths("listing_quality"):
         return None
@@ -105,14 +115,20 @@ def read_flagged(work: Work) -> tuple[pd.DataFrame, dict[str, int], int] | None:
 
 
 def _worst(frame: pd.DataFrame) -> pd.DataFrame:
-    """The first listings by lost orders; among those that lost none, by mismatch."""
+    """Select the first listings by lost orders.
+
+    Those that lost none are ordered by mismatch.
+    """
     return frame.sort_values(
         ["lost_orders", "mismatch", "item_id"], ascending=[False, False, True], ignore_index=True
     ).head(FLAGGED)
 
 
 def flagged_cards(frame: pd.DataFrame, card: Callable[..., Card]) -> list[Card]:
-    """Flagged listings with what they lost, and why they are flagged."""
+    """Make the cards of flagged listings.
+
+    They show what the listings lost, and why they are flagged.
+    """
     found = []
     for row in frame.to_dict("records"):
         reasons = [FLAG_WORDS.get(flag, flag) for flag in row["flags"]]
@@ -127,7 +143,11 @@ def flagged_cards(frame: pd.DataFrame, card: Callable[..., Card]) -> list[Card]:
 
 
 def choose_stores(digest: ScoreDigest) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """Best listings of all stores, the stores shown with photos (those with the most scored pairs), and those only listed."""
+    """Choose the stores to show.
+
+    Returned are the best listings of all stores, the stores shown with photos (those with the most
+    scored pairs), and those only listed.
+    """
     best = top_by_store(digest, ITEMS_PER_STORE)
     pairs = digest.stores.groupby("store_id")["rows"].sum().sort_index().sort_values(ascending=False, kind="stable")
     with_photos = sorted(pairs.index[:STORES_WITH_PHOTOS])
@@ -135,7 +155,7 @@ def choose_stores(digest: ScoreDigest) -> tuple[pd.DataFrame, list[str], list[st
 
 
 def stores(best: pd.DataFrame, names: list[str], items: int, card: Callable[..., Card]) -> list[Store]:
-    """The first `items` listings of some stores."""
+    """List the first `items` listings of some stores."""
     groups = dict(list(best[best["place"] <= items].groupby("store_id")))
     return [
         Store(

@@ -1,4 +1,7 @@
-"""The report's figures about the model: metrics beside baselines, training curves, drift."""
+"""The report's figures about the model.
+
+They are metrics beside baselines, training curves, and drift.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +16,15 @@ from pipelines.report.scores import Drift
 from pipelines.runs.gate import MOST_PSI
 
 _CALM_PSI = 0.1
-"""Below it a distribution is read as unchanged; above MOST_PSI a night is held back."""
+"""Below it a distribution is read as unchanged. Above MOST_PSI a night is held back."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRow:
-    """One metric of the model and of each baseline; `best` is the index of the best value, None where there is nothing to compare."""
+    """One metric of the model and of each baseline.
+
+    `best` is the index of the best value, None where there is nothing to compare.
+    """
 
     metric: Metric
     values: list[float | None]
@@ -26,7 +32,10 @@ class MetricRow:
 
 
 def _best(metric: Metric, values: list[float | None]) -> int | None:
-    """Index of the best value; None where there are fewer than two, or several share it as it is printed."""
+    """Return the index of the best value.
+
+    It is None where there are fewer than two, or several share it as it is printed.
+    """
     badness = {"high": lambda value: -value, "low": lambda value: value, "one": lambda value: abs(value - 1)}[
         metric.best
     ]
@@ -35,7 +44,10 @@ def _best(metric: Metric, values: list[float | None]) -> int | None:
 
 
 def quality(work: Work) -> dict[str, Any] | None:
-    """The model beside its baselines, the AUCs to draw, and the calibration plot."""
+    """Compare the model with its baselines.
+
+    Returned are the metrics, the AUCs to draw, and the calibration plot.
+    """
     if work.metrics is None or "test" not in work.metrics:
         return None
     test, baselines = work.metrics["test"], work.metrics.get("baselines", {})
@@ -69,20 +81,26 @@ def quality(work: Work) -> dict[str, Any] | None:
         else None
     )
     return {
-        "titles": titles, "rows": rows, "test": test, "bars": bars, "axis_end": 0.5 + scale, "reliability": reliability,
+        "titles": titles,
+        "rows": rows,
+        "test": test,
+        "bars": bars,
+        "axis_end": 0.5 + scale,
+        "reliability": reliability,
         "words": quality_words(aucs, rows, test),
-    }  # fmt: skip
+    }
 
 
 def quality_words(aucs: list[tuple[str, float]], rows: list[MetricRow], test: dict[str, Any]) -> list[str]:
-    """The figures in sentences."""
+    """Say the figures in sentences."""
     found = []
     if aucs:
         ours = dict(aucs).get("CameNN")
         others = ", ".join(f"{title} {100 * auc:.0f}" for title, auc in aucs if title != "CameNN")
         if ours is not None:
             found.append(
-                f"Of 100 pairs of a bought and an unbought click, CameNN puts {100 * ours:.0f} in the right order{f' ({others})' if others else ''}."
+                "Of 100 pairs of a bought and an unbought click, CameNN puts "
+                f"{100 * ours:.0f} in the right order{f' ({others})' if others else ''}."
             )
     compared = [row for row in rows if row.best is not None]
     if compared:
@@ -99,7 +117,10 @@ def quality_words(aucs: list[tuple[str, float]], rows: list[MetricRow], test: di
 
 
 def training(work: Work) -> dict[str, Any] | None:
-    """Plots of the training run, and experts that hardly anything is routed to."""
+    """Plot the training run.
+
+    Experts that hardly anything is routed to are named beside the plots.
+    """
     if work.curves is None or work.curves.empty:
         return None
     experts = sorted(
@@ -120,7 +141,10 @@ def training(work: Work) -> dict[str, Any] | None:
 
 
 def drift_words(drift: Drift) -> tuple[str, str]:
-    """('ok' | 'warn' | 'bad', what the stability index says in words)."""
+    """Say in words what the stability index tells.
+
+    Returns ('ok' | 'warn' | 'bad', words).
+    """
     if drift.psi < _CALM_PSI:
         return "ok", "The scores are spread as they were last night."
     if drift.psi <= MOST_PSI:

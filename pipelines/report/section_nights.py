@@ -1,4 +1,7 @@
-"""The report's trends: what was published night after night, and how the nights themselves went."""
+"""The report's trends.
+
+They show what was published night after night, and how the nights themselves went.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +70,10 @@ class GateRow:
 
 
 def gate_rows(work: Work) -> list[GateRow]:
-    """Return the gates of the published runs: those that failed, and were overridden, first."""
+    """Return the gates of the published runs.
+
+    Those that failed, and were overridden, come first.
+    """
     rows = [
         GateRow(stage=STAGES[stage].title, title=gate_title(gate["name"]), passed=gate["passed"], words=gate["words"])
         for stage, manifest in work.manifests.items()
@@ -77,7 +83,10 @@ def gate_rows(work: Work) -> list[GateRow]:
 
 
 def published_nights(work: Work) -> list[Published]:
-    """Published nights of scores, oldest first; those that were rolled back from are left out."""
+    """List the published nights of scores, oldest first.
+
+    Those that were rolled back from are left out.
+    """
     if "score" not in work.manifests:
         return []
     root = files.join(work.root, "scores")
@@ -112,7 +121,7 @@ def _pcoc(manifest: Manifest) -> float | None:
 
 
 def night_rows(work: Work) -> list[NightRow]:
-    """The latest nights, the newest first."""
+    """List the latest nights, the newest first."""
     found = []
     for record in reversed(read_nights(work.root)[-RECORDS_SHOWN:]):
         stages = record["stages"]

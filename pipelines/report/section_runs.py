@@ -1,4 +1,7 @@
-"""The report's account of how the runs were made: time and speed, encoders, versions, and the commands that repeat them."""
+"""The report's account of how the runs were made.
+
+It shows time and speed, encoders, versions, and the commands that repeat them.
+"""
 
 import shlex
 from typing import Any
@@ -10,17 +13,22 @@ from pipelines.stages import OUTPUT_FOLDERS, STAGES
 REPEAT_FLAGS = {
     stage: tuple(names.split())
     for stage, names in {
-        "embed": "data store image_root allow_absolute image_weights text_encoder grid patch_size max_tokens device precision max_reject_rate",
+        "embed": "data store image_root allow_absolute image_weights text_encoder grid patch_size "
+        "max_tokens device precision max_reject_rate",
         "shards": "data store out attribution_hours history as_of timezone test_share max_reject_rate",
-        "train": "shards out profile attention epochs batch_size learning_rate weighting no_alignment seed device precision",
+        "train": "shards out profile attention epochs batch_size learning_rate weighting no_alignment "
+        "seed device precision",
         "score": "data store model out score_date top_k audience timezone max_reject_rate shards",
     }.items()
 }
-"""Flags of each stage that a manifest's options give back; a test holds them to the stages' own parsers."""
+"""Flags of each stage that a manifest's options give back. A test holds them to the stages' own parsers."""
 
 
 def timings(work: Work) -> list[dict[str, Any]]:
-    """Stages with their seconds, rows and speed; `share` is of the longest."""
+    """List stages with their seconds, rows and speed.
+
+    `share` is of the longest.
+    """
     longest = max((manifest.seconds for manifest in work.manifests.values()), default=0.0) or 1.0
     trained = (work.metrics or {}).get("train", {})
     found = []
@@ -51,7 +59,10 @@ def timings(work: Work) -> list[dict[str, Any]]:
 
 
 def encoders(work: Work) -> list[dict[str, Any]]:
-    """The encoders of the embedding store; `untrained` where the weights are random."""
+    """List the encoders of the embedding store.
+
+    One is `untrained` where its weights are random.
+    """
     manifest = work.manifests.get("embed")
     if manifest is None:
         return []
@@ -72,7 +83,10 @@ def encoders(work: Work) -> list[dict[str, Any]]:
 
 
 def version_sets(work: Work) -> list[tuple[str, str]]:
-    """(stages, versions in one line): once for all stages that ran with the same ones."""
+    """List the sets of versions that stages ran with.
+
+    Returns (stages, versions in one line), once for all stages that ran with the same ones.
+    """
     found: dict[str, list[str]] = {}
     for stage, manifest in work.manifests.items():
         found.setdefault(", ".join(f"{name} {value}" for name, value in sorted(manifest.versions.items())), []).append(
@@ -82,13 +96,19 @@ def version_sets(work: Work) -> list[tuple[str, str]]:
 
 
 def commands(work: Work) -> list[list[str]]:
-    """What to type to get these runs again, from the options in their manifests."""
+    """List the commands that repeat these runs.
+
+    They are taken from the options in the runs' manifests.
+    """
     found = [repeat_command(stage, work.manifests[stage]) for stage in OUTPUT_FOLDERS if stage in work.manifests]
     return [*found, ["camenn report", f"--run {shlex.quote(work.root)}"]]
 
 
 def repeat_command(stage: str, manifest: Manifest) -> list[str]:
-    """One stage's command line, as the command and its flags with their values."""
+    """Build one stage's command line.
+
+    It is the command and its flags with their values.
+    """
     options = dict(manifest.options)
     if stage == "embed":
         image, text = options.get("image", {}), options.get("text", {})

@@ -1,1 +1,1 @@
-"""Run commands and Beam pipelines: flags, runners, workers, exit codes, progress."""
+"""Run commands and pipelines: flags, runners, workers, exit codes, progress."""

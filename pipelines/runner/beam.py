@@ -1,4 +1,7 @@
-"""Open Beam pipelines: runners, their options, and how many workers they have."""
+"""Open Beam pipelines.
+
+Here are the runners, their options, and how many workers they have.
+"""
 
 import contextlib
 import importlib
@@ -17,7 +20,8 @@ from pipelines.runner.worker_version import guard
 from schemas.errors import InputError
 
 WORKERS_KEPT_MS = 20_000
-"""How long Flink keeps idle SDK workers of a job. Shorter than its restart delay should be: a restarted job must not find its dead workers."""
+"""How long Flink keeps idle SDK workers of a job. Shorter than its restart delay should be: a
+restarted job must not find its dead workers."""
 LOCAL_RUNNERS = ("FnApiRunner",)
 DATAFLOW_RUNNERS = ("dataflow", "dataflowrunner")
 FLINK_RUNNERS = ("flink", "flinkrunner")
@@ -45,14 +49,17 @@ JAVA_OPENS = tuple(
         "sun.nio.ch",
     )
 )
-"""What Flink's and Kryo's reflection needs from Java 17; Java 11 takes the flags as well."""
+"""What Flink's and Kryo's reflection needs from Java 17. Java 11 takes the flags as well."""
 
 
 def check_runner(beam_flags: list[str]) -> None:
-    """Refuse, before any work is done, what the runner would refuse late, guess, or ignore.
+    """Refuse flags that the runner would refuse late.
+
+    This is done before any work is. What the runner would guess or ignore is refused too.
 
     Raises:
-        InputError: Dataflow lacks a flag or Google's libraries, a dry run is asked of another runner, or the runner's ports would be open to other machines.
+        InputError: Dataflow lacks a flag or Google's libraries, a dry run is asked of another
+            runner, or the runner's ports would be open to other machines.
     """
     parsed = pipeline_options(beam_flags)
     options = parsed.get_all_options()
@@ -60,7 +67,8 @@ def check_runner(beam_flags: list[str]) -> None:
     if not is_dataflow(beam_flags):
         if options["dry_run"]:
             raise InputError(
-                f"--dry_run: {options['runner']} would run the job all the same; only DataflowRunner builds without running. Leave it out."
+                f"--dry_run: {options['runner']} would run the job all the same; only "
+                "DataflowRunner builds without running. Leave it out."
             )
         return
     missing = [f"--{name}" for name in ("project", "region") if not options[name]]
@@ -74,7 +82,8 @@ def check_runner(beam_flags: list[str]) -> None:
         importlib.import_module("apache_beam.runners.dataflow.internal.apiclient")
     except ImportError as error:
         raise InputError(
-            f"--runner {options['runner']}: Google's client libraries are not installed ({error}). Install them: pip install 'camenn[gcp]' -c constraints.txt"
+            f"--runner {options['runner']}: Google's client libraries are not installed "
+            f"({error}). Install them: pip install 'camenn[gcp]' -c constraints.txt"
         ) from error
 
 
@@ -89,27 +98,34 @@ def _check_ports(options: dict[str, Any]) -> None:
         jar = options["flink_job_server_jar"]
         if not jar:
             raise InputError(
-                f"--runner {runner} needs --flink_job_server_jar JAR, made to listen on loopback by: python -m pipelines.runner.flink_jar JAR. See docs/flink.md."
+                f"--runner {runner} needs --flink_job_server_jar JAR, made to listen on "
+                "loopback by: python -m pipelines.runner.flink_jar JAR. See docs/flink.md."
             )
         check_jar(jar)
     embedded = options["job_endpoint"] == "embed" and options["environment_type"] == "EXTERNAL"
     if embedded and not is_loopback(place.rpartition(":")[0]):
         raise InputError(
-            f"--environment_config {place}: with --job_endpoint embed, workers are this machine's: Beam's servers listen on loopback. Give localhost:PORT."
+            f"--environment_config {place}: with --job_endpoint embed, workers are this "
+            "machine's: Beam's servers listen on loopback. Give localhost:PORT."
         )
 
 
 def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
-    """Beam's options, with FnApiRunner where no runner or DirectRunner is named: that one may try a downloaded binary first, whose results differ.
+    """Build Beam's options.
 
-    Flink's job server gets the `--add-opens` that Java 17 asks for, beside what `--job_server_jvm_properties` says.
+    FnApiRunner is taken where no runner or DirectRunner is named: that one may try a downloaded
+    binary first, whose results differ.
+
+    Flink's job server gets the `--add-opens` that Java 17 asks for, beside what
+    `--job_server_jvm_properties` says.
     """
     named = any(flag.split("=")[0] == "--runner" for flag in beam_flags)
     flags = list(beam_flags) if named else ["--runner=FnApiRunner", *beam_flags]
     if PipelineOptions(flags).get_all_options()["runner"] == "FlinkRunner":
         flags += [f"--job_server_jvm_properties={option}" for option in JAVA_OPENS]
         if not any(flag.split("=")[0] == "--environment_cache_millis" for flag in flags):
-            # Otherwise Flink ends the workers whenever no stage runs for a moment, and each new one imports and loads its models again.
+            # Otherwise Flink ends the workers whenever no stage runs for a moment, and each new one
+            # imports and loads its models again.
             flags.append(f"--environment_cache_millis={WORKERS_KEPT_MS}")
     options = PipelineOptions(flags)
     standard = options.view_as(StandardOptions)
@@ -120,10 +136,14 @@ def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
 
 @contextlib.contextmanager
 def open_pipeline(beam_flags: list[str]) -> Iterator[beam.Pipeline]:
-    """Yield a pipeline to build; when the block ends without an error, it runs to its end, on workers whose package is this one's.
+    """Yield a pipeline to build, then run it.
+
+    When the block ends without an error, it runs to its end, on workers whose package is this
+    one's.
 
     Raises:
-        InputError: Beam refuses its flags. DryRun: the job was to be built only.
+        InputError: Beam refuses its flags.
+        DryRun: the job was to be built only.
     """
     options = pipeline_options(beam_flags)
     try:
@@ -141,19 +161,23 @@ def open_pipeline(beam_flags: list[str]) -> Iterator[beam.Pipeline]:
 
 
 def is_dataflow(beam_flags: list[str]) -> bool:
-    """Whether the workers are Google Cloud Dataflow's."""
+    """Tell whether the workers are Google Cloud Dataflow's."""
     runner = pipeline_options(beam_flags).get_all_options()["runner"]
     return str(runner).rpartition(".")[2].lower() in DATAFLOW_RUNNERS
 
 
 def is_local_run(beam_flags: list[str]) -> bool:
-    """Whether the workers are on this machine."""
+    """Tell whether the workers are on this machine."""
     runner = pipeline_options(beam_flags).get_all_options()["runner"]
     return runner is None or runner in LOCAL_RUNNERS
 
 
 def use_all_cores(beam_flags: list[str]) -> list[str]:
-    """For long work on the local runner: a process for each core, unless flags say how many. FnApiRunner's own default is one thread."""
+    """Add flags for a process on each core.
+
+    It is for long work on the local runner, and nothing is added where flags say how many.
+    FnApiRunner's own default is one thread.
+    """
     cores = os.cpu_count() or 1
     chosen = any(flag.startswith("--direct_") for flag in beam_flags)
     if chosen or cores == 1 or not is_local_run(beam_flags):
@@ -162,14 +186,21 @@ def use_all_cores(beam_flags: list[str]) -> list[str]:
 
 
 def local_workers(beam_flags: list[str]) -> int:
-    """Workers of a local run; 1 elsewhere."""
+    """Return the number of workers of a local run.
+
+    It is 1 elsewhere.
+    """
     if not is_local_run(beam_flags):
         return 1
     return int(pipeline_options(beam_flags).get_all_options()["direct_num_workers"] or os.cpu_count() or 1)
 
 
 def worker_threads(beam_flags: list[str]) -> int | None:
-    """Threads that a local worker may compute with, so that all workers together use each core once; None = unknown machines, let torch decide."""
+    """Return how many threads a local worker may use.
+
+    All workers together then compute with each core once. None = unknown machines, let torch
+    decide.
+    """
     if not is_local_run(beam_flags):
         return None
     return max(1, (os.cpu_count() or 1) // local_workers(beam_flags))

@@ -1,4 +1,7 @@
-"""What a person sees: a live bar on a terminal or plain lines in a log, a closing table, and `--json`."""
+"""Show a person progress and results.
+
+There is a live bar on a terminal or plain lines in a log, a closing table, and `--json`.
+"""
 
 import json
 import os
@@ -16,11 +19,15 @@ from tqdm import tqdm
 LOG_EVERY_S = 10.0
 
 NO_ROWS = {"rows_in": 0, "rows_out": 0, "rejected": 0, "encoded_images": 0, "encoded_titles": 0}
-"""For the closing table of a command that reads no table: whoever collects the JSON of all commands finds the same names in each."""
+"""For the closing table of a command that reads no table: whoever collects the JSON of all commands
+finds the same names in each."""
 
 
 class Bar:
-    """One stage's progress: a tqdm bar on a terminal, and a plain line every 10 s elsewhere. Use it in a `with` block."""
+    """One stage's progress, to use in a `with` block.
+
+    It is a tqdm bar on a terminal, and a plain line every 10 s elsewhere.
+    """
 
     def __init__(self, title: str, total: int, unit: str = "rows") -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -46,7 +53,10 @@ class Bar:
             self._say()
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
-        """Set how much is done in all, and optionally a short note (the loss, say) and a total that is known better now."""
+        """Set how much is done in all.
+
+        Optionally, it sets a short note (the loss, say) and a total that is known better now.
+        """
         self.note = note
         if total is not None and total != self.total:
             self.total = self.bar.total = total
@@ -71,9 +81,12 @@ class Bar:
 
 
 class ProgressFile:
-    """A worker's side of a bar: counts are kept in small files of a local directory, which the submitting process adds up.
+    """A worker's side of a bar.
 
-    `p.run()` blocks and tells nothing, and workers may be other processes, hence files. Where there is no directory (a remote runner), nothing is done.
+    Counts are kept in small files of a local directory, which the submitting process adds up.
+
+    `p.run()` blocks and tells nothing, and workers may be other processes, hence files. Where there
+    is no directory (a remote runner), nothing is done.
     """
 
     def __init__(self, directory: str | None) -> None:
@@ -84,7 +97,10 @@ class ProgressFile:
         self.written = 0.0
 
     def add(self, rows: int, *, expected: int = 0) -> None:
-        """Count `rows` as done and `expected` more as to be done; the file is written at most four times a second."""
+        """Count `rows` as done and `expected` more to do.
+
+        The file is written at most four times a second.
+        """
         self.count += rows
         self.expected += expected
         if self.directory is None or not os.path.isdir(self.directory):
@@ -104,7 +120,9 @@ class ProgressFile:
 
 @contextmanager
 def watch(title: str, total: int | None, unit: str, local: bool) -> Iterator[str | None]:
-    """Show a bar while a Beam job runs; yields the directory for `ProgressFile`, or None on a remote runner.
+    """Show a bar while a Beam job runs.
+
+    Yields the directory for `ProgressFile`, or None on a remote runner.
 
     Without `total`, workers say what there is to do as they find out.
     """
@@ -145,7 +163,11 @@ def _totals(directory: str) -> tuple[int, int]:
 
 
 def closing_table(stage: str, summary: dict[str, Any], *, as_json: bool) -> None:
-    """Print what a command did, how fast and where it is; with `as_json`, as one JSON object on the last line of stdout."""
+    """Print what a command did.
+
+    It tells how fast it was and where the output is. With `as_json`, it is one JSON object on the
+    last line of stdout.
+    """
     if as_json:
         print(json.dumps(summary, sort_keys=True), flush=True)
         return

@@ -1,4 +1,4 @@
-"""Run a command and turn what went wrong into its exit code."""
+"""Run a command and turn errors into exit codes."""
 
 import logging
 import os
@@ -9,17 +9,23 @@ from typing import Any
 from schemas.errors import InputError
 
 MENDABLE, HELD_BACK = 2, 3
-"""Exit codes: what the user can mend; a finished run that its gates keep from readers"""
+"""Exit codes: what the user can fix, and a finished run that its gates keep from readers"""
 UNFORESEEN, BUSY, STALE = 1, 4, 5
-"""Exit codes of a night: a bug or a crash; another night is running; the published scores are older than they may be"""
+"""Exit codes of a night: a bug or a crash, another night is running, the published scores are older than they may be"""
 
 
 class HeldBack(Exception):
-    """A run is finished and whole, and its gates failed: readers keep what was published before."""
+    """A finished and whole run whose gates failed.
+
+    Readers keep what was published before.
+    """
 
 
 class DryRun(Exception):
-    """The job was built and, as `--dry_run=True` asked, not submitted. `job`: what the runner would have submitted."""
+    """A job that was built and not submitted.
+
+    `--dry_run=True` asked for it. `job`: what the runner would have submitted.
+    """
 
     def __init__(self, job: Any) -> None:
         super().__init__("the job was built and not submitted")
@@ -27,7 +33,11 @@ class DryRun(Exception):
 
 
 def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
-    """Run a command: what the user can mend is one message on stderr and exit code 2, a run that its gates hold back 3, everything else a traceback."""
+    """Run a command and return its exit code.
+
+    What the user can fix is one message on stderr and exit code 2, a run that its gates hold back
+    3, everything else a traceback.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     # It prints the whole command line of a job server, twice.
     logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)
@@ -55,7 +65,13 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
 
 
 def refuse_not_utf8(words: Sequence[str]) -> None:
-    """Raise InputError where a word of the command line is not UTF-8: tables and documents could not name it."""
+    """Refuse a command line that is not UTF-8.
+
+    Tables and documents could not name such a word.
+
+    Raises:
+        InputError: a word of the command line is not UTF-8.
+    """
     for word in words:
         try:
             word.encode()

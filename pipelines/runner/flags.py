@@ -1,4 +1,7 @@
-"""Declare the flags that stages share; the rest go to Beam unchanged."""
+"""Declare the flags that stages share.
+
+The rest go to Beam unchanged.
+"""
 
 import argparse
 import difflib
@@ -12,11 +15,14 @@ JOB_SERVER_OPTIONS = (
     "state_backend",
     "execution_mode_for_batch",
 )
-"""Options that Flink's job server announces only when a job is submitted; Python's parsers do not know them."""
+"""Options that Flink's job server announces only when a job is submitted. Python's parsers do not know them."""
 
 
 def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
-    """Which encoders, and what they see: `embed` runs them, `doctor` looks for them."""
+    """Add flags for the encoders and what they see.
+
+    `embed` runs them, `doctor` looks for them.
+    """
     parser.add_argument(
         "--image_weights",
         default="timm/inception_v4.tf_in1k",
@@ -37,14 +43,17 @@ def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
-    """`--json`, which every command has."""
+    """Add `--json`, which every command has."""
     parser.add_argument(
         "--json", action="store_true", help="print the closing table as one JSON object on the last line of stdout"
     )
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """`--json` and `--max_reject_rate`, which every stage that reads tables has."""
+    """Add `--json` and `--max_reject_rate`.
+
+    Every stage that reads tables has them.
+    """
     add_json_flag(parser)
     parser.add_argument(
         "--max_reject_rate",
@@ -55,7 +64,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def new_parser(stage: str, description: str) -> argparse.ArgumentParser:
-    """A stage's parser. Abbreviated flags are refused: they would shadow Beam's."""
+    """Make a stage's parser.
+
+    Abbreviated flags are refused: they would shadow Beam's.
+    """
     return argparse.ArgumentParser(
         prog=f"camenn {stage}",
         description=description,
@@ -65,7 +77,11 @@ def new_parser(stage: str, description: str) -> argparse.ArgumentParser:
 
 
 def parse_with_beam(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse a stage's flags; returns them and the flags for Beam. A flag that neither knows ends the program with a suggestion."""
+    """Parse a stage's flags.
+
+    Returned are they and the flags for Beam. A flag that neither knows ends the program with a
+    suggestion.
+    """
     arguments, rest = parser.parse_known_args(argv)
     # Beam takes seconds to import: not for `--help`, nor for a flag of ours that is wrong.
     from pipelines.runner.beam import check_runner, option_classes

@@ -1,7 +1,13 @@
-"""`python -m pipelines.runner.flink_jar JAR`: have the servers of Beam's job server for Flink listen on loopback, rather than on every interface.
+"""Make the servers of Beam's Flink jar listen on loopback.
 
-Beam's `ServerFactory` takes the address to listen on, loopback's, and gives gRPC its port alone: `NettyServerBuilder.forPort(address.getPort())`. No option
-changes that, so the call is changed in the jar: `NettyServerBuilder.forAddress(address)`. The same class serves in a TaskManager that has the jar in its `lib/`.
+    python -m pipelines.runner.flink_jar JAR
+
+The servers of Beam's job server for Flink then listen on loopback, rather than on every interface.
+
+Beam's `ServerFactory` takes the address to listen on, loopback's, and gives gRPC its port alone:
+`NettyServerBuilder.forPort(address.getPort())`. No option changes that, so the call is changed in
+the jar: `NettyServerBuilder.forAddress(address)`. The same class serves in a TaskManager that has
+the jar in its `lib/`.
 """
 
 import argparse
@@ -19,14 +25,18 @@ CLASS = "org/apache/beam/sdk/fn/server/ServerFactory$InetSocketAddressServerFact
 
 _UTF8, _METHOD, _NAME_AND_TYPE = 1, 10, 12
 _SIZES = {3: 4, 4: 4, 5: 8, 6: 8, 7: 2, 8: 2, 9: 4, 10: 4, 11: 4, 12: 4, 15: 3, 16: 2, 17: 4, 18: 4, 19: 2, 20: 2}
-"""Tag of an entry of the constant pool → its bytes after the tag; Utf8 has its own length (Java Virtual Machine Specification, 4.4)."""
+"""Tag of an entry of the constant pool → its bytes after the tag. Utf8 has its own length (Java
+Virtual Machine Specification, 4.4)."""
 
 _ALOAD_1, _INVOKEVIRTUAL, _INVOKESTATIC, _NOP = b"\x2b", b"\xb6", b"\xb8", b"\0"
 
 
 @dataclass
 class _Pool:
-    """The constant pool of a class: number of an entry → its tag, where it begins, and its bytes after the tag."""
+    """The constant pool of a class.
+
+    Number of an entry → its tag, where it begins, and its bytes after the tag.
+    """
 
     entries: dict[int, tuple[int, int, bytes]]
     count: int
@@ -36,7 +46,10 @@ class _Pool:
         return self.entries[number][2][2:].decode(errors="replace")
 
     def methods(self, owner: str, name: str) -> list[int]:
-        """Method references to `owner.name`, `owner` without its package."""
+        """List method references to `owner.name`.
+
+        `owner` is without its package.
+        """
         found = []
         for number, (tag, _, data) in self.entries.items():
             if tag == _METHOD:
@@ -67,12 +80,18 @@ def _read_pool(data: bytes) -> _Pool:
 
 
 def listens_on_loopback(data: bytes) -> bool:
-    """Whether a class file of `CLASS` gives gRPC an address, not a port alone."""
+    """Tell whether a class file gives gRPC an address.
+
+    The class is `CLASS`. It may give a port alone instead.
+    """
     return not _read_pool(data).methods("NettyServerBuilder", "forPort")
 
 
 def give_address(data: bytes) -> bytes:
-    """The class file of `CLASS` with `forAddress(address)` in place of `forPort(address.getPort())`.
+    """Rewrite the class file to give gRPC an address.
+
+    Returned is the class file of `CLASS` with `forAddress(address)` in place of
+    `forPort(address.getPort())`.
 
     Raises:
         ValueError: it is another class than the one that is known.
@@ -100,10 +119,10 @@ def give_address(data: bytes) -> bytes:
 
 
 def check_jar(path: str) -> None:
-    """Refuse a job server's jar whose servers listen on every interface.
+    """Refuse a job server's jar that listens on every interface.
 
     Raises:
-        InputError: they do, or the file is not there or no job server's jar.
+        InputError: its servers do, or the file is not there or no job server's jar.
     """
     try:
         with zipfile.ZipFile(path) as jar:
@@ -124,10 +143,12 @@ def check_jar(path: str) -> None:
 
 
 def mend_jar(path: str) -> bool:
-    """Change the jar, in one step; returns whether there was anything to change.
+    """Change the jar, in one step.
+
+    Returned is whether there was anything to change.
 
     Raises:
-        InputError: it is no job server's jar that is known here; it is left as it was.
+        InputError: it is no job server's jar that is known here. It is left as it was.
     """
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -138,7 +159,8 @@ def mend_jar(path: str) -> bool:
         mended = give_address(data)
         shutil.copyfile(path, temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as jar:
-            # The old entry's bytes stay, and the directory at the jar's end names the new one alone: nothing else is packed anew.
+            # The old entry's bytes stay, and the directory at the jar's end names the new one
+            # alone: nothing else is packed again.
             jar.filelist.remove(jar.NameToInfo.pop(CLASS))
             jar.writestr(CLASS, mended)
         os.replace(temporary, path)
@@ -151,7 +173,7 @@ def mend_jar(path: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Mend one jar."""
+    """Fix one jar."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.runner.flink_jar", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
     )

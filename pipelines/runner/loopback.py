@@ -1,7 +1,9 @@
-"""Beam's own servers, kept to this machine and this user.
+"""Keep Beam's own servers to this machine and user.
 
-FnApiRunner with several workers, and runners whose workers are this machine's, open gRPC ports for the workers: Beam binds them to every interface and asks
-nobody who they are, though whoever connects may read the job's data and any file of the user. Here they listen on loopback, and answer the user alone.
+FnApiRunner with several workers, and runners whose workers are this machine's, open gRPC ports for
+the workers. Beam binds them to every interface and asks nobody who they are, though whoever
+connects may read the job's data and any file of the user. Here they listen on loopback, and answer
+the user alone.
 """
 
 import contextlib
@@ -49,7 +51,10 @@ _new_async_server = grpc.aio.server
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, `[...]` around an IPv6 address or not, is this machine alone."""
+    """Tell whether a host is this machine alone.
+
+    An IPv6 address may have `[...]` around it or not.
+    """
     if host == HOST:
         return True
     try:
@@ -61,7 +66,10 @@ def is_loopback(host: str) -> bool:
 
 
 def read_address(entry: str) -> tuple[str, int]:
-    """Address and port of an entry of `TABLES`, such as `0100007F:1F90`; IPv4 within IPv6 is given as IPv4."""
+    """Read address and port of an entry of `TABLES`.
+
+    An entry is such as `0100007F:1F90`. IPv4 within IPv6 is given as IPv4.
+    """
     host, port = entry.split(":")
     packed = bytes.fromhex(host)
     # The kernel prints words of four bytes in the machine's own order.
@@ -71,13 +79,18 @@ def read_address(entry: str) -> tuple[str, int]:
 
 
 def peer_users(peer: str, ports: Iterable[int], tables: Iterable[str] = TABLES) -> set[int] | None:
-    """Users whose sockets are the other end of a connection to one of `ports`.
+    """Find the users at the other end of a connection.
+
+    Theirs are the sockets that are the other end of a connection to one of `ports`.
 
     Args:
         peer: gRPC's name of the other end, such as `ipv4:127.0.0.1:4711`.
+        ports: one of them is at this end.
+        tables: files to read, as `TABLES`.
 
     Returns:
-        User ids, none where the other end is not on this machine; None where the system has no `TABLES`.
+        User ids, none where the other end is not on this machine. None where the system has no
+        `TABLES`.
     """
     lines: list[str] = []
     for table in tables:
@@ -95,19 +108,25 @@ def peer_users(peer: str, ports: Iterable[int], tables: Iterable[str] = TABLES) 
     users = set()
     for line in lines:
         _, local, remote, state, _, _, _, user, *_ = line.split()
-        # A socket that was closed on the other end, its call still on the way, is nobody's: the kernel shows it as root's.
+        # A socket that was closed on the other end, its call still on the way, is nobody's: the
+        # kernel shows it as root's.
         if state == ESTABLISHED and read_address(local) == wanted and read_address(remote)[1] in ports:
             users.add(int(user))
     return users
 
 
 def served_users() -> set[int]:
-    """Who may connect: this user, and root, who may do everything anyway."""
+    """Return the users who may connect.
+
+    They are this user, and root, who may do everything anyway.
+    """
     return {os.getuid(), 0}
 
 
 class SameUser(grpc.ServerInterceptor):
-    """Refuses calls of this machine's other users, where the system tells whose a connection is (Linux).
+    """An interceptor that refuses this machine's other users.
+
+    It refuses their calls where the system tells whose a connection is (Linux).
 
     Args:
         ports: those that the server listens on, also later.
@@ -144,7 +163,10 @@ class SameUser(grpc.ServerInterceptor):
 
 
 def loopback_addresses() -> list[str]:
-    """Addresses of this machine's loopback: IPv4, IPv6, or both."""
+    """Return the addresses of this machine's loopback.
+
+    They are IPv4, IPv6, or both.
+    """
     found = []
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         with contextlib.suppress(OSError), socket.socket(family) as probe:
@@ -154,7 +176,10 @@ def loopback_addresses() -> list[str]:
 
 
 class _LocalServer:
-    """A gRPC server whose ports are on loopback, whatever address was asked for."""
+    """A gRPC server whose ports are on loopback.
+
+    It is so whatever address was asked for.
+    """
 
     def __init__(self, server: Any, ports: set[int]) -> None:
         self._server, self._ports = server, ports
@@ -191,7 +216,10 @@ class _LocalServer:
 def local_server(
     thread_pool: Any, handlers: Any = None, interceptors: Any = None, *arguments: Any, **named: Any
 ) -> _LocalServer:
-    """Like `grpc.server`, on loopback and for this user alone."""
+    """Make a gRPC server on loopback.
+
+    It is made like `grpc.server`, and is for this user alone.
+    """
     ports: set[int] = set()
     guards = (SameUser(ports), *(interceptors or ()))
     return _LocalServer(_new_server(thread_pool, handlers, guards, *arguments, **named), ports)
@@ -206,17 +234,21 @@ def _unknown(what: str) -> InputError:
 
     return InputError(
         f"apache-beam {apache_beam.__version__}: its servers cannot be kept to this machine ({what}). "
-        "Install the version that constraints.txt names, or run with one worker: --direct_num_workers=1 --direct_running_mode=in_memory"
+        "Install the version that constraints.txt names, or run with one worker: "
+        "--direct_num_workers=1 --direct_running_mode=in_memory"
     )
 
 
 def keep_servers_local() -> None:
-    """Have the gRPC servers that Beam makes in this process, from now on, listen on loopback and answer this user alone.
+    """Make Beam's gRPC servers listen on loopback.
 
-    Not for a pipeline's time only: a pipeline that fails leaves threads of Beam's behind, which may be about to make one.
+    Those that Beam makes in this process, from now on, listen there and answer this user alone.
+
+    Not for a pipeline's time only: a pipeline that fails leaves threads of Beam's behind, which may
+    be about to make one.
 
     Raises:
-        InputError: this Beam makes them in a way that is not known here; nothing was opened.
+        InputError: this Beam makes them in a way that is not known here. Nothing was opened.
     """
     handlers = importlib.import_module(_WORKER_HANDLERS)
     external = getattr(handlers, "ExternalWorkerHandler", None)

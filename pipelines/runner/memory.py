@@ -1,4 +1,8 @@
-"""Memory that was freed, but that allocators keep for later: between the stages of a long-lived process there is no later."""
+"""Give freed memory back to the system.
+
+It was freed, but allocators keep it for later: between the stages of a long-lived process there is
+no later.
+"""
 
 import ctypes
 import sys
@@ -7,7 +11,11 @@ import pyarrow as pa
 
 
 def give_back() -> None:
-    """Give what Arrow and, on Linux, the C library hold unused back to the system. Takes milliseconds; values are not touched."""
+    """Give unused memory back to the system.
+
+    It is what Arrow and, on Linux, the C library hold unused. It takes milliseconds, and values are
+    not touched.
+    """
     pa.default_memory_pool().release_unused()
     if sys.platform == "linux":
         # Only glibc has it.

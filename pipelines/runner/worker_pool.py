@@ -1,10 +1,17 @@
-"""`python -m pipelines.runner.worker_pool`: SDK workers for runners that ask for them (environment type EXTERNAL), as separate processes.
+"""Start Beam's SDK workers as separate processes.
 
-Beam's own `apache_beam.runners.worker.worker_pool_main` listens on every interface, starts PATH's `python`, and never reads what its workers print, so
-that one which prints much hangs. This one listens on loopback unless told otherwise, starts its own interpreter, and gives each worker a log file.
+    python -m pipelines.runner.worker_pool
 
-A worker runs whatever code its runner sends, as the user who started the pool: who may ask for one may be that user. On Linux the pool answers no other user
-of its machine. Other machines, which reach it with --host only, it cannot tell apart.
+They are for runners that ask for them (environment type EXTERNAL).
+
+Beam's own `apache_beam.runners.worker.worker_pool_main` listens on every interface, starts PATH's
+`python`, and never reads what its workers print, so that one which prints much hangs. This one
+listens on loopback unless told otherwise, starts its own interpreter, and gives each worker a log
+file.
+
+A worker runs whatever code its runner sends, as the user who started the pool: who may ask for one
+may be that user. On Linux the pool answers no other user of its machine. Other machines, which
+reach it with --host only, it cannot tell apart.
 """
 
 import argparse
@@ -44,7 +51,10 @@ SdkHarness(sys.argv[1], worker_id=sys.argv[2], data_buffer_time_limit_ms=-1).run
 
 @dataclass(frozen=True)
 class _Worker:
-    """One started process, and the address of the runner's process that it works for."""
+    """One started process and its runner's address.
+
+    The address is that of the runner's process that it works for.
+    """
 
     name: str
     process: subprocess.Popen[bytes]
@@ -52,7 +62,7 @@ class _Worker:
     port: int
 
     def is_wanted(self) -> bool:
-        """Whether somebody listens at the runner's side."""
+        """Tell whether somebody listens at the runner's side."""
         try:
             socket.create_connection((self.host, self.port), timeout=5).close()
         except OSError:
@@ -61,10 +71,14 @@ class _Worker:
 
 
 class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
-    """Starts a Python process for each worker that a runner asks for, and ends it when the runner is done with it.
+    """A service that starts and ends workers for runners.
 
-    Several TaskManagers of one machine share a pool, and each numbers its workers from 1-1 on: what a `StopWorker` means cannot be told from the
-    name that it carries. So a worker is ended when the server that it was started for is gone, which is what becomes of it in every case.
+    It starts a Python process for each worker that a runner asks for, and ends it when the runner
+    is done with it.
+
+    Several TaskManagers of one machine share a pool, and each numbers its workers from 1-1 on: what
+    a `StopWorker` means cannot be told from the name that it carries. So a worker is ended when the
+    server that it was started for is gone, which is what becomes of it in every case.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -75,7 +89,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         threading.Thread(target=self._look_after, daemon=True).start()
 
     def StartWorker(self, request: Any, context: Any) -> Any:
-        """Beam's call: one more worker."""
+        """Answer Beam's call for one more worker."""
         host, _, port = request.control_endpoint.url.rpartition(":")
         try:
             with self.lock:
@@ -104,7 +118,10 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         return beam_fn_api_pb2.StartWorkerResponse()
 
     def StopWorker(self, request: Any, context: Any) -> Any:
-        """Beam's call: a worker of that name is not needed any more. See the class for why nothing is done here."""
+        """Answer Beam's call to stop a worker.
+
+        A worker of that name is not needed any more. See the class for why nothing is done here.
+        """
         return beam_fn_api_pb2.StopWorkerResponse()
 
     def _look_after(self) -> None:
@@ -140,7 +157,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of the worker pool."""
+    """Build the parser of the worker pool's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.runner.worker_pool", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
     )
@@ -148,7 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host",
         default=HOST,
-        help="address to listen on; another than loopback serves whoever reaches it: only inside a network that the cluster alone reaches (default %(default)s)",
+        help="address to listen on; another than loopback serves whoever reaches it: only inside "
+        "a network that the cluster alone reaches (default %(default)s)",
     )
     parser.add_argument("--logs", default="worker-logs", help="directory of the workers' logs (default %(default)s)")
     return parser
@@ -173,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         server.add_insecure_port(f"{arguments.host}:{arguments.port}")
     except RuntimeError:
         print(
-            f"worker pool: {arguments.host}:{arguments.port} is in use. Stop what listens there, or give another --port.",
+            f"worker pool: {arguments.host}:{arguments.port} is in use. Stop what listens "
+            "there, or give another --port.",
             file=sys.stderr,
         )
         return 2

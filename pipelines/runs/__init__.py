@@ -1,1 +1,1 @@
-"""Runs and what is published: manifests, accounting, gates, garbage, the embedding store."""
+"""Runs: manifests, publication, accounting, gates, garbage, the embedding store."""

@@ -1,4 +1,7 @@
-"""Reconcile the row counts of a run: every row has one outcome."""
+"""Reconcile the row counts of a run.
+
+Every row has one outcome.
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +22,11 @@ FINISHED = "finished.json"
 
 @dataclass(frozen=True)
 class Count:
-    """`rows` of `table` that went `where`: `in`, `out`, `rejected`, or a named exclusion such as `duplicates`. Summed over the job."""
+    """A number of rows with one outcome.
+
+    `rows` of `table` that went `where`: `in`, `out`, `rejected`, or a named exclusion such as
+    `duplicates`. Summed over the job.
+    """
 
     table: str
     where: str
@@ -42,10 +49,13 @@ class _WriteFinished(beam.DoFn):
 
 @dataclass
 class FinishRun(beam.PTransform):
-    """Last step of a job: writes what the job emitted (finished files, summed counts) as one small file that the submitter reads.
+    """The last step of a job, which records its output.
 
-    Files that a retried bundle left behind are not emitted, so they never enter a manifest; counts come from emitted elements, so
-    a retry does not count twice.
+    It writes what the job emitted (finished files, summed counts) as one small file that the
+    submitter reads.
+
+    Files that a retried bundle left behind are not emitted, so they never enter a manifest. Counts
+    come from emitted elements, so a retry does not count twice.
     """
 
     directory: str
@@ -67,7 +77,10 @@ class FinishRun(beam.PTransform):
 
 
 def read_finished(directory: str) -> tuple[list[FileRecord], dict[str, dict[str, int]]]:
-    """What `FinishRun` wrote: file records, and counts as {table: {where: rows}}."""
+    """Read the file that `FinishRun` wrote.
+
+    Returned are file records, and counts as {table: {where: rows}}.
+    """
     value = files.read_document(
         files.join(directory, FINISHED), ("files", "counts"), "Run the command again: nothing was published."
     )
@@ -78,7 +91,10 @@ def read_finished(directory: str) -> tuple[list[FileRecord], dict[str, dict[str,
 
 
 def read_rejects(records: list[FileRecord], limit: int = 5) -> list[dict[str, str]]:
-    """The first few rejects of each table of a run, as dicts."""
+    """Read the first few rejects of each table.
+
+    They are of a run's tables, as dicts.
+    """
     found: dict[str, list[dict[str, str]]] = {}
     for record in records:
         if record.table == "rejects":
@@ -92,21 +108,27 @@ def read_rejects(records: list[FileRecord], limit: int = 5) -> list[dict[str, st
 
 
 def check_accounting(counts: dict[str, dict[str, int]]) -> None:
-    """Every input row has exactly one outcome: in = out + rejected + each exclusion.
+    """Check that every input row has exactly one outcome.
+
+    in = out + rejected + each exclusion.
 
     Raises:
-        RuntimeError: the books of a table do not balance, which is a bug, so nothing may be published.
+        RuntimeError: the row-count reconciliation of a table fails, which is a bug, so nothing may
+            be published.
     """
     for table, row in counts.items():
         outcomes = {where: rows for where, rows in row.items() if where != "in"}
         if row.get("in", 0) != sum(outcomes.values()):
             raise RuntimeError(
-                f"table '{table}': {row.get('in', 0)} rows came in, but these went somewhere: {outcomes}. Nothing was published."
+                f"table '{table}': {row.get('in', 0)} rows came in, but these went somewhere: "
+                f"{outcomes}. Nothing was published."
             )
 
 
 def check_reject_rate(counts: dict[str, dict[str, int]], limit: float, examples: list[dict[str, str]]) -> None:
-    """Stop when a table loses more than `limit` of its rows to rejects.
+    """Stop when a table loses too many rows.
+
+    It may lose `limit` of its rows to rejects and no more.
 
     Raises:
         InputError: with up to five rejects as examples.
@@ -120,20 +142,27 @@ def check_reject_rate(counts: dict[str, dict[str, int]], limit: float, examples:
                 if reject["key"].startswith(f"{table}:")
             )
             raise InputError(
-                f"table '{table}': {rejected:,} of {total:,} rows were rejected ({rejected / total:.1%}), more than --max_reject_rate {limit}. "
+                f"table '{table}': {rejected:,} of {total:,} rows were rejected "
+                f"({rejected / total:.1%}), more than --max_reject_rate {limit}. "
                 f"Nothing was published. First ones:\n{shown}\nMend the rows, or raise --max_reject_rate."
             )
 
 
 @dataclass
 class Outcomes:
-    """Counts the rows of one table out of the door, exclusion by exclusion."""
+    """A count of one table's excluded rows.
+
+    It counts the rows that leave, exclusion by exclusion.
+    """
 
     table: str
     counts: list[Count]
 
     def keep(self, frame: pd.DataFrame, mask: np.ndarray, exclusion: str) -> pd.DataFrame:
-        """Rows where `mask` holds; the others are counted under `exclusion`."""
+        """Keep rows where `mask` holds.
+
+        The others are counted under `exclusion`.
+        """
         lost = int(len(mask) - mask.sum())
         if lost:
             self.counts.append(Count(self.table, exclusion, lost))

@@ -1,4 +1,8 @@
-"""`camenn fsck`: every file of every output against the checksum that was written with it; what to run again; `--repair`."""
+"""Check every file of every output: `camenn fsck`.
+
+Each is held against the checksum that was written with it. Told is what to run again. `--repair`
+repairs.
+"""
 
 import os
 import sys
@@ -24,7 +28,7 @@ DAMAGED = ".damaged"
 
 @dataclass
 class Findings:
-    """What was looked at, and what is wrong."""
+    """A record of what was checked and what is wrong."""
 
     files: int = 0
     bytes: int = 0
@@ -37,7 +41,10 @@ class Findings:
     repaired: list[str] = field(default_factory=list)
 
     def document(self, path: str, error: DamagedError | None = None) -> None:
-        """Count a JSON document; with `error`, as a damaged one."""
+        """Count a JSON document.
+
+        With `error`, it is counted as a damaged one.
+        """
         self.files += 1
         if files.is_local(path) and os.path.exists(path):
             self.bytes += os.path.getsize(path)
@@ -75,7 +82,10 @@ _EARLIER = "Only runs of before name it: they cannot be published again, and `ca
 
 
 def find_outputs(work: str) -> list[str]:
-    """Outputs in a working directory, or the directory itself where it is one."""
+    """Find the outputs in a working directory.
+
+    It is the directory itself where that is one.
+    """
     if not os.path.isdir(work):
         raise InputError(f"--work {work}: no such directory. Give the one that holds store/, shards/, model/, scores/.")
     places = [work, *sorted(entry.path for entry in os.scandir(work) if entry.is_dir())]
@@ -88,12 +98,18 @@ def find_outputs(work: str) -> list[str]:
 
 
 def is_output(directory: str) -> bool:
-    """Tell whether a directory is an output: something is or was published in it."""
+    """Tell whether a directory is an output.
+
+    Something is or was published in it then.
+    """
     return any(os.path.exists(os.path.join(directory, name)) for name in (LATEST, PUBLISHED))
 
 
 def check_output(root: str, found: Findings) -> list[Check]:
-    """Check an output's documents; returns the files that they vouch for."""
+    """Check an output's documents.
+
+    Returned are the files that they vouch for.
+    """
     checks: dict[str, Check] = {}
     pointer = None
     try:
@@ -133,7 +149,10 @@ def check_output(root: str, found: Findings) -> list[Check]:
 
 
 def _kept_runs(root: str, latest: str | None) -> set[str]:
-    """Runs whose files must be there: what is published, and what may be published again."""
+    """List the runs whose files must be there.
+
+    They are what is published, and what may be published again.
+    """
     kept = {latest} if latest else set()
     for _, path in published_files(root)[-KEEP:]:
         try:
@@ -151,7 +170,7 @@ def _has_files(root: str, run: str) -> bool:
 
 
 def _parts(root: str, found: Findings) -> Iterator[Part]:
-    """Committed parts of a store's generations."""
+    """List the committed parts of a store's generations."""
     for kind in (IMAGES, TITLES):
         for marker in sorted(file.path for file in files.match(files.join(root, kind), "*/part-*.json")):
             try:
@@ -164,7 +183,10 @@ def _parts(root: str, found: Findings) -> Iterator[Part]:
 
 
 def check_rest(work: str, found: Findings) -> None:
-    """Check what is no output: the nights' records, and where a killed training goes on."""
+    """Check what is no output.
+
+    These are the nights' records, and where a killed training goes on.
+    """
     for path in sorted(file.path for file in files.match(files.join(work, NIGHTS), f"*/{RECORD}")):
         try:
             read_night(path)
@@ -184,7 +206,9 @@ def check_rest(work: str, found: Findings) -> None:
 
 
 def repair(root: str, found: Findings) -> None:
-    """Set damaged documents and parts aside, and let `latest.json` name the newest run that is whole.
+    """Set damaged documents and parts aside.
+
+    `latest.json` then names the newest run that is whole.
 
     Nothing is removed: what is set aside has `.damaged` behind its name.
     """
@@ -205,7 +229,7 @@ def repair(root: str, found: Findings) -> None:
             os.replace(files.join(root, LATEST), files.join(root, LATEST + DAMAGED))
         whole = newest_whole(root)
         if whole is None:
-            # One entry alone is a first publication that was cut off: the next run of the stage begins anew.
+            # One entry alone is a first publication that was cut off: the next run of the stage begins again.
             for _, path in published_files(root):
                 os.replace(path, f"{path}{DAMAGED}")
             found.repaired.append(f"{root}: no run is whole: nothing is published now, run its stage again")
@@ -224,7 +248,10 @@ def _is_part(root: str, path: str) -> bool:
 
 
 def newest_whole(root: str) -> Manifest | None:
-    """The newest run that was published and whose files are all what was written."""
+    """Find the newest published run that is whole.
+
+    Its files are all what was written.
+    """
     history = publications(root)
     runs = [entry["run"] for entry in history]
     stands = standing(history, runs[-1]) if runs else []
@@ -239,7 +266,10 @@ def newest_whole(root: str) -> Manifest | None:
 
 
 def check(roots: list[str], work: str | None, *, repairs: bool) -> tuple[dict[str, Any], Findings]:
-    """Check some outputs; returns the closing table and what was found."""
+    """Check some outputs.
+
+    Returned are the closing table and what was found.
+    """
     started = time.monotonic()
     found = Findings()
     waiting = [entry for root in roots for entry in check_output(root, found)]

@@ -1,6 +1,9 @@
-"""What no kept run of an output refers to, and its removal: behind `camenn gc`.
+"""Find and remove garbage: behind `camenn gc`.
 
-Removed is only what is certainly camenn's: a file whose name camenn gives, in a directory that says or whose documents prove that camenn made it.
+Garbage is what no kept run of an output refers to.
+
+Removed is only what is certainly camenn's: a file whose name camenn gives, in a directory that says
+or whose documents prove that camenn made it.
 """
 
 import contextlib
@@ -21,24 +24,29 @@ from schemas.errors import InputError
 from schemas.manifest import LATEST, MANIFEST, PUBLISHED, RUNS
 
 YOUNG = datetime.timedelta(hours=48)
-"""Files of this age or younger are never removed: a run may be writing them, and a reader may have begun before the last publication."""
+"""Files of this age or younger are never removed: a run may be writing them, and a reader may have
+begun before the last publication."""
 
 _HEX = "[0-9a-f]{32}"
 _PART = re.compile(rf"part-{_HEX}\.(parquet|json|arrow)(\.{_HEX}\.tmp)?")
 """Parts of a generation of embeddings, and what a killed writer left of one"""
 _IN_RUN = re.compile(
-    rf"((part-(\d+|{_HEX}|\d+-\d+|kept-\d+-\d+)\.(parquet|arrow))|bucket-\d+-{_HEX}\.arrows|{_HEX}\.arrows|(images|titles)-\d+\.arrows"
+    rf"((part-(\d+|{_HEX}|\d+-\d+|kept-\d+-\d+)\.(parquet|arrow))|bucket-\d+-{_HEX}\.arrows|{_HEX}\.arrows"
+    r"|(images|titles)-\d+\.arrows"
     r"|(items|store_item|pair|user_subcategory|user_brand)\.parquet"
     r"|(model|likeness|agreement|taste_space|directions)\.safetensors"
     r"|(config|features|calibration|metrics|retrieval|finished)\.json|curves\.csv|\.camenn"
     rf")(\.{_HEX}\.tmp|\.tmp)?|manifest\.json\.{_HEX}\.tmp"
 )
-"""Names of a run's files; a manifest is never removed"""
+"""Names of a run's files. A manifest is never removed"""
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """What `collect` would remove. `left`: old files in directories of an output that may not be camenn's."""
+    """The files that `collect` would remove.
+
+    `left`: old files in directories of an output that may not be camenn's.
+    """
 
     kept_runs: list[str]
     files: list[files.Found]
@@ -48,13 +56,17 @@ class Garbage:
 def find_garbage(
     root: str, keep: int, retention: datetime.timedelta | None = None, now: datetime.datetime | None = None
 ) -> Garbage:
-    """Files of an output that no kept run refers to and that are older than 48 h.
+    """Find old files that no kept run refers to.
 
-    Kept are the published run and the `keep` runs that were published last; with `retention`, only those of them that were published no longer ago (but always the
-    published one). Their whole directories are kept, and what their manifests name in others'. Manifests and `published/` are kept of every run: they are small,
-    and tell how figures moved.
+    They are files of an output, older than 48 h.
 
-    A file is old by three clocks: this machine's, its file system's, and the newest file of the output. A clock that runs ahead ages nothing.
+    Kept are the published run and the `keep` runs that were published last. With `retention`, only
+    those of them that were published no longer ago are kept (but always the published one). Their
+    whole directories are kept, and what their manifests name in others'. Manifests and `published/`
+    are kept of every run: they are small, and tell how figures moved.
+
+    A file is old by three clocks: this machine's, its file system's, and the newest file of the
+    output. A clock that runs ahead ages nothing.
 
     Raises:
         InputError: nothing is published there: it may be no output of camenn at all.
@@ -101,7 +113,10 @@ def _documents(root: str) -> list[files.Found]:
 
 
 def _file_system_now(root: str, now: datetime.datetime) -> float:
-    """Time of the clock that stamps files: a server's, perhaps."""
+    """Read the time of the clock that stamps files.
+
+    It may be a server's.
+    """
     if not files.is_local(root):
         return now.timestamp()
     path = os.path.join(root, files.LOCK)
@@ -110,7 +125,11 @@ def _file_system_now(root: str, now: datetime.datetime) -> float:
 
 
 def _list_own(root: str) -> tuple[list[files.Found], list[files.Found]]:
-    """(files that camenn wrote, other files) in the folders of an output that garbage is looked for in; manifests left out."""
+    """List camenn's files and others in an output.
+
+    Returns (files that camenn wrote, other files) in the folders that garbage is looked for in.
+    Manifests are left out.
+    """
     ours: list[files.Found] = []
     foreign: list[files.Found] = []
     proven = _Proofs(root)
@@ -132,7 +151,10 @@ def _list_own(root: str) -> tuple[list[files.Found], list[files.Found]]:
 
 
 def _walk(directory: str) -> Iterator[files.Found]:
-    """All files below a directory. Links are not followed: what they lead to is not the output's."""
+    """List all files below a directory.
+
+    Links are not followed: what they lead to is not the output's.
+    """
     if not files.is_local(directory):
         yield from files.match(directory, "**")
         return
@@ -143,7 +165,10 @@ def _walk(directory: str) -> Iterator[files.Found]:
 
 
 class _Proofs:
-    """What proves that a directory is camenn's: its record, or documents that only camenn writes."""
+    """Proofs that a directory is camenn's.
+
+    They are its record, or documents that only camenn writes.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -161,7 +186,10 @@ class _Proofs:
         return self.known[directory]
 
     def generation(self, directory: str) -> bool:
-        """Tell whether camenn made a generation of embeddings: also by a commit marker, or by a run that names one of its parts."""
+        """Tell whether camenn made a generation of embeddings.
+
+        It is proven also by a commit marker, or by a run that names one of its parts.
+        """
         if directory not in self.known:
             self.known[directory] = files.is_own(directory) or self._has_marker(directory) or directory in self._named()
         return self.known[directory]
@@ -185,7 +213,7 @@ class _Proofs:
 
 
 def collect(root: str, keep: int, retention_days: float | None, *, dry_run: bool) -> dict[str, Any]:
-    """Remove garbage; returns the closing table."""
+    """Remove garbage and return the closing table."""
     root = files.absolute(root)
     if keep < 1:
         raise InputError(f"--keep {keep}: must be at least 1.")
@@ -211,7 +239,10 @@ def collect(root: str, keep: int, retention_days: float | None, *, dry_run: bool
 
 
 def _remove_empty(directory: str) -> None:
-    """Remove empty directories of runs; object stores have none."""
+    """Remove empty directories of runs.
+
+    Object stores have none.
+    """
     for path, _, _ in os.walk(directory, topdown=False):
         inside = path != directory and RUN_NAME.fullmatch(os.path.relpath(path, directory).split(os.sep)[0])
         if inside and not os.listdir(path):

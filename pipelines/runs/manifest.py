@@ -1,4 +1,8 @@
-"""Publication: a run's directory, its manifest, and `latest.json`, the one file that ever changes; `published/` tells what it pointed to, one file each time."""
+"""Publish a run: its directory, manifest and `latest.json`.
+
+`latest.json` is the one file that ever changes. `published/` tells what it pointed to, one file
+each time.
+"""
 
 import hashlib
 import importlib.metadata
@@ -35,12 +39,12 @@ RUN_NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
 
 @dataclass(kw_only=True)
 class Manifest:
-    """What a finished run is made of."""
+    """A description of what a finished run is made of."""
 
     stage: str
     run: str
     request: str = ""
-    """16 hex digits; two runs of a stage with equal ones hold the same rows, however often they were run."""
+    """16 hex digits. Two runs of a stage with equal ones hold the same rows, however often they were run."""
     inputs: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
@@ -54,11 +58,14 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def listed(self, table: str) -> list[str]:
-        """Return the paths of a table's files, whether they are there or not."""
+        """Return the paths of a table's files.
+
+        They are given whether the files are there or not.
+        """
         return [record.path for record in self.records(table)]
 
     def paths(self, table: str) -> list[str]:
-        """Return the paths of a table's files, each of them whole.
+        """Return the paths of a table's files, each whole.
 
         Raises:
             DamagedError: one is gone, or is not what was written.
@@ -67,7 +74,9 @@ class Manifest:
         return self.listed(table)
 
     def check(self, table: str) -> None:
-        """Check that a table's files are what was written; object stores check what they send themselves.
+        """Check that a table's files are what was written.
+
+        Object stores check what they send themselves.
 
         Raises:
             DamagedError: see `camenn_model.integrity.check_file`.
@@ -75,7 +84,10 @@ class Manifest:
         check_records(self.records(table), remedy(self.stage, table))
 
     def records(self, table: str) -> list[FileRecord]:
-        """A table's files as the records that a job emitted."""
+        """Return a table's files as records.
+
+        They are as a job emitted them.
+        """
         return [
             FileRecord(
                 table, entry["path"], entry["rows"], entry["bytes"], entry.get("split", ""), entry.get("sha256", "")
@@ -84,7 +96,7 @@ class Manifest:
         ]
 
     def rows(self, table: str) -> int:
-        """Rows of a table."""
+        """Count the rows of a table."""
         return sum(entry["rows"] for entry in self.tables.get(table, {}).get("files", []))
 
 
@@ -95,13 +107,19 @@ def check_records(records: Iterable[FileRecord], remedy: str) -> None:
 
 
 def request_fingerprint(inputs: dict[str, str], options: dict[str, Any]) -> str:
-    """16 hex digits over inputs, options and the program's version: equal ones give equal output, so the work need not be done again."""
+    """Hash inputs, options and the program's version.
+
+    Equal 16 hex digits give equal output, so the work need not be done again.
+    """
     value = {"inputs": inputs, "options": options, "camenn": versions()["camenn"], "schema": SCHEMA_VERSION}
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def new_run(root: str) -> tuple[str, str]:
-    """Name and directory of a run that does not exist yet: names sort by time."""
+    """Make the directory of a new run.
+
+    Returns name and directory of a run that does not exist yet. Names sort by time.
+    """
     stamp = clock.utc_now().strftime("%Y%m%dT%H%M%S")
     run = f"{stamp}-{secrets.token_hex(3)}"
     directory = files.join(root, RUNS, run)
@@ -111,7 +129,7 @@ def new_run(root: str) -> tuple[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions that results depend on."""
+    """Return the versions that results depend on."""
     packages = ("camenn", "apache-beam", "torch", "transformers", "timm", "pyarrow", "pandas", "numpy")
     found = {}
     for name in packages:
@@ -123,7 +141,9 @@ def versions() -> dict[str, str]:
 
 
 def read_pointer(root: str) -> dict[str, Any] | None:
-    """Read `latest.json`: {run, stage, manifest}, or None where nothing was ever published.
+    """Read `latest.json`.
+
+    It is {run, stage, manifest}, or None where nothing was ever published.
 
     Raises:
         DamagedError: it is damaged, or gone although runs were published.
@@ -138,7 +158,9 @@ def read_pointer(root: str) -> dict[str, Any] | None:
 
 
 def read_latest(root: str) -> Manifest | None:
-    """Manifest of the published run, or None where nothing was published. Its paths are made absolute under `root`.
+    """Read the published run's manifest.
+
+    It is None where nothing was published. Its paths are made absolute under `root`.
 
     Raises:
         DamagedError: `latest.json` or the manifest is lost or damaged.
@@ -148,7 +170,9 @@ def read_latest(root: str) -> Manifest | None:
 
 
 def read_run(root: str, run: str) -> Manifest:
-    """Manifest of one run; paths are made absolute under `root`.
+    """Read the manifest of one run.
+
+    Paths are made absolute under `root`.
 
     Raises:
         DamagedError: it is lost or damaged.
@@ -159,7 +183,8 @@ def read_run(root: str, run: str) -> Manifest:
     manifest = Manifest(**files.read_document(path, MANIFEST_FIELDS, repair_hint(root)))
     if manifest.schema_version > SCHEMA_VERSION:
         raise InputError(
-            f"{root}: run {run} has schema version {manifest.schema_version}, this camenn reads up to {SCHEMA_VERSION}. Install the newer camenn."
+            f"{root}: run {run} has schema version {manifest.schema_version}, this camenn "
+            f"reads up to {SCHEMA_VERSION}. Install the newer camenn."
         )
     for table in manifest.tables.values():
         for entry in table["files"]:
@@ -168,7 +193,7 @@ def read_run(root: str, run: str) -> Manifest:
 
 
 def require_latest(root: str, stage: str, flag: str) -> Manifest:
-    """The published run of `stage` at `root`.
+    """Read the published run of `stage` at `root`.
 
     Raises:
         InputError: nothing is published there, or it was written by another stage.
@@ -182,7 +207,10 @@ def require_latest(root: str, stage: str, flag: str) -> Manifest:
 
 
 def write_manifest(root: str, manifest: Manifest) -> None:
-    """Write a finished run's manifest, after all that it names is on the disk. Readers do not see the run yet."""
+    """Write a finished run's manifest.
+
+    It is written after all that it names is on the disk. Readers do not see the run yet.
+    """
     manifest.created_at = clock.utc_stamp()
     manifest.versions = versions()
     # A run without files has no directory yet.
@@ -202,7 +230,10 @@ def write_manifest(root: str, manifest: Manifest) -> None:
 
 
 def _new_files(root: str, manifest: Manifest) -> list[str]:
-    """Files of a run that the published one does not name: those that may be in memory only."""
+    """List files of a run that may be unsynced.
+
+    The published run does not name them, so they may be in memory only.
+    """
     try:
         latest = read_latest(root)
     except DamagedError:
@@ -213,14 +244,20 @@ def _new_files(root: str, manifest: Manifest) -> list[str]:
 
 
 def published_files(root: str) -> list[tuple[int, str]]:
-    """(number, path) of each entry of `published/`, oldest first; other files there are not ours."""
+    """List the entries of `published/`, oldest first.
+
+    Each is (number, path). Other files there are not ours.
+    """
     found = files.match(files.join(root, PUBLISHED), "*.json")
     names = ((file.path.rpartition("/")[2].removesuffix(".json"), file.path) for file in found)
     return sorted((int(name), path) for name, path in names if re.fullmatch(r"\d{8}", name))
 
 
 def add_files(manifest: Manifest, contracts: dict[str, str], records: Iterable[FileRecord]) -> None:
-    """Enter finished files under their tables; `contracts` maps a table's name to its contract's fingerprint."""
+    """Enter finished files under their tables.
+
+    `contracts` maps a table's name to its contract's fingerprint.
+    """
     for name, contract_fingerprint in contracts.items():
         manifest.tables.setdefault(name, {"fingerprint": contract_fingerprint, "files": []})
     for record in records:

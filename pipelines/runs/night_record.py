@@ -1,4 +1,8 @@
-"""What a night leaves behind: `WORK/nights/00000031/record.json` and `log.txt`, written as it goes, so that a night that was killed tells how far it came."""
+"""The record that a night leaves behind.
+
+It is `WORK/nights/00000031/record.json` and `log.txt`, written as it goes, so that a night that was
+killed tells how far it came.
+"""
 
 import contextlib
 import os
@@ -25,7 +29,7 @@ class StageRecord:
     stage: str
     status: str = RUNNING
     words: str = ""
-    """What changed and what was left out; or what went wrong"""
+    """What changed and what was left out, or what went wrong"""
     seconds: float = 0.0
     run: str | None = None
     """The run that is published after it"""
@@ -50,11 +54,15 @@ class Night:
 
     @property
     def path(self) -> str:
-        """Of the record."""
+        """Return the path of the record."""
         return files.join(self.directory, RECORD)
 
     def write(self) -> None:
-        """Write the record as it stands. A disk that is full must not keep a night from ending as it should, so that is said and no more."""
+        """Write the record as it stands.
+
+        A disk that is full must not keep a night from ending as it should, so that is said and no
+        more.
+        """
         record = asdict(self) | {"versions": versions()}
         for last in (False, True):
             try:
@@ -66,12 +74,18 @@ class Night:
                     return
 
     def reserve(self) -> None:
-        """Take room on the disk that the record gets when there is no other."""
+        """Reserve room on the disk for the record.
+
+        The record gets it when there is no other.
+        """
         with contextlib.suppress(OSError), open(self._reserve, "wb") as handle:
             handle.write(os.urandom(RESERVED_BYTES))
 
     def _release(self) -> bool:
-        """Give the reserved room back; tells whether there was any."""
+        """Give the reserved room back.
+
+        It tells whether there was any.
+        """
         try:
             os.remove(self._reserve)
         except OSError:
@@ -88,7 +102,7 @@ class Night:
         self._release()
 
     def say(self, text: str) -> None:
-        """One line for whoever watches, and for the log."""
+        """Write one line for whoever watches, and for the log."""
         line = _say(text)
         try:
             with open(files.join(self.directory, LOG), "a") as handle:
@@ -104,7 +118,10 @@ def _say(text: str) -> str:
 
 
 def read_nights(work: str) -> list[dict[str, Any]]:
-    """Records of all nights, oldest first; a night that was cut off while it wrote its first one is left out."""
+    """Read the records of all nights, oldest first.
+
+    A night that was cut off while it wrote its first one is left out.
+    """
     found = sorted(files.match(files.join(work, NIGHTS), f"*/{RECORD}"), key=lambda file: file.path)
     return [read_night(file.path) for file in found]
 
@@ -120,7 +137,11 @@ def read_night(path: str) -> dict[str, Any]:
 
 
 def new_night(work: str, config: dict[str, Any]) -> tuple[Night, dict[str, Any] | None]:
-    """(tonight's record, written; the record of the night before). Numbers, not times, tell the order: a clock may be set back."""
+    """Begin tonight's record.
+
+    Returned are tonight's record, written, and the record of the night before. Numbers, not times,
+    tell the order: a clock may be set back.
+    """
     before = read_nights(work)
     number = max((record["number"] for record in before), default=0) + 1
     night = Night(number, files.join(work, NIGHTS, f"{number:08d}"), config)

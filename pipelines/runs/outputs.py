@@ -1,7 +1,10 @@
-"""Whose an output is: what camenn may write into, and which names in it are its own.
+"""Check who owns an output.
 
-An output (a store, a shard set, models or scores) is a directory of its own. `.camenn` in it, in each run and in each generation of
-embeddings says that camenn made the directory: `camenn gc` removes nothing from any other.
+It tells what camenn may write into, and which names in it are its own.
+
+An output (a store, a shard set, models or scores) is a directory of its own. `.camenn` in it, in
+each run and in each generation of embeddings says that camenn made the directory: `camenn gc`
+removes nothing from any other.
 """
 
 import contextlib
@@ -27,16 +30,19 @@ _LEFT_BEHIND = re.compile(r"nan-step-\d+-\d+\.json|.*\.damaged|latest\.json\.[0-
 
 @contextlib.contextmanager
 def hold_output(root: str, flag: str, stage: str, inputs: Mapping[str, str | None]) -> Iterator[None]:
-    """Hold an output for one run of a stage, for as long as the block takes.
+    """Hold an output for one run of a stage.
+
+    It is held for as long as the block takes.
 
     Args:
         root: of the output.
         flag: that names it, for messages.
         stage: that writes there.
-        inputs: flag -> what the stage reads; none of them may be the output.
+        inputs: flag -> what the stage reads. None of them may be the output.
 
     Raises:
-        InputError: the directory is one of the inputs, holds files that are not camenn's, or is another stage's.
+        InputError: the directory is one of the inputs, holds files that are not camenn's, or is
+            another stage's.
         InUseError: another process writes there.
     """
     check_output(root, flag, stage, inputs)
@@ -46,17 +52,22 @@ def hold_output(root: str, flag: str, stage: str, inputs: Mapping[str, str | Non
 
 
 def check_output(root: str, flag: str, stage: str, inputs: Mapping[str, str | None]) -> None:
-    """Check that a stage may write into a directory, see `hold_output`."""
+    """Check that a stage may write into a directory.
+
+    See `hold_output`.
+    """
     for name, path in inputs.items():
         if path is not None and _same(root, path):
             raise InputError(
-                f"{flag} {root}: is also {name}. An output needs a directory of its own, such as {files.join(root, stage)}."
+                f"{flag} {root}: is also {name}. An output needs a directory of its own, such "
+                f"as {files.join(root, stage)}."
             )
     foreign = find_foreign(root)
     if foreign:
         more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
         raise InputError(
-            f"{flag} {root}: holds {foreign[0]}{more}, which camenn did not write. An output needs a directory of its own: "
+            f"{flag} {root}: holds {foreign[0]}{more}, which camenn did not write. An output "
+            "needs a directory of its own: "
             f"give another one, such as {files.join(root, stage)}, or move these away."
         )
     try:
@@ -66,7 +77,8 @@ def check_output(root: str, flag: str, stage: str, inputs: Mapping[str, str | No
         return
     if pointer is not None and pointer["stage"] != stage:
         raise InputError(
-            f"{flag} {root}: holds the output of `camenn {pointer['stage']}`, not of `camenn {stage}`. Give another directory."
+            f"{flag} {root}: holds the output of `camenn {pointer['stage']}`, not of `camenn "
+            f"{stage}`. Give another directory."
         )
 
 
@@ -77,7 +89,9 @@ def _same(one: str, other: str) -> bool:
 
 
 def find_foreign(root: str) -> list[str]:
-    """List what lies in an output and is not camenn's: relative paths, in order. Hidden files do not count.
+    """List what in an output is not camenn's.
+
+    Paths are relative, in order. Hidden files do not count.
 
     Of an object store nothing is listed: its folders are only beginnings of names.
     """

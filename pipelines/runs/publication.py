@@ -1,4 +1,7 @@
-"""Publish runs: let `latest.json` point to a new one, an earlier one, or the one before."""
+"""Publish runs.
+
+`latest.json` is pointed to a new one, an earlier one, or the one before.
+"""
 
 import sys
 from typing import Any
@@ -11,13 +14,19 @@ from schemas.manifest import LATEST, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS
 
 
 def publish(root: str, manifest: Manifest) -> None:
-    """Write the run's manifest, then let `latest.json` point to it: the one moment at which readers see the run."""
+    """Write the run's manifest and publish it.
+
+    `latest.json` is pointed to it: the one moment at which readers see the run.
+    """
     write_manifest(root, manifest)
     point_to(root, manifest)
 
 
 def point_to(root: str, manifest: Manifest, **why: str) -> None:
-    """Let `latest.json` point to a run whose manifest is written; `why` is kept beside the time in `published/`."""
+    """Let `latest.json` point to a run.
+
+    Its manifest is written already. `why` is kept beside the time in `published/`.
+    """
     numbers = [number for number, _ in published_files(root)]
     entry = {
         "run": manifest.run,
@@ -35,9 +44,12 @@ def point_to(root: str, manifest: Manifest, **why: str) -> None:
 
 
 def publications(root: str, last: int | None = None) -> list[dict[str, str]]:
-    """What `latest.json` pointed to, oldest first: run, stage, at, and why. With `last`, only so many of the latest ones.
+    """List what `latest.json` pointed to, oldest first.
 
-    The latest one may be of a publication that was cut off: `latest.json` alone tells what is published.
+    Each has run, stage, at, and why. With `last`, only so many of the latest ones are listed.
+
+    The latest one may be of a publication that was cut off: `latest.json` alone tells what is
+    published.
     """
     entries = published_files(root)
     hint = repair_hint(root)
@@ -45,7 +57,7 @@ def publications(root: str, last: int | None = None) -> list[dict[str, str]]:
 
 
 def check_whole(root: str, manifest: Manifest) -> None:
-    """Check that every file of a run is what was written.
+    """Check that a run's files are what was written.
 
     Raises:
         DamagedError: one is gone, or has another size or other bytes than the manifest says.
@@ -58,12 +70,13 @@ def check_whole(root: str, manifest: Manifest) -> None:
         for record in remote:
             if there.get(record.path) != record.bytes:
                 raise DamagedError(
-                    f"{record.path}: is gone, or has another size than run {manifest.run} of {root} wrote. Publish another run."
+                    f"{record.path}: is gone, or has another size than run {manifest.run} of "
+                    f"{root} wrote. Publish another run."
                 )
 
 
 def split_run(path: str) -> tuple[str, str]:
-    """(output, name) of a run's directory as `OUT/runs/RUN`.
+    """Split a run's directory, `OUT/runs/RUN`, into (output, name).
 
     Raises:
         InputError: it is no run's directory, or the run was never finished.
@@ -79,10 +92,13 @@ def split_run(path: str) -> tuple[str, str]:
 
 
 def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
-    """Let readers see a finished run; returns the closing table.
+    """Let readers see a finished run.
+
+    Returned is the closing table.
 
     Raises:
-        InputError: the run is not whole; its gates failed and it is not forced; it is forced without a reason.
+        InputError: the run is not whole, its gates failed and it is not forced, or it is forced
+            without a reason.
     """
     root, run = split_run(files.absolute(path))
     with files.single_writer(root):
@@ -90,7 +106,7 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
         try:
             latest = read_latest(root)
         except DamagedError as error:
-            # What is published cannot be told; this run is to be, and mends it.
+            # What is published cannot be told. This run is to be, and fixes it.
             print(f"publish: {error}", file=sys.stderr)
             latest = None
         before = latest.run if latest is not None else None
@@ -119,7 +135,9 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
 
 
 def rollback(root: str, reason: str | None) -> dict[str, Any]:
-    """Let readers see the run that was published before the present one; returns the closing table.
+    """Let readers see the run that was published before.
+
+    It is the one before the present one. Returned is the closing table.
 
     Rolling back twice goes back by two: runs that were rolled back from are passed over.
 
@@ -141,7 +159,11 @@ def rollback(root: str, reason: str | None) -> dict[str, Any]:
 
 
 def standing(history: list[dict[str, str]], run: str) -> list[str]:
-    """Runs that were published up to `run`, which is published now, oldest first, without those that were rolled back from."""
+    """List the runs that stand up to `run`.
+
+    They were published up to `run`, which is published now, oldest first, without those that were
+    rolled back from.
+    """
     stack: list[str] = []
     for entry in history:
         if "rolled_back_from" in entry:
@@ -156,13 +178,17 @@ def standing(history: list[dict[str, str]], run: str) -> list[str]:
 
 
 def _before(history: list[dict[str, str]], run: str) -> str | None:
-    """The run that was published before `run`."""
+    """Find the run that was published before `run`."""
     stack = standing(history, run)
     return stack[-2] if len(stack) > 1 else None
 
 
 def previous_run(root: str, run: str) -> Manifest | None:
-    """The manifest of the run that was published before `run`, which is published now; None where there was none or `camenn gc` removed its files."""
+    """Read the manifest of the previously published run.
+
+    It was published before `run`, which is published now. It is None where there was none or
+    `camenn gc` removed its files.
+    """
     earlier = _before(publications(root), run)
     if earlier is None:
         return None
@@ -175,11 +201,15 @@ def previous_run(root: str, run: str) -> Manifest | None:
 
 
 def published_manifests(root: str, last: int) -> list[Manifest]:
-    """Manifests of up to `last` runs that stand, the published one included, oldest first."""
+    """Read the manifests of the last standing runs.
+
+    They are up to `last` runs that stand, the published one included, oldest first.
+    """
     latest = read_latest(root)
     if latest is None:
         return []
     runs = list(dict.fromkeys(reversed(standing(publications(root), latest.run))))[:last]
-    # A manifest that was lost, or that `camenn fsck --repair` set aside, can be published no more, and compared with no more.
+    # A manifest that was lost, or that `camenn fsck --repair` set aside, can be published no more,
+    # and compared with no more.
     there = [run for run in runs if files.exists(files.join(root, RUNS, run, MANIFEST))]
     return [read_run(root, run) for run in reversed(there)]

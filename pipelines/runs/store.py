@@ -1,13 +1,19 @@
-"""The embedding store: content-addressed parts under one generation per encoder fingerprint, each with a commit marker.
+"""The embedding store.
+
+Its parts are content-addressed and lie under one generation per encoder fingerprint, each with a
+commit marker.
 
     STORE/images/FINGERPRINT/part-X.parquet    distinct photos' patch features
-    STORE/images/FINGERPRINT/part-X.json       commit marker: rows, bytes, kernels, photos that could not be decoded, photos that were gone
+    STORE/images/FINGERPRINT/part-X.json       commit marker: rows, bytes, kernels, photos that
+                                               could not be decoded, photos that were gone
     STORE/titles/FINGERPRINT/...               the same for titles
-    STORE/runs/RUN/items/...                   which photo and title each listing has; rejects/, defects/, manifest.json
+    STORE/runs/RUN/items/...                   which photo and title each listing has
+    STORE/runs/RUN/...                         also rejects/, defects/, manifest.json
     STORE/latest.json
 
-A part without its marker was cut off by a crash: nobody reads it. Every night adds small parts, so every run that encoded something also merges small ones
-into large ones; the marker of a merged part names the parts that it replaces, and from that moment on nobody reads them. They are removed once
+A part without its marker was cut off by a crash: nobody reads it. Every night adds small parts, so
+every run that encoded something also merges small ones into large ones. The marker of a merged part
+names the parts that it replaces, and from that moment on nobody reads them. They are removed once
 they have been replaced for two days and the published run does not list them.
 """
 
@@ -31,13 +37,14 @@ from schemas.manifest import MARKER_FIELDS, remedy
 
 IMAGES, TITLES = "images", "titles"
 MERGED_BYTES = 256 * 2**20
-"""Parts of half this size or more are left alone; smaller ones are merged up to it."""
+"""Parts of half this size or more are left alone. Smaller ones are merged up to it."""
 SMALL_PARTS = 32
-"""So many small parts of a generation are left unmerged: a night adds a few, and merging them every night would rewrite the same rows again and again."""
+"""So many small parts of a generation are left unmerged: a night adds a few, and merging them every
+night would rewrite the same rows again and again."""
 READERS_HAVE = datetime.timedelta(hours=48)
 """How long a part that was replaced stays, for readers who began before."""
 ROW_GROUP = 256
-"""Rows; what is held in memory when a part is read or merged."""
+"""Rows: what is held in memory when a part is read or merged."""
 _READ_THREADS = 8
 _REMEDY = remedy("embed", "image_embeddings")
 
@@ -50,7 +57,7 @@ class Part:
     rows: int
     bytes: int
     sha256: str = ""
-    """64 hex digits over its bytes; '' where an earlier version of camenn wrote it"""
+    """64 hex digits over its bytes, '' where an earlier version of camenn wrote it"""
     failures: tuple[tuple[str, str, str], ...] = ()
     """(content key, reason, detail) of contents in the chunk that could not be encoded."""
     unread: tuple[tuple[str, str, str], ...] = ()
@@ -58,7 +65,7 @@ class Part:
     kernels: str = ""
     """What computed the embeddings, see `EncoderSpec.kernels`: other ones give other last bits."""
     seconds: float = 0.0
-    """Time of encoding: from the chunk to the arrays, reading and decoding included; 0 = not known."""
+    """Time of encoding: from the chunk to the arrays, reading and decoding included. 0 = not known."""
     replaces: tuple[str, ...] = ()
     """Names of the parts that were merged into this one."""
     written_at: str = ""
@@ -75,17 +82,23 @@ class Part:
 
     @property
     def name(self) -> str:
-        """The part's own name: what `part-` and `.parquet` stand around."""
+        """Return the part's own name.
+
+        It is what `part-` and `.parquet` stand around.
+        """
         return self.path.rpartition("/")[2].removeprefix("part-").removesuffix(".parquet")
 
 
 def generation(store: str, kind: str, fingerprint: str) -> str:
-    """Directory of one kind's generation."""
+    """Return the directory of one kind's generation."""
     return files.join(store, kind, fingerprint)
 
 
 def list_parts(directory: str) -> list[Part]:
-    """Committed parts of a generation that no other one replaces, ordered by path: each content is in one of them."""
+    """List the committed parts of a generation, by path.
+
+    They are those that no other one replaces: each content is in one of them.
+    """
     parts = _all_parts(directory)
     replaced = {name for part in parts for name in part.replaces}
     return [part for part in parts if part.name not in replaced]
@@ -98,7 +111,7 @@ def _all_parts(directory: str) -> list[Part]:
 
 
 def read_marker(path: str) -> Part:
-    """The part that a commit marker vouches for."""
+    """Read the part that a commit marker vouches for."""
     value = files.read_document(path, MARKER_FIELDS, _REMEDY)
     failures, unread = (
         tuple((key, reason, detail) for key, reason, detail in value[name]) for name in ("failures", "unread")
@@ -118,18 +131,24 @@ def read_marker(path: str) -> Part:
 
 
 def chunk_name(run: str, keys: list[str]) -> str:
-    """Name of the part that one run makes of some content keys: a retried bundle writes the same part again, not a second one."""
+    """Name the part that one run makes of some keys.
+
+    They are content keys. A retried bundle writes the same part again, not a second one.
+    """
     return hashlib.sha256("\n".join([run, *keys]).encode()).hexdigest()[:32]
 
 
 def find_part(directory: str, name: str) -> Part | None:
-    """The committed part of that name, if there is one."""
+    """Find the committed part of that name, if any."""
     marker = files.join(directory, f"part-{name}.json")
     return read_marker(marker) if files.exists(marker) else None
 
 
 def fixed_binary(arrays: NDArray[np.float16]) -> pa.FixedSizeBinaryArray:
-    """Values of an `embedding` column from an array [n, rows, width] in row-major order."""
+    """Convert an array to values of an `embedding` column.
+
+    The array is [n, rows, width], in row-major order.
+    """
     size = arrays.dtype.itemsize * arrays.shape[1] * arrays.shape[2]
     buffer = pa.py_buffer(np.ascontiguousarray(arrays))
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(arrays), [None, buffer])
@@ -147,7 +166,10 @@ def commit_part(
     failures: Iterable[tuple[str, str, str]] = (),
     unread: Iterable[tuple[str, str, str]] = (),
 ) -> Part:
-    """Write a part and then its marker: from that moment on its contents are never encoded again."""
+    """Write a part and then its marker.
+
+    From that moment on its contents are never encoded again.
+    """
     stamped = stamp_embeddings(check_output(table, contract), shape, kernels)
     path = files.join(directory, f"part-{name}.parquet")
     written = files.write_parquet(path, stamped, row_group_size=ROW_GROUP, durable=True)
@@ -188,9 +210,12 @@ def _write_marker(part: Part) -> Part:
 
 
 def plan_merges(parts: Iterable[Part], *, target: int = MERGED_BYTES, leave: int | None = None) -> list[list[Part]]:
-    """Which parts to merge with one another, smallest first: none as long as there are at most `leave` small ones.
+    """Choose which parts to merge, smallest first.
 
-    `target`: bytes of a merged part, about. `leave`: `SMALL_PARTS` by default. Parts of different kernels are never merged, so that a file's embeddings come from the same ones.
+    Chosen are none as long as there are at most `leave` small ones.
+
+    `target`: bytes of a merged part, about. `leave`: `SMALL_PARTS` by default. Parts of different
+    kernels are never merged, so that a file's embeddings come from the same ones.
     """
     small = [part for part in parts if part.bytes < target // 2]
     if len(small) <= (SMALL_PARTS if leave is None else leave):
@@ -209,7 +234,10 @@ def plan_merges(parts: Iterable[Part], *, target: int = MERGED_BYTES, leave: int
 
 
 def merge_parts(directory: str, group: list[Part]) -> Part:
-    """One part with the contents of several, a row group in memory at a time; merging the same ones again finds it done."""
+    """Merge several parts into one.
+
+    A row group is in memory at a time. Merging the same ones again finds it done.
+    """
     names = [part.name for part in group]
     name = chunk_name("merge", names)
     done = find_part(directory, name)
@@ -245,7 +273,10 @@ def merge_parts(directory: str, group: list[Part]) -> Part:
 
 
 def _row_groups(group: list[Part]) -> Iterator[pa.Table]:
-    """The rows of several parts in tables of `ROW_GROUP` rows, but the last."""
+    """Yield the rows of several parts in tables.
+
+    They have `ROW_GROUP` rows, but the last.
+    """
     waiting: list[pa.Table] = []
     rows = 0
     for part in group:
@@ -265,7 +296,10 @@ def _row_groups(group: list[Part]) -> Iterator[pa.Table]:
 def drop_replaced(
     directory: str, listed: set[str], now: datetime.datetime | None = None, *, unseen: Container[str] = ()
 ) -> int:
-    """Remove parts that were replaced `READERS_HAVE` ago and are not among `listed` (paths of runs that are or may be published); returns how many.
+    """Remove parts that were replaced long enough ago.
+
+    That is `READERS_HAVE` ago, and they are not among `listed` (paths of runs that are or may be
+    published). Returned is how many.
 
     Those named in `unseen`, which no published run ever listed, go as soon as they are replaced.
 

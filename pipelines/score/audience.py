@@ -1,4 +1,7 @@
-"""Who is scored: the audience table, or one made from stores and hours, or from active users."""
+"""Choose the audience that is scored.
+
+It is the audience table, or one made from stores and hours, or from active users.
+"""
 
 import datetime
 from dataclasses import dataclass
@@ -20,7 +23,10 @@ BUCKET_HOURS = 4
 
 
 def by_store(stores: list[str]) -> pa.Table:
-    """One row per store and 4-hour bucket, at the bucket's middle hour, for anybody."""
+    """Make one row per store and 4-hour bucket.
+
+    The row stands at the bucket's middle hour, and is for anybody.
+    """
     rows = [
         (f"{store}@{start:02d}h", store, start + BUCKET_HOURS // 2)
         for store in sorted(stores)
@@ -38,7 +44,11 @@ def by_store(stores: list[str]) -> pa.Table:
 
 
 def by_user(log: Log, timezones: dict[str, str], timezone: str) -> pa.Table:
-    """One row per user active in the last 28 days, in the store and at the hour of their last event."""
+    """Make one row per user who was active recently.
+
+    These are the users active in the last 28 days. The row is in the store and at the hour of their
+    last event.
+    """
     active = active_users(log)
     codes, names = np.unique(active["store_id"].to_numpy(dtype=object).astype(str), return_inverse=True)[::-1]
     zones = [timezones.get(str(name), timezone) for name in names]
@@ -56,11 +66,13 @@ def by_user(log: Log, timezones: dict[str, str], timezone: str) -> pa.Table:
 
 
 def read_audience(data: str) -> tuple[pa.Table, Source] | None:
-    """The audience table, checked and ordered by audience_id, or None where there is none.
+    """Read the audience table, checked and ordered by audience_id.
+
+    The result is None where there is none.
 
     Raises:
-        InputError: a null, blank or repeated audience_id, a null or blank store, an hour outside 0 to 23, or a further
-            column that is no category.
+        InputError: a null, blank or repeated audience_id, a null or blank store, an hour outside 0
+            to 23, or a further column that is no category.
     """
     if not files.has_table(files.join(data, "audience")):
         return None
@@ -83,7 +95,8 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
     if len(wrong):
         row = table.slice(int(wrong[0]), 1).to_pylist()[0]
         raise InputError(
-            f"{locate_row(source, int(wrong[0]))}: audience_id '{row['audience_id']}': column 'hour' is {row['hour']}. Use the local hour, 0 to 23."
+            f"{locate_row(source, int(wrong[0]))}: audience_id '{row['audience_id']}': column 'hour' is "
+            f"{row['hour']}. Use the local hour, 0 to 23."
         )
     for place, name in enumerate(table.column_names):
         if name not in AUDIENCE.names:
@@ -92,15 +105,18 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
 
 
 def has_candidates(data: str) -> bool:
-    """Whether the data directory names the pairs to score."""
+    """Tell whether the data directory names the pairs to score."""
     return files.has_table(files.join(data, "candidates"))
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The pairs that are to be scored. `pairs`: rows of (audience, item), int64 [n, 2], distinct and ordered; rows of the table beside: all, those that name an unknown id, copies.
+    """The pairs that are to be scored.
 
-    `audience_ids`, `item_ids`: the table's columns as they are, [rows].
+    `pairs` are rows of (audience, item), int64 [n, 2], distinct and ordered. `rows`, `unknown` and
+    `copies` count rows of the table: all, those that name an unknown id, and copies.
+
+    `audience_ids` and `item_ids` are the table's columns as they are, [rows].
     """
 
     pairs: np.ndarray
@@ -113,7 +129,10 @@ class Candidates:
 
 
 def read_candidates(data: str, audience_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray) -> Candidates | None:
-    """The table `candidates`, or None where there is none."""
+    """Read the table `candidates`.
+
+    The result is None where there is none.
+    """
     if not has_candidates(data):
         return None
     source = Source.find(data, CANDIDATES)
@@ -131,7 +150,9 @@ def read_candidates(data: str, audience_ids: pa.ChunkedArray, item_ids: pa.Chunk
 
 
 def score_time(score_date: str) -> tuple[int, int]:
-    """(midnight UTC of the date, int64 microseconds; weekday, 0 = Monday).
+    """Return the time and weekday of the score's date.
+
+    The result is (midnight UTC of the date, int64 microseconds, and weekday, 0 = Monday).
 
     Raises:
         InputError: not a date.
@@ -140,7 +161,8 @@ def score_time(score_date: str) -> tuple[int, int]:
         date: datetime.date | None = datetime.date.fromisoformat(score_date)
     except ValueError:
         date = None
-    # The flag becomes a directory's name, score_date=YYYY-MM-DD: other spellings of a date would stand beside it as other days.
+    # The flag becomes a directory's name, score_date=YYYY-MM-DD: other spellings of a date would
+    # stand beside it as other days.
     if date is None or date.isoformat() != score_date:
         raise InputError(f"--score_date {score_date}: not a date. Write it as 2026-01-31.")
     midnight = datetime.datetime(date.year, date.month, date.day, tzinfo=datetime.UTC)

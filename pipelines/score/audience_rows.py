@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AudienceRows:
-    """All audience rows, encoded; [S] or [S, ·]."""
+    """All audience rows, encoded.
+
+    Columns are [S] or [S, ·].
+    """
 
     user: Ints
     store: Ints
@@ -27,7 +30,10 @@ class AudienceRows:
     gap: NDArray[np.float32]
 
     def table(self) -> pa.Table:
-        """For writing: matrices become fixed-size lists."""
+        """Return the rows as a table for writing.
+
+        Matrices become fixed-size lists.
+        """
         columns: dict[str, pa.Array] = {}
         for name, array in vars(self).items():
             flat = pa.array(array.reshape(-1))
@@ -36,7 +42,7 @@ class AudienceRows:
 
     @classmethod
     def read(cls, table: pa.Table) -> "AudienceRows":
-        """What `table` wrote."""
+        """Read what `table` wrote."""
 
         def column(name: str) -> NDArray[Any]:
             array = table[name].combine_chunks()
@@ -49,7 +55,10 @@ class AudienceRows:
         return cls(**{name: column(name).copy() for name in cls.__dataclass_fields__})
 
     def batch(self, rows: slice) -> tuple[Any, Ints]:
-        """(AudienceBatch, item rows of its histories) of some rows."""
+        """Return some rows as a batch, with their histories' items.
+
+        The result is (AudienceBatch, item rows of its histories).
+        """
         from camenn_model.data.batching import audience_batch
 
         return audience_batch(

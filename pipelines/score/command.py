@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn score`."""
+    """Build the parser with the flags of `camenn score`."""
     parser = new_parser(
         "score", "Score listings for an audience as of a date, judge the listings' photos and titles, and publish both."
     )
@@ -36,13 +36,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision",
         default="fp32",
         choices=("fp32", "bf16"),
-        help="bf16: listings that cannot be among the top_k are computed in bfloat16 only, which pays for profile `base` where the processor multiplies in it; what is published is computed in fp32 (default %(default)s)",
+        help=(
+            "bf16: listings that cannot be among the top_k are computed in bfloat16 only, which pays for profile "
+            "`base` where the processor multiplies in it; what is published is computed in fp32 (default "
+            "%(default)s)"
+        ),
     )
     parser.add_argument(
         "--audience",
         default="auto",
         choices=("auto", "stores", "users"),
-        help="auto: the table `audience` or else stores; stores: every store at every 4-hour bucket; users: those active in the last 28 days (default %(default)s)",
+        help=(
+            "auto: the table `audience` or else stores; stores: every store at every 4-hour bucket; users: those "
+            "active in the last 28 days (default %(default)s)"
+        ),
     )
     parser.add_argument(
         "--timezone",
@@ -51,7 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--shards",
-        help="shard set that `camenn shards` wrote: the model must be calibrated on its latest closed days, or the night is held back (default: not asked)",
+        help=(
+            "shard set that `camenn shards` wrote: the model must be calibrated on its latest closed days, or "
+            "the night is held back (default: not asked)"
+        ),
     )
     parser.add_argument(
         "--plan",
@@ -64,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run, print."""
+    """Parse the flags, run and print."""
     a, beam_flags = parse_with_beam(build_parser(), argv)
     if a.top_k < 0:
         raise InputError(f"--top_k {a.top_k}: must be 0 (all) or more.")
@@ -78,9 +88,18 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.score.stage import plan, run
 
     options = ScoreOptions(
-        data=files.absolute(a.data), store=files.absolute(a.store), model=files.absolute(a.model), out=files.absolute(a.out), score_date=a.score_date, top_k=a.top_k, audience=a.audience,
-        precision=a.precision, timezone=a.timezone, max_reject_rate=a.max_reject_rate, shards=files.absolute(a.shards) if a.shards else None,
-    )  # fmt: skip
+        data=files.absolute(a.data),
+        store=files.absolute(a.store),
+        model=files.absolute(a.model),
+        out=files.absolute(a.out),
+        score_date=a.score_date,
+        top_k=a.top_k,
+        audience=a.audience,
+        precision=a.precision,
+        timezone=a.timezone,
+        max_reject_rate=a.max_reject_rate,
+        shards=files.absolute(a.shards) if a.shards else None,
+    )
     summary = plan(options, beam_flags) if a.plan else run(options, beam_flags, rerun=a.rerun)
     closing_table(STAGE, summary, as_json=a.json)
     return 0

@@ -1,6 +1,8 @@
-"""How much of tonight's input meets: ids that join tables, pairs, photos, titles, values that the model knows.
+"""Count how much of tonight's input meets.
 
-Counted before anything is scored.
+This is counted of ids that join tables, pairs, photos, titles, and values that the model knows.
+
+It is counted before anything is scored.
 """
 
 from dataclasses import replace
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 
 
 def check_ids(joins: dict[str, Join]) -> None:
-    """Stop where hardly a row joins whose ids are written otherwise.
+    """Stop where ids of two tables are written differently.
 
-    Most of them would join if they were written alike on both sides.
+    This is where hardly a row joins, and most of them would join if they were written alike on both
+    sides.
 
     Raises:
         InputError: naming both files and columns, an example of each, and the change of form.
@@ -40,7 +43,7 @@ def check_ids(joins: dict[str, Join]) -> None:
 
 
 def check_meeting(met: np.ndarray, store: Join) -> None:
-    """Stop where as good as no audience row meets any listing.
+    """Stop where nearly no audience row meets any listing.
 
     Args:
         met: listings of its own store that each audience row meets, int64 [S].
@@ -67,8 +70,9 @@ def id_joins(
 ) -> dict[str, Join]:
     """Look up the ids by which the tables join.
 
-    Audience, candidates, users, stores, catalog and logs; returns the joins by their gates' names.
-    What is missing tonight is looked up too, and not found: nights before may have had it.
+    The tables are audience, candidates, users, stores, catalog and logs. Returns the joins by their
+    gates' names. What is missing tonight is looked up too, and not found: nights before may have
+    had it.
     """
     sources = inputs.sources
 
@@ -98,9 +102,10 @@ def id_joins(
 
 
 def _logged_items(inputs: "ScoreInputs", listed: Side, counts: list[Count]) -> Join:
-    """How many of the logs' events are of the catalog's listings.
+    """Count how many of the logs' events are of listings.
 
-    All are counted; how the others' ids are written is told from the clicks' last row group.
+    The listings are the catalog's. All events are counted. How the others' ids are written is told
+    from the clicks' last row group.
     """
     known, unknown = (sum(count.rows for count in counts if count.where == where) for where in ("out", "unknown_item"))
     asked = known + unknown
@@ -135,7 +140,7 @@ stores"""
 
 
 def cover_ids(joins: dict[str, Join]) -> list[Coverage]:
-    """Return what the gates are asked of each join of ids."""
+    """Return what the gates are asked of each id join."""
     return [
         Coverage(
             name=name,
@@ -155,9 +160,13 @@ def cover_ids(joins: dict[str, Join]) -> list[Coverage]:
 
 
 def cover_night(inputs: "ScoreInputs", pairs: "Pairs", fields: pa.Table) -> list[Coverage]:
-    """Return all that the gates ask of tonight's input, in order.
+    """Return all that the gates ask of tonight's input.
+
+    It is in order.
 
     Args:
+        inputs: the run's inputs.
+        pairs: the pairs to score.
         fields: what is known of each audience row's user, a column each, as the model reads it.
     """
     met, items, rows = pairs.met, pairs.items, pairs.audience.num_rows
@@ -168,7 +177,7 @@ def cover_night(inputs: "ScoreInputs", pairs: "Pairs", fields: pa.Table) -> list
             found=int((met > 0).sum()),
             asked=rows,
             counted="audience rows meet a listing",
-            # Candidates are chosen anew each night.
+            # Candidates are chosen again each night.
             least=LEAST_COVERAGE if pairs.candidates is None else LEAST_FOUND,
         )
     )
@@ -210,7 +219,9 @@ def cover_night(inputs: "ScoreInputs", pairs: "Pairs", fields: pa.Table) -> list
             found=photos,
             asked=pc.sum(named).as_py() or 0,
             counted="listings that name a photo have an embedding of it",
-            lacking="see the table 'defects' of the embedding store: camenn embed tells there what is wrong with each photo",
+            lacking=(
+                "see the table 'defects' of the embedding store: camenn embed tells there what is wrong with each photo"
+            ),
             least=LEAST_FOUND,
             plausible=True,
         ),
@@ -235,7 +246,10 @@ def _number(name: str, found: int, asked: int, counted: str) -> Coverage:
 
 
 def _cover_values(rows: str, name: str, column: pa.ChunkedArray, vocabulary: Vocabulary, least: float) -> Coverage:
-    """How many rows have a value of a column that the model knows; the others all look alike to it."""
+    """Count the rows whose value the model knows.
+
+    The values are of one column. All others look alike to the model.
+    """
     place = f"'{name.removeprefix('user_')}'" if name != "store" else "'store_id'"
     side = Side(ids=column, where=f"column {place} of the {rows}")
     join = join_ids(side, Side(ids=pa.array(vocabulary.values, pa.string()), where="the model's vocabulary"))

@@ -1,4 +1,7 @@
-"""Find which audience rows meet which listings, and check that ids join."""
+"""Find the pairs to score, and check that ids join.
+
+A pair is an audience row and a listing that it meets.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -24,10 +27,13 @@ if TYPE_CHECKING:
 
 
 def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
-    """Read catalog, logs and audience, and tell which pairs there are.
+    """Find which pairs there are to score.
+
+    Catalog, logs and audience are read for it.
 
     Raises:
-        InputError: nothing is there to score, or ids are written otherwise in one table than in another.
+        InputError: nothing is there to score, or ids are written otherwise in one table than in
+            another.
     """
     score_date = options.score_date or default_date(inputs.clicks, inputs.orders)
     moment, weekday = score_time(score_date)
@@ -43,7 +49,11 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
         named = (
             f"{options.data}: table 'audience' has no row"
             if inputs.audience is not None
-            else f"--audience {options.audience}: neither catalog nor logs name a {'user who was active in the 28 days' if options.audience == 'users' else 'store'} before {score_date}"
+            else (
+                f"--audience {options.audience}: neither catalog nor logs name a "
+                f"{'user who was active in the 28 days' if options.audience == 'users' else 'store'} before "
+                f"{score_date}"
+            )
         )
         raise InputError(
             f"{named}: there is nobody to score for. Give a table 'audience' with rows, or another --audience."
@@ -65,8 +75,10 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
         elsewhere = len(candidates.pairs) - computed
         if not computed:
             raise InputError(
-                f"{candidates.file}: none of {candidates.rows:,} rows of table 'candidates' is a pair to score: {candidates.unknown:,} name an audience_id or item_id that is not there, "
-                f"{elsewhere:,} a listing of another store than the audience row's. Write ids as in tables 'audience' and 'catalog'."
+                f"{candidates.file}: none of {candidates.rows:,} rows of table 'candidates' is a pair to score: "
+                f"{candidates.unknown:,} name an audience_id or item_id that is not there, "
+                f"{elsewhere:,} a listing of another store than the audience row's. Write ids as in tables "
+                "'audience' and 'catalog'."
             )
         counts += [
             Count("candidates", "in", candidates.rows),
@@ -94,7 +106,7 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
 
 
 def encode_audience(inputs: ScoreInputs, pairs: Pairs) -> AudienceRows:
-    """Audience rows as the model reads them."""
+    """Encode the audience rows as the model reads them."""
     audience, space = pairs.audience, inputs.package.space
     user = pairs.log.user_codes(audience["user_id"].to_pylist())
     store = pairs.log.store_codes(audience["store_id"].to_pylist())
@@ -122,7 +134,10 @@ def encode_audience(inputs: ScoreInputs, pairs: Pairs) -> AudienceRows:
 
 
 def make_audience(options: ScoreOptions, items: pa.Table, log: Log, timezones: dict[str, str]) -> pa.Table:
-    """The audience where the data directory has none: active users, or every store at every 4-hour bucket."""
+    """Make the audience where the data directory has none.
+
+    It has active users, or every store at every 4-hour bucket.
+    """
     if options.audience == "users":
         return by_user(log, timezones, options.timezone)
     listed = set(pc.drop_null(items["store_id"]).to_pylist())

@@ -1,4 +1,7 @@
-"""What a night is held against before readers see it: nights published before, and what makes sense on any night."""
+"""Gates that a night passes before readers see it.
+
+A night is held against nights published before, and against what makes sense on any night.
+"""
 
 import math
 import statistics
@@ -34,7 +37,10 @@ as the mean CVR may move."""
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """How much of tonight's input was found where it belongs: `found` of `asked`."""
+    """The share of tonight's input found where it belongs.
+
+    These are `found` of `asked`.
+    """
 
     name: str
     """The gate's name, and under which later nights look for it"""
@@ -49,7 +55,7 @@ class Coverage:
     most_recoded: float = 1.0
     """Share of `asked` that may be recoded, beyond what is usual"""
     lacking: str = ""
-    """Which were not found, an example of both sides, and what would mend it"""
+    """Which were not found, an example of both sides, and what would fix it"""
     by_share: bool = False
     """Compare found over asked: how many are asked is another night's business"""
     chance: bool = False
@@ -59,17 +65,20 @@ class Coverage:
 
     @property
     def nearly_none(self) -> bool:
-        """Whether as good as none of those that were asked for was found."""
+        """Tell whether nearly none of those asked for was found."""
         return self.found < NEARLY_NONE * self.asked
 
     def counts(self) -> tuple[int, int, int]:
-        """As a night keeps it."""
+        """Return the counts as a night keeps them."""
         return self.found, self.asked, self.recoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Night:
-    """What is kept of a night's scores, to hold later ones against."""
+    """The facts kept of a night's scores for later nights.
+
+    Later nights are held against them.
+    """
 
     listings: int
     audience_rows: int
@@ -80,14 +89,14 @@ class Night:
     model: str = ""
     """Version of the model that scored it"""
     coverage: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    """(found, asked, recoded) of each `Coverage` by name; nights of an earlier camenn have none"""
+    """(found, asked, recoded) of each `Coverage` by name. Nights of an earlier camenn have none"""
     tables: tuple[str, ...] = ()
     """Optional tables that were read"""
     overridden: tuple[str, ...] = ()
     """Gates that had failed when the night was published by force"""
 
     def shares(self) -> np.ndarray:
-        """The histogram as shares, float64 [bins]."""
+        """Return the histogram as shares, float64 [bins]."""
         found = np.zeros(len(EDGES) + 1)
         for place, count in self.histogram:
             found[place] = count
@@ -95,7 +104,10 @@ class Night:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Night":
-        """Return the night that `asdict` gave, of this camenn or an earlier one."""
+        """Return the night that `asdict` gave.
+
+        The `asdict` may be of this camenn or an earlier one.
+        """
         read = {
             "histogram": tuple((int(place), int(count)) for place, count in value["histogram"]),
             "coverage": {name: tuple(counts) for name, counts in value.get("coverage", {}).items()},
@@ -106,7 +118,10 @@ class Night:
 
     @classmethod
     def of_manifest(cls, manifest: "Manifest") -> "Night | None":
-        """Return the night of a published run, None where its camenn kept none."""
+        """Return the night of a published run.
+
+        The result is None where its camenn kept none.
+        """
         if "night" not in manifest.options:
             return None
         # A run that is published although a gate had failed was forced.
@@ -121,19 +136,26 @@ def check_night(
     calibration: "Calibration | None" = None,
     coverage: Sequence[Coverage] = (),
 ) -> list[Gate]:
-    """Hold tonight against the median of up to seven published nights.
+    """Hold tonight against up to seven published nights.
 
-    Listings and audience rows: each at least 0.98 of the median. Optional tables: those that most nights had.
-    `coverage`: each at least its `least` of the median of the nights that have it, ids that are merely written otherwise
-    not above what is usual; where no night has it, as good as none found is a fault where that is `plausible` to say.
-    Of the nights that the same model scored: mean CVR, within 20 % of the median; PSI over the deciles of the bin-wise
-    median of their distributions, at most 0.2. `calibration`: predicted over observed orders on the latest closed days,
-    within 20 % of 1 beyond what chance explains. On a new model's first night it is the only figure of its scores:
-    another model's distribution is another one, and says nothing of faults.
-    The first night is held against nothing but `coverage`.
+    Tonight is held against their median.
 
-    A gate compares with no night before one that was published by force although this gate had failed: what somebody
-    said is right is what is usual from then on.
+    - Listings and audience rows: each at least 0.98 of the median.
+    - Optional tables: those that most nights had.
+    - `coverage`: each at least its `least` of the median of the nights that have it, and ids that
+      are merely written otherwise not above what is usual. Where no night has it, nearly none found
+      is a fault where that is `plausible` to say.
+    - Of the nights that the same model scored: mean CVR, within 20 % of the median, and PSI over
+      the deciles of the bin-wise median of their distributions, at most 0.2.
+    - `calibration`: predicted over observed orders on the latest closed days, within 20 % of 1
+      beyond what chance explains.
+
+    On a new model's first night `calibration` is the only figure of its scores: another model's
+    distribution is another one, and says nothing of faults. The first night is held against nothing
+    but `coverage`.
+
+    A gate compares with no night before one that was published by force although this gate had
+    failed: what somebody said is right is what is usual from then on.
     """
     before = before[-NIGHTS:]
     gates = [gate for one in coverage for gate in _check_coverage(one, _since_forced(before, one.name))]
@@ -211,12 +233,17 @@ def _check_tables(now: Night, before: Sequence[Night]) -> list[Gate]:
     if not lost:
         return [Gate("tables", True, f"optional tables are read as before: {named}")]
     often = f"most of {_nights(len(before))}" if len(before) > 1 else _nights(1)
-    words = f"table {named} is not read tonight, but was in {often}: put it back into --data, or leave out the flag that passes it over"
+    words = (
+        f"table {named} is not read tonight, but was in {often}: put it back into --data, or leave out the flag "
+        "that passes it over"
+    )
     return [Gate("tables", False, words)]
 
 
 def _usual(values: Sequence[float]) -> tuple[float, str]:
-    """Return the median of some nights' values, the latest last, and its name.
+    """Return the median of some nights' values, and its name.
+
+    The latest value stands last.
 
     Where most nights had none, the latest alone tells whether there is something to lose.
     """
@@ -225,7 +252,11 @@ def _usual(values: Sequence[float]) -> tuple[float, str]:
 
 
 def _since_forced(before: Sequence[Night], gate: str) -> Sequence[Night]:
-    """The nights from the latest one on that was published although `gate` had failed; all where there is none."""
+    """Return the nights since one was forced through `gate`.
+
+    These are the nights from the latest one on that was published although `gate` had failed. They
+    are all nights where there is none.
+    """
     forced = [place for place, night in enumerate(before) if gate in night.overridden]
     return before[forced[-1] :] if forced else before
 
@@ -239,14 +270,17 @@ def _nights(count: int) -> str:
 
 
 def check_scores(cvr_range: tuple[float, float] | None, rows: int, expected_rows: int) -> None:
-    """The first night's gates: something was scored, every audience row has an answer, and all values are probabilities.
+    """Check the first night's gates.
+
+    Something was scored, every audience row has an answer, and all values are probabilities.
 
     Raises:
-        InputError: a gate failed; nothing is published.
+        InputError: a gate failed. Nothing is published.
     """
     if rows == 0 or cvr_range is None:
         raise InputError(
-            "score: no pair was scored: no audience row meets any listing. Check store_id in catalog and audience. Nothing was published."
+            "score: no pair was scored: no audience row meets any listing. Check store_id in catalog and "
+            "audience. Nothing was published."
         )
     low, high = cvr_range
     if not (0.0 <= low <= high <= 1.0):
@@ -258,7 +292,10 @@ def check_scores(cvr_range: tuple[float, float] | None, rows: int, expected_rows
 
 
 def score_statistics(paths: list[str]) -> dict[str, Any]:
-    """Mean, range and histogram of the written cvr column, file by file; a null or NaN raises."""
+    """Compute statistics of the written cvr column.
+
+    They are mean, range and histogram, computed file by file. A null or NaN raises.
+    """
     total, rows, low, high = 0.0, 0, np.inf, -np.inf
     counts = np.zeros(len(EDGES) + 1, dtype=np.int64)
     for path in paths:
@@ -273,7 +310,7 @@ def score_statistics(paths: list[str]) -> dict[str, Any]:
 
 
 def count_flag(paths: list[str], flag: str) -> int:
-    """Listings that carry a flag."""
+    """Count the listings that carry a flag."""
     count = 0
     for path in paths:
         with files.open_read(path) as handle:

@@ -1,4 +1,7 @@
-"""What the submitter of `camenn score` reads, and which pairs there are to score: shared by the run and by `--plan`."""
+"""Read the inputs of the submitter of `camenn score`.
+
+The module also tells which pairs there are to score. It is shared by the run and by `--plan`.
+"""
 
 import datetime
 from dataclasses import asdict, dataclass
@@ -42,12 +45,15 @@ class ScoreOptions:
     precision: str = "fp32"
     """"fp32", or "bf16" where only what can be among a row's best is computed in fp32"""
     shards: str | None = None
-    """Shard set on whose latest closed days the model must be calibrated; None = not asked"""
+    """Shard set on whose latest closed days the model must be calibrated, None = not asked"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreInputs:
-    """What a run reads, opened and checked; no event has been read yet."""
+    """The inputs that a run reads, opened and checked.
+
+    No event has been read yet.
+    """
 
     catalog: Source
     clicks: Source
@@ -66,10 +72,13 @@ class ScoreInputs:
 
 
 def open_inputs(options: ScoreOptions) -> ScoreInputs:
-    """Find the tables, the store and the model, and check that they fit together.
+    """Find the tables, the store and the model.
+
+    It is checked that they fit together.
 
     Raises:
-        InputError: one is missing or of the wrong kind, or the model was trained on other embeddings.
+        InputError: one is missing or of the wrong kind, or the model was trained on other
+            embeddings.
     """
     from camenn_model.package import open_package
 
@@ -81,7 +90,8 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
     package = open_package(local_only(options.model, "--model"))
     if package.config.attention != "prefix":
         raise InputError(
-            f"--model {options.model}: was trained with --attention {package.config.attention}, with which nothing can be computed once for many pairs. Train with --attention prefix."
+            f"--model {options.model}: was trained with --attention {package.config.attention}, with which "
+            "nothing can be computed once for many pairs. Train with --attention prefix."
         )
     check_encoders(store, package.encoders, options.model)
     optional = {"users": users_source, "stores": stores_source, "audience": given[1] if given else None}
@@ -109,7 +119,10 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
 
 
 def user_fields(inputs: ScoreInputs, audience: pa.Table) -> pa.Table:
-    """Return the users' columns, a row for each audience row: they come from the users table, the audience's own go before."""
+    """Return the users' columns, a row for each audience row.
+
+    They come from the users table. The audience's own go before.
+    """
     users = inputs.users
     place = pc.index_in(audience["user_id"], value_set=users["user_id"].combine_chunks()).combine_chunks()
     # A null user must not be found as a null key.
@@ -126,17 +139,25 @@ def user_fields(inputs: ScoreInputs, audience: pa.Table) -> pa.Table:
 
 
 def check_encoders(store: Manifest, encoders: dict[str, Any], model: str) -> None:
-    """Raises InputError where the model was trained on other embeddings than the store's."""
+    """Check that model and store have the same embeddings.
+
+    Raises:
+        InputError: the model was trained on other embeddings than the store's.
+    """
     for kind in ("image", "text"):
         if store.options[kind]["fingerprint"] != encoders[kind]["fingerprint"]:
             raise InputError(
-                f"--model {model}: was trained on embeddings of {encoders[kind]['description']}, the store's are of {store.options[kind]['description']}. "
+                f"--model {model}: was trained on embeddings of {encoders[kind]['description']}, the store's are "
+                f"of {store.options[kind]['description']}. "
                 "Embed with the model's encoders and flags, or train on shards of this store."
             )
 
 
 def default_date(clicks: Source, orders: Source) -> str:
-    """The day after the smaller of both logs' ends: everything known is read."""
+    """Return the day after the smaller of both logs' ends.
+
+    Everything known is then read.
+    """
     latest = latest_time()
     ends = [times.max() for times in (read_times(clicks, latest), read_times(orders, latest)) if len(times)]
     if not ends:

@@ -1,4 +1,7 @@
-"""Whether ids that join two tables are written alike in both, and if not, which change of form would make them."""
+"""Check that ids joining two tables are written alike.
+
+If they are not, the module tells which change of form would make them so.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,21 +29,24 @@ AFFIXES_TRIED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One side of a join: the ids, a row each, and where they stand."""
+    """One side of a join.
+
+    It has the ids, a row each, and where they stand.
+    """
 
     ids: pa.Array | pa.ChunkedArray
     where: str
-    """As in "DATA/audience.parquet: column 'store_id'"; begins a message"""
+    """As in "DATA/audience.parquet: column 'store_id'". It begins a message"""
 
 
 def column_of(source: Source, column: str, ids: pa.Array | pa.ChunkedArray) -> Side:
-    """Return a column of a table as a side of a join."""
+    """Return a column of a table as a join's side."""
     return Side(ids=ids, where=f"{source.files[0]}: column '{column}' of table '{source.contract.name}'")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """How many rows of the left side have an id that the right side has."""
+    """A count of left rows whose id the right has."""
 
     asked: int
     """Rows with an id"""
@@ -48,11 +54,14 @@ class Join:
     recoded: int = 0
     """Further rows that a change of form would join"""
     lacking: str = ""
-    """Which are not found, with an example of both sides, and what would mend it; '' where all are"""
+    """Which are not found, with an example of both sides, and what would fix it. '' where all are"""
 
 
 def join_ids(left: Side, right: Side) -> Join:
-    """Look the left ids up among the right ones, nulls left out."""
+    """Look the left ids up among the right ones.
+
+    Nulls are left out.
+    """
     ids, known = pc.drop_null(left.ids.cast(pa.string())), pc.drop_null(pc.unique(right.ids.cast(pa.string())))
     there = pc.is_in(ids, value_set=known)
     found = pc.sum(there).as_py() or 0
@@ -64,7 +73,10 @@ def join_ids(left: Side, right: Side) -> Join:
     change = _find_change(lost, known) if len(others) > SEARCHED_FROM * len(ids) else None
     recoded = pc.sum(pc.is_in(others, value_set=change.same)).as_py() or 0 if change else 0
     if change and 2 * recoded > len(others):
-        words += f" ('{change.one}' here is '{change.other}' there). {recoded:,} of them would join if {change.words}: write them alike in both"
+        words += (
+            f" ('{change.one}' here is '{change.other}' there). {recoded:,} of them would join if {change.words}: "
+            "write them alike in both"
+        )
         return Join(asked=len(ids), found=found, recoded=recoded, lacking=words)
     there_are = f"values there are like '{known[0]}'" if len(known) else "it has none"
     words += f" ('{lost[0]}' is the first; {there_are})"
@@ -83,7 +95,10 @@ class _Change:
 
 
 def _find_change(lost: pa.Array, known: pa.Array) -> _Change | None:
-    """The simplest change of form that joins the most of the lost ids."""
+    """Find the change of form that joins the lost ids.
+
+    It is the simplest change that joins the most of them.
+    """
     best: _Change | None = None
     for words, here, there in (*_forms(lost, known), *_affixes(lost, known)):
         if min(_distinct(here) / len(lost), _distinct(there) / max(len(known), 1)) < LEAST_DISTINCT:
@@ -102,7 +117,11 @@ def _distinct(ids: pa.Array) -> int:
 
 
 def _forms(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.Array]]:
-    """(words, lost ids, known ids) without each difference of form, and without all of them that there are."""
+    """Yield both ids without each difference of form.
+
+    Yields (words, lost ids, known ids) without each difference of form, and without all of them
+    that there are.
+    """
     here, there, met = lost, known, []
     for words, change in FORMS.items():
         yield f"{words} made no difference", change(lost), change(known)
@@ -115,7 +134,9 @@ def _forms(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.
 
 
 def _affixes(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.Array]]:
-    """(words, lost ids, known ids) without what stands before or after all ids of one side.
+    """Yield both ids without what one side always has.
+
+    Yields (words, lost ids, known ids) without what stands before or after all ids of one side.
 
     Digits alone are none: they make other numbers.
     """

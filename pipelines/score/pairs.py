@@ -1,4 +1,7 @@
-"""Cut audience rows and listings into the pairs, chunks and tiles that are scored."""
+"""Cut audience rows and listings into work to score.
+
+The pieces are the pairs, chunks and tiles that are scored.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +33,10 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """The pairs to score, and all that their features come from."""
+    """The pairs to score, and their features' sources.
+
+    It has all that their features come from.
+    """
 
     score_date: str
     weekday: int
@@ -39,7 +45,7 @@ class Pairs:
     """Ordered by store and audience_id"""
     log: Log
     candidates: Ints | None
-    """Rows of (audience, item) that were asked for, int64 [n, 2]; None = all"""
+    """Rows of (audience, item) that were asked for, int64 [n, 2], None = all"""
     candidates_unknown: int
     chunks: list[Chunk]
     rejects: pa.Table
@@ -52,16 +58,22 @@ class Pairs:
 
     @property
     def count(self) -> int:
-        """Pairs that are computed."""
+        """Count the pairs that are computed."""
         return self.rows(0)
 
     def rows(self, top_k: int) -> int:
-        """Rows that scores must have: per audience row the smaller of top_k (0 = all) and the listings it meets."""
+        """Count the rows that scores must have.
+
+        This is per audience row the smaller of top_k (0 = all) and the listings it meets.
+        """
         return int(np.minimum(self.met, top_k).sum() if top_k else self.met.sum())
 
 
 def plan_chunks(audience: pa.Table, items: pa.Table, candidates: Ints | None) -> list[Chunk]:
-    """Cut the audience, ordered by store, into chunks that meet the same listings: their own store's, and those of no store."""
+    """Cut the audience into chunks that meet the same listings.
+
+    The audience is ordered by store. The listings are their own store's, and those of no store.
+    """
     item_store = items["store_id"].to_pandas()
     shared = item_store.isna().to_numpy()
     stores = audience["store_id"].to_pandas().to_numpy(dtype=object)
@@ -89,7 +101,10 @@ def plan_chunks(audience: pa.Table, items: pa.Table, candidates: Ints | None) ->
 
 
 def cut_tiles(chunks: list[Chunk]) -> list[Tile]:
-    """Tiles of at most 512 listings × 512 audience rows."""
+    """Cut the chunks into tiles.
+
+    A tile has at most 512 listings × 512 audience rows.
+    """
     return [
         Tile(number, chunk.audience, chunk.items[first : first + TILE_ITEMS].astype(np.int32).tobytes())
         for number, chunk in enumerate(chunks)
@@ -98,7 +113,7 @@ def cut_tiles(chunks: list[Chunk]) -> list[Tile]:
 
 
 def listings_met(chunks: list[Chunk], candidates: Ints | None, audience_rows: int) -> Ints:
-    """How many listings each audience row is scored against, int64 [S]."""
+    """Count each audience row's listings to score, int64 [S]."""
     met = np.zeros(audience_rows, dtype=np.int64)
     for chunk in chunks:
         first, last = chunk.audience

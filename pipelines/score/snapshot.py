@@ -1,7 +1,10 @@
-"""What is known at the score's own time: the as-of features of every listing, and of every user, store and pair that has any.
+"""The as-of features at the score's own time.
 
-Built by training's functions with the score's time as every query's time. Pairs without events are not stored: they have what a query without
-events gets (no counts, no last time). Written once per run and read by every worker.
+They are the features of every listing, and of every user, store and pair that has any.
+
+Built by training's functions with the score's time as every query's time. Pairs without events are
+not stored: they have what a query without events gets (no counts, no last time). Written once per
+run and read by every worker.
 """
 
 from dataclasses import dataclass
@@ -41,13 +44,19 @@ ACTIVE_DAYS = 28
 
 
 def empty_value(name: str) -> float:
-    """What a feature is without any event: a count of 0, a time since never."""
+    """Return a feature's value without any event.
+
+    That is a count of 0, or a time since never.
+    """
     return np.nan if "days_since" in name else 0.0
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """Feature columns of the key pairs (left, right) that have events; ordered by key."""
+    """Feature columns of key pairs that have events.
+
+    The key pairs are (left, right), ordered by key.
+    """
 
     key: Ints
     size: int
@@ -55,13 +64,19 @@ class Sparse:
 
     @classmethod
     def build(cls, left: Ints, right: Ints, size: int, columns: dict[str, Floats]) -> "Sparse":
-        """`size`: right keys are below it."""
+        """Build from key pairs and their columns.
+
+        All right keys are below `size`.
+        """
         key = left * np.int64(size) + right
         order = np.argsort(key)
         return cls(key[order], size, {name: values[order] for name, values in columns.items()})
 
     def dense(self, left: Ints, right: Ints) -> dict[str, Floats]:
-        """Columns [len(left), len(right)] float32; pairs that are not stored, and left codes of -1, get the empty value."""
+        """Return columns [len(left), len(right)] float32.
+
+        Pairs that are not stored, and left codes of -1, get the empty value.
+        """
         asked = left[:, None] * np.int64(self.size) + right[None, :]
         place = np.minimum(np.searchsorted(self.key, asked), max(len(self.key) - 1, 0))
         found = (
@@ -75,18 +90,21 @@ class Sparse:
         }
 
     def table(self) -> pa.Table:
-        """For writing."""
+        """Return the columns as a table for writing."""
         return pa.table({"key": self.key, **self.columns}).replace_schema_metadata({"size": str(self.size)})
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Sparse":
-        """What `table` wrote."""
+        """Read what `table` wrote."""
         columns = {name: table[name].to_numpy() for name in table.column_names if name != "key"}
         return cls(table["key"].to_numpy(), int(table.schema.metadata[b"size"]), columns)
 
 
 def read_log(stage: str, source: Source) -> tuple[CleanLog, list[pa.Table], list[Count]]:
-    """A whole log, cleaned: (events, all rejects, counts)."""
+    """Read a whole log, cleaned.
+
+    Returns (events, all rejects, counts).
+    """
     contract: Contract = source.contract
     pieces, rejects, latest = [], [], latest_time()
     for where in list_slices(source):
@@ -118,11 +136,17 @@ class Log:
     """user_id, store_id, at (int64 microseconds): each user's last event."""
 
     def user_codes(self, ids: list[str | None]) -> Ints:
-        """Codes of users; -1 = null or never seen."""
+        """Return the codes of users.
+
+        -1 = null or never seen.
+        """
         return self.users.get_indexer(pd.Index(ids, dtype=object)).astype(np.int64)
 
     def store_codes(self, ids: list[str]) -> Ints:
-        """Codes of stores; -1 = never seen."""
+        """Return the codes of stores.
+
+        -1 = never seen.
+        """
         return self.stores.get_indexer(pd.Index(ids, dtype=object)).astype(np.int64)
 
 
@@ -135,7 +159,10 @@ def build_log(
     time: int,
     window: int,
 ) -> tuple[Log, list[pa.Table], list[Count]]:
-    """Read and code both logs as of `time` (int64 microseconds; nothing at or after it is used)."""
+    """Read and code both logs as of `time`.
+
+    It is int64 microseconds. Nothing at or after it is used.
+    """
     click_log, click_rejects, click_counts = read_log(stage, clicks)
     order_log, order_rejects, order_counts = read_log(stage, orders)
     outcomes = Outcomes("clicks", click_counts), Outcomes("orders", order_counts)
@@ -159,9 +186,16 @@ def build_log(
         user[:n] * size + click_item, clicked_at, user[n:] * size + order_item, ordered_at, window
     )
     events = Events(
-        click_user=user[:n], click_item=click_item, click_store=store[:n], clicked_at=clicked_at, converted_at=converted_at,
-        order_user=user[n:], order_item=order_item, order_store=store[n:], ordered_at=ordered_at,
-    )  # fmt: skip
+        click_user=user[:n],
+        click_item=click_item,
+        click_store=store[:n],
+        clicked_at=clicked_at,
+        converted_at=converted_at,
+        order_user=user[n:],
+        order_item=order_item,
+        order_store=store[n:],
+        ordered_at=ordered_at,
+    )
     seen = pd.DataFrame({"user": user, "store": store, "at": np.concatenate([clicked_at, ordered_at])}).sort_values(
         ["at", "user", "store"]
     )
@@ -192,7 +226,10 @@ class Snapshot:
 
     @classmethod
     def build(cls, log: Log) -> "Snapshot":
-        """Every feature of `ITEM_COUNTS` and `PAIR_COUNTS` at the log's time."""
+        """Compute every pair and item feature at the log's time.
+
+        These are all of `ITEM_COUNTS` and `PAIR_COUNTS`.
+        """
         e, n_items = log.events, log.attributes.size
         n_stores = max(1, len(log.stores))
 
@@ -202,10 +239,18 @@ class Snapshot:
         def of_items(asked: Queries) -> dict[str, Floats]:
             happened = e.converted_at != NEVER
             return item_features(
-                click_item=e.click_item, click_store=e.click_store, clicked_at=e.clicked_at, conversion_item=e.click_item[happened],
-                converted_at=e.converted_at[happened], order_item=e.order_item, order_store=e.order_store, ordered_at=e.ordered_at,
-                queries=asked, listed_at=log.attributes.listed_at[asked.item], n_stores=n_stores,
-            )  # fmt: skip
+                click_item=e.click_item,
+                click_store=e.click_store,
+                clicked_at=e.clicked_at,
+                conversion_item=e.click_item[happened],
+                converted_at=e.converted_at[happened],
+                order_item=e.order_item,
+                order_store=e.order_store,
+                ordered_at=e.ordered_at,
+                queries=asked,
+                listed_at=log.attributes.listed_at[asked.item],
+                n_stores=n_stores,
+            )
 
         everything = np.arange(n_items)
         dense = of_items(queries(everything, everything, np.zeros(n_items, dtype=np.int64)))
@@ -237,14 +282,14 @@ class Snapshot:
         )
 
     def write(self, directory: str) -> None:
-        """Five small Parquet files."""
+        """Write five small Parquet files."""
         files.write_parquet(files.join(directory, "items.parquet"), pa.table(dict(self.items)))
         for name in ("store_item", "pair", "user_subcategory", "user_brand"):
             files.write_parquet(files.join(directory, f"{name}.parquet"), getattr(self, name).table())
 
     @classmethod
     def read(cls, directory: str) -> "Snapshot":
-        """What `write` wrote."""
+        """Read what `write` wrote."""
 
         def table(name: str) -> pa.Table:
             with files.open_read(files.join(directory, f"{name}.parquet")) as handle:
@@ -257,11 +302,16 @@ class Snapshot:
         return cls(items={name: items[name].to_numpy() for name in ITEM}, **sparse)
 
     def tile(self, users: Ints, stores: Ints, rows: Ints, subcategory: Ints, brand: Ints) -> dict[str, Floats]:
-        """Columns for S audience rows × I listings; each [I], [S, I] or [1, I], to be broadcast to [S, I].
+        """Return columns for S audience rows × I listings.
+
+        Each is [I], [S, I] or [1, I], to be broadcast to [S, I].
 
         Args:
-            users, stores: codes of the audience rows, -1 = nobody, or never seen.
-            rows: item rows; `subcategory`, `brand`: their codes.
+            users: codes of the audience rows' users, -1 = nobody, or never seen.
+            stores: codes of the audience rows' stores, -1 = never seen.
+            rows: item rows.
+            subcategory: codes of the item rows' subcategories.
+            brand: codes of the item rows' brands.
         """
         columns: dict[str, Floats] = {name: self.items[name][rows][None, :] for name in ITEM}
         distinct, place = np.unique(stores, return_inverse=True)
@@ -281,7 +331,11 @@ def _distinct(left: Ints, right: Ints) -> tuple[Ints, Ints]:
 
 
 def audience_features(log: Log, users: Ints, length: int) -> tuple[dict[str, Floats], Ints, NDArray[np.int8], Floats]:
-    """(columns of `AUDIENCE_COUNTS` [S], history item rows [S, length], kinds, hours) of audience rows at the log's time."""
+    """Compute audience rows' features at the log's time.
+
+    Returns (columns of `AUDIENCE_COUNTS` [S], history item rows [S, length], kinds, hours) of
+    audience rows at the log's time.
+    """
     time = np.full(len(users), log.time)
     counts = user_features(log.events, users, time)
     history = user_history(log.events, users, time, length)
@@ -289,7 +343,11 @@ def audience_features(log: Log, users: Ints, length: int) -> tuple[dict[str, Flo
 
 
 def recent_activity(log: Log) -> dict[str, Ints]:
-    """Of each listing, int64 [N]: `clicks` of the 28 days before the log's time, and `orders` credited to them by then."""
+    """Count each listing's recent clicks and orders, int64 [N].
+
+    `clicks` are those of the 28 days before the log's time. `orders` are those credited to them by
+    then.
+    """
     events = log.events
     recent = events.clicked_at >= log.time - ACTIVE_DAYS * DAY_US
     bought = recent & (events.converted_at < log.time)
@@ -301,7 +359,10 @@ def recent_activity(log: Log) -> dict[str, Ints]:
 
 
 def active_users(log: Log) -> pd.DataFrame:
-    """Users with an event in the 28 days before the log's time: user_id, store_id, at."""
+    """Return users with an event in the last 28 days.
+
+    These are the 28 days before the log's time. Columns are user_id, store_id, at.
+    """
     return log.last_seen[log.last_seen["at"] >= log.time - ACTIVE_DAYS * DAY_US].sort_values(
         "user_id", ignore_index=True
     )

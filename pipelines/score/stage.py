@@ -1,4 +1,7 @@
-"""`camenn score`: audience × listings → calibrated CVR, ranked; and what is wrong with which listing.
+"""Run `camenn score`: rank listings by calibrated CVR.
+
+It scores audience × listings to calibrated CVR, ranked. It also tells what is wrong with which
+listing.
 
 catalog, store ──► items, contents/ ─┐
 logs ──► snapshot at the score's time ├──► Tile (listings × audience rows) ──► RankChunk ──► scores/score_date=.../
@@ -57,7 +60,10 @@ PAIRS_FOR_ALL_CORES = 200_000
 
 
 def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> dict[str, Any]:
-    """Run the stage and publish; returns the closing table."""
+    """Run the stage and publish.
+
+    Returns the closing table.
+    """
     started = time.monotonic()
     out = local_only(options.out, "--out")
     inputs = open_inputs(options)
@@ -210,7 +216,10 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
 
 
 def judge_catalog(package: "Package", items: pa.Table, paths: dict[str, tuple[str, ...]]) -> pa.Table:
-    """What all listings together tell of each: the columns of `Told`, and of `Judgement`."""
+    """Judge each listing by all listings together.
+
+    The result has the columns of `Told`, and of `Judgement`.
+    """
     from camenn_model.data.item_table import ItemTable
 
     table = ItemTable.of_files(items, paths["images"], paths["titles"], package.config)
@@ -219,7 +228,10 @@ def judge_catalog(package: "Package", items: pa.Table, paths: dict[str, tuple[st
 
 
 def judge_model(options: ScoreOptions, package: "Package") -> "Calibration | None":
-    """The model's calibration on the latest closed days of the shard set, where one is given."""
+    """Measure the model's calibration on recent closed days.
+
+    These are the latest closed days of the shard set, where one is given.
+    """
     if options.shards is None:
         return None
     from camenn_model.data.shard_set import ShardSet
@@ -229,7 +241,10 @@ def judge_model(options: ScoreOptions, package: "Package") -> "Calibration | Non
 
 
 def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:
-    """What `run` would have to do; returns the closing table. Logs are read, nothing is scored or written."""
+    """Report what `run` would have to do.
+
+    Returns the closing table. Logs are read. Nothing is scored or written.
+    """
     started = time.monotonic()
     inputs = open_inputs(options)
     latest = read_latest(options.out)

@@ -1,4 +1,7 @@
-"""The workers' side of scoring: one tile of listings against a chunk of audience rows; then each row's best, ranked."""
+"""The workers' side of scoring.
+
+One tile of listings is scored against a chunk of audience rows. Then each row's best are ranked.
+"""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -38,7 +41,10 @@ ITEMS_READ = [name for name in ITEMS.names if name not in ("title", "image_uri")
 
 @dataclass(frozen=True)
 class Tile:
-    """Listings [first, last) of a store's list (places in `rows`) against one chunk of audience rows."""
+    """Listings to score against one chunk of audience rows.
+
+    They are [first, last) of a store's list (places in `rows`).
+    """
 
     chunk: int
     audience: tuple[int, int]
@@ -46,13 +52,16 @@ class Tile:
     """item rows, int32 little-endian"""
 
     def item_rows(self) -> Ints:
-        """Item rows, int64 [I]."""
+        """Return the item rows, int64 [I]."""
         return np.frombuffer(self.rows, dtype=np.int32).astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInput:
-    """Where a worker finds what it needs; all written by the submitter under the run's directory."""
+    """The places where a worker finds what it needs.
+
+    All is written by the submitter under the run's directory.
+    """
 
     directory: str
     model: str
@@ -66,7 +75,7 @@ class WorkerInput:
 
 
 def make_scorer(package: "Package", precision: str, top_k: int) -> "Scorer | Shortlist":
-    """What scores tiles in ``--precision``."""
+    """Make what scores tiles in ``--precision``."""
     from camenn_model.scoring.scorer import Scorer
     from camenn_model.scoring.shortlist import Shortlist
 
@@ -74,14 +83,17 @@ def make_scorer(package: "Package", precision: str, top_k: int) -> "Scorer | Sho
 
 
 def _read_part(directory: str, name: str, columns: list[str] | None = None) -> pa.Table:
-    """A table that the submitter wrote with `write_table`, or some of its columns."""
+    """Read a table that the submitter wrote with `write_table`.
+
+    With `columns`, only these are read.
+    """
     with files.open_read(files.join(directory, name, "part-0.parquet")) as handle:
         return pq.read_table(handle, columns=columns)
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What all DoFns of a process read."""
+    """The data that all DoFns of a process read."""
 
     package: "Package"
     table: "ItemTable"
@@ -103,7 +115,10 @@ def _load(given: WorkerInput) -> _Loaded:
 
 
 class _ModelDoFn(beam.DoFn):
-    """Loads the package and the item table once per process, whatever the number of DoFns."""
+    """A DoFn that loads the package and item table.
+
+    They are loaded once per process, whatever the number of DoFns.
+    """
 
     def __init__(self, given: WorkerInput) -> None:
         self.given = given
@@ -111,8 +126,9 @@ class _ModelDoFn(beam.DoFn):
     def setup(self) -> None:
         import torch
 
-        # With more, sums are added in another order, and where two experts' gate logits are all but equal another one is chosen: measured on an
-        # undertrained model, 5 of 720 pairs moved by up to 4e-6. Processes use the cores as well as threads do.
+        # With more, sums are added in another order, and where two experts' gate logits are all but
+        # equal another one is chosen: measured on an undertrained model, 5 of 720 pairs moved by up
+        # to 4e-6. Processes use the cores as well as threads do.
         torch.set_num_threads(1)
         self.loaded = self.given.shared.acquire(lambda: _load(self.given), self.given.directory)
         self.package, self.table = self.loaded.package, self.loaded.table
@@ -121,7 +137,10 @@ class _ModelDoFn(beam.DoFn):
 
 
 class ScoreTile(_ModelDoFn):
-    """Tile → (chunk, Arrow IPC of its rows' best: audience row, item row, cvr)."""
+    """A step from a tile to its rows' best.
+
+    It yields (chunk, Arrow IPC of its rows' best: audience row, item row, cvr).
+    """
 
     def setup(self) -> None:
         super().setup()
@@ -168,7 +187,8 @@ class ScoreTile(_ModelDoFn):
         yield tile.chunk, files.ipc_bytes(best_of(cvr, np.arange(first, last), rows, self.given.top_k, allowed))
 
     def _audience(self, tile: Tile) -> Any:
-        # Only the chunk of the tile before is kept: a chunk's states are large (0.15 MB a row in `small`), and against a whole tile they cost a hundredth of its time.
+        # Only the chunk of the tile before is kept: a chunk's states are large (0.15 MB a row in
+        # `small`), and against a whole tile they cost a hundredth of its time.
         if self.latest is None or self.latest[0] != tile.chunk:
             batch, history = self.audience.batch(slice(*tile.audience))
             self.latest = tile.chunk, self.scorer.audience_states(batch, self.table.history(history))
@@ -178,9 +198,12 @@ class ScoreTile(_ModelDoFn):
 def measure_pace(
     package: "Package", items: pa.Table, audience: AudienceRows, met: Ints, precision: str, top_k: int
 ) -> float:
-    """Seconds for one pair on one thread of this machine.
+    """Measure the seconds for one pair on one thread.
 
-    A tile is scored of real audience rows and of real listings (`met`: their rows) without embeddings and counts, which change nothing in its time.
+    The thread is of this machine.
+
+    A tile is scored of real audience rows and of real listings (`met`: their rows) without
+    embeddings and counts, which change nothing in its time.
     """
     import torch
 
@@ -213,7 +236,11 @@ def measure_pace(
 def encode_tile(
     numbers: dict[str, Any], columns: dict[str, NDArray[np.float32]], shape: tuple[int, int]
 ) -> tuple[NDArray[np.float32], Ints]:
-    """(values float32, buckets int64), [S, I, n]: each column is encoded at its own, smaller shape and then broadcast."""
+    """Encode each column, then broadcast it to [S, I, n].
+
+    Returns (values float32, buckets int64), [S, I, n]. Each column is encoded at its own, smaller
+    shape and then broadcast.
+    """
     names = [*NUMERIC_GROUPS["item_counts"], *NUMERIC_GROUPS["pair_counts"]]
     values = np.empty((*shape, len(names)), dtype=np.float32)
     buckets = np.empty((*shape, len(names)), dtype=np.int64)
@@ -225,7 +252,11 @@ def encode_tile(
 def best_of(
     cvr: NDArray[np.float32], audience: Ints, items: Ints, top_k: int, allowed: NDArray[np.bool_] | None
 ) -> pa.Table:
-    """The `top_k` best of each row of cvr [S, I] (0 = all), ties by item row: a table (audience, item, cvr)."""
+    """Return the `top_k` best of each row of cvr.
+
+    cvr is [S, I], `top_k` 0 = all. Ties go by item row. The result is a table (audience, item,
+    cvr).
+    """
     order = np.lexsort((np.broadcast_to(items, cvr.shape), -cvr), axis=1)
     if allowed is not None:
         # Candidates first, still by falling cvr: a stable sort keeps the order within.
@@ -246,7 +277,10 @@ def best_of(
 
 
 class RankChunk(beam.DoFn):
-    """All tiles of an audience chunk → the published rows of its audience."""
+    """A step from a chunk's tiles to its published rows.
+
+    It takes all tiles of an audience chunk and yields the published rows of its audience.
+    """
 
     def __init__(self, directory: str, top_k: int, model_version: str) -> None:
         self.directory = directory
@@ -281,7 +315,10 @@ class RankChunk(beam.DoFn):
 
 
 class JudgeListings(beam.DoFn):
-    """Any element → the listing_quality table of the whole catalog: percentiles need all of it."""
+    """A step that makes the whole catalog's listing_quality table.
+
+    It takes any element. Percentiles need all of the catalog.
+    """
 
     def __init__(self, directory: str, model_version: str) -> None:
         self.directory = directory

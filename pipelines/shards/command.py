@@ -8,7 +8,7 @@ from pipelines.runner.flags import add_common_flags, new_parser, parse_with_beam
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn shards`."""
+    """Build the parser with the flags of `camenn shards`."""
     parser = new_parser("shards", "Label clicks, add as-of features, and write a self-contained training shard set.")
     parser.add_argument(
         "--data", required=True, help="data directory with catalog, clicks, orders and, optionally, users and stores"
@@ -38,7 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--late_days",
         type=float,
         default=2.0,
-        help="days after a day's last attribution window until its labels are final and later runs keep it as it is (default %(default)s)",
+        help=(
+            "days after a day's last attribution window until its labels are final and later runs keep it as it "
+            "is (default %(default)s)"
+        ),
     )
     parser.add_argument("--rerun", action="store_true", help="run again although neither inputs nor flags changed")
     parser.add_argument(
@@ -49,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run, print."""
+    """Parse the flags, run and print."""
     a, beam_flags = parse_with_beam(build_parser(), argv)
     from pipelines.io import files
     from pipelines.runner.console import closing_table
@@ -57,9 +60,17 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.shards.stage import run
 
     options = ShardOptions(
-        data=files.absolute(a.data), store=files.absolute(a.store), out=files.absolute(a.out), attribution_hours=a.attribution_hours, history=a.history, as_of=a.as_of,
-        timezone=a.timezone, test_share=a.test_share, max_reject_rate=a.max_reject_rate, late_days=a.late_days,
-    )  # fmt: skip
+        data=files.absolute(a.data),
+        store=files.absolute(a.store),
+        out=files.absolute(a.out),
+        attribution_hours=a.attribution_hours,
+        history=a.history,
+        as_of=a.as_of,
+        timezone=a.timezone,
+        test_share=a.test_share,
+        max_reject_rate=a.max_reject_rate,
+        late_days=a.late_days,
+    )
     check_flags(options)
     closing_table(STAGE, run(options, beam_flags, rerun=a.rerun, rebuild=a.rebuild), as_json=a.json)
     return 0

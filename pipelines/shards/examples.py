@@ -1,7 +1,11 @@
-"""The two passes that make examples: by user (sessions, labels, tastes), and by listing (its counts), and how their results are put together.
+"""Make examples in two passes: by user and by listing.
 
-The user pass makes whole rows but for the listing's counts, and these rows go straight to their day: only `QUERIES`, a few bytes of each, are shuffled by
-listing, and the counts meet the rows again under the row's number. Until then listings are codes, not ids. Pure table in, table out.
+The user pass makes sessions, labels and tastes. The listing pass makes the listing's counts. The
+module also puts their results together.
+
+The user pass makes whole rows but for the listing's counts, and these rows go straight to their
+day. Only `QUERIES`, a few bytes of each, are shuffled by listing, and the counts meet the rows
+again under the row's number. Until then listings are codes, not ids. Pure table in, table out.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +33,7 @@ from schemas.training import EXAMPLES
 
 CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT = 0, 1, 2
 ROW = "row"
-"""int64: number of an example, unique within the run; bucket of its user times 2^32, plus its place."""
+"""int64: number of an example, unique within the run: bucket of its user times 2^32, plus its place."""
 _QUERIES = pa.schema(
     [
         (ROW, pa.int64()),
@@ -53,10 +57,10 @@ _ITEM_EVENTS = pa.schema(
 
 @dataclass
 class UserResult:
-    """What one bucket of users gives."""
+    """The results of one bucket of users."""
 
     examples: pa.Table
-    """`EXAMPLES` without the listing's counts, with ROW; item_id and history_item are codes, int32."""
+    """`EXAMPLES` without the listing's counts, with ROW. item_id and history_item are codes, int32."""
     queries: pa.Table
     """What to ask the listings: `_QUERIES`."""
     item_events: pa.Table
@@ -79,18 +83,25 @@ def build_user_examples(
     bucket: int = 0,
     frozen_before: int = 0,
 ) -> UserResult:
-    """Labels, user and pair features and histories of a bucket of users.
+    """Build the examples of a bucket of users.
+
+    They have labels, user and pair features and histories.
 
     Args:
-        clicks_table, orders_table: all events of these users.
+        clicks_table: all clicks of these users.
+        orders_table: all orders of these users.
         item_ids: ids of the catalog in code order.
         attributes: of each item code.
-        as_of: nothing after it is read, int64 microseconds; clicks whose window ends after it are `open_window`.
+        stage: name of the stage, for rejects.
+        as_of: nothing after it is read, int64 microseconds. Clicks whose window ends after it are
+            `open_window`.
         window: attribution window, microseconds.
         history: entries of a history.
-        timezones: IANA zone of each store; `timezone` for stores that are not there.
+        timezones: IANA zone of each store.
+        timezone: zone of stores that are not in `timezones`.
         bucket: number of this bucket of users, from which rows are numbered.
-        frozen_before: sessions that started before, int64 microseconds, are `final_day`: an earlier run built their day for good.
+        frozen_before: sessions that started before, int64 microseconds, are `final_day`: an earlier
+            run built their day for good.
     """
     click_log, order_log = clean_log(stage, CLICKS, clicks_table), clean_log(stage, ORDERS, orders_table)
     click_outcomes, order_outcomes = Outcomes("clicks", []), Outcomes("orders", [])
@@ -143,7 +154,8 @@ def build_user_examples(
     clicks = click_outcomes.keep(clicks, (clicks["session_start"] >= frozen_before).to_numpy(dtype=bool), "final_day")
     clicked_at = clicks["clicked_at"].to_numpy(np.int64)
     closed = click_outcomes.keep(clicks, (clicked_at + window <= as_of), "open_window")
-    # Repeated clicks on one listing in a session are one example: placed where the first was, positive if any led to an order.
+    # Repeated clicks on one listing in a session are one example: placed where the first was,
+    # positive if any led to an order.
     same = pd.factorize(closed["session"].to_numpy() * size + closed["item"].to_numpy())[0]
     bought = np.bincount(same, weights=closed["label"]) > 0
     closed = closed.assign(label=bought[same].astype(np.int8))
@@ -174,8 +186,12 @@ def build_user_examples(
 def _item_events(
     item: np.ndarray, store: np.ndarray, store_ids: pa.Array, kind: int, time: np.ndarray, frozen_before: int
 ) -> pa.Table:
-    """Events of one kind for `_ITEM_EVENTS`. Every query is of a session that starts at `frozen_before` or later, for which all that was earlier was before:
-    of such events of a listing in a store one row is left, at the first click, or at the last order."""
+    """Make the events of one kind for `_ITEM_EVENTS`.
+
+    Every query is of a session that starts at `frozen_before` or later, for which all that was
+    earlier was before. Of such events of a listing in a store one row is left, at the first click,
+    or at the last order.
+    """
     early = time < frozen_before
     pair = item[early] * np.int64(max(1, len(store_ids))) + store[early]
     code, pairs = pd.factorize(pair)
@@ -245,7 +261,10 @@ def _describe(
 
 
 def _distinct_sessions(user: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct (user, start), in that order, and the place of each row's own among them."""
+    """Return the distinct (user, start), in that order.
+
+    Returned too is the place of each row's own among them.
+    """
     order = np.lexsort((start, user))
     new = np.ones(len(order), dtype=bool)
     new[1:] = (np.diff(user[order]) != 0) | (np.diff(start[order]) != 0)
@@ -255,7 +274,10 @@ def _distinct_sessions(user: np.ndarray, start: np.ndarray) -> tuple[np.ndarray,
 
 
 def _spread(lengths: np.ndarray, session_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the flat history for each example, in order, and the list offsets."""
+    """Return each example's rows of the flat history.
+
+    The rows are in order. The list offsets come with them.
+    """
     starts = np.concatenate([[0], np.cumsum(lengths)])
     own = lengths[session_row]
     offsets = np.concatenate([[0], np.cumsum(own)])
@@ -268,7 +290,11 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 
 def build_item_features(queries: pa.Table, item_events: pa.Table) -> pa.Table:
-    """ROW and `ITEM_COUNTS` of a bucket of listings' queries; `item_events` are all their clicks, orders and conversions."""
+    """Compute the listing counts of a bucket's queries.
+
+    Returns ROW and `ITEM_COUNTS` of a bucket of listings' queries. `item_events` are all their
+    clicks, orders and conversions.
+    """
     item, kind, time, weight = (item_events[name].to_numpy() for name in ("item", "kind", "time", "weight"))
     item = item.astype(np.int64)
     n = len(item)
@@ -276,7 +302,8 @@ def build_item_features(queries: pa.Table, item_events: pa.Table) -> pa.Table:
     clicks, orders, conversions = (
         np.flatnonzero(kind == value) for value in (CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT)
     )
-    # Which click converted does not matter to a listing's counts, only when: conversions stand as clicks of their own index.
+    # Which click converted does not matter to a listing's counts, only when: conversions stand as
+    # clicks of their own index.
     start = queries["session_start"].to_numpy()
     asked = Queries(
         user=np.zeros(len(start), dtype=np.int64),
@@ -285,18 +312,32 @@ def build_item_features(queries: pa.Table, item_events: pa.Table) -> pa.Table:
         time=start,
     )
     features = item_features(
-        click_item=item[clicks], click_store=stores[:n][clicks], clicked_at=time[clicks], conversion_item=item[conversions], converted_at=time[conversions],
-        order_item=item[orders], order_store=stores[:n][orders], ordered_at=time[orders], queries=asked,
-        click_weight=weight[clicks], conversion_weight=weight[conversions], order_weight=weight[orders], listed_at=queries["listed_at"].to_numpy(), n_stores=len(names),
-    )  # fmt: skip
+        click_item=item[clicks],
+        click_store=stores[:n][clicks],
+        clicked_at=time[clicks],
+        conversion_item=item[conversions],
+        converted_at=time[conversions],
+        order_item=item[orders],
+        order_store=stores[:n][orders],
+        ordered_at=time[orders],
+        queries=asked,
+        click_weight=weight[clicks],
+        conversion_weight=weight[conversions],
+        order_weight=weight[orders],
+        listed_at=queries["listed_at"].to_numpy(),
+        n_stores=len(names),
+    )
     return pa.table({ROW: queries[ROW], **{name: _nullable(values) for name, values in features.items()}})
 
 
 def finish_examples(examples: pa.Table, counts: pa.Table, item_ids: pa.Array) -> pa.Table:
-    """Whole rows under `EXAMPLES`: the user pass's, the counts of the same rows, and ids in the place of codes.
+    """Put whole rows together under `EXAMPLES`.
+
+    A row has the user pass's columns, the counts of the same row, and ids in the place of codes.
 
     Args:
-        examples, counts: of the same rows, each in any order.
+        examples: rows of the user pass, in any order.
+        counts: listing counts of the same rows, in any order.
         item_ids: ids of the catalog in code order.
     """
     rows, asked = counts[ROW].to_numpy(), examples[ROW].to_numpy()
@@ -313,11 +354,12 @@ def finish_examples(examples: pa.Table, counts: pa.Table, item_ids: pa.Array) ->
 def cut_long_days(clicked_at: np.ndarray, rows: int) -> np.ndarray:
     """Find where days of very many clicks are cut.
 
-    Pieces have about `rows` clicks each. They are cut by time, not by users: one after another they are the day in
-    order, however many there are.
+    Pieces are cut by time, not by users. One after another they are the day in order, however many
+    there are.
 
     Args:
         clicked_at: int64 microseconds [n], of the clicks that become examples, about.
+        rows: clicks that a piece has, about.
 
     Returns:
         The first time of each piece but a day's first, int64 microseconds, in order.

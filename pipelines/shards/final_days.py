@@ -1,7 +1,12 @@
-"""Days of a shard set: which are final, what a run keeps of the run before, and which part of the log each file belongs to.
+"""Tell a shard set's final days from its open days.
 
-A day is that of a session's start, UTC. It may change until attribution and late orders are over; then it is final, and the next run takes its files as
-they are, whatever the logs say by then. Of a day that is still open, labels are computed anew; features stay what they were when a row was first built.
+The module says which days are final, what a run keeps of the run before, and which part of the log
+each file belongs to.
+
+A day is that of a session's start, UTC. It may change until attribution and late orders are over.
+Then it is final, and the next run takes its files as they are, whatever the logs say by then. Of a
+day that is still open, labels are computed again. Features stay what they were when a row was first
+built.
 """
 
 import datetime
@@ -34,19 +39,22 @@ ROW_SETTINGS = ("attribution_hours", "history", "timezone")
 
 
 def start_of(date: str) -> int:
-    """Midnight at which a date begins, int64 microseconds."""
+    """Return a date's midnight, int64 microseconds.
+
+    That is the midnight at which the date begins.
+    """
     return (datetime.date.fromisoformat(date) - datetime.date(1970, 1, 1)).days * DAY_US
 
 
 def read_starts(record: FileRecord) -> np.ndarray:
-    """`session_start` of an example file, int64 microseconds."""
+    """Read `session_start` of an example file, int64 microseconds."""
     with files.open_read(record.path) as handle:
         starts = pq.read_table(handle, columns=["session_start"])["session_start"]
     return starts.cast(pa.int64()).to_numpy()
 
 
 def write_part(directory: str, date: str, name: str, split: str, rows: pa.Table) -> FileRecord:
-    """Write some of a day's examples, which belong to one split."""
+    """Write some of a day's examples, all of one split."""
     path = files.join(directory, f"date={date}", f"part-{name}.parquet")
     written = files.write_parquet(path, check_output(rows, EXAMPLES), row_group_size=UNIT_ROWS)
     return FileRecord.of("examples", path, rows.num_rows, written, split)
@@ -54,7 +62,7 @@ def write_part(directory: str, date: str, name: str, split: str, rows: pa.Table)
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What a run takes over from the published one."""
+    """The part of the published run that stays."""
 
     frozen_before: int = 0
     """Sessions that started before are not built again, int64 microseconds"""
@@ -67,20 +75,25 @@ class Kept:
 
     @property
     def dates(self) -> set[str]:
-        """The final days."""
+        """Return the dates of the final days."""
         return {date_of(record.path) for record in self.records}
 
 
 def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, late: int, out: str) -> Kept:
-    """What of the published run stays: nothing where there is none.
+    """Return what stays of the published run.
+
+    Nothing stays where there is no published run.
 
     Args:
+        latest: manifest of the published run.
         settings: `ROW_SETTINGS` of this run.
         as_of: of this run.
         late: microseconds after a day's end until it is final: attribution window and late orders.
+        out: the shard set, for messages.
 
     Raises:
-        InputError: rows of this run would not fit those of the published one, or one of its files is lost or damaged.
+        InputError: rows of this run would not fit those of the published one, or one of its files
+            is lost or damaged.
     """
     if latest is None:
         return Kept()
@@ -97,7 +110,8 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
     before = int(latest.options["days"]["as_of"])
     if as_of < before:
         raise InputError(
-            f"--as_of {np.datetime64(as_of, 'us')}: the days in {out} were built as of {np.datetime64(before, 'us')}, which is later. {remedy}"
+            f"--as_of {np.datetime64(as_of, 'us')}: the days in {out} were built as of "
+            f"{np.datetime64(before, 'us')}, which is later. {remedy}"
         )
     # All of them, also those that this run does not read: it publishes them again.
     latest.check("examples")
@@ -121,9 +135,13 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
 def sketch_days(
     contract: Contract, slices: Iterable[Slice], latest: int, known: dict[str, list[int]] | None = None
 ) -> dict[str, list[int]]:
-    """A sample of each day of the click log that growth by late clicks leaves nearly as it was: of its clicks' numbers, uint64, the `SKETCH` least.
+    """Take a sample of each day of the click log.
 
-    A click's number begins with 32 bits of its time's hash and ends with 32 of its exposure's: exposures are hashed only where a time may be among the least.
+    Growth by late clicks leaves the sample nearly as it was. It has, of the numbers of the day's
+    clicks, uint64, the `SKETCH` least.
+
+    A click's number begins with 32 bits of its time's hash and ends with 32 of its exposure's.
+    Exposures are hashed only where a time may be among the least.
 
     Args:
         contract: of clicks.
@@ -151,7 +169,11 @@ def sketch_days(
 
 
 def mix(time: np.ndarray) -> np.ndarray:
-    """32 bits of each time in which near ones lie far apart, uint64 [n] (the finalizer of SplitMix64, Steele et al. 2014)."""
+    """Mix each time into 32 bits.
+
+    Times that are near lie far apart in them. The result is uint64 [n]. This is the finalizer of
+    SplitMix64 (Steele et al. 2014).
+    """
     bits = time.astype(np.uint64)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -159,7 +181,10 @@ def mix(time: np.ndarray) -> np.ndarray:
 
 
 def _least(values: np.ndarray, count: int) -> np.ndarray:
-    """The least `count` distinct values, or all of them, in order."""
+    """Return the least `count` distinct values in order.
+
+    All of them are returned where there are fewer.
+    """
     size = 4 * count
     while size < len(values):
         # Values that stand several times may leave fewer distinct ones.
@@ -171,7 +196,10 @@ def _least(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def check_same_log(kept: Kept, now: dict[str, list[int]], out: str) -> None:
-    """A log may grow, late clicks may come, old days may leave it; but a final day must be the day that was built.
+    """Check that final days are still those that were built.
+
+    A log may grow, late clicks may come, and old days may leave it. But a final day must be the day
+    that was built.
 
     Raises:
         InputError: most exposures of a final day are not in the log any more.
@@ -186,13 +214,17 @@ def check_same_log(kept: Kept, now: dict[str, list[int]], out: str) -> None:
         missing = len(set(expected) - set(now[date]))
         if expected and missing > len(expected) / 2:
             raise InputError(
-                f"table 'clicks': the clicks of {date} are not those that {out} was built from: {missing} of {len(expected)} exposures that were looked for are gone. "
+                f"table 'clicks': the clicks of {date} are not those that {out} was built from: {missing} of "
+                f"{len(expected)} exposures that were looked for are gone. "
                 "Give --rebuild to build all days again, or another --out."
             )
 
 
 def keep_features(rows: pa.Table, paths: list[str]) -> pa.Table:
-    """The examples of an open day, with the features that earlier runs gave to those that they had; labels are the new ones."""
+    """Give an open day's examples the features of earlier runs.
+
+    Examples that earlier runs had keep the features that these gave them. Labels are the new ones.
+    """
     if not paths or not rows.num_rows:
         return rows
     rows = check_output(rows, EXAMPLES)
@@ -209,7 +241,11 @@ def keep_features(rows: pa.Table, paths: list[str]) -> pa.Table:
 
 
 def delisted_items(items: pa.Table, earlier: list[str], kept: list[FileRecord]) -> pa.Table:
-    """Listings of the earlier `items` files that final days refer to and the catalog no longer has."""
+    """Return listings of final days that left the catalog.
+
+    They are the listings of the earlier `items` files that final days refer to and the catalog no
+    longer has.
+    """
     if not earlier or not kept:
         return items.slice(0, 0)
     before = pa.concat_tables([pq.ParquetFile(path).read() for path in earlier])

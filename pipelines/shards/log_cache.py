@@ -1,11 +1,15 @@
-"""What a shard set keeps of the logs, so that the next run reads only what is new of them.
+"""The rows of the logs that a shard set keeps.
 
-A row group of a log file is known again by a hash of its bytes, wherever it lies by then. Its rows are kept as they came out of cleaning, in files of one bucket of
-users each, and go to the user pass from there; a row group that is new is read, one that is gone is forgotten with its rows. So the rows
-that a run sees are those of tonight's logs, row for row, whatever was known. A row group with a row that was rejected is read anew each time, so that the reject names
-the file of tonight.
+They are kept so that the next run reads only what is new of the logs.
 
-Files are Arrow IPC streams, texts dictionary-encoded, in order of time; their schema's metadata tells the bucket and how many rows are of which row group.
+A row group of a log file is known again by a hash of its bytes, wherever it lies by then. Its rows
+are kept as they came out of cleaning, in files of one bucket of users each, and go to the user pass
+from there. A row group that is new is read. One that is gone is forgotten with its rows. So the
+rows that a run sees are those of tonight's logs, row for row, whatever was known. A row group with
+a row that was rejected is read again each time, so that the reject names the file of tonight.
+
+Files are Arrow IPC streams, texts dictionary-encoded, in order of time. Their schema's metadata
+tells the bucket and how many rows are of which row group.
 """
 
 import hashlib
@@ -35,7 +39,10 @@ MERGE = 8
 
 
 def kept_table(contract: Contract) -> str:
-    """Name of a log's kept rows among a run's tables."""
+    """Name the table of a log's kept rows.
+
+    The table is one of a run's tables.
+    """
     return f"kept_{contract.name}"
 
 
@@ -50,7 +57,7 @@ class Part:
 
     @classmethod
     def read(cls, record: FileRecord) -> "Part":
-        """Of a file that is there."""
+        """Read the part of a file that is there."""
         with files.open_read(record.path) as handle:
             metadata = pa.ipc.open_stream(handle).schema.metadata
         slices = json.loads(metadata[b"slices"])
@@ -58,7 +65,7 @@ class Part:
 
     @property
     def parcel(self) -> Parcel:
-        """The file as what a shuffle brings."""
+        """Return the file as what a shuffle brings."""
         return (self.record.path, 0, self.record.bytes)
 
 
@@ -71,12 +78,15 @@ class RowGroup:
     rows: int
     first: int | None = None
     last: int | None = None
-    """Its earliest and latest time, int64 microseconds; None where its file does not tell"""
+    """Its earliest and latest time, int64 microseconds, None where its file does not tell"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogPlan:
-    """What of one log is read tonight, and what is there already."""
+    """The parts of one log to read and those kept.
+
+    It tells what is read tonight, and what is there already.
+    """
 
     contract: Contract
     groups: dict[str, RowGroup] = field(default_factory=dict)
@@ -94,28 +104,35 @@ class LogPlan:
 
     @property
     def fresh(self) -> tuple[Slice, ...]:
-        """Row groups to read."""
+        """Return the row groups to read."""
         return tuple(place for place in self.places if place.number not in self.known)
 
     @property
     def fresh_rows(self) -> int:
-        """Rows to read."""
+        """Count the rows to read."""
         return sum(group.rows for group in self.groups.values()) - self.known_rows
 
     @property
     def known_rows(self) -> int:
-        """Rows that are kept and count tonight."""
+        """Count the rows that are kept and count tonight."""
         return sum(group.rows for group in self.groups.values() if group.number in self.known)
 
     @property
     def dropped(self) -> bool:
-        """Whether some kept rows are of row groups that are gone, or that are read anew."""
+        """Tell whether some kept rows no longer count.
+
+        Such rows are of row groups that are gone, or that are read again.
+        """
         return any(not part.slices.keys() <= self.known for part in self.parts)
 
     def unsampled(self) -> tuple[list[Slice], set[str] | None]:
-        """(row groups to look at for a sample of each day; the days whose sample of before does not stand, None = all).
+        """Return what must be sampled again.
 
-        A day from which rows have gone is sampled anew, of all row groups that may have some of it.
+        The result is (row groups to look at for a sample of each day, the days whose sample of
+        before does not stand). None for the days means all.
+
+        A day from which rows have gone is sampled again, of all row groups that may have some of
+        it.
         """
         spans = [(group.first, group.last) for group in self.forgotten]
         if not self.known or any(first is None or last is None for first, last in spans):
@@ -133,8 +150,11 @@ class LogPlan:
 
 
 def hash_row_groups(source: Source) -> list[tuple[str, Slice, RowGroup]]:
-    """(hash, place, the row group without its number) of every row group, in order. The hash is SHA-256 of the bytes of the contract's columns and of their types; row groups alike
-    are told apart by how many came before.
+    """Hash every row group of a log.
+
+    Returns (hash, place, the row group without its number) of every row group, in order. The hash
+    is SHA-256 of the bytes of the contract's columns and of their types. Row groups alike are told
+    apart by how many came before.
     """
     found: list[tuple[str, Slice, RowGroup]] = []
     time = time_column(source.contract)
@@ -172,7 +192,11 @@ def hash_row_groups(source: Source) -> list[tuple[str, Slice, RowGroup]]:
 
 
 def _span(statistics: pq.Statistics | None, kind: pa.DataType) -> tuple[int | None, int | None]:
-    """Earliest and latest time of a column's statistics, int64 microseconds; (None, None) where they do not tell, or tell of times that cannot be."""
+    """Return the earliest and latest time of a column's statistics.
+
+    They are int64 microseconds. The result is (None, None) where the statistics do not tell, or
+    tell of times that cannot be.
+    """
     if statistics is None or not statistics.has_min_max or not pa.types.is_timestamp(kind):
         return None, None
     # As Python's times they would end the run where they lie beyond its years.
@@ -193,7 +217,10 @@ def _name(metadata: pq.FileMetaData, place: int) -> str:
 def plan_logs(
     sources: Iterable[Source], latest: Manifest | None, rows_per_bucket: int
 ) -> tuple[dict[str, LogPlan], int]:
-    """({table: what is read of it}, buckets of users). With `latest` None everything is new."""
+    """Plan what is read of each log.
+
+    Returns ({table: what is read of it}, buckets of users). With `latest` None everything is new.
+    """
     found = {source.contract.name: hash_row_groups(source) for source in sources}
     contracts = {source.contract.name: source.contract for source in sources}
     needed = max(1, -(-sum(group.rows for groups in found.values() for _, _, group in groups) // rows_per_bucket))
@@ -232,7 +259,7 @@ def plan_logs(
 
 
 def _count_rows(parts: Iterable[Part]) -> dict[int, int]:
-    """Rows that are kept of each row group."""
+    """Count the rows that are kept of each row group."""
     there: dict[int, int] = {}
     for part in parts:
         for number, rows in part.slices.items():
@@ -241,7 +268,10 @@ def _count_rows(parts: Iterable[Part]) -> dict[int, int]:
 
 
 def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: int) -> dict[str, Any] | None:
-    """What the published run kept, where it can be used: {buckets, tables: {name: {groups, next, parts}}}."""
+    """Return what the published run kept, where usable.
+
+    The result is {buckets, tables: {name: {groups, next, parts}}}.
+    """
     log = latest.options.get("log") if latest is not None else None
     if latest is None or log is None or not log["buckets"] / 4 <= needed <= 2 * log["buckets"]:
         return None
@@ -262,7 +292,10 @@ def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: in
 
 
 def remember(plans: dict[str, LogPlan], buckets: int) -> tuple[dict[str, Any], list[FileRecord]]:
-    """(what the manifest says of the logs, files of earlier runs that stay in use)."""
+    """Return what the manifest keeps of the logs.
+
+    The result is (what the manifest says of the logs, files of earlier runs that stay in use).
+    """
     tables, kept = {}, []
     for name, plan in plans.items():
         kept += [part.record for part in plan.parts if part.bucket not in plan.merged]
@@ -275,7 +308,11 @@ def remember(plans: dict[str, LogPlan], buckets: int) -> tuple[dict[str, Any], l
 
 
 def encode_rows(table: pa.Table) -> pa.Table:
-    """Rows of a log, read just now or kept, in one piece, with their texts dictionary-encoded; ids that hardly ever come again stay as they are."""
+    """Dictionary-encode the texts of a log's rows.
+
+    The rows, read just now or kept, come in one piece. Ids that hardly ever come again stay as they
+    are.
+    """
     # First in one piece: dictionaries of thousands of pieces would be merged one by one, each time all their values.
     table = table.combine_chunks()
     for place, column in enumerate(table.schema):
@@ -285,17 +322,23 @@ def encode_rows(table: pa.Table) -> pa.Table:
 
 
 def _whole(table: pa.Table) -> pa.Table:
-    """In one piece, with one dictionary a column."""
+    """Return the table in one piece.
+
+    It has one dictionary a column.
+    """
     return table.unify_dictionaries().combine_chunks()
 
 
 def living(table: pa.Table, known: Ints) -> pa.Table:
-    """Kept rows but for those of row groups that are not known any more."""
+    """Drop kept rows of row groups no longer known."""
     return table.filter(pa.array(np.isin(table[SLICE].to_numpy(), known)))
 
 
 def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table) -> FileRecord:
-    """Keep the rows of a bucket of users, encoded, in one piece and with SLICE, in a new file."""
+    """Keep the rows of a bucket in a new file.
+
+    It is a bucket of users. The rows are encoded, in one piece and with SLICE.
+    """
     table = table.take(pa.array(np.argsort(table[time_column(contract)].cast(pa.int64()).to_numpy(), kind="stable")))
     numbers, rows = np.unique(table[SLICE].to_numpy(), return_counts=True)
     slices = {str(number): int(count) for number, count in zip(numbers, rows, strict=True)}
@@ -309,7 +352,10 @@ def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table)
 
 @dataclass(frozen=True, kw_only=True)
 class KeptRows:
-    """What the user pass must know of one log's kept rows; travels to workers."""
+    """The facts of kept rows for the user pass.
+
+    They are what the user pass must know of one log's kept rows. The object travels to workers.
+    """
 
     contract: Contract
     directory: str
@@ -321,12 +367,16 @@ class KeptRows:
 
     @classmethod
     def of(cls, plan: LogPlan, directory: str) -> "KeptRows":
-        """As planned."""
+        """Make the kept rows' facts as planned."""
         known = np.array(sorted(plan.known), dtype=np.int64)
         return cls(contract=plan.contract, directory=directory, known=known, dropped=plan.dropped, merged=plan.merged)
 
     def join(self, bucket: int, kinds: dict[str, pa.Table]) -> tuple[pa.Table, list[FileRecord]]:
-        """(the log of a bucket of users: kept rows and those read just now, texts dictionary-encoded; the files that keep what was read)."""
+        """Join a bucket's kept rows with those read just now.
+
+        Returns (the log of a bucket of users, the files that keep what was read). The log has kept
+        rows and those read just now, texts dictionary-encoded.
+        """
         pieces = []
         kept, fresh = kinds.get(kept_table(self.contract)), kinds.get(self.contract.name)
         if kept is not None:

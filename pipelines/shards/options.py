@@ -31,7 +31,7 @@ class ShardOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the submitter found out before the job starts."""
+    """The facts the submitter found before the job starts."""
 
     clicks: Source
     orders: Source
@@ -56,7 +56,11 @@ class Plan:
 
 
 def check_flags(options: ShardOptions) -> None:
-    """Raises InputError, naming the flag, for a number that makes no sense."""
+    """Check that the numbers of the flags make sense.
+
+    Raises:
+        InputError: a number that makes no sense. The error names the flag.
+    """
     hours, history, share, late = options.attribution_hours, options.history, options.test_share, options.late_days
     if not 0 <= late <= 365:
         raise InputError(f"--late_days {late}: must be between 0 and 365.")

@@ -1,4 +1,7 @@
-"""Wire the Beam steps that turn clean logs into days of examples."""
+"""Wire the Beam steps that build days of examples.
+
+The steps turn clean logs into days of examples.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -33,7 +36,10 @@ from schemas.training import EXAMPLE_ORDER
 
 
 class _ItemsDoFn(beam.DoFn):
-    """A DoFn that knows the items: read once per worker from the run's own items file."""
+    """A DoFn that knows the items.
+
+    They are read once per worker from the run's own items file.
+    """
 
     def __init__(self, items_path: str) -> None:
         self.items_path = items_path
@@ -50,7 +56,11 @@ Day = tuple[str, int]
 
 
 def cut_days(table: pa.Table, day_cuts: np.ndarray) -> Iterator[tuple[Day, pa.Table]]:
-    """Rows, which have `session_start`, by the day, or piece of a day, that they are written with."""
+    """Cut rows by the day that they are written with.
+
+    The rows have `session_start`. They are cut by the day, or piece of a day, that they are written
+    with.
+    """
     if not table.num_rows:
         return
     start = table["session_start"].cast(pa.int64()).to_numpy()
@@ -63,7 +73,11 @@ def cut_days(table: pa.Table, day_cuts: np.ndarray) -> Iterator[tuple[Day, pa.Ta
 
 
 class UserPass(_ItemsDoFn):
-    """A bucket of users → (Day, examples without listing counts); what to ask the listings, their events, and the files that keep what was read of the logs, beside."""
+    """A step from a bucket of users to examples.
+
+    It yields (Day, examples without listing counts). Beside come what to ask the listings, their
+    events, and the files that keep what was read of the logs.
+    """
 
     def __init__(
         self,
@@ -116,7 +130,10 @@ class UserPass(_ItemsDoFn):
 
 
 class ItemPass(beam.DoFn):
-    """A bucket of listings → their counts, cut like the examples that they belong to: (Day, ROW and `ITEM_COUNTS`)."""
+    """A step from a bucket of listings to their counts.
+
+    The counts are cut like the examples that they belong to: (Day, ROW and `ITEM_COUNTS`).
+    """
 
     def __init__(self, day_cuts: np.ndarray) -> None:
         self.day_cuts = day_cuts
@@ -135,7 +152,10 @@ WRITERS = 2
 
 
 class PackDays(beam.DoFn):
-    """(Day, table) → (Day, (kind, parcel of the table))."""
+    """A step that packs a day's table for the shuffle.
+
+    (Day, table) → (Day, (kind, parcel of the table)).
+    """
 
     def __init__(self, kind: str, packer: Packer) -> None:
         self.kind, self.packer = kind, packer
@@ -149,7 +169,11 @@ class PackDays(beam.DoFn):
 
 
 class WriteDays(beam.DoFn):
-    """A day's examples, or those of a piece of it, and their listings' counts → files of at most 262,144 rows."""
+    """A step that writes a day's examples to files.
+
+    It takes a day's examples, or those of a piece of it, and their listings' counts. It writes
+    files of at most 262,144 rows.
+    """
 
     def __init__(self, plan: Plan, progress: str | None) -> None:
         self.directory = files.join(plan.directory, "examples")
@@ -174,7 +198,7 @@ class WriteDays(beam.DoFn):
             kinds[kind].append(unpack(piece))
         table = finish_examples(pa.concat_tables(kinds["examples"]), pa.concat_tables(kinds["counts"]), self.item_ids)
         self.writing.append(self.writers.submit(self._write, date, number, table))
-        # Parquet is encoded beside the next day; no more days than writers are in memory.
+        # Parquet is encoded beside the next day. No more days than writers are in memory.
         while len(self.writing) > WRITERS:
             yield from self._written()
 
@@ -208,7 +232,10 @@ class WriteDays(beam.DoFn):
 
 @dataclass
 class BuildExamples(beam.PTransform):
-    """Logs in, examples out; yields what `FinishRun` wants."""
+    """The composite from logs to examples.
+
+    Logs go in and examples come out. It yields what `FinishRun` wants.
+    """
 
     options: ShardOptions
     plan: Plan

@@ -1,4 +1,7 @@
-"""How many rows the shards stage keeps together. Looked up as `sizes.NAME`, so that tests can set them."""
+"""Row counts that the shards stage keeps together.
+
+They are looked up as `sizes.NAME`, so that tests can set them.
+"""
 
 from camenn_model.data.shard_set import BLOCK_ROWS
 

@@ -1,4 +1,7 @@
-"""Split clicks by time into train, early stop, calibration and test."""
+"""Split clicks by time.
+
+The parts are train, early stop, calibration and test.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +22,10 @@ CALIBRATION_SHARE = 0.06
 
 @dataclass(frozen=True, kw_only=True)
 class SplitTimes:
-    """Starts of the parts, int64 microseconds: train < gap < early_stop < calibration < gap < test."""
+    """Starts of the parts, int64 microseconds.
+
+    Their order is train < gap < early_stop < calibration < gap < test.
+    """
 
     gap: int
     early_stop: int
@@ -28,19 +34,25 @@ class SplitTimes:
     test: int
 
     def part(self, session_start: np.ndarray) -> np.ndarray:
-        """Number of each session's part in order of time, int64 [n]; there are two gaps."""
+        """Return the number of each session's part, int64 [n].
+
+        Parts are numbered in order of time. There are two gaps.
+        """
         edges = np.array([self.gap, self.early_stop, self.calibration, self.second_gap, self.test])
         return np.searchsorted(edges, session_start, side="right")
 
     def of(self, session_start: np.ndarray) -> np.ndarray:
-        """Name of each session's part, object [n]."""
+        """Return the name of each session's part, object [n]."""
         names = np.array(["train", "gap", "early_stop", "calibration", "gap", "test"], dtype=object)
         return names[self.part(session_start)]
 
 
 def split_times(clicked_at: np.ndarray, window: int, test_share: float) -> SplitTimes:
-    """Cut by time so that `test_share` of the clicks comes last, the parts before it in order, and a window's length of clicks lies unused before
-    early stop and before test: labels of the earlier part are then known before the later part starts.
+    """Find the times at which the parts are cut.
+
+    The cut is by time, so that `test_share` of the clicks comes last, with the parts before it in
+    order. A window's length of clicks lies unused before early stop and before test: labels of the
+    earlier part are then known before the later part starts.
 
     Args:
         clicked_at: int64 microseconds [n >= 1], of clicks whose window is closed.
@@ -63,7 +75,10 @@ def split_times(clicked_at: np.ndarray, window: int, test_share: float) -> Split
 
 
 def split_records(records: list[FileRecord], splits: SplitTimes, directory: str) -> list[FileRecord]:
-    """Enter final days under their present splits; a file that a boundary runs through is written anew, in pieces, under `directory`."""
+    """Enter final days under their present splits.
+
+    A file that a boundary runs through is written again, in pieces, under `directory`.
+    """
     found = []
     for number, record in enumerate(records):
         day = start_of(date_of(record.path)) + np.array([0, DAY_US - 1])
@@ -85,7 +100,10 @@ def split_records(records: list[FileRecord], splits: SplitTimes, directory: str)
 
 
 def cut_splits(table: pa.Table, splits: SplitTimes) -> Iterator[tuple[str, pa.Table]]:
-    """Rows, ordered by session_start, by the part of the log that they belong to: (split, rows)."""
+    """Cut rows by the split that they belong to.
+
+    The rows are ordered by session_start. Yields (split, rows) for each part of the log.
+    """
     start = table["session_start"].cast(pa.int64()).to_numpy()
     part = splits.part(start)
     bounds = np.concatenate([[0], np.flatnonzero(np.diff(part)) + 1, [len(part)]])

@@ -1,4 +1,6 @@
-"""`camenn shards`: catalog, logs and embeddings → a self-contained training shard set.
+"""Run `camenn shards`: build a self-contained training shard set.
+
+It is built from catalog, logs and embeddings.
 
 clicks, orders ──► Clean ──► ByUser: sessions, labels, user and pair features, history
                                │
@@ -61,9 +63,12 @@ FEW_CLICKS = 100
 
 
 def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndarray) -> int:
-    """The last moment that is read, int64 microseconds: the flag's, but no later than the smaller of both logs' ends.
+    """Return the last moment that is read, int64 microseconds.
 
-    Beyond a log's end nothing is known: a click whose window were closed there would pass for one without an order.
+    It is the flag's, but no later than the smaller of both logs' ends.
+
+    Beyond a log's end nothing is known: a click whose window were closed there would pass for one
+    without an order.
     """
     end = int(min(clicked_at.max(), ordered_at.max())) if len(ordered_at) else int(clicked_at.max())
     if as_of is None:
@@ -85,11 +90,17 @@ def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndar
 
 
 def check_examples(built: int, due: int, kept: Kept, counts: dict[str, dict[str, int]], catalog: Source) -> None:
-    """Days without examples would be final some nights later, and what was clicked on them would never be learned.
+    """Check that closed clicks became examples.
+
+    Days without examples would be final some nights later, and what was clicked on them would never
+    be learned.
 
     Args:
         built: examples of this run.
         due: clicks whose window is closed, of the days that are not final.
+        kept: what stays of the published run.
+        counts: this run's counts, of which a message names those of clicks.
+        catalog: the catalog, which a message names.
 
     Raises:
         InputError: of so many clicks some should have become examples.
@@ -98,13 +109,17 @@ def check_examples(built: int, due: int, kept: Kept, counts: dict[str, dict[str,
         return
     clicks = {name: rows for name, rows in counts["clicks"].items() if name not in ("in", "out")}
     raise InputError(
-        f"{catalog.files[0]}: none of {due:,} clicks whose attribution window is closed became an example ({', '.join(f'{name} {rows:,}' for name, rows in clicks.items())}). "
+        f"{catalog.files[0]}: none of {due:,} clicks whose attribution window is closed became an example "
+        f"({', '.join(f'{name} {rows:,}' for name, rows in clicks.items())}). "
         "Nothing was published. Give a table 'catalog' that has the listings that were clicked, under the same item_id."
     )
 
 
 def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebuild: bool = False) -> dict[str, Any]:
-    """Run the stage and publish; returns the closing table. With `rebuild`, days that were final are built again too."""
+    """Run the stage and publish.
+
+    Returns the closing table. With `rebuild`, days that were final are built again too.
+    """
     started = time.monotonic()
     out = local_only(options.out, "--out")
     catalog, clicks, orders = (Source.find(options.data, contract) for contract in (CATALOG, CLICKS, ORDERS))
@@ -129,13 +144,15 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         clicked_at, ordered_at = read_times(clicks, latest_event), read_times(orders, latest_event)
         if not len(clicked_at):
             raise InputError(
-                f"{clicks.files[0]}: table 'clicks' is empty, or none of its times can be: there is nothing to learn from. Export a log with clicks in it."
+                f"{clicks.files[0]}: table 'clicks' is empty, or none of its times can be: there is nothing to "
+                "learn from. Export a log with clicks in it."
             )
         as_of = resolve_as_of(options.as_of, clicked_at, ordered_at)
         closed = clicked_at[clicked_at + window <= as_of]
         if not len(closed):
             raise InputError(
-                f"{clicks.files[0]}: no click's attribution window of {options.attribution_hours:g} h is closed at --as_of {np.datetime64(as_of, 'us')}. "
+                f"{clicks.files[0]}: no click's attribution window of {options.attribution_hours:g} h is closed "
+                f"at --as_of {np.datetime64(as_of, 'us')}. "
                 "Give a later --as_of, a longer log, or a shorter --attribution_hours."
             )
         settings = {name: getattr(options, name) for name in ROW_SETTINGS}
@@ -165,16 +182,28 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         jobs, contents_kept = contents_jobs(store, items, latest, out, directory)
         built = closed[closed >= kept.frozen_before]
         local = is_local_run(beam_flags)
-        # Each click that is built asks for counts; of what lies before, a bucket of users tells sums of each listing's clicks, orders and conversions.
+        # Each click that is built asks for counts. Of what lies before, a bucket of users tells
+        # sums of each listing's clicks, orders and conversions.
         item_rows = clicks.rows + orders.rows
         if kept.frozen_before:
             item_rows = min(item_rows, 2 * len(built) + 3 * user_buckets * items.num_rows)
         plan = Plan(
-            clicks=clicks, orders=orders, logs=logs, user_buckets=user_buckets, item_rows=item_rows, items_path=written[0].path, as_of=as_of, latest=latest_event, window=window,
-            splits=splits, timezones=timezones, directory=directory, kept=kept,
+            clicks=clicks,
+            orders=orders,
+            logs=logs,
+            user_buckets=user_buckets,
+            item_rows=item_rows,
+            items_path=written[0].path,
+            as_of=as_of,
+            latest=latest_event,
+            window=window,
+            splits=splits,
+            timezones=timezones,
+            directory=directory,
+            kept=kept,
             day_cuts=cut_long_days(built, sizes.ROWS_PER_FILE),
             scratch=files.join(directory, "shuffle") if local else None,
-        )  # fmt: skip
+        )
         days_kept = split_records(kept.records, splits, files.join(directory, "examples"))
         due = len(built)
         # 8 bytes a click each, for as long as the job runs.

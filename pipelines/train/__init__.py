@@ -1,1 +1,1 @@
-"""Stage `train`: train CameNN on a shard set, calibrate it, write a model package."""
+"""Stage `train`: train CameNN, calibrate it, write a model package."""

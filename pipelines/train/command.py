@@ -10,7 +10,7 @@ from pipelines.runner.flags import add_json_flag
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `camenn train`."""
+    """Build the parser of `camenn train`."""
     parser = argparse.ArgumentParser(
         prog="camenn train",
         description="Train CameNN on a shard set, calibrate it, measure it, and write a model package.",
@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--micro_batches",
         type=int,
         default=0,
-        help="pieces of a step's batch whose gradients are summed: less memory, and one or more for each process; 0 = one for each process (default %(default)s)",
+        help="pieces of a step's batch whose gradients are summed: less memory, and one or more "
+        "for each process; 0 = one for each process (default %(default)s)",
     )
     parser.add_argument(
         "--processes",
@@ -79,7 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--challenge",
         action="store_true",
-        help="publish the new model only where it predicts the latest closed days as well as the published one (exit code 3 otherwise)",
+        help="publish the new model only where it predicts the latest closed days as well as the "
+        "published one (exit code 3 otherwise)",
     )
     parser.add_argument("--rerun", action="store_true", help="train again although neither shards nor flags changed")
     add_json_flag(parser)
@@ -87,7 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, train, print; as one of several processes where they were started."""
+    """Parse, train and print.
+
+    It is one of several processes where they were started.
+    """
     arguments = vars(build_parser().parse_args(argv))
     as_json = arguments.pop("json")
     from pipelines.train.options import STAGE, TrainFlags

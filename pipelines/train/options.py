@@ -11,7 +11,10 @@ STAGE = "train"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags:
-    """One training, as its flags ask for it. `camenn_model.training.corpus.TrainOptions` is what becomes of it on a machine."""
+    """One training, as its flags ask for it.
+
+    `camenn_model.training.corpus.TrainOptions` is what becomes of it on a machine.
+    """
 
     shards: str
     out: str
@@ -48,5 +51,6 @@ class TrainFlags:
             raise InputError(f"--learning_rate {self.learning_rate}: must be a number above 0, such as 0.001.")
         if self.micro_batches > self.batch_size:
             raise InputError(
-                f"--micro_batches {self.micro_batches}: a batch of {self.batch_size} examples cannot be cut into so many. Give fewer, or a larger --batch_size."
+                f"--micro_batches {self.micro_batches}: a batch of {self.batch_size} examples "
+                "cannot be cut into so many. Give fewer, or a larger --batch_size."
             )

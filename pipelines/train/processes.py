@@ -1,4 +1,7 @@
-"""Training with several processes of one machine, which meet over a file and loopback: what torchrun opens listens on every interface."""
+"""Train with several processes of one machine.
+
+They meet over a file and loopback: what torchrun opens listens on every interface.
+"""
 
 import os
 import signal
@@ -18,10 +21,13 @@ _LOOK_EVERY_S = 0.1
 
 
 def train_in_processes(count: int, argv: list[str]) -> None:
-    """Run `camenn train` with `argv` in `count` processes to their end; the first one prints what one alone would.
+    """Run `camenn train` in several processes.
+
+    They are `count`, with `argv`, and run to their end. The first one prints what one alone would.
 
     Raises:
-        InputError, HeldBack, RuntimeError: one of them ended so. It has said why, and the others are ended.
+        InputError, HeldBack, RuntimeError: one of them ended so. It has said why, and the others
+            are ended.
     """
     # The processes import torch, not this one.
     from camenn_model.training.distributed import MEETING
@@ -60,7 +66,11 @@ def train_in_processes(count: int, argv: list[str]) -> None:
 
 
 def _wait(started: list[subprocess.Popen[bytes]]) -> int:
-    """The first exit code that is not 0, as soon as a process ends with one; 0 when all ended well."""
+    """Wait for the processes to end.
+
+    Returned is the first exit code that is not 0, as soon as a process ends with one. It is 0 when
+    all ended well.
+    """
     while True:
         codes = [process.poll() for process in started]
         bad = [code for code in codes if code]

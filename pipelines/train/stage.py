@@ -1,4 +1,7 @@
-"""Stage `train`: a thin run around `camenn_model.training`, which knows nothing of Beam or of publication."""
+"""Stage `train`: a thin run around `camenn_model.training`.
+
+That knows nothing of Beam or of publication.
+"""
 
 import os
 import sys
@@ -54,7 +57,9 @@ class _Bars:
 
 
 def run(options: TrainFlags) -> dict[str, Any] | None:
-    """Train, calibrate, measure, publish. Returns the summary, or None in all processes of a training but the first.
+    """Train, calibrate, measure and publish.
+
+    Returns the summary, or None in all processes of a training but the first.
 
     Raises:
         InputError: the shard set or a flag cannot be used.
@@ -78,7 +83,8 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
     device, _ = resolve_device_precision(options.device, "auto")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(
-            f"--device {options.device}: this machine has no CUDA device that torch can use. Give --device cpu, or auto."
+            f"--device {options.device}: this machine has no CUDA device that torch can use. "
+            "Give --device cpu, or auto."
         )
     training = TrainOptions(
         shards=shards_root,
@@ -142,7 +148,7 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
 
 
 def is_readable(package: Path) -> bool:
-    """Whether this version of camenn reads a package."""
+    """Tell whether this version of camenn reads a package."""
     from camenn_model.package import read_package
 
     try:
@@ -153,10 +159,13 @@ def is_readable(package: Path) -> bool:
 
 
 def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> None:
-    """Enter into the manifest how the new model did against the published run `champion` on the latest closed days.
+    """Compare the new model with the published one.
+
+    How it did against the published run `champion` on the latest closed days is entered into the
+    manifest.
 
     Raises:
-        HeldBack: it is worse; its package and its manifest are kept.
+        HeldBack: it is worse. Its package and its manifest are kept.
     """
     from camenn_model.data.shard_set import ShardSet
     from camenn_model.evaluation.challenge import hold_duel
@@ -171,7 +180,8 @@ def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> 
     duel = hold_duel(old, read_package(runs / manifest.run), ShardSet(shards_root))
     if duel is None:
         print(
-            "train: the published model cannot be compared (other encoders, or no closed day in the test part): the new one takes over",
+            "train: the published model cannot be compared (other encoders, or no closed day "
+            "in the test part): the new one takes over",
             file=sys.stderr,
         )
         return
@@ -181,12 +191,13 @@ def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> 
         write_manifest(out, manifest)
         directory = files.join(out, "runs", manifest.run)
         raise HeldBack(
-            f"{duel.words()}. The published model stays. If the new one is to be had all the same: camenn publish {directory} --force --reason TEXT"
+            f"{duel.words()}. The published model stays. If the new one is to be had all the "
+            f"same: camenn publish {directory} --force --reason TEXT"
         )
 
 
 def _nothing(*_: object) -> None:
-    """Progress of the processes that tell nothing."""
+    """Ignore the progress of processes that tell nothing."""
 
 
 def _unchanged(latest: Manifest, seconds: float) -> dict[str, Any]:

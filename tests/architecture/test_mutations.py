@@ -1,5 +1,6 @@
 """The list of plausible bugs fits the code: a mutation whose snippet is gone would plant nothing, and count as if no
-test noticed it."""
+test noticed it.
+"""
 
 import dataclasses
 from collections import Counter

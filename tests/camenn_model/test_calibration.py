@@ -57,7 +57,8 @@ def platt_targets(labels: list[int]) -> list[float]:
 )
 def test_fit_platt_meets_the_smoothed_targets(labels: list[int], logits: list[float]) -> None:
     """Where the derivatives by slope and intercept are 0, the sums of p and of p · logit are those of the targets:
-    with loops, without Newton."""
+    with loops, without Newton.
+    """
     found = fit_platt(labels, logits)
     probabilities = [1 / (1 + math.exp(-(found.slope * logit + found.intercept))) for logit in logits]
     targets = platt_targets(labels)

@@ -206,7 +206,7 @@ def feed_forward(ffn: nn.Module, x: Tensor) -> Tensor:
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """x Wᵀ + b."""
+    """X Wᵀ + b."""
     return x @ layer.weight.T + layer.bias
 
 

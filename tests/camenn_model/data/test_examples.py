@@ -22,7 +22,8 @@ def catalog(**columns: list[int]) -> Any:
 
 def test_foreign_listings_share_neither_product_nor_photo_nor_title() -> None:
     """Every pair of six listings of one subcategory has its verdict: what one of them shares with the next is no
-    mismatch of it."""
+    mismatch of it.
+    """
     table = catalog(
         product=[0, 0, 1, 2, 3, 4],
         image_row=[0, 1, 0, 2, 3, 4],

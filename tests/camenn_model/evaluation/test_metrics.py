@@ -112,7 +112,8 @@ def test_ece_is_zero_when_calibrated_and_the_gap_when_not() -> None:
 
 def plain_ece(y: np.ndarray, p: np.ndarray, bins: int) -> float:
     """Row by row: each bin has as many of the sorted rows as any other one, or one more or less; a row counts the mean
-    label of its ties."""
+    label of its ties.
+    """
     rows = sorted(zip(p.tolist(), y.tolist(), strict=True))
     labels = [np.mean([label for other, label in rows if other == probability]) for probability, _ in rows]
     gaps = [0.0] * bins
@@ -131,7 +132,8 @@ def test_ece_equals_a_loop_over_bins_of_equal_mass(rows: tuple, bins: int) -> No
 
 def test_ece_has_bins_of_equal_mass() -> None:
     """Rare probabilities near 0.1, as conversions have: bins of equal width would cancel what is too low against what
-    is too high."""
+    is too high.
+    """
     p = np.repeat([0.10, 0.11, 0.12], 100)
     y = np.concatenate([np.arange(100) < hits for hits in (4, 11, 18)]).astype(int)
     assert metrics.ece(y, p, 3) == pytest.approx((0.06 + 0.0 + 0.06) / 3)

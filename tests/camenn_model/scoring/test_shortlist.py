@@ -109,7 +109,8 @@ def run_tiles(
     shortlist: Shortlist, tiles: list[tuple[torch.Tensor, torch.Tensor]], slack: float | None = None
 ) -> list[torch.Tensor]:
     """What a shortlist makes of tiles of (drafts, exact logits) [S, I] of the same audience rows; with `slack`, that
-    one is given to it before each."""
+    one is given to it before each.
+    """
     rows = len(tiles[0][0])
     states: Any = ListedStates(None, None, torch.full((rows, shortlist.keep), -torch.inf))  # type: ignore[arg-type]
     found = []
@@ -157,14 +158,16 @@ def test_a_draft_may_be_two_slacks_behind_and_be_the_best(exact: list[float], dr
 
 def test_what_is_best_so_far_is_no_draft() -> None:
     """The first tile's best has a draft a slack too high, the second one's a slack too low: held against a draft it
-    would be left out."""
+    would be left out.
+    """
     tiles = [(torch.tensor([[6.0]]), torch.tensor([[4.0]])), (torch.tensor([[3.0]]), torch.tensor([[5.0]]))]
     assert torch.cat(run_tiles(Shortlist(MODEL, 1), tiles, slack=2.0), dim=1).tolist() == [[4.0, 5.0]]
 
 
 def test_a_draft_may_err_three_times_as_much_as_those_that_were_probed() -> None:
     """Every other pair of the first tile is probed: the best one is not, and its draft is further off than any that
-    is."""
+    is.
+    """
     exact = torch.zeros(2, PROBED_PAIRS)
     draft = exact.clone()
     exact[0, 500], draft[0, 500] = 9.5, 10.0

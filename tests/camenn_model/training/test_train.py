@@ -120,7 +120,8 @@ def test_trainer_resumes_to_the_same_bits(shards: str, tmp_path: Path) -> None:
 
 def told_losses(monkeypatch: pytest.MonkeyPatch, trainers: list[Trainer], loss: Callable[[int], float]) -> list[int]:
     """Let an evaluation find a loss that depends on the step of the last trainer alone; returns the steps of
-    evaluations, as they come."""
+    evaluations, as they come.
+    """
     steps: list[int] = []
 
     def predict(*_: object) -> Predictions:

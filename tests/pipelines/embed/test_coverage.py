@@ -1,5 +1,6 @@
 """Photos that are gone: a run that lost them is held back, one that never had any is refused, and neither loses what
-was encoded."""
+was encoded.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -120,7 +121,8 @@ def test_some_photos_fewer_are_an_ordinary_night(store: Store) -> None:
 
 def test_a_photo_that_cannot_be_decoded_is_none(tmp_path: Path) -> None:
     """Keys without embedding and listings of the defects table count as listings without photo, as do those that name
-    none."""
+    none.
+    """
     keys = ["k0", "k1", "k1", None, None, "k2"]
     empty = {name: pa.nulls(6, EMBEDDED_ITEMS.schema.field(name).type) for name in EMBEDDED_ITEMS.names}
     items = empty | {"item_id": [f"i{n}" for n in range(6)], "image_key": keys}

@@ -1,5 +1,6 @@
 """The steps between wanted contents and parts of the store, one by one and without encoders; the whole stage is in
-test_stage.py."""
+test_stage.py.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace

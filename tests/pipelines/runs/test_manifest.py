@@ -20,7 +20,8 @@ def run(name: str) -> Manifest:
 
 def test_whatever_is_published_stands_in_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After every single write, and so wherever a publication is cut off: else a rollback could not tell what was
-    before."""
+    before.
+    """
     root = str(tmp_path)
     publish(root, run("a"))
     seen = []

@@ -1,5 +1,6 @@
 """What a night's input must have in common with itself and with the nights before: real tables and a real store, and a
-model of which only the vocabularies are read."""
+model of which only the vocabularies are read.
+"""
 
 import json
 from collections.abc import Callable
@@ -191,7 +192,8 @@ def test_nights_alike_pass_and_so_does_the_first(city: City) -> None:
 
 def few_go_and_come(tables: dict[str, pa.Table]) -> None:
     """A listing less, two people of 48 are new, two photos and a brand are, a candidate list that is a little
-    shorter."""
+    shorter.
+    """
     tables["catalog"] = tables["catalog"].filter(pc.not_equal(tables["catalog"]["item_id"], "i039"))
     change("audience", "user_id", lambda user, row: f"new-{row}" if row < 2 else user)(tables)
     change("catalog", "image_uri", lambda uri, row: None if row < 2 else uri)(tables)
@@ -346,7 +348,8 @@ def test_a_bad_night_is_held_back(city: City, name: str) -> None:
 )
 def test_ids_of_which_none_join_are_refused_at_once(city: City, edit: Edit, told: tuple[str, ...]) -> None:
     """Nothing is scored, even on a first night; the message names both files, the column, an example of each and what
-    would mend it."""
+    would mend it.
+    """
     with pytest.raises(InputError) as refused:
         city.look(edit)
     for words in told:

@@ -1,5 +1,6 @@
 """Tiles and ranks against sorting all pairs; with a scorer whose logits are given, so that ties are many. The real one
-is in tests/end_to_end."""
+is in tests/end_to_end.
+"""
 
 from types import SimpleNamespace
 from typing import Any

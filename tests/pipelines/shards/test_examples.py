@@ -282,7 +282,8 @@ def plain_history(events: Events, user: int, time: int, length: int) -> list[tup
 @pytest.mark.parametrize("length", [1, 2, 5, 7, 12])
 def test_histories_of_busy_users_equal_the_reference(length: int) -> None:
     """Some forty events a user, many at one moment: clicks yield to older purchases, and what is known to be bought is
-    left out."""
+    left out.
+    """
     rng = np.random.default_rng(length)
     for _ in range(8):
         n_clicks, n_orders = 110, int(rng.integers(0, 40))

@@ -287,7 +287,8 @@ def test_sketches_are_the_least_numbers_of_each_day(data: st.DataObject) -> None
 @pytest.mark.parametrize("after", [0, 1, 6 * HOUR_US, DAY_US - 1])
 def test_days_are_kept_up_to_the_first_that_may_change(late: int, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A day stays where it ended `late` before the run that built it looked, and then as a whole; what tonight's run
-    looks at makes no difference."""
+    looks at makes no difference.
+    """
     # These files are names only.
     monkeypatch.setattr(Manifest, "check", lambda *_: None)
     before = start_of("2024-01-05") + after

@@ -317,7 +317,8 @@ def test_plans_of_many_nights_give_the_rows_of_tonights_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Files come, go, are written anew, come twice, move, or have rows without a user; row groups span midnight or do
-    not."""
+    not.
+    """
     monkeypatch.setattr(log_cache, "MERGE", 3)
     rng = random.Random(seed)
     plans = Plans(tmp_path, rows_per_bucket=90)
