@@ -1,4 +1,8 @@
-"""Hypothesis: CI repeats the same cases, so that a change is judged by the change; everyone else's runs draw new ones."""
+"""Settings of Hypothesis, and the order of the tests.
+
+CI repeats the same cases, so that a change is judged by the change. Everyone else's runs draw new
+ones.
+"""
 
 import os
 from collections import Counter
@@ -11,6 +15,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most long tests come first: started last, one of them would keep one worker busy when all others have nothing left."""
+    """Put files with the most long tests first.
+
+    Started last, one of them would keep one worker busy when all others have nothing left.
+    """
     long = Counter(item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("flink"))
     items.sort(key=lambda item: -long[item.path])

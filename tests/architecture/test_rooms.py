@@ -29,7 +29,9 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "ops": {"io", "runs", "runner"},
     },
     "camenn_model": {
-        "": set(),  # config, batch, calibration, hashing, integrity, published, tensors; package.py has a row of its own
+        # config, batch, calibration, hashing, integrity, published, tensors. package.py has a row of
+        # its own.
+        "": set(),
         "package": {"", "data", "model"},
         "encoders": {""},
         "content": {""},
@@ -56,7 +58,11 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def read_imports(name: str, path: Path, *, everywhere: bool) -> Iterator[str]:
-    """Dotted names that a module imports; without `everywhere`, only what runs when it is imported itself (no functions, no TYPE_CHECKING blocks)."""
+    """Yield the dotted names that a module imports.
+
+    Without `everywhere`, only what runs when it is imported itself: no functions, no TYPE_CHECKING
+    blocks.
+    """
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     waiting: list[ast.AST] = [ast.parse(path.read_text())]
     while waiting:
@@ -199,7 +205,8 @@ def test_read_imports_sees_what_it_should(tmp_path: Path) -> None:
     path = tmp_path / "m.py"
     path.write_text(
         "import a.b\nfrom . import sibling\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import hidden\n"
-        "try:\n    import tried\nexcept ImportError:\n    pass\nclass C:\n    import inner\n    def f(self):\n        import lazy\n"
+        "try:\n    import tried\nexcept ImportError:\n    pass\n"
+        "class C:\n    import inner\n    def f(self):\n        import lazy\n"
     )
     now = set(read_imports("p.m", path, everywhere=False))
     assert {"a.b", "p.sibling", "tried", "inner"} <= now

@@ -1,4 +1,7 @@
-"""Commands start at once: what `--help`, a wrong flag and a stage's own module import, seen in processes of their own."""
+"""Commands start at once.
+
+What `--help`, a wrong flag and a stage's own module import is seen in processes of their own.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,8 @@
-"""The quality benchmark: its statistics against slow references, its variants one by one, and a small run of all of it."""
+"""The quality benchmark.
+
+Its statistics are held against slow references, its variants are tried one by one, and a small run
+does all of it.
+"""
 
 import json
 import math
@@ -108,7 +112,8 @@ def test_what_is_hidden_is_hidden(world: World, corpus: Corpus, tmp_path: Path) 
     table = hide(corpus.table, corpus.space, images=True, titles=True)
     batch = table.batch(np.arange(len(table)))
     assert not batch.has_image.any() and not batch.has_text.any() and not batch.text_mask.any()
-    # Price stays, quality goes: columns are price, price_relative, price_alike (nothing is alike any more), then the five of quality and agreement.
+    # Price stays, quality goes: columns are price, price_relative, price_alike (nothing is alike
+    # any more), then the five of quality and agreement.
     assert (batch.buckets[:, 2:] == 0).all() and (batch.buckets[:, :2] > 0).any()
     assert (corpus.table.buckets[:, 2:] > 0).any(), "the corpus itself is as before"
     trainer, test = steps(world, corpus, "no_ids", tmp_path)
@@ -162,7 +167,8 @@ def test_gates_are_compared_on_the_same_listings(world: World, corpus: Corpus, t
         if test.table.with_content()[item]:
             users_of[int(item)].add(int(user))
     begun = quality_job.gate_use(model, test, 0)["gates_apart"]
-    # Gates start at 0: each sends everything to the same experts. Of two clicks of a listing, the first and the last of an order by chance, most are of two users.
+    # Gates start at 0: each sends everything to the same experts. Of two clicks of a listing, the
+    # first and the last of an order by chance, most are of two users.
     assert begun["cvr_ita"] == begun["ita_tia"] == begun["cvr_users"] == 0
     assert 0 < begun["listings"] <= sum(len(users) > 1 for users in users_of.values())
     with torch.no_grad():
@@ -216,8 +222,14 @@ def test_strata_by_hand() -> None:
     flags = np.array([[cold, spoilt, met] for cold in (0, 1) for spoilt in (0, 1) for met in (0, 1)], dtype=bool)
     cold, spoilt, met = flags.T
     truth = Truth(
-        p_order=np.full(8, 0.5), uniform=cold, cold=cold, image_ok=~spoilt, text_ok=~np.zeros(8, bool), mismatched=spoilt & met, ladder={}
-    )  # fmt: skip
+        p_order=np.full(8, 0.5),
+        uniform=cold,
+        cold=cold,
+        image_ok=~spoilt,
+        text_ok=~np.zeros(8, bool),
+        mismatched=spoilt & met,
+        ladder={},
+    )
     prior = judge.Prior(np.array([0.0, 1, 5, 10, 11, 12, 0, 30]), met.astype(float), np.zeros(8), ~spoilt)
     found = judge.strata(truth, prior)
     assert {name: np.flatnonzero(rows).tolist() for name, rows in found.items()} == {
@@ -251,7 +263,8 @@ def test_strata_of_what_is_known_by_hand() -> None:
         "with_photo": [0, 2, 4, 6],
         "without_photo": [1, 3, 5, 7],
     }
-    # Those who ordered before are ranked the right way round, the others the wrong way; too few and one class have no AUC.
+    # Those who ordered before are ranked the right way round, the others the wrong way; too few and
+    # one class have no AUC.
     n = 300
     labels = np.tile([1.0, 0], n // 2)
     ordered, clicked = np.arange(n) < 100, (np.arange(n) >= 100) & (np.arange(n) < 199)
@@ -541,8 +554,14 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
             )
         }
         return {
-            "auc": auc, "auc_of_truth": 0.8, "attainable_share": 0.5, "pcoc": 1.0, "ece": 0.005, "strata": strata, "ladder": {},
-        }  # fmt: skip
+            "auc": auc,
+            "auc_of_truth": 0.8,
+            "attainable_share": 0.5,
+            "pcoc": 1.0,
+            "ece": 0.005,
+            "strata": strata,
+            "ladder": {},
+        }
 
     way = {"r_at_1": 0.5, "r_at_5": 0.7, "r_at_10": 0.8}
     weak = {"r_at_1": 0.1, "r_at_5": 0.2, "r_at_10": 0.3}

@@ -1,4 +1,7 @@
-"""The quick variant of the quality benchmark: its claims hold, on the demo's city and, where it is at hand, on the real log."""
+"""The quick variant of the quality benchmark.
+
+Its claims hold, on the demo's city and, where it is at hand, on the real log.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The examples of `camenn shards` are those that an expert's Polars gives, to the bit; and the benchmark's figures are there."""
+"""The benchmark of `camenn shards` against an expert's Polars.
+
+The examples are those that the Polars gives, to the bit, and the benchmark's figures are there.
+"""
 
 import contextlib
 import io

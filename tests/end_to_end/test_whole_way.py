@@ -1,4 +1,7 @@
-"""The whole way once on a tiny city with the real encoders, Beam and CameNN; then what a consumer and a second run see."""
+"""The whole way, once, on a tiny city.
+
+It runs the real encoders, Beam and CameNN. Then come what a consumer and a second run see.
+"""
 
 import json
 import re

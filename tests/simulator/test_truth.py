@@ -51,7 +51,10 @@ CONFIG = CityConfig()
 
 
 def random_terms(n: int, draws: int, seed: int) -> tuple[ClickTerms, Draws]:
-    """Clicks, by the simulator's formula, on listings whose content takes few values; and draws from the same listings."""
+    """Draw clicks and draws from the same listings.
+
+    The clicks follow the simulator's formula, on listings whose content takes few values.
+    """
     rng = np.random.default_rng(seed)
     shape = (40 * n,)
 
@@ -67,11 +70,16 @@ def random_terms(n: int, draws: int, seed: int) -> tuple[ClickTerms, Draws]:
         1
         + np.exp(
             -(
-                c.click_bias + a + c.click_visual * visual * image_ok + c.click_text * text * text_ok + c.click_context * o
-                + c.click_bad_image * ~image_ok + c.click_bad_text * ~text_ok
+                c.click_bias
+                + a
+                + c.click_visual * visual * image_ok
+                + c.click_text * text * text_ok
+                + c.click_context * o
+                + c.click_bad_image * ~image_ok
+                + c.click_bad_text * ~text_ok
             )
         )
-    )  # fmt: skip
+    )
     clicked = np.flatnonzero(rng.random(shape) < p_click)[:n]
     logit = (
         c.order_bias
@@ -96,7 +104,11 @@ def random_terms(n: int, draws: int, seed: int) -> tuple[ClickTerms, Draws]:
 def test_conditional_probability_is_the_mean_over_clicks_that_look_alike(
     known: tuple[str, ...], given: list[str]
 ) -> None:
-    """Of very many clicks, those with equal knowledge have on average the probability that is computed for each of them."""
+    """Mean and computed probability agree for equal knowledge.
+
+    Of very many clicks, those with equal knowledge have on average the probability that is computed
+    for each of them.
+    """
     terms, draws = random_terms(40_000, 256, seed=0)
     found = conditional_p_order(terms, draws, CONFIG, known)
     _, group = np.unique(np.stack([getattr(terms, name) for name in given]), axis=1, return_inverse=True)

@@ -1,4 +1,7 @@
-"""`camenn embed` in a process that may be killed: the real encoders, small chunks, and a line in a file for each chunk that is begun."""
+"""`camenn embed` in a process that may be killed.
+
+It has the real encoders, small chunks, and a line in a file for each chunk that is begun.
+"""
 
 import os
 from collections.abc import Iterable, Sequence

@@ -20,7 +20,10 @@ LACKING = 3
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on now, and low enough that the JobManager's, a thousand higher, is one too."""
+    """Find a port of loopback that nobody listens on now.
+
+    It is low enough that the JobManager's, a thousand higher, is a port too.
+    """
     for _ in range(100):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -1,11 +1,16 @@
-"""Kill commands between two system calls, and cut the power: what readers see must be the old run or the new one, whole.
+"""Kill commands between two system calls, and cut the power.
+
+What readers see must be the old run or the new one, whole.
 
     python -m tests.support.kill_lab --work WORK --data DATA --points 20 [--only publish,score] [--json]
 
-A command runs in a forked child, in which every call that changes a file is counted: open for writing, write, close, fsync, rename, remove, mkdir, rmdir.
-First it runs to its end to count them, then once for each chosen point, at which the child is killed by SIGKILL before that call. What lies on the disk is
-looked at four times: as it is; without the names that no fsync of their directory has made durable; with those names but without the bytes that no
-fsync of the file has made durable; and with a half of those names, drawn at random, and without the bytes. WORK is copied for each point, never changed. `--within publish` counts only calls inside of the publication.
+A command runs in a forked child, in which every call that changes a file is counted: open for
+writing, write, close, fsync, rename, remove, mkdir, rmdir. First it runs to its end to count them,
+then once for each chosen point, at which the child is killed by SIGKILL before that call. What lies
+on the disk is looked at four times: as it is, without the names that no fsync of their directory
+has made durable, with those names but without the bytes that no fsync of the file has made durable,
+and with a half of those names, drawn at random, and without the bytes. WORK is copied for each
+point, never changed. `--within publish` counts only calls inside of the publication.
 """
 
 import argparse

@@ -3,7 +3,8 @@
     python -m tests.support.listeners camenn score --data DATA ...     one command
     python -m tests.support.listeners --all DIRECTORY                 every command, on a tiny city that it makes there
 
-prints them when a command ends, those beyond loopback marked; the exit code is the command's, or 1 where one was marked.
+prints them when a command ends, those beyond loopback marked. The exit code is the command's, or 1
+where one was marked.
 """
 
 import ipaddress
@@ -67,7 +68,10 @@ def beyond_loopback(sockets: set[Socket]) -> set[Socket]:
 
 @contextmanager
 def listeners(process: int) -> Iterator[set[Socket]]:
-    """Yield a set that fills with what the process, and those below it, listen on while the block runs; what it had before left out."""
+    """Yield a set that fills while the block runs.
+
+    It fills with what the process, and those below it, listen on. What it had before is left out.
+    """
     before, found, ended = listening(process_tree(process)), set[Socket](), threading.Event()
 
     def look() -> None:
@@ -84,7 +88,10 @@ def listeners(process: int) -> Iterator[set[Socket]]:
 
 
 def every_command(root: Path) -> list[list[str]]:
-    """All of camenn's commands, in an order in which each finds what it needs; those that run pipelines with two processes."""
+    """Return all of camenn's commands, in a working order.
+
+    Each finds what it needs from those before. Those that run pipelines have two processes.
+    """
     encoders = {"image_weights": "random:0", "text_encoder": minilm(), "grid": "2", "max_tokens": "16"}
     data, places = (
         ["--data", str(root / "data")],

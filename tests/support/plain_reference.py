@@ -62,7 +62,11 @@ def full_logits(model: CameNN, batch: Batch) -> Tensor:
 
 
 def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
-    """(tokens of one pair with both sides' vectors in the first, [X, d]; what the item is times what the audience row likes)."""
+    """Return a pair's tokens, and its item times its tastes.
+
+    (tokens of one pair with both sides' vectors in the first, [X, d], and what the item is times
+    what the audience row likes)
+    """
     i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
     items, history, sides = batch.items, batch.history, (model.item_tokens, model.audience_tokens)
     item = model.item_tokens(items).tokens[i]

@@ -1,6 +1,7 @@
 """What the shards stage must give, row by row: loops over dicts, nothing shared with the code under test.
 
-Events are dicts with the columns of `clicks` and `orders`; times are int microseconds, UTC. Slow on purpose, so that each rule can be read.
+Events are dicts with the columns of `clicks` and `orders`. Times are int microseconds, UTC. Slow on
+purpose, so that each rule can be read.
 """
 
 import datetime
@@ -79,7 +80,11 @@ def click_order(click: Row) -> tuple[Any, ...]:
 
 
 def clean_clicks(rows: list[Row], items: set[str], as_of: int, books: Counter[str]) -> tuple[list[Row], list[Row]]:
-    """(usable clicks, earliest first, each with its session's start; clicks whose exposure_id the user already has on another click)."""
+    """Return the usable clicks, and those of a repeated exposure.
+
+    (usable clicks, earliest first, each with its session's start; clicks whose exposure_id the user
+    already has on another click)
+    """
     rows = sorted(without_copies(complete(rows, CLICK_COLUMNS, books), CLICK_COLUMNS, books), key=click_order)
     seen: set[tuple[str, str]] = set()
     once, again = [], []
@@ -208,7 +213,11 @@ def describe(
 
 
 def latest_history(past: list[tuple[int, int, str]], length: int) -> list[tuple[int, int, str]]:
-    """The last `length` of (−time, 1 if clicked, item), latest first; old clicks among them make room, one by one, for older purchases."""
+    """Return the last `length` events, latest first.
+
+    Events are (−time, 1 if clicked, item). Old clicks among them make room, one by one, for older
+    purchases.
+    """
     shown, rest = past[:length], past[length:]
     for purchase in [event for event in rest if event[1] == 0]:
         clicks = [event for event in shown if event[1] == 1]

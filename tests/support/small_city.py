@@ -1,4 +1,8 @@
-"""Small, nasty data directories: ties in time, skewed clocks, copies, unknown listings, several zones; and an embedding store without encoders."""
+"""Small, nasty data directories, and a store without encoders.
+
+They have ties in time, skewed clocks, copies, unknown listings and several zones. The store is an
+embedding store.
+"""
 
 import hashlib
 import random
@@ -72,7 +76,10 @@ _orders = st.fixed_dictionaries(
 
 @st.composite
 def cities(draw: st.DrawFn, conflicts: bool = True) -> tuple[list[Row], list[Row], Settings]:
-    """(clicks, orders, settings) in no order; with copies of rows and, unless told otherwise, with ids that stand on two different clicks."""
+    """Draw (clicks, orders, settings) in no order.
+
+    There are copies of rows and, unless told otherwise, ids that stand on two different clicks.
+    """
     clicks = draw(st.lists(_clicks, min_size=1, max_size=25))
     orders = draw(st.lists(_orders, max_size=12))
     window = draw(st.sampled_from((24, 24, 6, 3))) * HOUR_US
@@ -160,7 +167,10 @@ def items_table(rows: Iterable[Row]) -> pa.Table:
 def build_examples(
     clicks: list[Row], orders: list[Row], catalog: list[Row], settings: Settings, frozen_before: int = 0
 ) -> tuple[dict[Any, Row], dict[str, Counter[str]]]:
-    """The code under test without Beam: (examples by (user, session, item), books by table), in the reference's shape."""
+    """Run the code under test without Beam.
+
+    Returns (examples by (user, session, item), row counts by table), in the reference's shape.
+    """
     items = items_table(catalog)
     item_ids = items["item_id"].combine_chunks()
     result = build_user_examples(
@@ -256,7 +266,10 @@ def content_key(text: str) -> str:
 
 
 def write_store(root: Path, catalog: pa.Table, *, run: str = "20240101T000000-aaaaaa", seed: int = 0) -> Path:
-    """A published embedding store of `catalog` with random embeddings: 1 patch × 4, 3 tokens × 2, in parts of two rows."""
+    """Write a published embedding store of `catalog`.
+
+    The embeddings are random, 1 patch × 4 and 3 tokens × 2, in parts of two rows.
+    """
     rng = np.random.default_rng(seed)
     rows: dict[str, Row] = {}
     for row in catalog.to_pylist():

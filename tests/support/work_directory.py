@@ -52,7 +52,11 @@ def _publish(root: Path, manifest: Manifest, records: list[FileRecord]) -> None:
 
 
 def make_items(uris: list[str | None], items: int, stores: int) -> pa.Table:
-    """Listings: the first has a hostile title, the second a very long one, the third none; every fifth lacks a photo."""
+    """Make listings, some odd.
+
+    The first has a hostile title, the second a very long one, the third none. Every fifth lacks a
+    photo.
+    """
     rng = np.random.default_rng(0)
     titles: list[str | None] = [f"{KINDS[n % len(KINDS)]} no. {n}" for n in range(items)]
     titles[:3] = [EVIL_TITLE, LONG_TITLE, None]
@@ -308,7 +312,8 @@ def make_work(
             "key": ["catalog:i000012"],
             "reason": ["missing_image"],
             "detail": [
-                "item_id 'i000012': column 'image_uri': 'photos/gone.jpg' is not a file. Upload the photo, or mend the address."
+                "item_id 'i000012': column 'image_uri': 'photos/gone.jpg' is not a file. "
+                "Upload the photo, or mend the address."
             ],
         },
         schema=DEFECTS.schema,

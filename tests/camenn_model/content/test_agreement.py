@@ -24,7 +24,10 @@ Floats = NDArray[np.float32]
 
 
 class Catalog:
-    """Listings of products, each of one of some classes; photos and titles are noisy maps of the class, some of them vague."""
+    """Listings of products, each of one of some classes.
+
+    Photos and titles are noisy maps of the class, some of them vague.
+    """
 
     def __init__(self, count: int, seed: int = 0, *, vague: float = 0.0, foreign: float = 0.0) -> None:
         rng = np.random.default_rng(seed)

@@ -109,8 +109,10 @@ def slowly_chosen(images: np.ndarray, titles: np.ndarray, product: np.ndarray, c
                 for one, other in (sides, sides[::-1]):
                     similar = other @ one[place]
                     ahead = [
-                        p for p in range(len(asked)) if product[asked[p]] != product[asked[place]] and similar[p] > similar[place]
-                    ]  # fmt: skip
+                        p
+                        for p in range(len(asked))
+                        if product[asked[p]] != product[asked[place]] and similar[p] > similar[place]
+                    ]
                     both.append(1 / (1 + len(ahead)))
                 ranks[penalty].append(sum(both) / 2)
     best = max(ranks.values(), key=np.mean)

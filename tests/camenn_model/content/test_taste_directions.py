@@ -12,7 +12,10 @@ from camenn_model.content.taste_directions import find_tastes
 
 
 def clicks(seed: int = 0, people: int = 40, each: int = 30) -> tuple[np.ndarray, ...]:
-    """(features [200, 10], item, person, store): people differ along feature 3, stores along feature 5; feature 7 is loud and means nothing."""
+    """Return (features [200, 10], item, person, store) of clicks.
+
+    People differ along feature 3, stores along feature 5. Feature 7 is loud and means nothing.
+    """
     rng = np.random.default_rng(seed)
     features = rng.standard_normal((200, 10))
     sold = np.arange(200) % 4

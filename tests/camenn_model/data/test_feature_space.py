@@ -17,9 +17,11 @@ from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QU
 
 @settings(deadline=None)
 @given(
-    values=st.lists(st.sampled_from([-3.0, 0.0, 0.25, 1.0, 2.0, 7.0, 1e6]) | st.floats(-10, 10, width=32), min_size=1, max_size=300),
+    values=st.lists(
+        st.sampled_from([-3.0, 0.0, 0.25, 1.0, 2.0, 7.0, 1e6]) | st.floats(-10, 10, width=32), min_size=1, max_size=300
+    ),
     others=st.lists(st.floats(-20, 20, width=32), max_size=20),
-)  # fmt: skip
+)
 def test_buckets_keep_the_order_and_leave_common_values_alone(values: list[float], others: list[float]) -> None:
     column = np.array(values, dtype=np.float32)
     number = Numeric.fit(column)

@@ -136,7 +136,11 @@ def test_text_encoder_refuses_a_model_that_lacks_weights(tmp_path: Path) -> None
 
 
 def test_encoders_load_and_run_on_threads_of_one_process() -> None:
-    """Runners do so: transformers sets torch's default dtype while it loads, and a tokenizer cannot be called twice at once."""
+    """Runners load and run encoders so.
+
+    transformers sets torch's default dtype while it loads, and a tokenizer cannot be called twice
+    at once.
+    """
     text = TextSpec.resolve(minilm(), max_tokens=16, device="cpu")
     image = ImageSpec.resolve("random:7", grid=1, patch_size=75, device="cpu", precision="auto")
     alone = TextEncoder(text).encode(TITLES).states

@@ -1,4 +1,8 @@
-"""The linear part: against scikit-learn's logistic regression, and its two ways of being computed against each other."""
+"""The linear part of the model.
+
+It is compared with scikit-learn's logistic regression, and its two ways of being computed with each
+other.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,11 @@ def random_kv(rows: int, tokens: int) -> tuple[torch.Tensor, Part]:
 
 
 def read_all(largest: float, dense: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.dtype | None]]:
-    """(attention of pairs to their own tokens and both sides', the same by one softmax over all keys, dtypes that were computed in)."""
+    """Return tile attention, its plain reference, and the dtypes.
+
+    (attention of pairs to their own tokens and both sides', the same by one softmax over all keys,
+    dtypes that were computed in)
+    """
     torch.manual_seed(0)
     some = torch.rand(5, 4) < 0.5
     some[2], some[:, 1] = True, True

@@ -1,4 +1,8 @@
-"""Training over a small shard set: it resumes to the same bits, is the same however many processes share it, and writes a package that opens."""
+"""Training over a small shard set.
+
+It resumes to the same bits, is the same however many processes share it, and writes a package that
+opens.
+"""
 
 import itertools
 import json
@@ -398,8 +402,9 @@ def without_dropout(corpus: Corpus) -> Corpus:
 def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The balance loss and a click's alternatives look at a micro-batch as a whole, the alignment tasks draw anew for each: without them, without dropout and gate
-    # noise, pieces sum.
+    # The balance loss and a click's alternatives look at a micro-batch as a whole, and the
+    # alignment tasks draw again for each. Without them, and without dropout and gate noise, the
+    # pieces sum.
     monkeypatch.setattr("camenn_model.model.experts.torch.randn_like", torch.zeros_like)
     gradients = []
     for pieces in (1, 3):
@@ -546,7 +551,8 @@ def test_training_that_is_not_finite_stops_and_writes_the_batch(shards: str, tmp
     written = json.loads(path.read_text())
     assert len(written["item_id"]) == len(written["label"]) == len(written["session_start"]) > 0
     assert set(written["item_id"]) <= set(trainer.corpus.table.ids.to_pylist())
-    # No step was taken; the counts, the linear part, the tastes' worth that it finds, and their space come before the first.
+    # No step was taken. The counts, the linear part, the tastes' worth that it finds, and their
+    # space come before the first.
     after = trainer.model.state_dict()
     found = ("wide.", "counts.", "item_tokens.tastes.", "affinity.audience.out.")
     fitted = {name, "affinity.worth", *(key for key in before if key.startswith(found))}
@@ -622,7 +628,8 @@ def test_photos_titles_and_tastes_are_learnt_before_the_first_order(shards: str,
         max(d for p, d, _ in phases if p == name) == phases_total(phases, name)
         for name in ("align", "tastes", "counts", "wide")
     )
-    # The network was taught no order yet: what only orders teach is where it was. The linear part was, and stays what it is.
+    # The network was taught no order yet: what only orders teach is where it was. The linear part
+    # was, and stays what it is.
     assert all(torch.equal(dict(trainer.model.named_parameters())[name], p) for name, p in untouched.items())
     assert trainer.state.step == 0
 

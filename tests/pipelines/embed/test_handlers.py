@@ -218,8 +218,10 @@ def test_a_night_without_new_contents_loads_no_encoder(tmp_path: Path) -> None:
         minilm(),
     ]
     program = (
-        "import sys, json; from pipelines.cli import main; code = main(['embed', *sys.argv[1:], '--grid', '2', '--max_tokens', '16']);"
-        "print(json.dumps({'code': code, 'loaded': [n for n in ('timm', 'camenn_model.encoders.inception_v4', 'camenn_model.encoders.bert') if n in sys.modules]}))"
+        "import sys, json; from pipelines.cli import main; "
+        "code = main(['embed', *sys.argv[1:], '--grid', '2', '--max_tokens', '16']);"
+        "print(json.dumps({'code': code, 'loaded': [n for n in "
+        "('timm', 'camenn_model.encoders.inception_v4', 'camenn_model.encoders.bert') if n in sys.modules]}))"
     )
     found = []
     for _ in range(2):

@@ -47,7 +47,11 @@ def ended(process: BaseProcess, log: Path, timeout: float = 600) -> str:
 
 
 def wait_for_moment(child: BaseProcess, log: Path, moments: random.Random, kills: int) -> None:
-    """Until a random moment of a run, or its end: of the first seconds, or some chunks on, as a busy machine is not to be told the time."""
+    """Wait until a random moment, or the run's end.
+
+    The moment is one of the first seconds, or some chunks on, as a busy machine is not to be told
+    the time.
+    """
     if kills == KILLS:
         child.join()
     elif kills % 5 == 0:

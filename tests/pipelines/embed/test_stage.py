@@ -1,4 +1,8 @@
-"""The embed stage as a whole, with the real encoders: every kind of bad photo and odd title, the books, and nothing encoded twice."""
+"""The embed stage as a whole, with the real encoders.
+
+It meets every kind of bad photo and odd title, its row counts reconcile, and nothing is encoded
+twice.
+"""
 
 import datetime
 import io
@@ -228,7 +232,10 @@ def test_other_weights_start_a_generation_of_their_own(
 
 
 def test_killed_run_keeps_what_it_committed(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A run that dies after its chunks and before its publication: the next one encodes nothing again. A part without marker is not read."""
+    """A run dies after its chunks and before its publication.
+
+    The next one encodes nothing again. A part without marker is not read.
+    """
     store = Store(tmp_path / "store", data, capfd)
     store.embed()
     os.remove(store.root / "latest.json")
@@ -281,7 +288,8 @@ def test_small_parts_of_earlier_runs_are_merged(
     rows = store.table("title_embeddings")
     assert len(rows) == manifest.rows("title_embeddings") == summary["titles_in_store"]
     assert {row["title_key"] for row in store.table("items").values()} - {None} <= set(rows)
-    # Readers of the run before still find its parts; what the third night wrote and merged at once nobody has ever read.
+    # Readers of the run before still find its parts. What the third night wrote and merged at once
+    # nobody has ever read.
     assert len(list(root.glob("titles/*/part-*.parquet"))) == 4
     # A night that encodes nothing merges nothing.
     monkeypatch.setattr(store_module, "SMALL_PARTS", 1)
@@ -324,7 +332,11 @@ def test_embed_stops_with_the_flag_when_weights_cannot_be_had(
 
 
 def test_a_photo_that_comes_back_makes_another_request(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Readers of the store take equal requests for equal rows: a photo that could not be read for a night must not stay away for good."""
+    """A photo that could not be read comes back.
+
+    Readers of the store take equal requests for equal rows. A photo that could not be read for a
+    night must not stay away for good.
+    """
     data = tmp_path / "data"
     write_catalog(data, [{"item_id": f"i{n}", "title": "apples", "image_uri": f"{n}.jpg"} for n in range(2)])
     photos = [data / f"{n}.jpg" for n in range(2)]

@@ -239,7 +239,11 @@ def test_shards_names_what_is_wrong_and_what_to_do(data: Data, capsys: pytest.Ca
 
 
 def test_shards_takes_odd_but_lossless_types(data: Data) -> None:
-    """Integer ids, dictionary-encoded strings, an int64 price, extra columns, zoned times, milliseconds, large strings: the examples are the same."""
+    """The examples are the same with odd but lossless types.
+
+    The types: integer ids, dictionary-encoded strings, an int64 price, extra columns, zoned times,
+    milliseconds, large strings.
+    """
     assert data.shards() == 0
     plain = ShardSet(str(data.root / "shards"))
     expected = [pq.ParquetFile(path).read() for path, _ in plain.files("examples")]
@@ -428,7 +432,11 @@ def test_a_row_without_several_values_is_one_reject() -> None:
 
 
 def test_odd_events_are_counted_where_they_belong() -> None:
-    """A negative quantity, a click on an unknown listing, an order without a click, copies, and an exposure that stands on two clicks."""
+    """Odd events are counted, each by its kind.
+
+    They are a negative quantity, a click on an unknown listing, an order without a click, copies,
+    and an exposure that stands on two clicks.
+    """
     now = START + 5 * DAY
     clicks = [
         a_click(0, now),
@@ -488,7 +496,10 @@ def test_no_orders_at_all_give_examples_without_positives(data: Data) -> None:
 
 
 def test_a_row_group_of_rejects_only_and_buckets_without_examples(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty pieces travel through the job: a part of a log that is all rejects, users whose only click is still open."""
+    """Empty pieces travel through the job.
+
+    They are a part of a log that is all rejects, and users whose only click is still open.
+    """
     clicks, orders = plain_events()
     late = [a_click(100 + n, START + DAYS * DAY, user_id=f"late{n}") for n in range(6)]
     # Both logs reach the moment that is asked for.
@@ -600,7 +611,8 @@ def test_dimensions_name_the_very_file_and_row(tmp_path: Path) -> None:
     root = write_parts(tmp_path / "other" / "stores", [pa.table({"store_id": ["a"], "timezone": ["UTC"]})] * 2)
     with pytest.raises(
         InputError,
-        match=r"part-0.parquet: row 0 and .*part-1.parquet: row 0: column 'store_id' of table 'stores': 'a' stands there more than once",
+        match=r"part-0.parquet: row 0 and .*part-1.parquet: row 0: column 'store_id' "
+        r"of table 'stores': 'a' stands there more than once",
     ):
         read_timezones(str(root), "UTC")
 
@@ -627,7 +639,8 @@ def test_users_of_any_plain_type_become_strings(tmp_path: Path) -> None:
         (
             "audience_id",
             ["a", "b", "b"],
-            r"audience/part-1.parquet: row 0: column 'audience_id': 'b' stands there more than once. Give each row its own id",
+            r"audience/part-1.parquet: row 0: column 'audience_id': 'b' stands there more than once. "
+            r"Give each row its own id",
         ),
         ("audience_id", ["a", "b", None], r"part-2.parquet: row 0: column 'audience_id' of table 'audience' is null"),
         ("store_id", ["s", None, "s"], r"part-1.parquet: row 0: column 'store_id' of table 'audience' is null"),

@@ -234,7 +234,10 @@ STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda up: up.swapaxes(0, 1)[::-1, ::-1],
     8: lambda up: up.swapaxes(0, 1)[:, ::-1],
 }
-"""EXIF orientation → how an upright photo is stored: which of its sides the first row and column are (EXIF 2.3, 4.6.4 A)."""
+"""EXIF orientation → how an upright photo is stored.
+
+It tells which of its sides the first row and column are (EXIF 2.3, 4.6.4 A).
+"""
 
 
 def turned(format: str, value: int, **options: Any) -> bytes:

@@ -47,7 +47,9 @@ def reason(uri: str, image_root: str, allow_absolute: bool = False) -> str:
 # --- addresses
 
 
-@pytest.mark.parametrize("uri", ["a/1.jpg", "./a/1.jpg", "a/../a/1.jpg", "inside.jpg", "a/12:30.jpg", "missing.jpg", "%2e%2e/1.jpg"])  # fmt: skip
+@pytest.mark.parametrize(
+    "uri", ["a/1.jpg", "./a/1.jpg", "a/../a/1.jpg", "inside.jpg", "a/12:30.jpg", "missing.jpg", "%2e%2e/1.jpg"]
+)
 def test_resolve_uri_stays_under_the_root(root: Path, uri: str) -> None:
     assert resolve_uri(uri, str(root), False) == f"{root}/{uri}"
 
@@ -115,8 +117,20 @@ def test_resolve_uri_refuses_dots_in_an_object_store(libraries: None, name: str)
 
 
 @pytest.mark.parametrize(
-    "uri", ["gs://", "gs:///1.jpg", "gs://bucket", "gs://bucket/", "gs://bucket//", "gs://BUCKET@x/1.jpg", "s3://u:p@bucket/1.jpg", "gs://bucket:80/1.jpg", "gs://..//1.jpg", "gs://%62ucket/1.jpg"]
-)  # fmt: skip
+    "uri",
+    [
+        "gs://",
+        "gs:///1.jpg",
+        "gs://bucket",
+        "gs://bucket/",
+        "gs://bucket//",
+        "gs://BUCKET@x/1.jpg",
+        "s3://u:p@bucket/1.jpg",
+        "gs://bucket:80/1.jpg",
+        "gs://..//1.jpg",
+        "gs://%62ucket/1.jpg",
+    ],
+)
 def test_resolve_uri_refuses_addresses_of_no_object(libraries: None, root: Path, uri: str) -> None:
     for image_root in (BUCKET, str(root)):
         assert reason(uri, image_root) == reason(uri, image_root, True) == "malformed_uri"

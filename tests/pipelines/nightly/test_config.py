@@ -42,7 +42,10 @@ def test_a_config_that_says_nothing_has_the_defaults(tmp_path: Path) -> None:
 
 
 def test_flags_reach_their_commands(tmp_path: Path) -> None:
-    text = 'beam = ["--direct_num_workers=2"]\n[embed]\ngrid = 4\nallow_absolute = true\nimage_root = "photos"\n[train]\nno_alignment = false\nlearning_rate = 1\n'
+    text = (
+        'beam = ["--direct_num_workers=2"]\n[embed]\ngrid = 4\nallow_absolute = true\nimage_root = "photos"\n'
+        "[train]\nno_alignment = false\nlearning_rate = 1\n"
+    )
     config = read_config(write(tmp_path, text))
     command = night.stage_command(config, "embed")
     assert command[-6:] == ["--grid", "4", "--allow_absolute", "--image_root", str(tmp_path / "photos"), *config.beam]

@@ -1,4 +1,7 @@
-"""What a night does when its stages succeed, fail, or are held back: the stages themselves are stood in for here, and real in test_nights.py."""
+"""A night's stages succeed, fail, or are held back.
+
+The stages themselves are stood in for here, and are real in test_nights.py.
+"""
 
 import json
 import os
@@ -28,7 +31,11 @@ class Stages:
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.outcomes, self.called, self.due = root, {}, [], True
         self.config = root / "city.toml"
-        told = "import os, pathlib, json; pathlib.Path('told.json').write_text(json.dumps({name: os.environ['CAMENN_' + name] for name in ('EXIT_CODE', 'MESSAGE', 'RECORD')}))"
+        told = (
+            "import os, pathlib, json; "
+            "pathlib.Path('told.json').write_text(json.dumps("
+            "{name: os.environ['CAMENN_' + name] for name in ('EXIT_CODE', 'MESSAGE', 'RECORD')}))"
+        )
         on_failure = json.dumps([sys.executable, "-c", f"import os; os.chdir({str(root)!r}); {told}"])
         self.config.write_text(f'data = "data"\nwork = "work"\non_failure = {on_failure}\n')
         monkeypatch.setattr(night._Nightly, "run_stage", self.run_stage)

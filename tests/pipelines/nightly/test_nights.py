@@ -1,4 +1,8 @@
-"""Thirty nights in a row, with all that goes wrong in a month: after each, readers see that night's scores, right, or the night's before."""
+"""Thirty nights in a row, with a month's usual faults.
+
+All goes wrong that goes wrong in a month. After each night, readers see that night's scores, right,
+or the night's before.
+"""
 
 import datetime
 import json
@@ -61,7 +65,11 @@ class Month:
         return self.root / "work"
 
     def dawn(self) -> None:
-        """The next day's tables: all that happened until its end, a new title, another photo, and now and then a new listing."""
+        """Write the next day's tables.
+
+        They hold all that happened until its end, a new title, another photo, and now and then a
+        new listing.
+        """
         self.night += 1
         rng = np.random.default_rng(self.night)
         start = datetime.datetime(2024, 3, 4)
@@ -143,7 +151,10 @@ class Month:
         return record
 
     def check_scores(self) -> None:
-        """Published scores are those of a first run over tonight's data, with the same model and nothing from the nights before."""
+        """Compare the published scores with those of a first run.
+
+        That run is over tonight's data, with the same model and nothing from the nights before.
+        """
         fresh = self.root / "fresh"
         shutil.rmtree(fresh, ignore_errors=True)
         encoders = [f"--{name}={value}" for name, value in ENCODERS.items()]
@@ -169,7 +180,12 @@ def month(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Month]:
     shutil.copytree(whole, root / "data", ignore=shutil.ignore_patterns("truth"))
     (root / "failures").mkdir()
     config = root / "city.toml"
-    notice = "import os, pathlib; pathlib.Path(os.environ['CAMENN_NOTICES'], os.environ['CAMENN_RECORD'].split('/')[-2] if os.environ['CAMENN_RECORD'] else 'busy').write_text(os.environ['CAMENN_EXIT_CODE'] + ' ' + os.environ['CAMENN_MESSAGE'])"
+    notice = (
+        "import os, pathlib; "
+        "pathlib.Path(os.environ['CAMENN_NOTICES'], "
+        "os.environ['CAMENN_RECORD'].split('/')[-2] if os.environ['CAMENN_RECORD'] else 'busy').write_text("
+        "os.environ['CAMENN_EXIT_CODE'] + ' ' + os.environ['CAMENN_MESSAGE'])"
+    )
     # Random weights that are settled once, not every night.
     save_file(
         load_inception(
@@ -277,7 +293,8 @@ def full_disk(month: Month) -> None:
     """The disk has room for part of the night."""
     if not os.path.ismount(month.work):
         pytest.fail(
-            "a full disk needs a file system of its own, which root alone can mount: run the tests as root, or leave this one out with -k"
+            "a full disk needs a file system of its own, which root alone can mount: "
+            "run the tests as root, or leave this one out with -k"
         )
     used = shutil.disk_usage(month.work).used
     resize = ["mount", "-o", f"remount,size={used + 96 * 1024}", str(month.work)]
@@ -379,7 +396,8 @@ FAULTS: dict[int, Callable[[Month], None]] = {
 
 @pytest.mark.slow
 def test_thirty_nights(month: Month, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A hundred listings, and models of some steps: scores move from night to night as no city's do. The gates' own thresholds: test_gates.py.
+    # A hundred listings, and models of some steps: scores move from night to night as no city's do.
+    # The gates' own thresholds: test_gates.py.
     monkeypatch.setattr(gates, "MOST_PSI", 1.0)
     monkeypatch.setattr(gates, "MOST_MEAN_CHANGE", 0.5)
     trained = []

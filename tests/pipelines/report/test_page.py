@@ -370,8 +370,16 @@ def test_drift_section_compares_with_the_run_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("uri", "reason"),
-    [(None, "no photo"), ("photos/none.jpg", "file not found"), ("../secret.jpg", "outside root"), ("https://x/y.jpg", "unsupported scheme"), ("gs://b/y.jpg", "outside root"), ("note.jpg", "not an image"), ("folder", "not a file")],
-)  # fmt: skip
+    [
+        (None, "no photo"),
+        ("photos/none.jpg", "file not found"),
+        ("../secret.jpg", "outside root"),
+        ("https://x/y.jpg", "unsupported scheme"),
+        ("gs://b/y.jpg", "outside root"),
+        ("note.jpg", "not an image"),
+        ("folder", "not a file"),
+    ],
+)
 def test_photo_that_cannot_be_shown_has_a_reason(tmp_path: Path, uri: str | None, reason: str) -> None:
     (tmp_path / "note.jpg").write_text("not a photo")
     (tmp_path / "folder").mkdir()

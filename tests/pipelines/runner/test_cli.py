@@ -23,7 +23,10 @@ def main(argv):
     print("printed", end=" ")
     {ends}
 """
-SCRIPT = "import sys; from pipelines import cli; cli.COMMANDS['leave'] = ('leaves', ''); sys.argv[1:] = ['leave']; cli.console()"
+SCRIPT = (
+    "import sys; from pipelines import cli; cli.COMMANDS['leave'] = ('leaves', ''); "
+    "sys.argv[1:] = ['leave']; cli.console()"
+)
 
 
 @pytest.mark.parametrize(

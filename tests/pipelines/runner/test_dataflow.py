@@ -1,4 +1,8 @@
-"""Jobs for Dataflow, built by the real DataflowRunner and not submitted: what they ask of workers, step by step. No account, no network."""
+"""Jobs for Dataflow, built by the real DataflowRunner.
+
+They are not submitted: the tests look at what they ask of workers, step by step. No account, no
+network.
+"""
 
 import copy
 import json
@@ -184,7 +188,10 @@ def test_embed_asks_for_the_accelerator_where_it_encodes_and_nowhere_else(city: 
 
 
 def test_encoder_steps_are_fused_into_one_stage(city: City) -> None:
-    """By Beam's own fusion, which keeps steps of two environments apart as Dataflow does: a chunk is decoded, encoded and committed in one go."""
+    """A chunk is decoded, encoded and committed in one go.
+
+    Beam's own fusion says so, which keeps steps of two environments apart as Dataflow does.
+    """
     pipeline = copy.deepcopy(build(city, "embed").proto_pipeline)
     assert isinstance(pipeline, beam_runner_api_pb2.Pipeline)
     _, stages = translations.create_and_optimize_stages(
@@ -209,11 +216,20 @@ def test_without_an_accelerator_all_steps_share_one_environment(city: City, stag
 STEPS = {
     "embed": "Embed Finish",
     "shards": "Examples ContentJobs SpreadJobs CopyContents SubmittersFiles SubmittersCounts AllFiles AllCounts Finish",
-    "score": "Tiles SpreadTiles ScoreTile ByChunk RankChunk WriteScores WholeCatalog JudgeListings WriteQuality SubmittersFiles SubmittersCounts AllFiles Finish",
+    "score": (
+        "Tiles SpreadTiles ScoreTile ByChunk RankChunk WriteScores "
+        "WholeCatalog JudgeListings WriteQuality SubmittersFiles SubmittersCounts AllFiles Finish"
+    ),
 }
 STEPS_INSIDE = {
-    "Embed": "ReadCatalog Clean NoPreviousItems ByItem Resolve MergeRejects EncodeImages EncodeTitles WriteItems WriteRejects WriteUnread MergeFiles MergeCounts",
-    "Examples": "ReadClicks CleanClicks ReadOrders CleanOrders ByUser DescribeUsers ByItem DescribeItems Join PackCounts Pack ByDay WriteDays MergeRejects WriteRejects MergeFiles MergeCounts",
+    "Embed": (
+        "ReadCatalog Clean NoPreviousItems ByItem Resolve MergeRejects "
+        "EncodeImages EncodeTitles WriteItems WriteRejects WriteUnread MergeFiles MergeCounts"
+    ),
+    "Examples": (
+        "ReadClicks CleanClicks ReadOrders CleanOrders ByUser DescribeUsers ByItem "
+        "DescribeItems Join PackCounts Pack ByDay WriteDays MergeRejects WriteRejects MergeFiles MergeCounts"
+    ),
     "Finish": "KeyCounts SumCounts Once WriteFinished",
 }
 
@@ -252,7 +268,10 @@ def test_documented_flags_reach_the_job(city: City, stage: str) -> None:
 
 
 def test_setup_file_stages_every_module_that_the_guard_compares(city: City, tmp_path: Path) -> None:
-    """A worker holds its own package to the submitter's, file by file: a module that is not staged would refuse every job."""
+    """A module that is not staged would refuse every job.
+
+    A worker holds its own package to the submitter's, file by file.
+    """
     project = tmp_path / "project"
     packages = ("schemas", "camenn_model", "pipelines", "simulator", "benchmarks")
     for package in packages:

@@ -218,9 +218,12 @@ def test_the_direct_runner_is_fn_api_runner(name: str) -> None:
         (["--runner", "spark"], "spark: Beam would start its job server"),
         (["--runner=FlinkRunner"], "needs --flink_job_server_jar .*pipelines.runner.flink_jar"),
         (["--runner=FlinkRunner", "--flink_job_server_jar=/no/such.jar"], "/no/such.jar is not there"),
-        ([*EMBEDDED[:2], "--environment_type=EXTERNAL", "--environment_config=other:50000"], "workers are this machine's"),
+        (
+            [*EMBEDDED[:2], "--environment_type=EXTERNAL", "--environment_config=other:50000"],
+            "workers are this machine's",
+        ),
     ],
-)  # fmt: skip
+)
 def test_runners_that_would_be_open_to_other_machines_are_refused(flags: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_runner(flags)

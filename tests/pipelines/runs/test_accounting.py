@@ -41,7 +41,10 @@ SETTINGS = Settings(
 
 
 def dirty_catalog() -> pa.Table:
-    """The small catalog with two copies, one conflicting row and one without an id, in this order after the clean rows."""
+    """Return the small catalog with four dirty rows.
+
+    Two copies, one conflicting row and one without an id come in this order after the clean rows.
+    """
     table = catalog_table()
     rows = table.to_pylist()
     rows += [rows[3], rows[0], rows[1] | {"title": "another"}, rows[2] | {"item_id": None}]

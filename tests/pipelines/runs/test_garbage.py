@@ -207,7 +207,10 @@ def test_a_removal_that_was_cut_off_is_finished_by_the_next_one(
 
 
 def test_contents_that_no_kept_run_uses_go(tmp_path: Path) -> None:
-    """Copies of embeddings are the largest files of shards and scores: those of other encoders, or of killed runs, go too."""
+    """Contents of other encoders, or of killed runs, go too.
+
+    Copies of embeddings are the largest files of shards and scores.
+    """
     paths = {name: tmp_path / "contents" / "images" / name for name in (GENERATION, OTHER)}
     used, unused = (write(path / part(0, "arrow")) for path in paths.values())
     files.mark_own(str(paths[OTHER]))
@@ -219,7 +222,11 @@ def test_contents_that_no_kept_run_uses_go(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("years", [14, -14])
 def test_a_clock_that_is_wrong_ages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, years: int) -> None:
-    """By this machine's clock all files would be fourteen years old: a run that was begun an hour before the newest file is not."""
+    """A wrong clock removes no run that is being written.
+
+    By this machine's clock all files would be fourteen years old. A run that was begun an hour
+    before the newest file is not.
+    """
     make_run(tmp_path, A)
     begin_run(tmp_path, LIVE)
     age(tmp_path / "runs" / LIVE, 1)
@@ -229,7 +236,10 @@ def test_a_clock_that_is_wrong_ages_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_clock_that_jumps_while_files_are_written_ages_nothing(tmp_path: Path) -> None:
-    """Of the machine itself: its file system's clock jumps with it, and only the files tell that little time has passed."""
+    """The machine's own clock jumps.
+
+    Its file system's clock jumps with it, and only the files tell that little time has passed.
+    """
     make_run(tmp_path, A)
     begin_run(tmp_path, LIVE)
     for path in tmp_path.rglob("*"):
@@ -250,7 +260,10 @@ def test_a_future_file_ages_nothing_more_than_the_clock(tmp_path: Path) -> None:
 def test_what_is_being_read_is_waited_for(tmp_path: Path) -> None:
     """A training reads a shard set for hours without writing into it."""
     make_run(tmp_path, A)
-    code = f"import sys; from pipelines.io import files\nwith files.shared_reader({str(tmp_path)!r}): print('reads', flush=True); sys.stdin.read()"
+    code = (
+        "import sys; from pipelines.io import files\n"
+        f"with files.shared_reader({str(tmp_path)!r}): print('reads', flush=True); sys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as reader:

@@ -1,4 +1,7 @@
-"""One flipped bit in any file that a stage reads: an error that names the file and what to run again, never another answer."""
+"""One flipped bit in any file that a stage reads.
+
+It gives an error that names the file and what to run again, never another answer.
+"""
 
 import json
 import os

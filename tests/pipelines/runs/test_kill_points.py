@@ -1,4 +1,7 @@
-"""Killed between any two system calls, and with what a power cut takes besides: readers see the old run or the new one, whole."""
+"""Commands are killed between any two system calls.
+
+A power cut's further losses are tried too. Readers see the old run or the new one, whole.
+"""
 
 import json
 import os
@@ -36,7 +39,8 @@ def test_publish_rollback_and_gc_at_every_call(tmp_path: Path) -> None:
         os.utime(path, (1e9, 1e9))
     told = try_points(tmp_path, tmp_path / "work", 1_000, "--only", "publish,rollback,gc")
     assert told["broken"] == []
-    # Before a file is opened, written, synced and renamed, and its directory synced: twice, and the first run's files go.
+    # Before a file is opened, written, synced and renamed, and its directory synced: twice, and the
+    # first run's files go.
     assert sum(tally["points"] for tally in told["tallies"].values()) > 25
     assert told["tallies"]["publish"]["new"] > 0
 

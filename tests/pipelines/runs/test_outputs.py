@@ -1,4 +1,8 @@
-"""Whose an output is: a directory that holds anything else, or is read by the same command, is refused before anything is written."""
+"""An output belongs to one command.
+
+A directory that holds anything else, or is read by the same command, is refused before anything is
+written.
+"""
 
 import errno
 import fcntl
@@ -100,7 +104,10 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
 def test_files_have_the_permissions_that_umask_leaves(tmp_path: Path, mask: int) -> None:
-    """Safetensors writes for its owner alone: a model that one user trains must be read by another who reads the tables."""
+    """Safetensors writes for its owner alone.
+
+    A model that one user trains must be read by another who reads the tables.
+    """
     before = os.umask(mask)
     try:
         save_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(2)})

@@ -1,4 +1,8 @@
-"""The store's parts over many nights: merged without losing or doubling a content, and removed only when nobody can be reading them."""
+"""The store's parts over many nights.
+
+They are merged without losing or doubling a content, and removed only when nobody can be reading
+them.
+"""
 
 import datetime
 from pathlib import Path
@@ -105,7 +109,8 @@ def test_365_nights_leave_few_files_and_every_content_once(tmp_path: Path, monke
         assert all(Path(path).exists() for paths in published for path in paths)
         most = max(most, len(list(tmp_path.iterdir())))
     assert [row["image_key"] for row in rows_of(list_parts(str(tmp_path)))] == [f"{n:032x}" for n in range(first)]
-    # 730 chunks would be 1,460 files. What may be there: the small parts of eight chunks, those of two nights before, and the merged ones.
+    # 730 chunks would be 1,460 files. What may be there: the small parts of eight chunks, those of
+    # two nights before, and the merged ones.
     assert most < 80, most
 
 

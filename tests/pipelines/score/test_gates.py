@@ -1,4 +1,8 @@
-"""The gates before publication: by hand, and over whole nights with the real stage (tests/end_to_end/test_whole_way.py)."""
+"""The gates before publication.
+
+They are tried here by hand, and over whole nights with the real stage in
+tests/end_to_end/test_whole_way.py.
+"""
 
 import dataclasses
 import json
@@ -199,7 +203,10 @@ def test_what_lacks_is_told_only_of_a_gate_that_failed() -> None:
 
 
 def test_a_night_published_by_force_is_what_is_usual_from_then_on() -> None:
-    """Half of the shops closed, somebody said so, and need not say it again; what else the night had stays as it was."""
+    """Half of the shops closed, and somebody said so.
+
+    They need not say it again. What else the night had stays as it was.
+    """
     before = [*(make_night(seed) for seed in range(6)), make_night(6, listings=500, overridden=("coverage_listings",))]
     assert failed(make_night(9, listings=495), before) == set()
     assert failed(make_night(9, listings=480), before) == {"coverage_listings"}

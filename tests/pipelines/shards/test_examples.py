@@ -121,7 +121,11 @@ def test_build_examples_ignores_the_order_of_rows(city: tuple[list[Row], list[Ro
 
 @st.composite
 def perturbed_cities(draw: st.DrawFn) -> tuple[list[Row], list[Row], Settings, list[Row], list[Row], Any]:
-    """A city, the same city with another future, and the key of an example whose session starts where the future does."""
+    """Draw a city, its other future, and a key.
+
+    The second is the same city with another future. The key is that of an example whose session
+    starts where the future does.
+    """
     clicks, orders, flags = draw(cities(conflicts=False))
     flags.as_of = START + 60 * STEP
     examples = shard_reference.build(clicks, orders, CATALOG_ROWS, flags).examples
@@ -137,7 +141,8 @@ def perturbed_cities(draw: st.DrawFn) -> tuple[list[Row], list[Row], Settings, l
     ]
     other_clicks, other_orders, _ = draw(cities(conflicts=False))
     new_clicks = [c for c in clicks if c["clicked_at"] < now] + own
-    # The example itself stays: an earlier click of its own, in another store, would be another exposure, at that store's local hour.
+    # The example itself stays: an earlier click of its own, in another store, would be another
+    # exposure, at that store's local hour.
     new_clicks += [
         c | {"exposure_id": f"x{c['exposure_id']}"}
         for c in other_clicks
@@ -344,7 +349,11 @@ def test_shards_pipeline_equals_the_reference(tmp_path: Path, monkeypatch: pytes
 def test_shards_are_right_where_one_listing_and_one_user_have_most_clicks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A listing with 30 % of all clicks and a user with 5 %: each is far more than a bucket and a file are meant for."""
+    """One listing and one user have very many clicks.
+
+    The listing has 30 % of all clicks and the user 5 %. Each is far more than a bucket and a file
+    are meant for.
+    """
     clicks, orders = random_city(3, 500, 200, users=40)
     rng = random.Random(3)
     for row in clicks:
@@ -447,7 +456,10 @@ def test_parts_of_a_log_begin_where_they_should() -> None:
 def test_time_index_counts_and_finds_the_first_and_the_last(
     events: list[tuple[int, int]], queries: list[tuple[int, int]], unit: int
 ) -> None:
-    """Keys of pairs grow as users × listings: 2**55 stands for a large city; times that are far apart do not fit beside a key."""
+    """Keys of pairs grow as users × listings.
+
+    2**55 stands for a large city. Times that are far apart do not fit beside a key.
+    """
     events, queries = ([(key, moment * unit) for key, moment in rows] for rows in (events, queries))
     key, time = (np.array([event[place] for event in events], dtype=np.int64) for place in (0, 1))
     asked, at = (np.array([query[place] for query in queries], dtype=np.int64) for place in (0, 1))

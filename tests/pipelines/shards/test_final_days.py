@@ -1,4 +1,7 @@
-"""Night after night into one shard set: final days stay, open days keep their features, and nothing differs from one build of the whole log."""
+"""Night after night is built into one shard set.
+
+Final days stay, open days keep their features, and nothing differs from one build of the whole log.
+"""
 
 import json
 import tempfile
@@ -46,7 +49,11 @@ FEATURES = [column.name for column in (*AUDIENCE_COUNTS, *ITEM_COUNTS, *PAIR_COU
 
 
 class Nights:
-    """A log that grows, and shards that are built from it again and again, labels final a day after the attribution window of six hours."""
+    """A log that grows, and the shards built from it.
+
+    They are built again and again. Labels are final a day after the attribution window of six
+    hours.
+    """
 
     def __init__(self, root: Path, seed: int = 5) -> None:
         self.root = root

@@ -1,4 +1,8 @@
-"""What is kept of the logs: whatever came, went or was written anew, a run that knows the night before gives what one gives that reads everything."""
+"""The cache of the logs.
+
+Whatever came, went or was written again, a run that knows the night before gives what one gives
+that reads everything.
+"""
 
 import os
 import random
