@@ -30,6 +30,8 @@ IMAGE_SHAPE, TEXT_SHAPE = (16, 1536), (32, 384)
 CLICKS_PER_USER = 50
 STAGES = ("shards", "score")
 HERE = Path(__file__).resolve().parents[2]
+PROCESSES = ("benchmarks.support.stage_process", "benchmarks.plant_stage")
+"""Module that runs one stage, and its name in checkouts of before the move into rooms"""
 
 
 def say(text: str) -> None:
@@ -51,8 +53,9 @@ def run_stage(tree: Path, place: Path, stage: str, out: str, *, rebuild: bool = 
         text_shape=TEXT_SHAPE,
         rebuild=rebuild,
     )
+    module = next(name for name in PROCESSES if (tree / name.replace(".", "/")).with_suffix(".py").exists())
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.support.stage_process", json.dumps(asdict(job))],
+        [sys.executable, "-m", module, json.dumps(asdict(job))],
         cwd=tree,
         env=os.environ | {"PYTHONPATH": str(tree)},
         stdout=subprocess.PIPE,
