@@ -179,8 +179,8 @@ def parse_document(data: bytes, path: str | Path, fields: Collection[str], remed
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        told = "it is empty" if not data.strip() else f"it is not JSON ({type(error).__name__})"
-        raise DamagedError(f"{path}: {told}: it was cut off or damaged. {remedy}") from error
+        fault = "it is empty" if not data.strip() else f"it is not JSON ({type(error).__name__})"
+        raise DamagedError(f"{path}: {fault}: it was cut off or damaged. {remedy}") from error
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: holds a {type(value).__name__} instead of an object. {remedy}")
     other = sorted(value.keys() - set(fields) - {CHECKSUM})

@@ -50,9 +50,9 @@ _DAYS = "tests/pipelines/shards/test_final_days.py::"
 NIGHTS = (f"{_DAYS}test_nights_add_up_to_one_build_of_the_whole_log",)
 FINAL = (f"{_DAYS}test_days_are_kept_up_to_the_first_that_may_change", *NIGHTS)
 OPEN_DAYS = (f"{_DAYS}test_final_days_stay_and_open_days_keep_their_features",)
-SKETCHES = (
+SAMPLES = (
     f"{_DAYS}test_the_least_values_are_found_among_many_that_are_alike",
-    f"{_DAYS}test_sketches_are_the_least_numbers_of_each_day",
+    f"{_DAYS}test_samples_are_the_least_numbers_of_each_day",
 )
 SAME_LOG = (
     f"{_DAYS}test_a_log_that_grows_is_known_again",
@@ -649,8 +649,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "oldest-nights",
-            "dict.fromkeys(reversed(standing(publications(root), latest.run)))",
-            "dict.fromkeys(standing(publications(root), latest.run))",
+            "dict.fromkeys(reversed(effective_runs(publications(root), latest.run)))",
+            "dict.fromkeys(effective_runs(publications(root), latest.run))",
             PUBLICATION,
         ),
         ("gates-that-passed", 'if not gate["passed"]]', 'if gate["passed"]]', PUBLICATION),
@@ -834,15 +834,15 @@ MUTATIONS: tuple[Mutation, ...] = (
             "",
             OPEN_DAYS,
         ),
-        ("sample-of-the-first-day", "kept.sketches.keys()) - {first})", "kept.sketches.keys()))", SAME_LOG),
+        ("sample-of-the-first-day", "kept.samples.keys()) - {first})", "kept.samples.keys()))", SAME_LOG),
         ("sample-beyond-its-end", "[value for value in known if value <= end]", "list(known)", SAME_LOG),
         ("sample-all-gone", "missing > len(expected) / 2", "missing >= len(expected)", SAME_LOG),
-        ("sample-of-repeats", "if len(least) >= count:", "if len(least):", SKETCHES),
+        ("sample-of-repeats", "if len(least) >= count:", "if len(least):", SAMPLES),
         (
             "sample-not-least",
-            "np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SKETCH]",
-            "numbers[:SKETCH]",
-            SKETCHES,
+            "np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SAMPLE_SIZE]",
+            "numbers[:SAMPLE_SIZE]",
+            SAMPLES,
         ),
         ("delisted-for-ever", '.filter(pc.is_in(gone["item_id"], wanted))', "", DELISTED),
     ),
@@ -871,7 +871,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             "following: int = len(before)",
             PLANS,
         ),
-        ("dropped-rows-count", "living(kept, self.known) if self.dropped else kept", "kept", PLANS),
+        ("dropped-rows-count", "drop_stale_rows(kept, self.known) if self.dropped else kept", "kept", PLANS),
         ("merged-late", "if number >= MERGE", "if number > MERGE", PLANS),
         ("only-new-rows-are-merged", "if bucket in self.merged:", "if bucket in self.merged and fresh is None:", PLANS),
         (

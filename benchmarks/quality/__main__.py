@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.quality.claims import quick_claims
-from benchmarks.quality.job import Job, say
+from benchmarks.quality.job import Job, log
 from benchmarks.quality.plan import PARTS, list_jobs
 from benchmarks.quality.publish import publish
 from benchmarks.quality.worlds import World
@@ -59,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trials", type=int, default=30, help="random-search trials of a baseline (default %(default)s)"
     )
-    parser.add_argument("--epochs", type=int, default=1, help="passes over a city's log (default %(default)s)")
-    parser.add_argument("--real_epochs", type=int, default=1, help="passes over the real log (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs over a city's log (default %(default)s)")
+    parser.add_argument("--real_epochs", type=int, default=1, help="epochs over the real log (default %(default)s)")
     parser.add_argument(
         "--jobs", type=int, default=0, help="models trained at a time, on one thread each; 0 = one a core"
     )
@@ -125,7 +125,7 @@ def run_jobs(jobs: list[Job], at_a_time: int, deadline: float) -> list[str]:
                 submit(job.name, partial(run_job, job, children), needs)
         names = {future: name for name, future in begun.items()}
         for place, future in enumerate(as_completed(names), start=1):
-            say(f"{place}/{len(names)} {names[future]}: {future.result()}")
+            log(f"{place}/{len(names)} {names[future]}: {future.result()}")
     return [name for name, future in begun.items() if future.result() == "failed"]
 
 
@@ -139,17 +139,17 @@ def main(argv: list[str] | None = None) -> int:
     with work_directory(arguments.work, "quality") as work:
         arguments.work = work
         jobs = list_jobs(arguments)
-        say(f"{len(jobs)} models, {sum(job.done() for job in jobs)} of them done")
+        log(f"{len(jobs)} models, {sum(job.done() for job in jobs)} of them done")
         failed = run_jobs(jobs, arguments.jobs or os.cpu_count() or 1, deadline)
         results = [json.loads(job.result().read_text()) for job in jobs if job.done()]
         if failed:
-            say(f"failed: {', '.join(failed)}")
+            log(f"failed: {', '.join(failed)}")
             return 1
         if arguments.quick:
             found, broken = quick_claims(results)
             print(json.dumps(found), flush=True)
             for claim in broken:
-                say(f"does not hold: {claim}")
+                log(f"does not hold: {claim}")
             return 1 if broken else 0
         publish(results, work, docs=arguments.docs)
     return 0

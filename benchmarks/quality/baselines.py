@@ -270,7 +270,7 @@ def tune(
     seed: int,
     threads: int,
     kept: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Floats], dict[str, Any]]:
     """Tune a baseline and return its best raw scores.
@@ -283,19 +283,19 @@ def tune(
     rng = np.random.default_rng([seed, 19])
     content = content_features(inputs.table) if name in WITH_CONTENT else None
     drawn = [settings] if settings is not None else [DRAW[name](rng, number == 0) for number in range(trials)]
-    told: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
-    best_loss, best = min((trial["early_stop_log_loss"] for trial in told), default=np.inf), None
-    for number in range(len(told), len(drawn)):
+    trials: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
+    best_loss, best = min((trial["early_stop_log_loss"] for trial in trials), default=np.inf), None
+    for number in range(len(trials), len(drawn)):
         started = time.monotonic()
         loss, raw = TRY[name](inputs, content, drawn[number], seed, threads)
-        told.append({**drawn[number], "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
-        write_json(str(kept), told)
+        trials.append({**drawn[number], "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
+        write_json(str(kept), trials)
         if loss < best_loss:
             best_loss, best = loss, raw
-        say(f"{name} trial {number + 1}/{len(drawn)}: {loss:.5f}, best {best_loss:.5f}, {told[-1]['seconds']} s")
-    found = drawn[int(np.argmin([trial["early_stop_log_loss"] for trial in told]))]
+        log(f"{name} trial {number + 1}/{len(drawn)}: {loss:.5f}, best {best_loss:.5f}, {trials[-1]['seconds']} s")
+    found = drawn[int(np.argmin([trial["early_stop_log_loss"] for trial in trials]))]
     if best is None:
         # The best trial was another process's.
         _, best = TRY[name](inputs, content, found, seed, threads)
     raw_scores = {split: best(split) for split in (*CALIBRATED_ON, "test")}
-    return raw_scores, {"settings": found, "trials": told, "early_stop_log_loss": best_loss}
+    return raw_scores, {"settings": found, "trials": trials, "early_stop_log_loss": best_loss}

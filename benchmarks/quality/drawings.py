@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.quality.representation import ridge, standardise
-from benchmarks.support.command import machine
+from benchmarks.support.command import machine, progress_log
 from camenn_model.encoders.inception_v4 import ImageEncoder
 from camenn_model.encoders.spec import ImageSpec
 from pipelines.inputs.photos import grid_patches
@@ -33,15 +33,12 @@ from simulator.classes import ProductClass, make_classes
 from simulator.config import VISUAL_FACTORS, CityConfig, preset_config
 from simulator.photos import make_photo
 
+log = progress_log("drawings")
+
 GRID, PATCH = 4, 75
 PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 """Times the mean eigenvalue of the features' covariance"""
 SHEET, COLUMNS = 48, 8
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"drawings: {text}", file=sys.stderr, flush=True)
 
 
 def r_squared(features: NDArray[np.float32], factors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -92,13 +89,13 @@ def pooled_features(weights: str, photos: NDArray[np.uint8]) -> NDArray[np.float
     encoder = ImageEncoder(
         ImageSpec.resolve(weights, grid=GRID, patch_size=PATCH, device="cpu", precision="auto", compile="off")
     )
-    found, told = [], time.monotonic()
+    found, reported_at = [], time.monotonic()
     for start in range(0, len(photos), 64):
         patches = np.concatenate([grid_patches(photo, GRID, PATCH) for photo in photos[start : start + 64]])
         found.append(encoder.encode(patches).astype(np.float32).reshape(-1, GRID * GRID, 1536).mean(axis=1))
-        if time.monotonic() - told > 30:
-            told = time.monotonic()
-            say(f"{weights}: {start} of {len(photos)} photos")
+        if time.monotonic() - reported_at > 30:
+            reported_at = time.monotonic()
+            log(f"{weights}: {start} of {len(photos)} photos")
     return np.concatenate(found)
 
 
@@ -145,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     bank = make_catalog(classes, config).bank
     order = np.random.default_rng(0).permutation(len(bank.class_id))
     photos = draw_photos((bank, classes, config), order.tolist())
-    say(f"{len(photos)} photos drawn")
+    log(f"{len(photos)} photos drawn")
     if arguments.sheet:
         contact_sheet(photos, arguments.sheet)
     readers = {"given": lambda: pooled_features(arguments.image_weights, photos), "colours": lambda: colours(photos)}
@@ -155,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, read in readers.items():
         values = r_squared(read(), bank.visual[order])
         found[name] = {factor: round(float(value), 3) for factor, value in zip(VISUAL_FACTORS, values, strict=True)}
-        say(f"{name}: {found[name]}")
+        log(f"{name}: {found[name]}")
     print(
         json.dumps({"r_squared": found, "least": min(found["given"].values()), "photos": len(photos), **machine()}),
         flush=True,

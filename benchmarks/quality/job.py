@@ -26,6 +26,7 @@ from benchmarks.quality import representation
 from benchmarks.quality.judge import Prior, judge
 from benchmarks.quality.variants import VARIANTS, make_trainer
 from benchmarks.quality.worlds import World, read_keys, read_truth
+from benchmarks.support.command import progress_log
 from camenn_model.data.alignment_sampler import AlignmentSampler
 from camenn_model.data.batching import collate, concat_rows
 from camenn_model.data.examples import Rows
@@ -39,6 +40,8 @@ from camenn_model.training.optimizer import OptimizerConfig
 from camenn_model.training.train import popularity
 from pipelines.io.files import write_json
 from schemas.errors import InputError
+
+log = progress_log("quality")
 
 BASELINES = ("lightgbm", "lightgbm_content", "mmoe")
 POPULARITY = "popularity"
@@ -143,11 +146,6 @@ class Job:
         """Read the job that `json.dumps(asdict(job))` wrote."""
         raw = json.loads(text)
         return cls(**(raw | {"world": World(**raw["world"])}))
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"quality: {text}", file=sys.stderr, flush=True)
 
 
 def _prior(files: list[tuple[str, int]], table: ItemTable) -> Prior:
@@ -259,13 +257,13 @@ def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[s
     )
     options = replace(options, **variant.options)
     trainer, test = make_trainer(corpus, variant, options, job.world)
-    started, told = time.monotonic(), 0.0
+    started, reported_at = time.monotonic(), 0.0
 
     def progress(phase: str, done: int, total: int, note: str) -> None:
-        nonlocal told
-        if time.monotonic() - told > 60:
-            told = time.monotonic()
-            say(f"{job.name}: {phase} {done:,} of {total:,}, {note}")
+        nonlocal reported_at
+        if time.monotonic() - reported_at > 60:
+            reported_at = time.monotonic()
+            log(f"{job.name}: {phase} {done:,} of {total:,}, {note}")
 
     trainer.progress = progress
     trainer.run()
@@ -321,7 +319,7 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
             job.seed,
             job.threads,
             job.open_scratch() / "trials.json",
-            lambda text: say(f"{job.name}: {text}"),
+            lambda text: log(f"{job.name}: {text}"),
             job.settings(),
         )
     found = {}
@@ -362,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     job = Job.from_json((sys.argv[1:] if argv is None else argv)[0])
     result = run(job)
     auc = f"AUC {result['test']['auc']:.4f}, " if "test" in result else ""
-    say(f"{job.name}: {auc}{result['seconds']:.0f} s")
+    log(f"{job.name}: {auc}{result['seconds']:.0f} s")
     return 0
 
 

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from benchmarks.quality.claims import mean_and_error
 from benchmarks.quality.representation import both_ways, frozen_similarities
 from benchmarks.quality.worlds import World
-from benchmarks.support.command import machine, work_directory
+from benchmarks.support.command import machine, progress_log, work_directory
 from camenn_model.data.alignment_sampler import AlignmentSampler
 from camenn_model.data.item_table import Ints
 from camenn_model.evaluation.representation import content_vectors
@@ -46,17 +46,14 @@ from schemas.catalog import CATALOG
 from schemas.contract import conform
 from schemas.events import CLICKS, ORDERS
 
+log = progress_log("photos")
+
 KS = (1, 5)
 GRID = 8
 """Patches of a side, as `camenn embed` has it by default"""
 EVERY = 10
 """Of the training photos of a class, one is held out by --check"""
 CLICKS_MADE, SESSION_CLICKS, DAYS = 2_000, 10, 20
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"photos: {text}", file=sys.stderr, flush=True)
 
 
 def read_catalog(photos: Path) -> tuple[pa.Table, dict[str, bool]]:
@@ -212,19 +209,19 @@ def main(argv: list[str] | None = None) -> int:
         found = []
         for number, each in enumerate(options, start=1):
             found.append(measure(corpus, each))
-            say(f"{number}/{len(options)}: {found[-1]}")
-    told: dict[str, Any] = {}
+            log(f"{number}/{len(options)}: {found[-1]}")
+    recall: dict[str, Any] = {}
     for name, ways in found[0].items():
         for way, recall in ways.items():
             for k in recall:
                 mean, error = mean_and_error([each[name][way][k] for each in found])
-                told.setdefault(name, {}).setdefault(way, {})[k] = {
+                recall.setdefault(name, {}).setdefault(way, {})[k] = {
                     "mean": mean,
                     "error": error if len(found) > 1 else None,
                 }
     print(
         json.dumps(
-            {"recall": told, "held_out": int(corpus.table.held_out.sum()), "seeds": arguments.seeds, **machine()}
+            {"recall": recall, "held_out": int(corpus.table.held_out.sum()), "seeds": arguments.seeds, **machine()}
         )
     )
     return 0

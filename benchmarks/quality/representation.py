@@ -199,17 +199,17 @@ def of_model(
     that was never taught to compare has these.
     """
 
-    def told(by: Callable[[CameNN, ItemTable, Ints], tuple[Tensor, Tensor]], rows: Ints) -> tuple[Floats, Floats]:
+    def embed(by: Callable[[CameNN, ItemTable, Ints], tuple[Tensor, Tensor]], rows: Ints) -> tuple[Floats, Floats]:
         image, text = by(model, table, rows)
         return image.numpy(), text.numpy()
 
-    image, text = told(content_vectors, held.rows)
+    image, text = embed(content_vectors, held.rows)
     ita, tia = match_scores(model, table, held.rows, held.rows)
     photos, titles = swapped_pairs(held, seed)
     swap_ita, swap_tia = match_scores(model, table, held.rows[photos], held.rows[titles])
     found = figures(image @ text.T, (ita + tia) / 2, (swap_ita + swap_tia) / 2, held)
-    found["probe"] = _probes(table, train, told(content_vectors, train), held, (image, text))
-    known, asked = told(modality_states, train), told(modality_states, held.rows)
+    found["probe"] = _probes(table, train, embed(content_vectors, train), held, (image, text))
+    known, asked = embed(modality_states, train), embed(modality_states, held.rows)
     mapped = mapped_similarities("cca", known, train_classes, asked, seed)
     found["states"] = figures(mapped, mapped.diagonal(), mapped[photos, titles], held)
     found["states"]["probe"] = _probes(table, train, known, held, asked)

@@ -144,10 +144,10 @@ def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
     table.tokens = np.ones(len(table), dtype=np.int64)
     table.pooled_images, table.pooled_titles = images.astype(np.float16), titles.astype(np.float16)
     likeness, agreement = table.fit_likeness(), table.fit_agreement()
-    told = table.tell(likeness, agreement)
-    numbers = corpus.space.numbers | {name: Numeric.fit(values) for name, values in told._asdict().items()}
+    catalog_features = table.compute_catalog_features(likeness, agreement)
+    numbers = corpus.space.numbers | {name: Numeric.fit(values) for name, values in catalog_features._asdict().items()}
     space = replace(corpus.space, likeness=likeness, agreement=agreement, numbers=numbers)
-    table.encode(space, told)
+    table.encode(space, catalog_features)
     config = replace(
         corpus.config,
         fields=space.fields,

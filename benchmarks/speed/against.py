@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.city import make_city, multiply_city
-from benchmarks.support.command import machine, names_of, work_directory
+from benchmarks.support.command import machine, names_of, progress_log, work_directory
 from benchmarks.support.stage_process import Job
+
+log = progress_log("against")
 
 IMAGE_SHAPE, TEXT_SHAPE = (16, 1536), (32, 384)
 CLICKS_PER_USER = 50
@@ -32,11 +34,6 @@ STAGES = ("shards", "score")
 HERE = Path(__file__).resolve().parents[2]
 PROCESSES = ("benchmarks.support.stage_process", "benchmarks.plant_stage")
 """Module that runs one stage, and its name in checkouts of before the move into rooms"""
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"against: {text}", file=sys.stderr, flush=True)
 
 
 def run_stage(tree: Path, place: Path, stage: str, out: str, *, rebuild: bool = False) -> dict[str, Any]:
@@ -70,7 +67,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     trees = {"before": arguments.before.resolve(), "now": HERE}
     make_city(work / "city", arguments.items, arguments.clicks // arguments.copies, 1, CLICKS_PER_USER)
     rows = multiply_city(work / "city", work / "data", arguments.copies)
-    say(f"{rows}")
+    log(f"{rows}")
     for name, tree in trees.items():
         place = work / name
         place.mkdir(exist_ok=True)
@@ -78,7 +75,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             (place / "data").symlink_to(work / "data")
         for stage, out in (("embed", "store"), ("shards", "shards"), ("model", "model")):
             if not (place / out / "latest.json").exists():
-                say(f"{name}: {stage}")
+                log(f"{name}: {stage}")
                 run_stage(tree, place, stage, out)
     found: dict[str, Any] = {}
     for stage in arguments.stages:
@@ -89,7 +86,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 out = "shards" if stage == "shards" else f"scores-{turn}"
                 result = run_stage(trees[name], work / name, stage, out, rebuild=stage == "shards")
                 runs[name].append(result)
-                say(f"{stage} {turn + 1}/{arguments.repeats}: {name} {result['cpu_seconds']:.1f} CPU s")
+                log(f"{stage} {turn + 1}/{arguments.repeats}: {name} {result['cpu_seconds']:.1f} CPU s")
         pairs = list(zip(runs["now"], runs["before"], strict=True))
         found[stage] = {
             "cpu_ratio": round(statistics.median(a["cpu_seconds"] / b["cpu_seconds"] for a, b in pairs), 4),

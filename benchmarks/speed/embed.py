@@ -31,17 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.embed_loops import Job
-from benchmarks.support.command import machine, names_of, work_directory
+from benchmarks.support.command import machine, names_of, progress_log, work_directory
 from benchmarks.support.listings import change_listings, first_listing, make_listings, make_small_photos
 from benchmarks.support.processes import run_watched
 
+log = progress_log("embed")
+
 PARTS = ("speed", "nights", "memory")
 CHANGED = 0.01
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"embed: {text}", file=sys.stderr, flush=True)
 
 
 def run_job(job: Job, timeout: float) -> tuple[dict[str, Any], float]:
@@ -91,7 +88,7 @@ def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, A
         Job(way="variants", data=str(data), out="", limit=min(64, arguments.items), **common), arguments.timeout
     )
     variants = chosen["variants"]
-    say(f"bare loops: {chosen['variant_seconds']}")
+    log(f"bare loops: {chosen['variant_seconds']}")
     runs: dict[str, list[dict[str, Any]]] = {"whole": [], "plain": []}
     ceilings: list[dict[str, float]] = []
     for number in range(arguments.repeats):
@@ -105,7 +102,7 @@ def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, A
             result, peak = run_job(job, arguments.timeout)
             runs[way].append(result)
             pace = result["images"] / result["seconds"]
-            say(f"{way} {number + 1}/{arguments.repeats}: {pace:.1f} listings/s, {peak:,.0f} MB, {json.dumps(result)}")
+            log(f"{way} {number + 1}/{arguments.repeats}: {pace:.1f} listings/s, {peak:,.0f} MB, {json.dumps(result)}")
             if way == "whole" and (result["images"], result["titles"]) != (arguments.items, arguments.items):
                 raise RuntimeError(
                     f"{result['images']} photos and {result['titles']} titles of {arguments.items} were encoded"
@@ -155,7 +152,7 @@ def measure_nights(work: Path, arguments: argparse.Namespace, common: dict[str, 
         record.write_text(json.dumps(found_first))
     # An hour's work: kept with --work, with the time that it took.
     whole = json.loads(record.read_text())
-    say(
+    log(
         f"first night: {whole['seconds']:.1f} s for {whole['images']:,} photos, start-up {whole['start_seconds']:.1f} s"
     )
     found: dict[str, list[dict[str, Any]]] = {"unchanged": [], "changed": []}
@@ -166,7 +163,7 @@ def measure_nights(work: Path, arguments: argparse.Namespace, common: dict[str, 
             shutil.copytree(first, second, copy_function=os.link)
             result, _ = run_job(Job(way="whole", data=str(place), out=str(second), **common), arguments.timeout)
             found[name].append(result)
-            say(
+            log(
                 f"{name} {number + 1}/{arguments.repeats}: {result['wall_seconds']:.1f} s in all, "
                 f"{result['images']} photos and {result['titles']} titles encoded"
             )
@@ -206,7 +203,7 @@ def measure_memory(work: Path, arguments: argparse.Namespace, common: dict[str, 
             if result["images"] != size:
                 raise RuntimeError(f"{result['images']} of {size} photos were encoded")
             found.append(peak)
-            say(f"memory {number + 1}/{arguments.repeats}: {size:,} listings, {peak:,.0f} MB")
+            log(f"memory {number + 1}/{arguments.repeats}: {size:,} listings, {peak:,.0f} MB")
     few, many = sorted(peaks)
     medians = {size: statistics.median(found) for size, found in peaks.items()}
     return {

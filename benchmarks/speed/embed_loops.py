@@ -196,26 +196,26 @@ def run_whole(job: Job) -> dict[str, Any]:
     single = 0.0
     if job.single:
         alone = replace(job, data=job.single, out=f"{job.out}-single", compile="off", variants={})
-        single, _, told = _timed_run(alone)
-        single -= sum(value["start"] for value in told.values())
-    seconds, summary, told = _timed_run(job)
-    start, paused = (sum(value[name] for value in told.values()) for name in ("start", "paused"))
+        single, _, figures = _timed_run(alone)
+        single -= sum(value["start"] for value in figures.values())
+    seconds, summary, figures = _timed_run(job)
+    start, paused = (sum(value[name] for value in figures.values()) for name in ("start", "paused"))
     bare = {
         kind: value["bare"] / value["contents"] * summary[f"encoded_{kind}"]
-        for kind, value in told.items()
+        for kind, value in figures.items()
         if value["contents"]
     }
     net = seconds - start - paused - single
-    inside = sum(value["own"] for value in told.values())
+    inside = sum(value["own"] for value in figures.values())
     by_chunk = {
         kind: statistics.median(own / bare for own, bare in value["pairs"])
-        for kind, value in told.items()
+        for kind, value in figures.items()
         if value["pairs"]
     }
     return {
         "seconds": net,
         "chunk_over_bare": by_chunk,
-        "image_pairs": [[round(value, 2) for value in pair] for pair in told.get("images", {}).get("pairs", [])],
+        "image_pairs": [[round(value, 2) for value in pair] for pair in figures.get("images", {}).get("pairs", [])],
         "share_in_encoders": inside / net,
         "bare_seconds": sum(bare.values()),
         "bare_by_encoder": bare,

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmarks.support.command import CAMENN, machine, work_directory
+from benchmarks.support.command import CAMENN, machine, progress_log, work_directory
 from benchmarks.support.processes import run_watched
 from benchmarks.support.stage_process import write_untrained_model
 from pipelines.runs.manifest import read_latest
@@ -39,12 +39,9 @@ from schemas.contract import conform
 from simulator.config import CityConfig
 from simulator.generate import generate_city
 
+log = progress_log("night")
+
 CHANGED = 0.01
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"night: {text}", file=sys.stderr, flush=True)
 
 
 def write_night(city: Path, data: Path, *, second: bool) -> dict[str, int]:
@@ -109,14 +106,14 @@ def run_night(data: Path, work: Path, arguments: argparse.Namespace) -> dict[str
         text, _ = run_watched([*command, *flags, "--json"], standing=False, timeout=arguments.timeout)
         seconds = time.monotonic() - started
         found[stage] = {"wall_seconds": seconds, **json.loads(text.strip().splitlines()[-1])}
-        say(f"{stage}: {seconds:.1f} s")
+        log(f"{stage}: {seconds:.1f} s")
     return found
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the first night once, and some second nights."""
     city, data = work / "city", work / "data"
-    say(f"a city of {arguments.items:,} listings and about {arguments.clicks:,} clicks")
+    log(f"a city of {arguments.items:,} listings and about {arguments.clicks:,} clicks")
     generate_city(
         city,
         CityConfig(
@@ -135,7 +132,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     rows["second"] = write_night(city, data, second=True)
     nights = []
     for number in range(arguments.repeats):
-        say(f"second night {number + 1}/{arguments.repeats}")
+        log(f"second night {number + 1}/{arguments.repeats}")
         shutil.rmtree(work / "second", ignore_errors=True)
         for name in OUTPUT_FOLDERS.values():
             shutil.copytree(work / "first" / name, work / "second" / name, copy_function=os.link)

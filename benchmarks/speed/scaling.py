@@ -36,8 +36,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.city import make_city
+from benchmarks.support.command import progress_log
 from benchmarks.support.processes import run_watched
 from benchmarks.support.stage_process import PLAIN, STAGES, Job
+
+log = progress_log("scaling")
 
 LIMIT = 0.25
 """The most that Beam may cost `shards` on FnApiRunner, as a share of the plain loop's seconds."""
@@ -89,11 +92,6 @@ class Runs:
         return {name: max(p.get(name, 0.0) for p in known) for name in sorted({name for p in known for name in p})}
 
 
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"scaling: {text}", file=sys.stderr, flush=True)
-
-
 def fnapi_flags(parallelism: int) -> tuple[str, ...]:
     """Return the flags of FnApiRunner at a parallelism.
 
@@ -128,7 +126,7 @@ def list_variants(runners: list[str], parallelism: list[int], flink: list[str]) 
         variants += [Variant("fnapi", n, fnapi_flags(n)) for n in parallelism]
     if "flink" in runners:
         if not flink_answers(flink):
-            say(
+            log(
                 "flink is left out: no cluster answers. "
                 'Start one with scripts/flink_local.sh up, and give --flink "$(scripts/flink_local.sh flags)".'
             )
@@ -158,7 +156,7 @@ def prepare(work: Path, arguments: argparse.Namespace, jobs: dict[str, Any]) -> 
     """
     started = time.monotonic()
     rows = make_city(work / "data", arguments.items, arguments.clicks, arguments.pairs)
-    say(
+    log(
         f"city of {rows['items']:,} items and {rows['clicks']:,} clicks "
         f"after {time.monotonic() - started:.0f} s: {work}"
     )
@@ -166,7 +164,7 @@ def prepare(work: Path, arguments: argparse.Namespace, jobs: dict[str, Any]) -> 
         needed = any(name in READS[asked] for asked in arguments.stages)
         if not needed or (work / name / "latest.json").exists():
             continue
-        say(f"preparing {name}")
+        log(f"preparing {name}")
         run_job(
             Job(stage=stage, out=str(work / name), beam_flags=LOOP, **jobs), Variant(PLAIN, 1, LOOP), arguments.timeout
         )
@@ -205,7 +203,7 @@ def measure(
                         f"digest {first['digest']}: a comparison of their seconds would mean nothing."
                     )
                 shown = "" if peaks is None else f", {sum(peaks.values()):,.0f} MB in {len(peaks)} processes"
-                say(f"{stage} {variant.name} {number + 1}/{arguments.repeats}: {result['seconds']:.1f} s{shown}")
+                log(f"{stage} {variant.name} {number + 1}/{arguments.repeats}: {result['seconds']:.1f} s{shown}")
     return found
 
 

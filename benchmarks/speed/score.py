@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed.train import prepare
 from benchmarks.support.city import make_city
-from benchmarks.support.command import machine, names_of, work_directory
+from benchmarks.support.command import machine, names_of, progress_log, work_directory
 from benchmarks.support.processes import run_watched
 from benchmarks.support.stage_process import Job, run_stage
 from camenn_model.batch import AudienceBatch, Batch, HistoryItems, ItemBatch, PairBatch
@@ -55,17 +55,14 @@ from camenn_model.scoring.shortlist import Shortlist
 from camenn_model.training.corpus import Corpus, TrainOptions, open_corpus
 from pipelines.runs.manifest import read_latest
 
+log = progress_log("score")
+
 PARTS = ("speed", "memory")
 TILE_ITEMS = 512
 PLAIN_BATCH = 512
 MEMORY_PAIRS = 2_000_000
 TOP_K = 10
 STUB_SHAPES = (1, 1536), (1, 384)
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"score: {text}", file=sys.stderr, flush=True)
 
 
 def matmul_flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -225,8 +222,8 @@ def measure_profile(corpus: Corpus, profile: str, arguments: argparse.Namespace)
             started = time.monotonic()
             way()
             pace[name].append(pairs[name] / (time.monotonic() - started))
-        told = ", ".join(f"{name} {values[-1]:,.0f} pairs/s" for name, values in pace.items())
-        say(f"{profile} {number + 1}/{arguments.repeats}: {told}, matrix product {ceilings[-1] / 1e9:,.0f} GFLOP/s")
+        shown = ", ".join(f"{name} {values[-1]:,.0f} pairs/s" for name, values in pace.items())
+        log(f"{profile} {number + 1}/{arguments.repeats}: {shown}, matrix product {ceilings[-1] / 1e9:,.0f} GFLOP/s")
     floor = [flops / ceiling * value / pairs["cached"] for ceiling, value in zip(ceilings, pace["cached"], strict=True)]
     best = {name: found.topk(TOP_K, dim=1).indices for name, found in logits.items()}
 
@@ -280,7 +277,7 @@ def measure_speed(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     shards = arguments.shards or prepare(work, arguments.items, arguments.clicks)
     found = {}
     for profile in arguments.profiles:
-        say(f"profile {profile}")
+        log(f"profile {profile}")
         corpus = open_corpus(TrainOptions(shards=shards, out=str(work / "models"), profile=profile))
         found[profile] = measure_profile(corpus, profile, arguments)
     return {"speed": found}
@@ -297,16 +294,16 @@ def measure_memory(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         make_city(place / "data", size, arguments.memory_clicks, MEMORY_PAIRS)
         for stage, name in (("embed", "store"), ("shards", "shards"), ("model", "model")):
             if read_latest(str(place / name)) is None:
-                say(f"{stage} of {size:,} listings")
+                log(f"{stage} of {size:,} listings")
                 run_stage(_job(place, stage, name))
         peaks[size] = []
     for number in range(arguments.repeats):
         for size, found in peaks.items():
             job = _job(work / f"memory-{size}", "score", f"scores-{number}-{time.time_ns()}")
             command = [sys.executable, "-m", "benchmarks.support.stage_process", json.dumps(asdict(job))]
-            _, told = run_watched(command, standing=False, timeout=arguments.timeout)
-            found.append(sum((told or {}).values()))
-            say(f"memory {number + 1}/{arguments.repeats}: {size:,} listings, {found[-1]:,.0f} MB")
+            _, shown = run_watched(command, standing=False, timeout=arguments.timeout)
+            found.append(sum((shown or {}).values()))
+            log(f"memory {number + 1}/{arguments.repeats}: {size:,} listings, {found[-1]:,.0f} MB")
     few, many = (statistics.median(peaks[size]) for size in sorted(peaks))
     return {
         "memory": {

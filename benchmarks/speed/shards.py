@@ -35,20 +35,17 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.support.city import make_city, multiply_city, skew_city
-from benchmarks.support.command import machine, work_directory
+from benchmarks.support.command import machine, progress_log, work_directory
 from benchmarks.support.processes import run_watched
 from benchmarks.support.stage_process import SORTED_BY, Job, digest_examples
 from pipelines.runs.manifest import Manifest, read_latest
 from schemas.training import EXAMPLES
 
+log = progress_log("shards")
+
 IMAGE_SHAPE, TEXT_SHAPE = (16, 1536), (32, 384)
 ENGINES = ("in-memory", "streaming")
 CLICKS_PER_USER = 50
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"shards: {text}", file=sys.stderr, flush=True)
 
 
 def run_stage(
@@ -109,7 +106,7 @@ def prepare(work: Path, items: int, clicks: int, copies: int, timeout: float) ->
     }
     rows["skew"] = skew_city(work / "part" / "data", work / "skew" / "data")
     if read_latest(str(work / "whole" / "store")) is None:
-        say(f"embedding {items:,} listings with the stub encoders")
+        log(f"embedding {items:,} listings with the stub encoders")
         run_stage(work / "whole", "embed", work / "whole" / "store", timeout, ["--direct_num_workers=1"])
     for name in ("part", "skew"):
         link = work / name / "store"
@@ -144,7 +141,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         flags.append("--direct_running_mode=multi_processing")
     rows = prepare(work, arguments.items, arguments.clicks, arguments.copies, arguments.timeout)
     for name, found in rows.items():
-        say(f"{name}: {found}")
+        log(f"{name}: {found}")
         if read_latest(str(work / name / "shards")) is None:
             # Copies the embeddings. The runs that are measured find them there.
             run_stage(work / name, "shards", work / name / "shards", arguments.timeout, flags)
@@ -159,7 +156,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 result = run_polars(work / "whole" / "data", work / "polars", name, arguments.timeout)
                 peak = result["peak_mb"]
             results.append(result)
-            say(f"{name} {number + 1}/{arguments.repeats}: {result['seconds']:.1f} s, {peak:,.0f} MB")
+            log(f"{name} {number + 1}/{arguments.repeats}: {result['seconds']:.1f} s, {peak:,.0f} MB")
     skewed = run_polars(work / "skew" / "data", work / "polars", ENGINES[0], arguments.timeout)
     digests = {name: {run["digest_examples"] for run in results} for name, results in runs.items()}
     for same in (

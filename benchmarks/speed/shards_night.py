@@ -29,16 +29,13 @@ import pyarrow.parquet as pq
 
 from benchmarks.speed.shards import run_stage
 from benchmarks.support.city import make_city, multiply_city
-from benchmarks.support.command import machine, work_directory
+from benchmarks.support.command import machine, progress_log, work_directory
 from pipelines.runs.manifest import read_latest
+
+log = progress_log("shards_night")
 
 LOGS = (("clicks", "clicked_at"), ("orders", "ordered_at"))
 FLAGS = ["--direct_num_workers=1"]
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"shards_night: {text}", file=sys.stderr, flush=True)
 
 
 def write_nights(city: Path, first: Path, second: Path) -> dict[str, int]:
@@ -73,7 +70,7 @@ def write_nights(city: Path, first: Path, second: Path) -> dict[str, int]:
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the first night once, and some second nights."""
     city = work / "city"
-    say(f"a city of {arguments.items:,} listings and about {arguments.clicks:,} clicks of {arguments.days} days")
+    log(f"a city of {arguments.items:,} listings and about {arguments.clicks:,} clicks of {arguments.days} days")
     base = arguments.clicks // arguments.copies
     make_city(city / "once", arguments.items, base, 1, arguments.clicks_per_user, arguments.days)
     multiply_city(city / "once", city / "whole", arguments.copies)
@@ -89,18 +86,18 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for directory in (out, left):
         shutil.rmtree(directory, ignore_errors=True)
     first, _ = run_stage(work / "first", "shards", out, arguments.timeout, FLAGS, rebuild=False)
-    say(f"first night: {first['seconds']:.1f} s")
+    log(f"first night: {first['seconds']:.1f} s")
     out.rename(left)
     nights = []
     for number in range(arguments.repeats):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(left, out, copy_function=os.link)
         nights.append(run_stage(work / "second", "shards", out, arguments.timeout, FLAGS, rebuild=False)[0])
-        say(f"second night {number + 1}/{arguments.repeats}: {nights[-1]['seconds']:.1f} s")
+        log(f"second night {number + 1}/{arguments.repeats}: {nights[-1]['seconds']:.1f} s")
     digests = {night["digest_examples"] for night in nights}
     manifest = read_latest(str(out))
     assert manifest is not None
-    told = manifest.summary
+    summary = manifest.summary
     if arguments.check:
         whole, _ = run_stage(work / "second", "shards", work / "whole", arguments.timeout, FLAGS)
         digests.add(whole["digest_examples"])
@@ -114,9 +111,9 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             "first": round(first["cpu_seconds"], 1),
             "second": round(statistics.median(night["cpu_seconds"] for night in nights), 1),
         },
-        "days": {name: told[f"days_{name}"] for name in ("built", "kept")},
-        "log_rows": {name: told[f"log_rows_{name}"] for name in ("read", "kept")},
-        "rows": rows | {"examples": manifest.rows("examples"), "examples_built": told["examples_built"]},
+        "days": {name: summary[f"days_{name}"] for name in ("built", "kept")},
+        "log_rows": {name: summary[f"log_rows_{name}"] for name in ("read", "kept")},
+        "rows": rows | {"examples": manifest.rows("examples"), "examples_built": summary["examples_built"]},
         "checked": arguments.check,
     }
 

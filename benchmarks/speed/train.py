@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from benchmarks.support.city import make_city
-from benchmarks.support.command import machine, names_of, work_directory
+from benchmarks.support.command import machine, names_of, progress_log, work_directory
 from benchmarks.support.stage_process import Job, run_stage
 from camenn_model.batch import Batch
 from camenn_model.config import PROFILES
@@ -56,13 +56,10 @@ from camenn_model.training.corpus import Corpus, TrainOptions, open_corpus
 from camenn_model.training.trainer import MicroBatch, Share, Trainer
 from pipelines.runs.manifest import read_latest
 
+log = progress_log("train")
+
 PARTS = ("speed", "mixing")
 IMAGE_SHAPE, TEXT_SHAPE = (16, 1536), (32, 384)
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"train: {text}", file=sys.stderr, flush=True)
 
 
 def prepare(work: Path, items: int, clicks: int) -> str:
@@ -73,7 +70,7 @@ def prepare(work: Path, items: int, clicks: int) -> str:
     make_city(work / "data", items, clicks, 1)
     for stage, name in (("embed", "store"), ("shards", "shards")):
         if read_latest(str(work / name)) is None:
-            say(f"{stage} of {items:,} listings and {clicks:,} clicks")
+            log(f"{stage} of {items:,} listings and {clicks:,} clicks")
             run_stage(
                 Job(
                     stage=stage,
@@ -177,7 +174,7 @@ def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: 
             if not warm:
                 found[name].append(taken)
         if not warm:
-            say(", ".join(f"{name} {1 / values[-1]:,.0f}/s" for name, values in found.items()))
+            log(", ".join(f"{name} {1 / values[-1]:,.0f}/s" for name, values in found.items()))
 
     def ratio(above: str, below: str) -> float:
         return round(statistics.median(a / b for a, b in zip(found[above], found[below], strict=True)), 3)
@@ -205,7 +202,7 @@ def measure_speed(shards: str, out: Path, arguments: argparse.Namespace) -> dict
         options = TrainOptions(
             shards=shards, out=str(out), profile=profile, batch_size=arguments.batch_size, workers=arguments.workers
         )
-        say(f"profile {profile}")
+        log(f"profile {profile}")
         found[profile] = measure_profile(open_corpus(options), options, arguments.steps, arguments.repeats)
     return {"speed": found}
 
@@ -233,7 +230,7 @@ def measure_mixing(shards: str, out: Path, arguments: argparse.Namespace) -> dic
             trainer.run()
             test = predict(trainer.model, corpus.reader, corpus.table, corpus.blocks("test"))
             values.append(metrics.auc(test.labels, test.logits))
-            say(f"seed {seed}, by_store {by_store}: AUC {values[-1]:.4f}, {trainer.state.examples:,} examples")
+            log(f"seed {seed}, by_store {by_store}: AUC {values[-1]:.4f}, {trainer.state.examples:,} examples")
     for by_store, values in aucs.items():
         units = list_units(corpus.files("train"))
         batches = stream_batches(

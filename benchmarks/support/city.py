@@ -42,7 +42,7 @@ MADE = "city.json"
 """Written last: a directory without it was cut off and is made again."""
 
 
-def plant_config(items: int, clicks: int, clicks_per_user: int = CLICKS_PER_USER, days: int = DAYS) -> CityConfig:
+def city_config(items: int, clicks: int, clicks_per_user: int = CLICKS_PER_USER, days: int = DAYS) -> CityConfig:
     """Return the sizes of the city.
 
     A store has a hundred listings, and a user about as many clicks as in the simulator's own city.
@@ -74,7 +74,7 @@ def make_city(
         return there
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    config = plant_config(items, clicks, clicks_per_user, days)
+    config = city_config(items, clicks, clicks_per_user, days)
     catalog = make_catalog(make_classes(config), config)
     users = make_users(catalog.stores, config)
     rows = {

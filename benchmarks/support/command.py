@@ -4,6 +4,7 @@ These are lists of names, a place to work in, and what is said of the machine.
 """
 
 import argparse
+import logging
 import os
 import platform
 import sys
@@ -49,3 +50,18 @@ def work_directory(given: Path | None, name: str) -> Iterator[Path]:
 def machine() -> dict[str, Any]:
     """Return cores and platform, for a result."""
     return {"cores": os.cpu_count(), "platform": platform.platform()}
+
+
+def progress_log(name: str) -> Callable[[str], None]:
+    """Return the function that logs a benchmark's progress.
+
+    Each line goes to stderr at once, as `NAME: text`, whatever other loggers are set to.
+    """
+    logger = logging.getLogger(f"benchmarks.{name}")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger.info

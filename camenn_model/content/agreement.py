@@ -47,11 +47,15 @@ BLOCK = 1_024
 PENALTY = 1.0
 """Half of it times the sum of squares of a regression's weights is added to its summed log loss."""
 TINY = 1e-12
-COSINE, IMAGE_REACH, TEXT_REACH = range(3)
+COSINE, IMAGE_NEIGHBOURS, TEXT_NEIGHBOURS = range(3)
 """Columns of the figures: of own photo and title; mean of the photo with the titles that suit it
 best; mean of the title with the photos
 """
-HEADS = {"ita": (COSINE, IMAGE_REACH), "tia": (COSINE, TEXT_REACH), "both": (COSINE, IMAGE_REACH, TEXT_REACH)}
+HEADS = {
+    "ita": (COSINE, IMAGE_NEIGHBOURS),
+    "tia": (COSINE, TEXT_NEIGHBOURS),
+    "both": (COSINE, IMAGE_NEIGHBOURS, TEXT_NEIGHBOURS),
+}
 """Which figures a probability is read from: whether another title would suit the photo better,
 whether another photo the title, and both
 """
@@ -115,7 +119,9 @@ class FoldJudge:
         photos = units_along(images, self.image_mean, self.image_map)
         said = units_along(titles, self.text_mean, self.text_map)
         cosine = (photos * said).sum(axis=1)
-        return np.stack([cosine, _reach(photos, self.text_bank), _reach(said, self.image_bank)], axis=1)
+        return np.stack(
+            [cosine, _mean_top_k_cosine(photos, self.text_bank), _mean_top_k_cosine(said, self.image_bank)], axis=1
+        )
 
 
 @dataclass(frozen=True)
@@ -253,8 +259,8 @@ def _expand(x: Floats) -> Floats:
     return np.stack([*x.T, *pairs, *np.square(x.T), np.ones(len(x))], axis=1)
 
 
-def _reach(vectors: Floats, bank: Floats) -> Floats:
+def _mean_top_k_cosine(vectors: Floats, bank: Floats) -> Floats:
     similar = vectors @ bank.T.astype(np.float64)
     count = min(NEIGHBOURS, similar.shape[1])
-    reach: Floats = np.partition(similar, similar.shape[1] - count, axis=1)[:, -count:].mean(axis=1)
-    return reach
+    mean: Floats = np.partition(similar, similar.shape[1] - count, axis=1)[:, -count:].mean(axis=1)
+    return mean

@@ -42,7 +42,7 @@ NUMERIC_GROUPS = {
 }
 
 
-class Told(NamedTuple):
+class CatalogFeatures(NamedTuple):
     """Features of each listing that all listings tell.
 
     They are float32 [N] each; NaN = unknown.
@@ -87,7 +87,13 @@ class FeatureSpace:
 
     @classmethod
     def fit(
-        cls, items: pa.Table, users: pa.Table, examples: pa.Table, likeness: Likeness, agreement: Agreement, told: Told
+        cls,
+        items: pa.Table,
+        users: pa.Table,
+        examples: pa.Table,
+        likeness: Likeness,
+        agreement: Agreement,
+        catalog_features: CatalogFeatures,
     ) -> "FeatureSpace":
         """Fit on items, users and training examples.
 
@@ -102,7 +108,9 @@ class FeatureSpace:
         for name in user_fields:
             vocabularies[name] = Vocabulary.fit(users[name.removeprefix("user_")])
         numbers = {
-            name: Numeric.fit(getattr(told, name) if name in Told._fields else to_float(items[name]))
+            name: Numeric.fit(
+                getattr(catalog_features, name) if name in CatalogFeatures._fields else to_float(items[name])
+            )
             for group in ("item_numeric", "item_quality")
             for name in NUMERIC_GROUPS[group]
         }
@@ -120,7 +128,7 @@ class FeatureSpace:
         )
 
     def encode_items(
-        self, items: pa.Table, told: Told
+        self, items: pa.Table, catalog_features: CatalogFeatures
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
         """Encode an `items` table.
 
@@ -134,7 +142,8 @@ class FeatureSpace:
         cats.append(np.where(np.asarray(new), MISSING, self.ids[ITEM_HASH].encode(items["item_id"])))
         values, buckets = self.encode_numbers(
             ("item_numeric", "item_quality"),
-            {name: to_float(items[name]) for name in items.column_names if name in self.numbers} | told._asdict(),
+            {name: to_float(items[name]) for name in items.column_names if name in self.numbers}
+            | catalog_features._asdict(),
         )
         return np.stack(cats, axis=1), values, buckets
 

@@ -18,7 +18,7 @@ from camenn_model.config import ITEM_HASH, SUBCATEGORY, ModelConfig
 from camenn_model.content.agreement import FOLDS, Agreement, Judgement
 from camenn_model.content.price_against_similar import Likeness, alike_prices
 from camenn_model.data.contents import Contents, Means
-from camenn_model.data.feature_space import FeatureSpace, Told
+from camenn_model.data.feature_space import CatalogFeatures, FeatureSpace
 from camenn_model.data.field_encoders import to_float
 from camenn_model.hashing import stable_hash
 
@@ -98,13 +98,17 @@ class ItemTable:
             config=config,
         )
 
-    def encode(self, space: FeatureSpace, told: Told | None = None) -> "ItemTable":
+    def encode(self, space: FeatureSpace, catalog_features: CatalogFeatures | None = None) -> "ItemTable":
         """Encode the columns and return the table itself.
 
         `told`: what `tell` finds by the space, where it is known already.
         """
-        told = self.tell(space.likeness, space.agreement) if told is None else told
-        self.cats, self.values, self.buckets = space.encode_items(self.items, told)
+        catalog_features = (
+            self.compute_catalog_features(space.likeness, space.agreement)
+            if catalog_features is None
+            else catalog_features
+        )
+        self.cats, self.values, self.buckets = space.encode_items(self.items, catalog_features)
         names = [field.name for field in space.fields if field.group == "item"]
         self.history_cats = self.cats[:, [names.index(ITEM_HASH), names.index(SUBCATEGORY)]]
         self.subcategory = self.cats[:, names.index(SUBCATEGORY)]
@@ -112,12 +116,12 @@ class ItemTable:
             del self.items
         return self
 
-    def tell(self, likeness: Likeness, agreement: Agreement) -> Told:
+    def compute_catalog_features(self, likeness: Likeness, agreement: Agreement) -> CatalogFeatures:
         """Compute the features that all listings tell of each.
 
         They come from photos and titles.
         """
-        return Told(self.alike_prices(likeness), self.judge(agreement).agreement)
+        return CatalogFeatures(self.alike_prices(likeness), self.judge(agreement).agreement)
 
     def fit_agreement(self) -> Agreement:
         """Fit an agreement on some training listings.

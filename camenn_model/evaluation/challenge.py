@@ -96,7 +96,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Duel:
+class ModelComparison:
     """A challenger against the champion, the published model.
 
     Both predict the same clicks. Losses are mean log losses of calibrated probabilities.
@@ -195,7 +195,7 @@ def judge_calibration(package: Package, shards: ShardSet) -> Calibration | None:
     )
 
 
-def hold_duel(champion: Package, challenger: Package, shards: ShardSet) -> Duel | None:
+def compare_with_champion(champion: Package, challenger: Package, shards: ShardSet) -> ModelComparison | None:
     """Compare champion and challenger on the latest closed days.
 
     None where there are none, or the published model cannot read the shard set's embeddings.
@@ -207,7 +207,7 @@ def hold_duel(champion: Package, challenger: Package, shards: ShardSet) -> Duel 
     _, new, new_logits = _predict(challenger, shards, days)
     old_loss, new_loss = (-np.log(np.where(labels == 1, p, 1 - p)) for p in (old, new))
     both_classes = 0 < labels.sum() < len(labels)
-    return Duel(
+    return ModelComparison(
         first_day=days.first,
         last_day=days.last,
         examples=len(labels),

@@ -66,13 +66,13 @@ def predict(
     sessions: list[NDArray[np.int64]] = []
     base = 0
 
-    def tell(rows: int) -> None:
+    def report(rows: int) -> None:
         if progress is not None:
             progress(done + rows, total)
 
     for block in blocks:
         rows = reader.read_unit(block)
-        logits.append(predict_rows(model, table, rows, tell))
+        logits.append(predict_rows(model, table, rows, report))
         done += len(rows)
         labels.append(rows.label.astype(np.float64))
         users.append(rows.user)

@@ -40,12 +40,12 @@ purchases and of clicks the means of identity, looks and words.
 """
 FACTORS = 3
 """Pieces of a side's factor, each of width d: of all together, of looks, of words."""
-LEAST_WORTH = 1.0
+LEAST_COEFFICIENT = 1.0
 """Worth to an order of the product of the two vectors, where orders begin to teach.
 
 Near 0 it would hand their gradients neither vector.
 """
-ENOUGH_WORTH = 0.25
+ENOUGH_COEFFICIENT = 0.25
 """Worth of tastes that clicks taught, in the regression.
 
 It takes them for less than they are: both vectors carry noise. Where they are worth less, the
@@ -126,13 +126,15 @@ class Affinity(nn.Module):
         width = self.item_task.in_features
         with torch.autocast(summary.device.type, enabled=False):
             if side == 0:
-                _, looks, words = summary.float().split(width, dim=-1)
+                _, image_vectors, text_vectors = summary.float().split(width, dim=-1)
             else:
-                _, _, bought_looks, bought_words, _, clicked_looks, clicked_words = summary.float().split(width, dim=-1)
-                looks = self.liked_looks(torch.cat([bought_looks, clicked_looks], dim=-1))
-                words = self.liked_words(torch.cat([bought_words, clicked_words], dim=-1))
+                _, _, bought_images, bought_texts, _, clicked_images, clicked_texts = summary.float().split(
+                    width, dim=-1
+                )
+                image_vectors = self.liked_looks(torch.cat([bought_images, clicked_images], dim=-1))
+                text_vectors = self.liked_words(torch.cat([bought_texts, clicked_texts], dim=-1))
         task = (self.item_task, self.audience_task)[side](vector)
-        return torch.cat([vector * self.scale**0.5, looks, words], dim=-1), task
+        return torch.cat([vector * self.scale**0.5, image_vectors, text_vectors], dim=-1), task
 
     def of_orders(self, ours: Tensor) -> Tensor:
         """Weigh the items' factors [I, 3 d] as orders do.
@@ -150,21 +152,21 @@ class Affinity(nn.Module):
         return (ours[item] * theirs[audience]).unflatten(-1, (FACTORS, -1)).sum(-1)
 
     @torch.no_grad()
-    def start_worth(self, worth: Tensor) -> Tensor:
+    def start_coefficients(self, coefficients: Tensor) -> Tensor:
         """Start the weights of the pieces from a regression's.
 
         Looks and words become worth what the regression says, of worth [3], and tastes become worth
-        ``LEAST_WORTH`` or more. Where tastes are not worth ``ENOUGH_WORTH``, the audience's vectors
+        ``LEAST_COEFFICIENT`` or more. Where tastes are not worth ``ENOUGH_COEFFICIENT``, the audience's vectors
         are made smaller.
 
         Returns:
-            Share of ``ENOUGH_WORTH`` that tastes are worth, [] float32 in [0, 1].
+            Share of ``ENOUGH_COEFFICIENT`` that tastes are worth, [] float32 in [0, 1].
         """
-        smaller = (worth[0] / ENOUGH_WORTH).clamp(0, 1)
+        smaller = (coefficients[0] / ENOUGH_COEFFICIENT).clamp(0, 1)
         for weight in self.audience.out.parameters():
             weight.mul_(smaller)
-        worth = torch.cat([worth[:1].clamp(min=LEAST_WORTH), worth[1:]])
-        self.worth.copy_((worth / FAST).repeat_interleave(len(self.worth) // FACTORS))
+        coefficients = torch.cat([coefficients[:1].clamp(min=LEAST_COEFFICIENT), coefficients[1:]])
+        self.worth.copy_((coefficients / FAST).repeat_interleave(len(self.worth) // FACTORS))
         return smaller
 
     def choice(self, ours: Tensor, theirs: Tensor, item: Tensor, audience: Tensor, store: Tensor) -> Tensor:

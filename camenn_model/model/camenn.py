@@ -152,7 +152,7 @@ class CameNN(nn.Module):
         )
         ours, our_task = self.affinity.vectors(items.summary, side=0)
         theirs, their_task = self.affinity.vectors(audience.summary, side=1)
-        told = our_task.index_select(0, pairs.item) + their_task.index_select(0, pairs.audience)
+        context = our_task.index_select(0, pairs.item) + their_task.index_select(0, pairs.audience)
         factors = (
             torch.cat([self.affinity.of_orders(ours), self.wide.item_factors(batch.items)], dim=1),
             torch.cat([theirs, self.wide.audience_factors(batch.audience)], dim=1),
@@ -161,7 +161,7 @@ class CameNN(nn.Module):
         direct = direct + self.wide.of_pairs(pairs.values, pairs.buckets)
         counted = self.counts.of_audience(batch.audience).index_select(0, pairs.audience)
         direct = direct + self.counts(counted, pairs.values, pairs.buckets)
-        x = self.pair_tokens(pairs, told)
+        x = self.pair_tokens(pairs, context)
         mixed = self._bottom_and_experts(sides, x, gate)
         logits = self.cvr_tower(mixed) + direct + self.affinity.of_token(x[:, 0])
         choice = self.affinity.choice(ours, theirs, pairs.item, pairs.audience, self._stores(batch))

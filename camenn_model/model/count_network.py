@@ -108,7 +108,7 @@ class Counts(nn.Module):
         return logits.squeeze(-1)
 
     @torch.no_grad()
-    def scale(self, worth: float) -> None:
+    def scale(self, factor: float) -> None:
         """Multiply what the network says by ``worth``."""
-        self.out.weight.mul_(worth)
-        self.out.bias.mul_(worth)
+        self.out.weight.mul_(factor)
+        self.out.bias.mul_(factor)

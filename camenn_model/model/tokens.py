@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from camenn_model.batch import AudienceBatch, HistoryItems, ItemBatch, PairBatch
 from camenn_model.config import ITEM_HASH, SUBCATEGORY, USER_HASH, FieldSpec, ModelConfig
-from camenn_model.content.taste_directions import TasteSpace
+from camenn_model.content.preference_directions import PreferenceSpace
 from camenn_model.model.layers import drop, init_embedding, init_linear, wide_scale
 from schemas.training import CLICKED, PURCHASED
 
@@ -104,10 +104,10 @@ class FrozenProjection(nn.Module):
         return F.linear(x.to(weight.dtype), weight, self.linear.bias - weight @ self.mean)
 
 
-class TasteMap(nn.Module):
+class PreferenceMap(nn.Module):
     """A map of listings to the space of tastes.
 
-    It tells where a listing's photo and title lie in that space (``taste_directions.py``), whether
+    It tells where a listing's photo and title lie in that space (``preference_directions.py``), whether
     it is offered or in a history. The maps are found from clicks before training and stay. What
     stands for an absent photo or title is learned.
     """
@@ -123,7 +123,7 @@ class TasteMap(nn.Module):
         self.no_text = nn.Parameter(torch.zeros(config.width))
 
     @torch.no_grad()
-    def start(self, image: TasteSpace | None, text: TasteSpace | None) -> None:
+    def start(self, image: PreferenceSpace | None, text: PreferenceSpace | None) -> None:
         """Take over the directions that were found.
 
         Dimensions beyond them, and a modality that nobody has, are 0.
@@ -142,9 +142,9 @@ class TasteMap(nn.Module):
         They are of mean features [R, image_width] and [R, text_width].
         """
         with torch.autocast(image.device.type, enabled=False):
-            looks = torch.where(has_image[:, None], self.image(image.float()), self.no_image)
-            words = torch.where(has_text[:, None], self.text(text.float()), self.no_text)
-        return looks, words
+            image_vectors = torch.where(has_image[:, None], self.image(image.float()), self.no_image)
+            text_vectors = torch.where(has_text[:, None], self.text(text.float()), self.no_text)
+        return image_vectors, text_vectors
 
 
 class NumericToken(nn.Module):
@@ -215,8 +215,8 @@ class Content:
     image_mask: Tensor  # [I, 1 + P] bool
     text_gate: Tensor  # [I, d]: [TXT]
     image_gate: Tensor  # [I, d]: mean of patches
-    looks: Tensor  # [I, d] float32, ``TasteMap``
-    words: Tensor  # [I, d]
+    image_vectors: Tensor  # [I, d] float32, ``PreferenceMap``
+    text_vectors: Tensor  # [I, d]
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class ItemTokens(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(field.size, width) for field in config.item_categorical)
         self.field_type = nn.Parameter(torch.empty(len(config.item_categorical), width))
         self.groups = NumericTokens(config, ("item_numeric", "item_quality"))
-        self.tastes = TasteMap(config)
+        self.tastes = PreferenceMap(config)
         self.text_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.field_norm = nn.LayerNorm(width)
@@ -282,7 +282,7 @@ class ItemTokens(nn.Module):
         patches = patches + self.patch_type + place
         image = torch.cat([(summary + self.image_summary)[:, None], patches], dim=1)
 
-        looks, words = self.tastes(
+        image_vectors, text_vectors = self.tastes(
             items.patches.mean(1, dtype=torch.float32), has_image, masked_mean(items.text.float(), text_mask), has_text
         )
         text, image = self.text_norm(text), self.image_norm(image)
@@ -295,8 +295,8 @@ class ItemTokens(nn.Module):
             image_mask=torch.cat([always, patch_mask], dim=1),
             text_gate=text[:, 0],
             image_gate=mean_patch,
-            looks=looks,
-            words=words,
+            image_vectors=image_vectors,
+            text_vectors=text_vectors,
         )
 
     def forward(self, items: ItemBatch) -> SideTokens:
@@ -321,7 +321,7 @@ class ItemTokens(nn.Module):
             tokens=torch.cat([content.text, content.image, field_tokens], dim=1),
             mask=torch.cat([content.text_mask, content.image_mask, real], dim=1),
             gate=gate,
-            summary=torch.cat([mean_field, content.looks, content.words], dim=-1),
+            summary=torch.cat([mean_field, content.image_vectors, content.text_vectors], dim=-1),
         )
 
     def identity(self, cats: Tensor) -> Tensor:
@@ -390,10 +390,10 @@ class AudienceTokens(nn.Module):
             fields.append(self.counts(audience.values, audience.buckets))
         field_tokens = self.field_norm(torch.stack(fields, dim=1))
 
-        looks = torch.where(history.has_image[:, None], self.image(history.image), self.no_image)
-        words = torch.where(history.has_text[:, None], self.text(history.text), self.no_text)
+        image_vectors = torch.where(history.has_image[:, None], self.image(history.image), self.no_image)
+        text_vectors = torch.where(history.has_text[:, None], self.text(history.text), self.no_text)
         past = (
-            _padded(liked[:, : looks.shape[1]] + looks + words, audience.history)
+            _padded(liked[:, : image_vectors.shape[1]] + image_vectors + text_vectors, audience.history)
             + self.kind(audience.history_kind)
             + audience.history_gap.to(self.gap.dtype)[..., None] * self.gap
             + self.slot[: audience.history.shape[1]]
@@ -453,7 +453,7 @@ class PairTokens(nn.Module):
         init_embedding(self.task)
         init_embedding(self.position.weight)
 
-    def forward(self, pairs: PairBatch, told: Tensor) -> Tensor:
+    def forward(self, pairs: PairBatch, context: Tensor) -> Tensor:
         """Return the pair tokens, [B, X, d].
 
         ``told`` [B, d] is added to the task token. In training ``position_dropout`` of the
@@ -463,13 +463,13 @@ class PairTokens(nn.Module):
             position = forget_ids(pairs.position, self.config.position_dropout, True)
         else:
             position = torch.zeros_like(pairs.position)
-        return drop(self.embed(pairs.values, pairs.buckets, position, told), self.config.dropout, self.training)
+        return drop(self.embed(pairs.values, pairs.buckets, position, context), self.config.dropout, self.training)
 
-    def embed(self, values: Tensor, buckets: Tensor, position: Tensor, told: Tensor) -> Tensor:
+    def embed(self, values: Tensor, buckets: Tensor, position: Tensor, context: Tensor) -> Tensor:
         """Embed the pairs without any dropout, [..., X, d].
 
         ``values`` and ``buckets`` are [..., n], ``position`` [...], ``told`` [..., d].
         """
         groups = self.groups(values, buckets)
-        tokens = [sum(groups, self.task + told), *groups, self.position(position)]
+        tokens = [sum(groups, self.task + context), *groups, self.position(position)]
         return self.norm(torch.stack(tokens, dim=-2))

@@ -268,7 +268,7 @@ class WideRows:
     values: Tensor
     buckets: Tensor
     label: Tensor  # float32
-    told: Tensor  # [B, p] float32: logits that other parts say, the pieces of the product of tastes first
+    part_logits: Tensor  # [B, p] float32: logits that other parts say, the pieces of the product of tastes first
 
 
 def _frozen(*shape: int) -> nn.Parameter:

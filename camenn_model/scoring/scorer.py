@@ -191,8 +191,8 @@ class Scorer:
         by_item, by_audience = some.nonzero(as_tuple=True)
         with torch.autocast(values.device.type, enabled=False):
             unknown = torch.zeros(len(buckets), dtype=torch.int64, device=values.device)
-            told = items.task.index_select(0, by_item) + audience.task.index_select(0, by_audience)
-            x = model.pair_tokens.embed(values, buckets, unknown, told)  # [n, X, d]
+            context = items.task.index_select(0, by_item) + audience.task.index_select(0, by_audience)
+            x = model.pair_tokens.embed(values, buckets, unknown, context)  # [n, X, d]
             below = model.affinity.of_token(x[:, 0]) + model.wide.of_pairs(values, buckets)
             below = below + model.counts(audience.counts.index_select(0, by_audience), values, buckets)
         all_i, all_s = find_places(some, model.config.heads)

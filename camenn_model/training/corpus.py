@@ -141,9 +141,9 @@ def open_corpus(options: TrainOptions) -> Corpus:
     table = ItemTable(shards.items, shards.images, shards.titles)
     likeness = table.fit_likeness()
     agreement = table.fit_agreement() if options.alignment else Agreement.none()
-    told = table.tell(likeness, agreement)
-    space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, agreement, told)
-    table.encode(space, told)
+    catalog_features = table.compute_catalog_features(likeness, agreement)
+    space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, agreement, catalog_features)
+    table.encode(space, catalog_features)
     patches, image_width = shards.images.shape
     tokens, text_width = shards.titles.shape
     config = ModelConfig.profile(

@@ -14,7 +14,7 @@ from camenn_model.model.wide import WideRows
 from camenn_model.training.optimizer import OptimizerConfig, build_schedule
 
 DROPOUT = 0.2
-PASSES = 12
+EPOCHS = 12
 """Over the training examples"""
 BATCH_SIZE = 128
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
@@ -50,7 +50,7 @@ class CountRows:
 
 
 @torch.no_grad()
-def say(counts: Counts, rows: CountRows) -> Tensor:
+def predict_logits(counts: Counts, rows: CountRows) -> Tensor:
     """Return the logits [B], computed some at a time."""
     blocks = [rows.take(slice(start, start + EVALUATED)) for start in range(0, len(rows), EVALUATED)]
     return torch.cat([block.said_by(counts) for block in blocks])
@@ -81,16 +81,16 @@ def fit_counts(
     """
 
     def loss_of(rows: CountRows) -> float:
-        return float(F.binary_cross_entropy_with_logits(base + say(counts, rows), rows.label))
+        return float(F.binary_cross_entropy_with_logits(base + predict_logits(counts, rows), rows.label))
 
     best, kept = loss_of(stop), {name: tensor.clone() for name, tensor in counts.state_dict().items()}
-    steps = PASSES * -(-len(train) // BATCH_SIZE)
+    steps = EPOCHS * -(-len(train) // BATCH_SIZE)
     torch.manual_seed(seed)
     counts.requires_grad_(True)
     try:
         optimizer = torch.optim.AdamW(counts.parameters(), lr=OPTIMIZER.learning_rate)
         schedule = build_schedule(optimizer, steps, OPTIMIZER)
-        for number in range(PASSES):
+        for number in range(EPOCHS):
             order = torch.randperm(len(train)).to(train.label.device)
             for some in order.split(BATCH_SIZE):
                 rows = train.take(some)
@@ -99,7 +99,7 @@ def fit_counts(
                 optimizer.step()
                 schedule.step()
             found = loss_of(stop)
-            progress(number + 1, PASSES, f"early-stop log loss {found:.4f}")
+            progress(number + 1, EPOCHS, f"early-stop log loss {found:.4f}")
             if found < best:
                 best, kept = found, {name: tensor.clone() for name, tensor in counts.state_dict().items()}
     finally:

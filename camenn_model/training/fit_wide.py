@@ -32,7 +32,7 @@ class Fit:
 
     penalty: float
     loss: float  # mean log loss on the early-stop part
-    worth: tuple[float, ...]  # of each of the other parts' logits
+    coefficients: tuple[float, ...]  # of each of the other parts' logits
 
 
 def fit_wide(
@@ -53,16 +53,16 @@ def fit_wide(
         stop: rows to choose the penalty by.
         progress: called on the way.
     """
-    worth = torch.zeros(train.told.shape[1], requires_grad=True, device=train.told.device)
-    weights = [*wide.parameters(), worth]
+    coefficients = torch.zeros(train.part_logits.shape[1], requires_grad=True, device=train.part_logits.device)
+    weights = [*wide.parameters(), coefficients]
     numbers = (wide.item_numbers, wide.audience_numbers, wide.pair_numbers)
-    slopes, buckets = [worth, *(part.slope for part in numbers)], [part.number for part in numbers]
+    slopes, buckets = [coefficients, *(part.slope for part in numbers)], [part.number for part in numbers]
     free = {id(weight) for weight in (wide.bias, *slopes, *buckets)}
     others = [weight for weight in wide.parameters() if id(weight) not in free]
     count = len(train.label)
 
     def loss_of(rows: WideRows) -> Tensor:
-        logits = base + wide.of_examples(catalog, rows) + rows.told @ worth
+        logits = base + wide.of_examples(catalog, rows) + rows.part_logits @ coefficients
         return F.binary_cross_entropy_with_logits(logits, rows.label)
 
     best: Fit | None = None
@@ -84,12 +84,13 @@ def fit_wide(
 
             optimizer.step(closure)
             with torch.no_grad():
-                found = Fit(penalty, float(loss_of(stop)), tuple(worth.tolist()))
+                found = Fit(penalty, float(loss_of(stop)), tuple(coefficients.tolist()))
             better = best is None or found.loss < best.loss
             progress(
                 number + 1 if better else len(PENALTIES),
                 len(PENALTIES),
-                f"penalty {penalty:g}, early-stop log loss {found.loss:.4f}, tastes worth {found.worth[0]:.2f}",
+                f"penalty {penalty:g}, early-stop log loss {found.loss:.4f}, "
+                f"preference coefficient {found.coefficients[0]:.2f}",
             )
             if not better:
                 break

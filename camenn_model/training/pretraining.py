@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from camenn_model.content.canonical_directions import PENALTY
-from camenn_model.content.taste_directions import find_tastes
+from camenn_model.content.preference_directions import find_preferences
 from camenn_model.data.alignment_sampler import AlignmentSampler
 from camenn_model.data.batching import collate, cut_batches, list_units, stream_batches
 from camenn_model.data.item_table import ItemTable
@@ -22,7 +22,7 @@ from camenn_model.model.camenn import CameNN
 from camenn_model.model.count_network import Counts
 from camenn_model.model.wide import WideRows
 from camenn_model.training.corpus import Corpus, Progress, TrainOptions
-from camenn_model.training.fit_counts import CountRows, fit_counts, say
+from camenn_model.training.fit_counts import CountRows, fit_counts, predict_logits
 from camenn_model.training.fit_wide import fit_wide
 from camenn_model.training.losses import MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
 from camenn_model.training.optimizer import OptimizerConfig, build_optimizer, set_rate
@@ -92,11 +92,11 @@ class Pretraining:
                 self.steps,
                 lambda done, total: self.progress("align", done, total, ""),
             )
-        self._find_tastes()
+        self._find_preferences()
         self._learn_choices()
         self._fit_direct()
 
-    def _find_tastes(self) -> None:
+    def _find_preferences(self) -> None:
         """Find the space of tastes, from the latest training clicks."""
         table = self.corpus.table
         pieces = [(rows.item, rows.user, rows.store) for rows in self.corpus.latest("train")]
@@ -106,7 +106,7 @@ class Pretraining:
             some = row[item] >= 0
             person, place = (np.unique(codes[some], return_inverse=True)[1] for codes in (user, store))
             given = (pooled, row[item[some]], person, place, self.corpus.config.width)
-            spaces.append(find_tastes(*given) if some.any() else None)
+            spaces.append(find_preferences(*given) if some.any() else None)
         self.model.item_tokens.tastes.start(*spaces)
 
     def _learn_choices(self) -> None:
@@ -128,9 +128,11 @@ class Pretraining:
                 torch.manual_seed(options.seed * 1_000_003 + done)
                 loss = nn.functional.softplus(-self.model.choose(batch.to(self.device))).mean()
                 share = min(1.0, (done + len(rows) / 2) / total)
-                told = _descend(self.model, optimizer, loss, options.optimizer, share, f"tastes, after {done:,} clicks")
+                found = _descend(
+                    self.model, optimizer, loss, options.optimizer, share, f"preferences, after {done:,} clicks"
+                )
                 done += len(rows)
-                self.progress("tastes", done, total, f"loss {told:.4f}")
+                self.progress("preferences", done, total, f"loss {found:.4f}")
 
     def _fit_direct(self) -> None:
         """Fit the count network and the linear part.
@@ -153,14 +155,14 @@ class Pretraining:
             wide,
             base,
             wide.see(self.corpus.table),
-            _told_by(counts, train),
-            _told_by(counts, stop),
+            _with_count_logits(counts, train),
+            _with_count_logits(counts, stop),
             lambda done, total, note: self.progress("wide", done, total, note),
         )
-        *tastes, of_counts = fitted.worth
+        *preferences, of_counts = fitted.coefficients
         counts.scale(of_counts)
         # Where choices tell little of orders, they should not count much beside them.
-        self.loss.choices_count.copy_(self.model.affinity.start_worth(torch.tensor(tastes)))
+        self.loss.choices_count.copy_(self.model.affinity.start_coefficients(torch.tensor(preferences)))
 
     def wide_rows(self, split: str) -> WideRows:
         """Gather the latest examples of a split."""
@@ -183,8 +185,10 @@ class Pretraining:
         return WideRows(*(torch.cat(columns) for columns in zip(*pieces, strict=True)))
 
 
-def _told_by(counts: Counts, rows: WideRows) -> WideRows:
-    return replace(rows, told=torch.cat([rows.told, say(counts, CountRows.of(rows))[:, None]], dim=1))
+def _with_count_logits(counts: Counts, rows: WideRows) -> WideRows:
+    return replace(
+        rows, part_logits=torch.cat([rows.part_logits, predict_logits(counts, CountRows.of(rows))[:, None]], dim=1)
+    )
 
 
 def _descend(
@@ -200,12 +204,12 @@ def _descend(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    told, length = torch.stack([loss.detach(), norm]).tolist()
-    if not (math.isfinite(told) and math.isfinite(length)):
+    value, length = torch.stack([loss.detach(), norm]).tolist()
+    if not (math.isfinite(value) and math.isfinite(length)):
         raise InputError(f"training: the loss or its gradient is not finite ({where}). Lower --learning_rate.")
     set_rate(optimizer, config, done)
     optimizer.step()
-    return float(told)
+    return float(value)
 
 
 def train_alignment(

@@ -282,8 +282,8 @@ class Trainer:
         figures = torch.stack([self._backward(piece, piece is share.pieces[-1]) for piece in share.pieces]).sum(dim=0)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.optimizer.clip)
         # One copy from the device for all that a step tells.
-        *told, length = torch.cat([figures, norm.reshape(1)]).tolist()
-        losses = dict(zip(Losses._fields, told, strict=False))
+        *values, length = torch.cat([figures, norm.reshape(1)]).tolist()
+        losses = dict(zip(Losses._fields, values, strict=False))
         if not all(map(math.isfinite, [*losses.values(), length])):
             self._stop(share, losses | {"gradient_norm": length})
         self.optimizer.step()
@@ -291,11 +291,11 @@ class Trainer:
         state.step += 1
         state.batch += 1
         state.examples += share.examples
-        told = self.processes.sums(told)
-        losses = dict(zip(Losses._fields, told, strict=False))
+        values = self.processes.sums(values)
+        losses = dict(zip(Losses._fields, values, strict=False))
         if share.pieces[0].alignment is None:
             losses |= dict.fromkeys(("ita", "tia", "contrastive"), math.nan)
-        chosen = told[len(losses) :]
+        chosen = values[len(losses) :]
         state.curves.append(
             {
                 "step": state.step,

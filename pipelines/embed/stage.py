@@ -8,7 +8,7 @@ catalog ──► Clean ──► Resolve (which photo, which title) ──► i
               minus committed keys ──► chunks of ≤ 256 ──► RunInference ──► one part + commit marker each
 
 Small parts, of this run and of those before, are merged once all are encoded, by runs that encoded
-something. `--plan` ends before RunInference: it counts. A run that lost photos is held back
+something. `--plan` ends before RunInference: it counts. A run that lost photos is gated
 (pipelines/embed/coverage.py).
 """
 
@@ -33,7 +33,7 @@ from pipelines.io import files
 from pipelines.io.tables import FileRecord, Source
 from pipelines.runner.beam import is_local_run, local_workers, open_pipeline, worker_threads
 from pipelines.runner.console import watch
-from pipelines.runner.exit_codes import HeldBack
+from pipelines.runner.exit_codes import GatesFailed
 from pipelines.runs.accounting import FinishRun, check_accounting, check_reject_rate, read_finished, read_rejects
 from pipelines.runs.manifest import Manifest, add_files, new_run, read_latest, request_fingerprint, write_manifest
 from pipelines.runs.outputs import check_output, hold_output
@@ -255,7 +255,7 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
         failed = [gate.words for gate in gates if not gate.passed]
         if failed:
             write_manifest(options.store, manifest)
-            raise HeldBack(
+            raise GatesFailed(
                 f"run {run_name} is finished, but {'; '.join(failed)}. The first without: {first_defect(defects)} "
                 "The embeddings of before stay published, and what was encoded is kept. "
                 f"See whether all of --image_root {options.image_root} is there, and run again; if it is right: "
@@ -309,15 +309,15 @@ def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
         summary[f"{kind}_to_encode"] = rows
         if not rows:
             continue
-        pace, told = _stored_pace(options, kind), f"{kind}: earlier runs"
+        pace, origin = _stored_pace(options, kind), f"{kind}: earlier runs"
         if pace is None and is_local_run(beam_flags):
-            pace, told = measure_pace(job.spec(kind), threads), f"{kind}: a batch encoded just now"
+            pace, origin = measure_pace(job.spec(kind), threads), f"{kind}: a batch encoded just now"
         if pace is None:
             # On other machines, and no run tells how fast they are.
-            encode_seconds, told = None, f"{kind}: nothing yet"
+            encode_seconds, origin = None, f"{kind}: nothing yet"
         elif encode_seconds is not None:
             encode_seconds += rows * pace / local_workers(beam_flags)
-        sources.append(told)
+        sources.append(origin)
     return summary | {
         # Three digits, not tenths: a fast machine's small run is no run of 0 seconds.
         "encode_seconds": None if encode_seconds is None else float(f"{encode_seconds:.3g}"),

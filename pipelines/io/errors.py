@@ -84,8 +84,8 @@ def reading(path: str, what: str, *, remedy: str = "Write it again.") -> Iterato
     except (InputError, MemoryError, pa.ArrowCancelled):
         raise
     except OSError as error:
-        told = tell_system_error(error, (path,))
-        raise told or InputError(f"{path}: {what} ({one_line(error)}). {_unencrypted(error) or remedy}") from error
+        explained = explain_system_error(error, (path,))
+        raise explained or InputError(f"{path}: {what} ({one_line(error)}). {_unencrypted(error) or remedy}") from error
     except RecursionError as error:
         raise InputError(f"{path}: {what} (nested too deeply). {remedy}") from error
     except UnicodeError as error:
@@ -125,14 +125,14 @@ def input_error_behind(error: BaseException, given: Sequence[str] = ()) -> Input
             # Beam's workers raise it again with the step's name behind its text.
             text = _STEP.sub("", str(seen))
             return seen if text == str(seen) else InputError(text)
-        told = tell_system_error(seen, given) if isinstance(seen, OSError) else None
-        if told is not None:
-            return told
+        explained = explain_system_error(seen, given) if isinstance(seen, OSError) else None
+        if explained is not None:
+            return explained
         seen = seen.__cause__ or seen.__context__
-    return _told_in_text(str(error), given)
+    return _explained_in_text(str(error), given)
 
 
-def _told_in_text(text: str, given: Sequence[str]) -> InputError | None:
+def _explained_in_text(text: str, given: Sequence[str]) -> InputError | None:
     """Find an input error in a traceback's text.
 
     A runner may have flattened a worker's exception to text.
@@ -153,7 +153,7 @@ def _told_in_text(text: str, given: Sequence[str]) -> InputError | None:
         return None
     words = _STEP.split(numbered[2])[0].strip()
     path = _QUOTED.search(words)
-    return _tell(int(numbered[1]), path[1] if path else None, words, given)
+    return _explain(int(numbered[1]), path[1] if path else None, words, given)
 
 
 _PROGRAMMING_NAMES = {"IndexError", "KeyError", "ModuleNotFoundError", "UnboundLocalError", "ZeroDivisionError"} | {
@@ -161,7 +161,7 @@ _PROGRAMMING_NAMES = {"IndexError", "KeyError", "ModuleNotFoundError", "UnboundL
 }
 
 
-def tell_system_error(error: OSError, given: Sequence[str] = ()) -> InputError | None:
+def explain_system_error(error: OSError, given: Sequence[str] = ()) -> InputError | None:
     """Return what a system error says to the user.
 
     It is None where it is none that they can fix.
@@ -169,16 +169,16 @@ def tell_system_error(error: OSError, given: Sequence[str] = ()) -> InputError |
     inner = getattr(error, "exception_details", None)
     if isinstance(inner, dict):
         # Beam's operations on many files: an error for each.
-        found = [tell_system_error(one, given) for one in inner.values() if isinstance(one, OSError)]
-        return next((told for told in found if told is not None), None)
+        found = [explain_system_error(one, given) for one in inner.values() if isinstance(one, OSError)]
+        return next((explained for explained in found if explained is not None), None)
     if error.errno is None:
         return None
     path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
     words = error.strerror or str(error)
-    return _tell(error.errno, path, words if path else one_line(error), given)
+    return _explain(error.errno, path, words if path else one_line(error), given)
 
 
-def _tell(number: int, path: str | None, words: str, given: Sequence[str]) -> InputError | None:
+def _explain(number: int, path: str | None, words: str, given: Sequence[str]) -> InputError | None:
     place = path or words
     if number in (errno.ENOSPC, errno.EDQUOT):
         return InputError(

@@ -382,10 +382,10 @@ def list_parquet(path: str, table: str) -> list[str]:
         if found:
             return sorted(found)
     empty = [name for name in names if is_local(name) and os.path.isdir(name)]
-    told = f" ({empty[0]} is a directory without any; names that begin with _ or . do not count)" if empty else ""
+    note = f" ({empty[0]} is a directory without any; names that begin with _ or . do not count)" if empty else ""
     raise InputError(
         f"table '{table}' is missing: neither {path}.parquet nor a directory {path}/ with "
-        f".parquet files exists{told}. Put it there."
+        f".parquet files exists{note}. Put it there."
     )
 
 

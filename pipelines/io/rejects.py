@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.io.tables import Slice, show_text, tell_not_utf8
+from pipelines.io.tables import Slice, describe_not_utf8, show_text
 from schemas.contract import Contract, find_not_utf8
 from schemas.rejects import REJECTS
 
@@ -29,7 +29,7 @@ class Fault:
 
     reason: str
     rows: np.ndarray
-    told: Callable[[int], str]
+    describe: Callable[[int], str]
 
 
 def find_unusable(table: pa.Table, contract: Contract) -> list[Fault]:
@@ -45,7 +45,7 @@ def find_unusable(table: pa.Table, contract: Contract) -> list[Fault]:
                 Fault(
                     "not_utf8",
                     wrong.to_numpy(zero_copy_only=False),
-                    lambda row, name=column.name: tell_not_utf8(name, table[name][row]),
+                    lambda row, name=column.name: describe_not_utf8(name, table[name][row]),
                 )
             )
     return faults + [
@@ -86,7 +86,7 @@ def drop_faults(
             values = [table[name][row] for name in contract.key]
             known = "/".join(show_text(value) for value in values if value.is_valid)
             keys.append(f"{contract.name}:{known or f'row {where.first_row + row} of {where.file}'}")
-            details.append(f"{where.file}: row {where.first_row + row}: {fault.told(row)}")
+            details.append(f"{where.file}: row {where.first_row + row}: {fault.describe(row)}")
         rejects.append(make_rejects(stage, keys, fault.reason, details))
     return (table.filter(pa.array(~bad)) if bad.any() else table), pa.concat_tables(rejects)
 

@@ -16,17 +16,17 @@ import pyarrow as pa
 from camenn_model.hashing import stable_hash
 from pipelines.io import files
 
-Parcel = bytes | tuple[str, int, int]
+SpilledPartition = bytes | tuple[str, int, int]
 """Arrow IPC bytes, or (path, offset, length) of them. A tuple, as Beam codes those of plain values quickly."""
 
 
 class Packer:
-    """A packer of tables into parcels.
+    """A packer of tables into partitions.
 
     It travels to workers, and opens its file there.
 
     Args:
-        scratch: directory of the files, on a disk that all workers share. None = parcels are bytes.
+        scratch: directory of the files, on a disk that all workers share. None = partitions are bytes.
         compression: lz4 is the faster one, zstd the smaller.
     """
 
@@ -37,8 +37,8 @@ class Packer:
     def __getstate__(self) -> dict[str, object]:
         return {"scratch": self.scratch, "compression": self.compression, "_file": None}
 
-    def pack(self, table: pa.Table) -> Parcel:
-        """Pack a table into a parcel.
+    def pack(self, table: pa.Table) -> SpilledPartition:
+        """Pack a table into a partition.
 
         It can be unpacked at once.
         """
@@ -65,14 +65,14 @@ class Packer:
             self._file = None
 
 
-def unpack(parcel: Parcel) -> pa.Table:
-    """Return the table of a parcel."""
-    if isinstance(parcel, tuple):
-        path, start, length = parcel
+def unpack(partition: SpilledPartition) -> pa.Table:
+    """Return the table of a partition."""
+    if isinstance(partition, tuple):
+        path, start, length = partition
         with open(path, "rb") as handle:
             handle.seek(start)
-            parcel = handle.read(length)
-    return files.ipc_table(parcel)
+            partition = handle.read(length)
+    return files.ipc_table(partition)
 
 
 def hash_buckets(column: pa.ChunkedArray, buckets: int) -> np.ndarray:
@@ -110,7 +110,7 @@ class _ToBuckets(beam.DoFn):
         self.tag = tag
         self.packer = packer
 
-    def process(self, table: pa.Table) -> Iterator[tuple[int, tuple[str, Parcel]]]:
+    def process(self, table: pa.Table) -> Iterator[tuple[int, tuple[str, SpilledPartition]]]:
         for number, piece in split_by_bucket(table, self.column, self.buckets):
             yield number, (self.tag, self.packer.pack(piece))
 
@@ -132,14 +132,14 @@ class ShuffleByBucket(beam.PTransform):
     `scratch`: directory in which the batches stay, so that only their places travel (see
     pipelines/io/shuffle.py).
 
-    `placed`: (bucket, (kind, parcel)) of what lies in files by its bucket already.
+    `placed`: (bucket, (kind, partition)) of what lies in files by its bucket already.
     """
 
     kinds: dict[str, str]
     buckets: int
     compression: str = "lz4"
     scratch: str | None = None
-    placed: tuple[tuple[int, tuple[str, Parcel]], ...] = ()
+    placed: tuple[tuple[int, tuple[str, SpilledPartition]], ...] = ()
 
     def expand(self, tables: Any) -> beam.PCollection:
         tagged = [
@@ -155,9 +155,9 @@ class ShuffleByBucket(beam.PTransform):
         )
 
 
-def _decode_group(group: tuple[int, Iterable[tuple[str, Parcel]]]) -> tuple[int, dict[str, pa.Table]]:
+def _decode_group(group: tuple[int, Iterable[tuple[str, SpilledPartition]]]) -> tuple[int, dict[str, pa.Table]]:
     bucket, pieces = group
     found: dict[str, list[pa.Table]] = {}
-    for tag, parcel in pieces:
-        found.setdefault(tag, []).append(unpack(parcel))
+    for tag, partition in pieces:
+        found.setdefault(tag, []).append(unpack(partition))
     return bucket, {tag: pa.concat_tables(tables) for tag, tables in found.items()}

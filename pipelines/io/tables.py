@@ -70,7 +70,7 @@ class Source:
                 wrong = find_not_utf8(column)
                 if wrong is not None:
                     row = pc.index(wrong, value=True).as_py()
-                    raise InputError(f"{path}: row {row}: {tell_not_utf8(name, column[row])}")
+                    raise InputError(f"{path}: row {row}: {describe_not_utf8(name, column[row])}")
             tables.append(table)
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
@@ -305,7 +305,7 @@ def write_table(directory: str, name: str, table: pa.Table) -> FileRecord:
     return FileRecord.of(name, path, table.num_rows, write_parquet(path, table))
 
 
-def tell_not_utf8(name: str, text: pa.StringScalar) -> str:
+def describe_not_utf8(name: str, text: pa.StringScalar) -> str:
     r"""Describe a text that is not UTF-8.
 
     Given are column, value (foreign bytes as \xe9) and remedy.

@@ -44,10 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_night(config, arguments.json)
     except OSError as error:
-        told = input_error_behind(error, config.words)
-        if told is None:
+        explained = input_error_behind(error, config.words)
+        if explained is None:
             raise
-        raise told from error
+        raise explained from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ simply run again. Exit codes:
 * 0 all is well
 * 1 something unforeseen
 * 2 something to fix (input, config, a full disk)
-* 3 tonight's embeddings or scores were held back by a gate
+* 3 tonight's embeddings or scores were gated by a gate
 * 4 another night is running
 * 5 the published scores are older than they may be
 
@@ -31,10 +31,10 @@ from pipelines.io.errors import input_error_behind
 from pipelines.nightly.config import NightlyConfig, describe
 from pipelines.nightly.retraining import decide
 from pipelines.runner.console import closing_table
-from pipelines.runner.exit_codes import BUSY, HELD_BACK, MENDABLE, STALE, UNFORESEEN, HeldBack
+from pipelines.runner.exit_codes import BUSY, GATES_FAILED, STALE, UNFORESEEN, USER_ERROR, GatesFailed
 from pipelines.runs.garbage import collect
 from pipelines.runs.manifest import read_latest
-from pipelines.runs.night_record import DONE, FAILED, HELD, NOT_DUE, UNCHANGED, Night, StageRecord, new_night
+from pipelines.runs.night_record import DONE, FAILED, GATED, NOT_DUE, UNCHANGED, Night, StageRecord, new_night
 from pipelines.runs.publication import publications
 from pipelines.stages import OUTPUT_FOLDERS, STAGES
 
@@ -55,7 +55,7 @@ def stage_command(config: NightlyConfig, stage: str) -> list[str]:
     return [*own, *config.stage_flags(stage), *beam]
 
 
-def tell(stage: str, summary: dict[str, Any]) -> str:
+def summarise(stage: str, summary: dict[str, Any]) -> str:
     """Say what a stage changed and what it left out.
 
     It is said in a sentence.
@@ -77,10 +77,11 @@ def tell(stage: str, summary: dict[str, Any]) -> str:
             f"{s['rejected']:,} rows rejected"
         )
     if stage == "train":
-        duel = s.get("challenge")
+        comparison = s.get("challenge")
         took_over = (
-            f"; log loss {duel['challenger_log_loss']:.4f} against {duel['champion_log_loss']:.4f} of the model before"
-            if duel
+            f"; log loss {comparison['challenger_log_loss']:.4f} against {comparison['champion_log_loss']:.4f} of "
+            "the model before"
+            if comparison
             else ""
         )
         return f"{s['steps']:,} steps, AUC {s['test_auc']:.4f} on unseen clicks{took_over}"
@@ -105,31 +106,31 @@ class _Nightly:
         record = StageRecord(stage)
         self.night.stages.append(record)
         self.night.write()
-        self.night.say(f"{stage}: begins")
+        self.night.log(f"{stage}: begins")
         began = time.monotonic()
         try:
             work(record)
-        except HeldBack as held:
-            record.status, record.words = HELD, str(held)
+        except GatesFailed as held:
+            record.status, record.words = GATED, str(held)
             if stage != "train":
                 # A challenger that lost is an answer, not a failure.
-                self.fail(HELD_BACK, stage, record.words)
+                self.fail(GATES_FAILED, stage, record.words)
         except Exception as error:
-            mendable = input_error_behind(error, self.config.words)
+            user_error = input_error_behind(error, self.config.words)
             record.status = FAILED
-            record.words = str(mendable) if mendable else f"{type(error).__name__}: {error}"
-            if mendable is None:
-                self.night.say(f"{stage}: {traceback.format_exc()}")
-            self.fail(MENDABLE if mendable else UNFORESEEN, stage, record.words)
+            record.words = str(user_error) if user_error else f"{type(error).__name__}: {error}"
+            if user_error is None:
+                self.night.log(f"{stage}: {traceback.format_exc()}")
+            self.fail(USER_ERROR if user_error else UNFORESEEN, stage, record.words)
         except SystemExit as refused:
             # What argparse does with flags; it has told which.
             record.status, record.words = (
                 FAILED,
                 f"camenn {stage} refused its flags, see above (exit code {refused.code})",
             )
-            self.fail(MENDABLE, stage, record.words)
+            self.fail(USER_ERROR, stage, record.words)
         record.seconds = round(time.monotonic() - began, 1)
-        self.night.say(f"{stage}: {record.status}, {record.seconds} s: {record.words}")
+        self.night.log(f"{stage}: {record.status}, {record.seconds} s: {record.words}")
         self.night.write()
         return record.status in (DONE, UNCHANGED, NOT_DUE)
 
@@ -156,7 +157,7 @@ class _Nightly:
         record.run, record.summary = after.run, after.summary
         same = before is not None and before.run == after.run
         record.status = UNCHANGED if same else DONE
-        record.words = f"nothing changed since run {after.run}" if same else tell(stage, after.summary)
+        record.words = f"nothing changed since run {after.run}" if same else summarise(stage, after.summary)
 
     def train(self, record: StageRecord) -> None:
         """Train where it is due."""
@@ -164,7 +165,7 @@ class _Nightly:
         if not decision.due:
             record.status, record.words = NOT_DUE, decision.words
             return
-        self.night.say(f"train: due: {decision.words}")
+        self.night.log(f"train: due: {decision.words}")
         self.run_stage(record)
         record.words = f"due: {decision.words}; {record.words}"
 
@@ -215,7 +216,7 @@ class _Nightly:
         night.exit_code, night.finished_at = self.code, clock.utc_stamp()
         night.finish()
         seen = f"readers see run {night.published['run']}" if night.published else "nothing is published yet"
-        night.say(f"ends with exit code {self.code}; {seen}" + (f"; {night.message}" if night.message else ""))
+        night.log(f"ends with exit code {self.code}; {seen}" + (f"; {night.message}" if night.message else ""))
         return self.code
 
 
@@ -234,19 +235,19 @@ def published_scores(config: NightlyConfig) -> dict[str, Any] | None:
     return {"run": latest.run, "at": at, "hours": round(max(0.0, hours), 2)}
 
 
-def call_on_failure(config: NightlyConfig, code: int, message: str, record: str, say: Callable[[str], None]) -> None:
+def call_on_failure(config: NightlyConfig, code: int, message: str, record: str, log: Callable[[str], None]) -> None:
     """Run the config's `on_failure` command.
 
     Whatever becomes of it, the night's own exit code stands.
     """
     if not config.on_failure or not code:
         return
-    told = {"CAMENN_EXIT_CODE": str(code), "CAMENN_MESSAGE": message, "CAMENN_RECORD": record}
+    variables = {"CAMENN_EXIT_CODE": str(code), "CAMENN_MESSAGE": message, "CAMENN_RECORD": record}
     try:
-        ended = subprocess.run(config.on_failure, env=os.environ | told, timeout=FAILURE_COMMAND_S, check=False)
-        say(f"on_failure: {' '.join(config.on_failure)} ended with exit code {ended.returncode}")
+        ended = subprocess.run(config.on_failure, env=os.environ | variables, timeout=FAILURE_COMMAND_S, check=False)
+        log(f"on_failure: {' '.join(config.on_failure)} ended with exit code {ended.returncode}")
     except (OSError, subprocess.TimeoutExpired) as error:
-        say(f"on_failure: {' '.join(config.on_failure)} failed: {error}")
+        log(f"on_failure: {' '.join(config.on_failure)} failed: {error}")
 
 
 class Terminated(BaseException):
@@ -258,7 +259,7 @@ class Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def told_of_termination() -> Iterator[None]:
+def sigterm_handler() -> Iterator[None]:
     """Raise `Terminated` on SIGTERM.
 
     It is raised in this process instead of ending it on the spot. Forked children end as they
@@ -282,25 +283,25 @@ def run_night(config: NightlyConfig, as_json: bool) -> int:
     """Run one night, from the lock to the exit code."""
     started = time.monotonic()
     try:
-        with told_of_termination(), files.single_writer(config.work):
+        with sigterm_handler(), files.single_writer(config.work):
             night, before = new_night(config.work, dict(describe(config)))
-            night.say(f"night {night.number} begins; config {config.path}")
+            night.log(f"night {night.number} begins; config {config.path}")
             if before is not None and before["exit_code"] is None:
                 where = before["stages"][-1]["stage"] if before["stages"] else "its beginning"
-                night.say(f"night {before['number']} was cut off in {where}; what it had committed is used")
+                night.log(f"night {before['number']} was cut off in {where}; what it had committed is used")
             work = _Nightly(config, night)
             try:
                 work.run()
             except BaseException as ended:
                 work.fail(UNFORESEEN, "nightly", f"ended by {type(ended).__name__}")
-                call_on_failure(config, work.finish(), night.message, night.path, night.say)
+                call_on_failure(config, work.finish(), night.message, night.path, night.log)
                 raise
             code = work.finish()
     except files.InUseError as busy:
         print(f"camenn nightly: {busy}", file=sys.stderr)
         call_on_failure(config, BUSY, str(busy), "", lambda text: print(f"nightly: {text}", file=sys.stderr))
         return BUSY
-    call_on_failure(config, code, night.message, night.path, night.say)
+    call_on_failure(config, code, night.message, night.path, night.log)
     closing_table("nightly", _summary(night, time.monotonic() - started), as_json=as_json)
     return code
 

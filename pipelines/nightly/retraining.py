@@ -83,7 +83,7 @@ def decide(config: NightlyConfig) -> Decision:
 def last_training(root: str, published: Manifest) -> Manifest:
     """Find the training that ended last.
 
-    It was published or held back: one that lost against the published model is not repeated every
+    It was published or gated: one that lost against the published model is not repeated every
     night.
     """
     newest = published

@@ -11,7 +11,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `camenn publish`."""
     parser = argparse.ArgumentParser(
         prog="camenn publish",
-        description="Let readers see a finished run: one that a gate held back, or an earlier one.",
+        description="Let readers see a finished run: one that its gates kept from readers, or an earlier one.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="the run's directory, as in WORK/scores/runs/20260131T020000-1a2b3c")

@@ -221,7 +221,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
         "gates": section_nights.gate_rows(work),
         "funnel": section_accounting.click_funnel(work),
         "splits": section_accounting.splits(work),
-        "books": section_accounting.books(work),
+        "accounting": section_accounting.table_accounting(work),
         "reasons": section_accounting.reasons(work),
         "training": section_model.training(work),
         "trained": (work.metrics or {}).get("train", {}),

@@ -28,7 +28,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Book:
+class TableAccounting:
     """The account of one table of one stage."""
 
     stage: str
@@ -43,7 +43,7 @@ class Book:
         return self.rows_in == self.rows_out + sum(self.exclusions.values())
 
 
-def books(work: Work) -> list[Book]:
+def table_accounting(work: Work) -> list[TableAccounting]:
     """List the row counts of all tables and stages."""
     found = []
     for stage, manifest in work.manifests.items():
@@ -53,7 +53,7 @@ def books(work: Work) -> list[Book]:
                 exclusions, key=lambda name: (list(OUTCOMES).index(name) if name in OUTCOMES else len(OUTCOMES), name)
             )
             found.append(
-                Book(
+                TableAccounting(
                     stage=stage,
                     table=table,
                     rows_in=counts.get("in", 0),
@@ -72,20 +72,22 @@ def click_funnel(work: Work) -> list[Step] | None:
     manifest = work.manifests.get("shards")
     if manifest is None or "clicks" not in manifest.counts:
         return None
-    book = next(book for book in books(work) if book.stage == "shards" and book.table == "clicks")
-    total = max(book.rows_in, 1)
+    account = next(
+        account for account in table_accounting(work) if account.stage == "shards" and account.table == "clicks"
+    )
+    total = max(account.rows_in, 1)
     steps = [
         Step(
             name="clicks read",
             meaning="every row of the click log",
-            rows=book.rows_in,
+            rows=account.rows_in,
             offset=0.0,
             share=1.0,
             kind="in",
         )
     ]
-    left = book.rows_in
-    for name, rows in book.exclusions.items():
+    left = account.rows_in
+    for name, rows in account.exclusions.items():
         left -= rows
         steps.append(
             Step(
@@ -101,9 +103,9 @@ def click_funnel(work: Work) -> list[Step] | None:
         Step(
             name="examples kept",
             meaning="one per listing clicked in a session",
-            rows=book.rows_out,
+            rows=account.rows_out,
             offset=0.0,
-            share=book.rows_out / total,
+            share=account.rows_out / total,
             kind="out",
         )
     )

@@ -16,7 +16,7 @@ from pipelines.report.scores import Drift
 from pipelines.runs.gate import MOST_PSI
 
 _CALM_PSI = 0.1
-"""Below it a distribution is read as unchanged. Above MOST_PSI a night is held back."""
+"""Below it a distribution is read as unchanged. Above MOST_PSI a night is gated."""
 
 
 @dataclass(frozen=True, kw_only=True)

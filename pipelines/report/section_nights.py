@@ -21,7 +21,7 @@ EXIT_WORDS = {
     0: "all is well",
     1: "something unforeseen",
     2: "something to mend",
-    3: "held back by a gate",
+    3: "gated",
     4: "another night was running",
     5: "published scores too old",
 }

@@ -8,13 +8,13 @@ from typing import Any
 
 from schemas.errors import InputError
 
-MENDABLE, HELD_BACK = 2, 3
+USER_ERROR, GATES_FAILED = 2, 3
 """Exit codes: what the user can fix, and a finished run that its gates keep from readers"""
 UNFORESEEN, BUSY, STALE = 1, 4, 5
 """Exit codes of a night: a bug or a crash, another night is running, the published scores are older than they may be"""
 
 
-class HeldBack(Exception):
+class GatesFailed(Exception):
     """A finished and whole run whose gates failed.
 
     Readers keep what was published before.
@@ -51,9 +51,9 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
     except DryRun as done:
         print(f"camenn: dry run: {done}; nothing was published", file=sys.stderr)
         return 0
-    except HeldBack as held:
-        print(f"camenn: held back: {held}", file=sys.stderr)
-        return HELD_BACK
+    except GatesFailed as held:
+        print(f"camenn: gated: {held}", file=sys.stderr)
+        return GATES_FAILED
     except Exception as error:
         from pipelines.io.errors import input_error_behind
 
@@ -61,7 +61,7 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
         if cause is None:
             raise
         print(f"camenn: error: {cause}", file=sys.stderr)
-        return MENDABLE
+        return USER_ERROR
 
 
 def refuse_not_utf8(words: Sequence[str]) -> None:

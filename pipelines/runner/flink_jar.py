@@ -142,7 +142,7 @@ def check_jar(path: str) -> None:
         )
 
 
-def mend_jar(path: str) -> bool:
+def patch_jar(path: str) -> bool:
     """Change the jar, in one step.
 
     Returned is whether there was anything to change.
@@ -156,13 +156,13 @@ def mend_jar(path: str) -> bool:
             data = jar.read(CLASS)
         if listens_on_loopback(data):
             return False
-        mended = give_address(data)
+        patched = give_address(data)
         shutil.copyfile(path, temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as jar:
             # The old entry's bytes stay, and the directory at the jar's end names the new one
             # alone: nothing else is packed again.
             jar.filelist.remove(jar.NameToInfo.pop(CLASS))
-            jar.writestr(CLASS, mended)
+            jar.writestr(CLASS, patched)
         os.replace(temporary, path)
     except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise InputError(f"{path}: cannot be made to listen on loopback: {error}") from error
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("jar", help="Beam's job server for Flink; changed in place")
     path = parser.parse_args(argv).jar
     try:
-        changed = mend_jar(path)
+        changed = patch_jar(path)
     except InputError as error:
         print(f"flink_jar: error: {error}", file=sys.stderr)
         return 2

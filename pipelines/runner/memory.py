@@ -10,7 +10,7 @@ import sys
 import pyarrow as pa
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Give unused memory back to the system.
 
     It is what Arrow and, on Linux, the C library hold unused. It takes milliseconds, and values are

@@ -1,6 +1,6 @@
 """Check every file of every output: `camenn fsck`.
 
-Each is held against the checksum that was written with it. Told is what to run again. `--repair`
+Each is held against the checksum that was written with it. CatalogFeatures is what to run again. `--repair`
 repairs.
 """
 
@@ -17,7 +17,7 @@ from pipelines.io import clock, files
 from pipelines.runner.console import NO_ROWS, Bar
 from pipelines.runs.manifest import Manifest, published_files, read_latest, read_pointer, read_run
 from pipelines.runs.night_record import NIGHTS, RECORD, read_night
-from pipelines.runs.publication import check_whole, point_to, publications, standing
+from pipelines.runs.publication import check_whole, effective_runs, point_to, publications
 from pipelines.runs.store import IMAGES, TITLES, Part, read_marker
 from schemas.errors import InputError
 from schemas.manifest import KEEP, LATEST, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS, remedy
@@ -254,7 +254,7 @@ def newest_whole(root: str) -> Manifest | None:
     """
     history = publications(root)
     runs = [entry["run"] for entry in history]
-    stands = standing(history, runs[-1]) if runs else []
+    stands = effective_runs(history, runs[-1]) if runs else []
     for run in [*reversed(stands), *(run for run in reversed(runs) if run not in stands)]:
         try:
             manifest = read_run(root, run)

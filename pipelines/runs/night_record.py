@@ -19,7 +19,7 @@ RESERVED_BYTES = 64 * 2**10
 RECORD = "record.json"
 LOG = "log.txt"
 
-DONE, UNCHANGED, NOT_DUE, HELD, FAILED, RUNNING = "done", "unchanged", "not due", "held back", "failed", "running"
+DONE, UNCHANGED, NOT_DUE, GATED, FAILED, RUNNING = "done", "unchanged", "not due", "held back", "failed", "running"
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Night:
         self.write()
         self._release()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Write one line for whoever watches, and for the log."""
         line = _say(text)
         try:

@@ -112,9 +112,9 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
         before = latest.run if latest is not None else None
         failed = [gate for gate in manifest.gates if not gate["passed"]]
         if failed and not force:
-            told = "; ".join(gate["words"] for gate in failed)
+            reasons = "; ".join(gate["words"] for gate in failed)
             raise InputError(
-                f"RUN {path}: its gates failed: {told}. Publish it with --force --reason TEXT if you know better."
+                f"RUN {path}: its gates failed: {reasons}. Publish it with --force --reason TEXT if you know better."
             )
         if force and not reason:
             raise InputError("--force needs --reason TEXT: it is kept beside the publication.")
@@ -158,7 +158,7 @@ def rollback(root: str, reason: str | None) -> dict[str, Any]:
     return {"out": root, "run": earlier, "before": latest.run, "published": True}
 
 
-def standing(history: list[dict[str, str]], run: str) -> list[str]:
+def effective_runs(history: list[dict[str, str]], run: str) -> list[str]:
     """List the runs that stand up to `run`.
 
     They were published up to `run`, which is published now, oldest first, without those that were
@@ -179,7 +179,7 @@ def standing(history: list[dict[str, str]], run: str) -> list[str]:
 
 def _before(history: list[dict[str, str]], run: str) -> str | None:
     """Find the run that was published before `run`."""
-    stack = standing(history, run)
+    stack = effective_runs(history, run)
     return stack[-2] if len(stack) > 1 else None
 
 
@@ -208,7 +208,7 @@ def published_manifests(root: str, last: int) -> list[Manifest]:
     latest = read_latest(root)
     if latest is None:
         return []
-    runs = list(dict.fromkeys(reversed(standing(publications(root), latest.run))))[:last]
+    runs = list(dict.fromkeys(reversed(effective_runs(publications(root), latest.run))))[:last]
     # A manifest that was lost, or that `camenn fsck --repair` set aside, can be published no more,
     # and compared with no more.
     there = [run for run in runs if files.exists(files.join(root, RUNS, run, MANIFEST))]

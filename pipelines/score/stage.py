@@ -24,8 +24,8 @@ from pipelines.io.files import local_only
 from pipelines.io.tables import WriteTable, write_table
 from pipelines.runner.beam import is_local_run, local_workers, open_pipeline, use_all_cores
 from pipelines.runner.console import NO_ROWS, watch
-from pipelines.runner.exit_codes import HeldBack
-from pipelines.runner.memory import give_back
+from pipelines.runner.exit_codes import GatesFailed
+from pipelines.runner.memory import release_memory
 from pipelines.runs.accounting import FinishRun, check_accounting, check_reject_rate, read_finished, read_rejects
 from pipelines.runs.manifest import Manifest, add_files, new_run, read_latest, write_manifest
 from pipelines.runs.outputs import hold_output
@@ -100,10 +100,10 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
             kind: tuple(r.path for r in (*contents, *kept) if r.table == f"contents_{kind}")
             for kind in ("images", "titles")
         }
-        give_back()
+        release_memory()
         # Once, not in every worker: it needs the whole catalog.
         write_table(directory, "told", judge_catalog(package, items, paths))
-        give_back()
+        release_memory()
         n_pairs = pairs.count
         local = is_local_run(beam_flags)
         if n_pairs > PAIRS_FOR_ALL_CORES:
@@ -207,7 +207,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         if failed:
             write_manifest(out, manifest)
             stays = "Nothing is published yet" if latest is None else "The scores of before stay published"
-            raise HeldBack(
+            raise GatesFailed(
                 f"run {run_name} is finished, but {'; '.join(failed)}. {stays}. "
                 f"Look at {directory}; if it is right: camenn publish {directory} --force --reason TEXT"
             )
@@ -218,7 +218,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
 def judge_catalog(package: "Package", items: pa.Table, paths: dict[str, tuple[str, ...]]) -> pa.Table:
     """Judge each listing by all listings together.
 
-    The result has the columns of `Told`, and of `Judgement`.
+    The result has the columns of `CatalogFeatures`, and of `Judgement`.
     """
     from camenn_model.data.item_table import ItemTable
 

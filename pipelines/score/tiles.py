@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from apache_beam.utils.shared import Shared
 from numpy.typing import NDArray
 
-from camenn_model.data.feature_space import NUMERIC_GROUPS, Told
+from camenn_model.data.feature_space import NUMERIC_GROUPS, CatalogFeatures
 from pipelines.features.as_of import ItemAttributes, item_attributes
 from pipelines.features.time_index import Ints
 from pipelines.io import files
 from pipelines.runner.console import ProgressFile
-from pipelines.runner.memory import give_back
+from pipelines.runner.memory import release_memory
 from pipelines.score.audience_rows import AudienceRows
 from pipelines.score.snapshot import Snapshot
 from schemas.scores import LISTING_QUALITY, SCORES
@@ -108,8 +108,8 @@ def _load(given: WorkerInput) -> _Loaded:
 
     package = read_package(Path(given.model))
     items = _read_part(given.directory, "items", ITEMS_READ)
-    told = _read_part(given.directory, "told", list(Told._fields))
-    found = Told(*(told[name].to_numpy() for name in Told._fields))
+    catalog_features = _read_part(given.directory, "told", list(CatalogFeatures._fields))
+    found = CatalogFeatures(*(catalog_features[name].to_numpy() for name in CatalogFeatures._fields))
     table = ItemTable.of_files(items, given.images, given.titles, package.config).encode(package.space, found)
     return _Loaded(package, table, item_attributes(items))
 
@@ -133,7 +133,7 @@ class _ModelDoFn(beam.DoFn):
         self.loaded = self.given.shared.acquire(lambda: _load(self.given), self.given.directory)
         self.package, self.table = self.loaded.package, self.loaded.table
         self.progress = ProgressFile(self.given.progress)
-        give_back()
+        release_memory()
 
 
 class ScoreTile(_ModelDoFn):

@@ -32,7 +32,7 @@ from schemas.contract import Contract, check_output
 from schemas.errors import InputError
 from schemas.training import EXAMPLES
 
-SKETCH = 16
+SAMPLE_SIZE = 16
 """Exposures of each day that are remembered: the next run finds them again in a log that only grew."""
 ROW_SETTINGS = ("attribution_hours", "history", "timezone")
 """Flags that rows depend on: under others, days do not fit together."""
@@ -70,8 +70,8 @@ class Kept:
     """Example files of the final days"""
     open_paths: dict[str, list[str]] = field(default_factory=dict)
     """By date: example files of the days that may still change"""
-    sketches: dict[str, list[int]] = field(default_factory=dict)
-    """By date: a sample of the log that these days were built from (`sketch_days`)"""
+    samples: dict[str, list[int]] = field(default_factory=dict)
+    """By date: a sample of the log that these days were built from (`sample_days`)"""
 
     @property
     def dates(self) -> set[str]:
@@ -128,17 +128,17 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
         frozen_before=frozen_before,
         records=final,
         open_paths=open_paths,
-        sketches={date: list(found) for date, found in latest.options["days"].get("samples", {}).items()},
+        samples={date: list(found) for date, found in latest.options["days"].get("samples", {}).items()},
     )
 
 
-def sketch_days(
+def sample_days(
     contract: Contract, slices: Iterable[Slice], latest: int, known: dict[str, list[int]] | None = None
 ) -> dict[str, list[int]]:
     """Take a sample of each day of the click log.
 
     Growth by late clicks leaves the sample nearly as it was. It has, of the numbers of the day's
-    clicks, uint64, the `SKETCH` least.
+    clicks, uint64, the `SAMPLE_SIZE` least.
 
     A click's number begins with 32 bits of its time's hash and ends with 32 of its exposure's.
     Exposures are hashed only where a time may be among the least.
@@ -161,10 +161,10 @@ def sketch_days(
         mixed, day = mix(time), time // DAY_US
         for value in np.unique(day):
             rows = np.flatnonzero(day == value)
-            rows = rows[mixed[rows] <= _least(mixed[rows], SKETCH)[-1]]
+            rows = rows[mixed[rows] <= _least(mixed[rows], SAMPLE_SIZE)[-1]]
             exposure = stable_hash(table["exposure_id"].take(pa.array(rows)))
             numbers = mixed[rows] << np.uint64(32) | exposure & np.uint64(2**32 - 1)
-            found[value] = np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SKETCH]
+            found[value] = np.unique(np.concatenate([found.get(value, numbers[:0]), numbers]))[:SAMPLE_SIZE]
     return {day_of(int(day) * DAY_US): [int(value) for value in values] for day, values in sorted(found.items())}
 
 
@@ -206,10 +206,10 @@ def check_same_log(kept: Kept, now: dict[str, list[int]], out: str) -> None:
     """
     # Of the day at which the log begins a part may have left it.
     first = min(now, default="")
-    for date in sorted((kept.dates & now.keys() & kept.sketches.keys()) - {first}):
-        known = kept.sketches[date]
+    for date in sorted((kept.dates & now.keys() & kept.samples.keys()) - {first}):
+        known = kept.samples[date]
         # Late clicks push some of the least hashes out of the sample, and none of those below its end.
-        end = now[date][-1] if len(now[date]) == SKETCH else np.inf
+        end = now[date][-1] if len(now[date]) == SAMPLE_SIZE else np.inf
         expected = [value for value in known if value <= end]
         missing = len(set(expected) - set(now[date]))
         if expected and missing > len(expected) / 2:

@@ -29,7 +29,7 @@ from pipelines.features.time_index import DAY_US, Ints, day_of
 from pipelines.inputs.logs import SLICE, UNCODED, time_column
 from pipelines.io import files
 from pipelines.io.clock import EARLIEST, latest_time
-from pipelines.io.shuffle import Parcel
+from pipelines.io.shuffle import SpilledPartition
 from pipelines.io.tables import FileRecord, Slice, Source, open_table
 from pipelines.runs.manifest import Manifest, check_records
 from schemas.contract import TIMESTAMP, Contract, without_dictionary
@@ -64,7 +64,7 @@ class Part:
         return cls(record, int(metadata[b"bucket"]), {int(number): rows for number, rows in slices.items()})
 
     @property
-    def parcel(self) -> Parcel:
+    def partition(self) -> SpilledPartition:
         """Return the file as what a shuffle brings."""
         return (self.record.path, 0, self.record.bytes)
 
@@ -329,7 +329,7 @@ def _whole(table: pa.Table) -> pa.Table:
     return table.unify_dictionaries().combine_chunks()
 
 
-def living(table: pa.Table, known: Ints) -> pa.Table:
+def drop_stale_rows(table: pa.Table, known: Ints) -> pa.Table:
     """Drop kept rows of row groups no longer known."""
     return table.filter(pa.array(np.isin(table[SLICE].to_numpy(), known)))
 
@@ -380,7 +380,7 @@ class KeptRows:
         pieces = []
         kept, fresh = kinds.get(kept_table(self.contract)), kinds.get(self.contract.name)
         if kept is not None:
-            pieces.append(living(kept, self.known) if self.dropped else kept)
+            pieces.append(drop_stale_rows(kept, self.known) if self.dropped else kept)
         if fresh is not None:
             pieces.append(encode_rows(fresh))
         if not pieces:

@@ -21,7 +21,7 @@ from pipelines.features.time_index import DAY_US, day_of
 from pipelines.inputs.logs import CleanEvents
 from pipelines.io import files
 from pipelines.io.files import open_read
-from pipelines.io.shuffle import Packer, Parcel, ShuffleByBucket, unpack
+from pipelines.io.shuffle import Packer, ShuffleByBucket, SpilledPartition, unpack
 from pipelines.io.tables import FileRecord, ReadTable, WriteTable
 from pipelines.runner.console import ProgressFile
 from pipelines.shards import sizes
@@ -154,13 +154,13 @@ WRITERS = 2
 class PackDays(beam.DoFn):
     """A step that packs a day's table for the shuffle.
 
-    (Day, table) → (Day, (kind, parcel of the table)).
+    (Day, table) → (Day, (kind, partition of the table)).
     """
 
     def __init__(self, kind: str, packer: Packer) -> None:
         self.kind, self.packer = kind, packer
 
-    def process(self, element: tuple[Day, pa.Table]) -> Iterator[tuple[Day, tuple[str, Parcel]]]:
+    def process(self, element: tuple[Day, pa.Table]) -> Iterator[tuple[Day, tuple[str, SpilledPartition]]]:
         day, table = element
         yield day, (self.kind, self.packer.pack(table))
 
@@ -269,7 +269,9 @@ class BuildExamples(beam.PTransform):
             orders=KeptRows.of(plan.logs["orders"], plan.directory),
         )
         placed = [
-            (part.bucket, (kept_table(log.contract), part.parcel)) for log in plan.logs.values() for part in log.parts
+            (part.bucket, (kept_table(log.contract), part.partition))
+            for log in plan.logs.values()
+            for part in log.parts
         ]
         by_user = (
             {"clicks": clicks.rows, "orders": orders.rows}

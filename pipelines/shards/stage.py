@@ -46,7 +46,7 @@ from pipelines.shards.final_days import (
     delisted_items,
     keep_days,
     read_starts,
-    sketch_days,
+    sample_days,
 )
 from pipelines.shards.log_cache import kept_table, plan_logs, remember
 from pipelines.shards.options import STAGE, Plan, ShardOptions
@@ -163,11 +163,11 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         begins = day_of(int(clicked_at.min()))
         sampled = {
             date: sample
-            for date, sample in kept.sketches.items()
+            for date, sample in kept.samples.items()
             if changed is not None and date >= begins and date not in changed
         }
-        sketches = sketch_days(CLICKS, unsampled, latest_event, sampled)
-        check_same_log(kept, sketches, out)
+        samples = sample_days(CLICKS, unsampled, latest_event, sampled)
+        check_same_log(kept, samples, out)
         # Days that have left the log count in the split too.
         gone = [record for record in kept.records if date_of(record.path) < begins]
         splits = split_times(np.concatenate([closed, *map(read_starts, gone)]), window, options.test_share)
@@ -251,7 +251,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             "features": FEATURES_VERSION,
             "final_before": day_of(kept.frozen_before) if kept.records else None,
             "rebuilt": rebuild,
-            "samples": {date: kept.sketches[date] for date in kept.sketches if date in kept.dates} | sketches,
+            "samples": {date: kept.samples[date] for date in kept.samples if date in kept.dates} | samples,
         }
         add_files(manifest, contracts, [*records, *days_kept, *contents_kept, *rows_kept])
         manifest.seconds = time.monotonic() - started

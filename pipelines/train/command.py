@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--epochs",
         type=int,
         default=1,
-        help="passes over the training part (default %(default)s: ids overfit after about one)",
+        help="epochs over the training part (default %(default)s: ids overfit after about one)",
     )
     parser.add_argument("--batch_size", type=int, default=128, help="examples a step (default %(default)s)")
     parser.add_argument(

@@ -12,7 +12,7 @@ import tempfile
 import time
 from types import FrameType
 
-from pipelines.runner.exit_codes import HELD_BACK, MENDABLE, HeldBack
+from pipelines.runner.exit_codes import GATES_FAILED, USER_ERROR, GatesFailed
 from schemas.errors import InputError
 
 COMMAND = (sys.executable, "-m", "pipelines.train.command")
@@ -26,7 +26,7 @@ def train_in_processes(count: int, argv: list[str]) -> None:
     They are `count`, with `argv`, and run to their end. The first one prints what one alone would.
 
     Raises:
-        InputError, HeldBack, RuntimeError: one of them ended so. It has said why, and the others
+        InputError, GatesFailed, RuntimeError: one of them ended so. It has said why, and the others
             are ended.
     """
     # The processes import torch, not this one.
@@ -57,10 +57,10 @@ def train_in_processes(count: int, argv: list[str]) -> None:
                 process.terminate()
             for process in started:
                 process.wait()
-    if code == MENDABLE:
+    if code == USER_ERROR:
         raise InputError("a training process ended with what it says above.")
-    if code == HELD_BACK:
-        raise HeldBack("the trained model, for the reason that stands above")
+    if code == GATES_FAILED:
+        raise GatesFailed("the trained model, for the reason that stands above")
     if code:
         raise RuntimeError(f"a training process ended with exit code {code}; it said why above")
 

@@ -17,7 +17,7 @@ from pipelines.io import files
 from pipelines.io.files import local_only
 from pipelines.io.tables import FileRecord
 from pipelines.runner.console import Bar
-from pipelines.runner.exit_codes import HeldBack
+from pipelines.runner.exit_codes import GatesFailed
 from pipelines.runs.gate import Gate
 from pipelines.runs.manifest import (
     Manifest,
@@ -49,7 +49,7 @@ class _Bars:
                 Bar(
                     phase,
                     total,
-                    {"align": "steps", "counts": "passes", "wide": "penalties"}.get(phase, "examples"),
+                    {"align": "steps", "counts": "epochs", "wide": "penalties"}.get(phase, "examples"),
                 )
             )
             self.phase = phase
@@ -63,7 +63,7 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
 
     Raises:
         InputError: the shard set or a flag cannot be used.
-        HeldBack: the challenge is lost.
+        GatesFailed: the challenge is lost.
     """
     started = time.monotonic()
     out = local_only(options.out, "--out")
@@ -165,10 +165,10 @@ def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> 
     manifest.
 
     Raises:
-        HeldBack: it is worse. Its package and its manifest are kept.
+        GatesFailed: it is worse. Its package and its manifest are kept.
     """
     from camenn_model.data.shard_set import ShardSet
-    from camenn_model.evaluation.challenge import hold_duel
+    from camenn_model.evaluation.challenge import compare_with_champion
     from camenn_model.package import read_package
 
     runs = Path(out) / "runs"
@@ -177,21 +177,21 @@ def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> 
     except InputError as error:
         print(f"train: the published model cannot be compared, and the new one takes over: {error}", file=sys.stderr)
         return
-    duel = hold_duel(old, read_package(runs / manifest.run), ShardSet(shards_root))
-    if duel is None:
+    comparison = compare_with_champion(old, read_package(runs / manifest.run), ShardSet(shards_root))
+    if comparison is None:
         print(
             "train: the published model cannot be compared (other encoders, or no closed day "
             "in the test part): the new one takes over",
             file=sys.stderr,
         )
         return
-    gate = Gate("challenge", duel.passed, duel.words())
-    manifest.gates, manifest.summary["challenge"] = [gate.to_json()], duel.to_json()
-    if not duel.passed:
+    gate = Gate("challenge", comparison.passed, comparison.words())
+    manifest.gates, manifest.summary["challenge"] = [gate.to_json()], comparison.to_json()
+    if not comparison.passed:
         write_manifest(out, manifest)
         directory = files.join(out, "runs", manifest.run)
-        raise HeldBack(
-            f"{duel.words()}. The published model stays. If the new one is to be had all the "
+        raise GatesFailed(
+            f"{comparison.words()}. The published model stays. If the new one is to be had all the "
             f"same: camenn publish {directory} --force --reason TEXT"
         )
 

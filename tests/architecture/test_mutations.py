@@ -20,7 +20,7 @@ def test_every_room_that_is_mutated_is_so_in_several_ways() -> None:
 
 def test_mutations_that_cannot_be_planted_are_told() -> None:
     sound = MUTATIONS[0]
-    for change, told in (
+    for change, reported in (
         ({"old": "no such snippet"}, "0 times, not once"),
         ({"old": "import"}, "times, not once"),
         ({"file": "pipelines/no_such_module.py"}, "0 times, not once"),
@@ -30,5 +30,5 @@ def test_mutations_that_cannot_be_planted_are_told() -> None:
         ({"tests": ("tests/no_such_file.py",)}, "there is no test"),
     ):
         (fault,) = find_stale([dataclasses.replace(sound, **change)])
-        assert fault.startswith(f"{sound.id}: ") and told in fault
+        assert fault.startswith(f"{sound.id}: ") and reported in fault
     assert find_stale([sound, sound]) == [f"{sound.id}: the id stands twice"]

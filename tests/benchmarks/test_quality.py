@@ -147,15 +147,15 @@ def test_displayed_attributes_are_the_truths(world: World, corpus: Corpus, tmp_p
         if listing["image_corruption"] == "clean":
             assert batch.patches[place, 0, 1] == np.float16(listing["freshness"])
     # It is told how well these agree, by buckets of its own: nothing is cut off at what embeddings ranged to.
-    told = test.table.judge(test.space.agreement).agreement
+    reported = test.table.judge(test.space.agreement).agreement
     number = test.space.numbers["agreement"]
-    known = told[np.isfinite(told)]
+    known = reported[np.isfinite(reported)]
     assert (
         number != corpus.space.numbers["agreement"] and number.lowest <= known.min() and number.highest >= known.max()
     )
     assert test.config.fields == test.space.fields
     mismatched = np.array([listings[item]["mismatched"] for item in test.table.ids.to_pylist()])
-    assert metrics.mismatch_auc(mismatched, told) > 0.9
+    assert metrics.mismatch_auc(mismatched, reported) > 0.9
 
 
 def test_gates_are_compared_on_the_same_listings(world: World, corpus: Corpus, tmp_path: Path) -> None:
@@ -464,30 +464,30 @@ def made_up_jobs(tmp_path: Path) -> list[Job]:
 
 
 def test_jobs_run_after_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     other_seed = threading.Event()
 
     def run_job(job: Job, _: Children) -> str:
         # A tuning that takes longest: other seeds' baselines wait for it, other models do not.
         if job.name == "small0-lightgbm-0":
             assert other_seed.wait(60)
-        told.append(job.name)
+        reported.append(job.name)
         if job.name == "big1-full-1":
             other_seed.set()
         return "done"
 
     def prepare_world(world: World, _: Children) -> str:
-        told.append(world.name)
+        reported.append(world.name)
         return "done"
 
     monkeypatch.setattr(command, "run_job", run_job)
     monkeypatch.setattr(command, "prepare_world", prepare_world)
     jobs = made_up_jobs(tmp_path)
     assert command.run_jobs(jobs, 2, float("inf")) == []
-    assert sorted(told) == sorted([job.name for job in jobs] + ["big0", "small0", "big1", "small1"])
+    assert sorted(reported) == sorted([job.name for job in jobs] + ["big0", "small0", "big1", "small1"])
     for job in jobs:
         needs = [job.world.name, *([job.tuned_by] if job.tuned_by else [])]
-        assert all(told.index(need) < told.index(job.name) for need in needs)
+        assert all(reported.index(need) < reported.index(job.name) for need in needs)
 
 
 def test_what_a_failed_job_was_needed_for_is_left_out(
@@ -634,19 +634,21 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
         if not (r["world"].startswith("small") and r["model"] in ("lightgbm_content", "mmoe", "displayed", "no_ids"))
     ]
     publish(small, tmp_path, docs=False)
-    told = json.loads((tmp_path / "claims.json").read_text())
+    reported = json.loads((tmp_path / "claims.json").read_text())
     # States of both are made up to be alike.
-    alike = {name for name in told if name.endswith("states by a fitted map")}
-    assert len(told) >= 34 and all(claim["seeds"] >= 3 for claim in told.values()), told
-    assert len(alike) == 3 and {name for name, claim in told.items() if not claim["holds"]} == alike, told
+    alike = {name for name in reported if name.endswith("states by a fitted map")}
+    assert len(reported) >= 34 and all(claim["seeds"] >= 3 for claim in reported.values()), reported
+    assert len(alike) == 3 and {name for name, claim in reported.items() if not claim["holds"]} == alike, reported
     # 2 · 0.001 / √2: the seeds' differences are the same.
     assert (
-        told["real log: AUC above mmoe by 2 SE of seeds and users"]["figure"] == "0.0100 ± 0.0000, must exceed 0.0014"
+        reported["real log: AUC above mmoe by 2 SE of seeds and users"]["figure"]
+        == "0.0100 ± 0.0000, must exceed 0.0014"
     )
     assert (
-        told["no dead expert in any run"]["figure"] == "least mean gate weight 0.3000, city0-no_alignment-0 of 24 runs"
+        reported["no dead expert in any run"]["figure"]
+        == "least mean gate weight 0.3000, city0-no_alignment-0 of 24 runs"
     )
-    assert "(0.450 to 0.600), 0.5 is asked for" in told["content efficiency ≥ 0.65"]["figure"], "by their mean"
+    assert "(0.450 to 0.600), 0.5 is asked for" in reported["content efficiency ≥ 0.65"]["figure"], "by their mean"
     text = (tmp_path / "quality.md").read_text()
     assert "| no_alignment, states by a fitted map | 0.500" in text
     assert "| no_ids | 0.7400 | 0.7410 | 0.7420 |" in text, "seed by seed"
@@ -662,11 +664,13 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
         if (result["world"], result["model"]) == ("small2", "no_alignment"):
             result["gates"]["cvr"] = [0.0, 1.0]
     publish(small, tmp_path, docs=False)
-    told = json.loads((tmp_path / "claims.json").read_text())
-    assert not told["content efficiency ≥ 0.65"]["holds"] and not told["expected AUC above mmoe by 3 SE"]["holds"]
-    dead = told["no dead expert in any run"]
+    reported = json.loads((tmp_path / "claims.json").read_text())
+    assert (
+        not reported["content efficiency ≥ 0.65"]["holds"] and not reported["expected AUC above mmoe by 3 SE"]["holds"]
+    )
+    dead = reported["no dead expert in any run"]
     assert not dead["holds"] and "small2-no_alignment-2" in dead["figure"]
-    broken = {name for name, claim in told.items() if name.startswith("control") and not claim["holds"]}
+    broken = {name for name, claim in reported.items() if name.startswith("control") and not claim["holds"]}
     assert broken == {
         "control: content that is worth nothing wins nothing",
         "control: without corruption, alignment adds nothing",
@@ -678,9 +682,9 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
         full = picture.size
     city = [result for result in small if result["world"].startswith("city") and result["model"] != "displayed"]
     publish(city, tmp_path, docs=False)
-    told = json.loads((tmp_path / "claims.json").read_text())
-    missing = {name for name, claim in told.items() if claim["holds"] is None}
-    assert {name for name in told if name.startswith(("control", "real", "alignment:"))} | {
+    reported = json.loads((tmp_path / "claims.json").read_text())
+    missing = {name for name, claim in reported.items() if claim["holds"] is None}
+    assert {name for name in reported if name.startswith(("control", "real", "alignment:"))} | {
         "content efficiency ≥ 0.65"
     } == missing
     assert "| content efficiency ≥ 0.65 | - | not measured | 0 |" in (tmp_path / "quality.md").read_text()

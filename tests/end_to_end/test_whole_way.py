@@ -112,7 +112,7 @@ def table(root: Path, name: str) -> pd.DataFrame:
     return frame.sort_values(keys, ignore_index=True)
 
 
-def assert_books_balance(root: Path) -> None:
+def assert_rows_reconcile(root: Path) -> None:
     manifest = read_latest(str(root))
     assert manifest is not None and manifest.counts
     for name, row in manifest.counts.items():
@@ -128,12 +128,12 @@ def test_whole_way_once(city: City, capfd: pytest.CaptureFixture[str]) -> None:
     assert embedded["rows_in"] == embedded["rows_out"] == len(catalog)
     assert embedded["encoded_titles"] == catalog["title"].nunique()
     assert 0 < embedded["encoded_images"] <= catalog["image_uri"].nunique()
-    assert_books_balance(city.work / "store")
+    assert_rows_reconcile(city.work / "store")
 
     sharded = city.shards(capfd)
     assert sharded["rows_in"] == len(pq.read_table(city.data / "clicks.parquet"))
     assert sharded["rows_out"] == sum(sharded["examples"].values())
-    assert_books_balance(city.work / "shards")
+    assert_rows_reconcile(city.work / "shards")
     # Each distinct photo and title in use stands in contents once.
     assert sharded["contents_copied"] == embedded["encoded_images"] + embedded["encoded_titles"]
 
@@ -145,7 +145,7 @@ def test_whole_way_once(city: City, capfd: pytest.CaptureFixture[str]) -> None:
 
     scored = city.score(capfd)
     assert scored["rows_out"] == scored["rows_in"] * 10
-    assert_books_balance(city.work / "scores")
+    assert_rows_reconcile(city.work / "scores")
 
 
 def test_scores_open_in_pandas_duckdb_and_pyarrow(city: City) -> None:
@@ -286,7 +286,7 @@ def test_drafted_in_bf16_the_best_are_the_same_and_their_cvr_too(city: City, cap
     assert "give --top_k 1 or more" in capfd.readouterr().err
 
 
-def test_a_night_that_lost_half_of_its_listings_is_held_back(city: City, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_night_that_lost_half_of_its_listings_is_gated(city: City, capfd: pytest.CaptureFixture[str]) -> None:
     """Readers keep last night's scores, the exit code is 3, and what to do is said; then it is done."""
     scores = city.work / "scores"
     before = read_latest(str(scores))
@@ -310,7 +310,7 @@ def test_a_night_that_lost_half_of_its_listings_is_held_back(city: City, capfd: 
     finally:
         aside.replace(city.data / "catalog.parquet")
     said = capfd.readouterr().err
-    assert "held back" in said and "60 listings are 0.500 of" in said
+    assert "camenn: gated: " in said and "60 listings are 0.500 of" in said
     assert read_latest(str(scores)) == before
     run = re.search(r"camenn publish (\S+) --force", said)
     assert run is not None
@@ -345,7 +345,7 @@ def store_audience(city: City) -> tuple[pa.Table, pa.Table]:
     return pa.Table.from_pylist(rows, schema=schema), pa.Table.from_pylist(pairs)
 
 
-def test_a_night_that_scored_a_tenth_is_held_back_and_moves_no_bar(
+def test_a_night_that_scored_a_tenth_is_gated_and_moves_no_bar(
     city: City, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Candidates that were cut off, twice; then whole ones again, against the night before the fault."""
@@ -496,7 +496,7 @@ def test_every_candidate_and_every_audience_row_has_one_outcome(
     assert manifest is not None
     assert manifest.counts["candidates"] == {"in": 6, "unknown_id": 1, "duplicates": 1, "other_store": 2, "out": 2}
     assert manifest.counts["audience"] == {"in": 2, "out": 1, "no_listing": 1}
-    assert_books_balance(city.work / "candidates")
+    assert_rows_reconcile(city.work / "candidates")
     scores = table(city.work / "candidates", "scores")
     assert set(scores["item_id"]) == {*here[:2]} and set(scores["audience_id"]) == {"a"}
 
@@ -574,8 +574,8 @@ def test_damage_is_one_line_that_says_what_to_run(
     }
     capfd.readouterr()
     assert cli.main([command, *flags[command]]) == 2
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("camenn: error: ")]
-    assert len(told) == 1 and path.name in told[0] and remedy in told[0], told
+    error_lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("camenn: error: ")]
+    assert len(error_lines) == 1 and path.name in error_lines[0] and remedy in error_lines[0], error_lines
     assert cli.main(["fsck", "--work", str(copy.work)]) == 2
     assert path.name in capfd.readouterr().err
 

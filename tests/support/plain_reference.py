@@ -23,7 +23,7 @@ def reference_logits(model: CameNN, batch: Batch) -> Tensor:
     logits = []
     for pair in range(len(batch.pairs)):
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
-        x, affinity = told(model, batch, pair)
+        x, affinity = embed_pair(model, batch, pair)
         item, user, tokens = items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]], x
         for layer in model.shared:
             item, user, tokens = prefix_layer(layer, item, user, tokens)
@@ -46,7 +46,7 @@ def full_logits(model: CameNN, batch: Batch) -> Tensor:
     logits = []
     for pair in range(len(batch.pairs)):
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
-        x, affinity = told(model, batch, pair)
+        x, affinity = embed_pair(model, batch, pair)
         tokens = torch.cat([x, items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]]])
         for layer in model.shared:
             tokens = layer_output(layer, tokens, tokens)
@@ -61,7 +61,7 @@ def full_logits(model: CameNN, batch: Batch) -> Tensor:
     return torch.stack(logits)
 
 
-def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
+def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     """Return a pair's tokens, and its item times its tastes.
 
     (tokens of one pair with both sides' vectors in the first, [X, d], and what the item is times
@@ -72,10 +72,10 @@ def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     item = model.item_tokens(items).tokens[i]
     fields = item[2 + model.config.text_tokens + model.config.patches :].mean(0)
     tastes = model.item_tokens.tastes
-    looks = linear(tastes.image, items.patches[i].float().mean(0)) if items.has_image[i] else tastes.no_image
+    image_vectors = linear(tastes.image, items.patches[i].float().mean(0)) if items.has_image[i] else tastes.no_image
     titled = items.has_text[i] and items.text_mask[i].any()
-    words = linear(tastes.text, items.text[i][items.text_mask[i]].float().mean(0)) if titled else tastes.no_text
-    ours = [fields, looks, words]
+    text_vectors = linear(tastes.text, items.text[i][items.text_mask[i]].float().mean(0)) if titled else tastes.no_text
+    ours = [fields, image_vectors, text_vectors]
     identity = model.item_tokens.identity(history.cats)
     user = model.audience_tokens(batch.audience, history, model.item_tokens.liked(history)).tokens[u]
     theirs = [user[: len(user) - batch.audience.history.shape[1]].mean(0)]
@@ -96,8 +96,8 @@ def told(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     likes = [model.affinity.liked_looks.weight @ torch.cat([theirs[2], theirs[5]])]
     likes.append(model.affinity.liked_words.weight @ torch.cat([theirs[3], theirs[6]]))
     worth = 5.0 * model.affinity.worth
-    product = torch.cat([vectors[0], looks, words]) * torch.cat([vectors[1], *likes]) * worth
-    product[: len(looks)] /= model.config.width**0.5
+    product = torch.cat([vectors[0], image_vectors, text_vectors]) * torch.cat([vectors[1], *likes]) * worth
+    product[: len(image_vectors)] /= model.config.width**0.5
     part = model.pair_tokens
     extra = model.affinity.item_task.weight @ vectors[0] + model.affinity.audience_task.weight @ vectors[1]
     groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])
@@ -153,8 +153,11 @@ def wide_logit(model: CameNN, batch: Batch, pair: int) -> Tensor:
             total = total + part.number[first + int(bucket)] + (slope * value if bucket > 0 else 0)
             first += field.size
     photo = items.patches[i].float().mean(0) if items.has_image[i] else None
-    words = items.text[i][items.text_mask[i]] if items.has_text[i] else []
-    for content, mean in ((wide.image, photo), (wide.text, words.float().mean(0) if len(words) else None)):
+    text_vectors = items.text[i][items.text_mask[i]] if items.has_text[i] else []
+    for content, mean in (
+        (wide.image, photo),
+        (wide.text, text_vectors.float().mean(0) if len(text_vectors) else None),
+    ):
         if mean is None and (content is wide.image or not items.has_text[i]):
             total = total + content.absent[0]
         else:

@@ -48,25 +48,25 @@ class Answer:
     duplicate_exposures: list[Row]
 
 
-def complete(rows: list[Row], columns: tuple[str, ...], books: Counter[str]) -> list[Row]:
+def complete(rows: list[Row], columns: tuple[str, ...], counts: Counter[str]) -> list[Row]:
     """Rows with a value in every required column."""
     kept = []
     for row in rows:
         if any(row[name] is None for name in columns if name != "position"):
-            books["rejected"] += 1
+            counts["rejected"] += 1
         else:
             kept.append(row)
     return kept
 
 
-def without_copies(rows: list[Row], columns: tuple[str, ...], books: Counter[str]) -> list[Row]:
+def without_copies(rows: list[Row], columns: tuple[str, ...], counts: Counter[str]) -> list[Row]:
     """Every distinct row once."""
     kept: list[Row] = []
     seen = set()
     for row in rows:
         values = tuple(row[name] for name in columns)
         if values in seen:
-            books["duplicates"] += 1
+            counts["duplicates"] += 1
         else:
             seen.add(values)
             kept.append(row)
@@ -79,18 +79,18 @@ def click_order(click: Row) -> tuple[Any, ...]:
     return (click["clicked_at"], *ids, math.inf if click["position"] is None else click["position"])
 
 
-def clean_clicks(rows: list[Row], items: set[str], as_of: int, books: Counter[str]) -> tuple[list[Row], list[Row]]:
+def clean_clicks(rows: list[Row], items: set[str], as_of: int, counts: Counter[str]) -> tuple[list[Row], list[Row]]:
     """Return the usable clicks, and those of a repeated exposure.
 
     (usable clicks, earliest first, each with its session's start; clicks whose exposure_id the user
     already has on another click)
     """
-    rows = sorted(without_copies(complete(rows, CLICK_COLUMNS, books), CLICK_COLUMNS, books), key=click_order)
+    rows = sorted(without_copies(complete(rows, CLICK_COLUMNS, counts), CLICK_COLUMNS, counts), key=click_order)
     seen: set[tuple[str, str]] = set()
     once, again = [], []
     for click in rows:
         if (click["user_id"], click["exposure_id"]) in seen:
-            books["rejected"] += 1
+            counts["rejected"] += 1
             again.append(click)
         else:
             seen.add((click["user_id"], click["exposure_id"]))
@@ -98,9 +98,9 @@ def clean_clicks(rows: list[Row], items: set[str], as_of: int, books: Counter[st
     usable = []
     for click in once:
         if click["clicked_at"] > as_of:
-            books["after_as_of"] += 1
+            counts["after_as_of"] += 1
         elif click["item_id"] not in items:
-            books["unknown_item"] += 1
+            counts["unknown_item"] += 1
         else:
             of_session = [
                 c["clicked_at"]
@@ -111,18 +111,18 @@ def clean_clicks(rows: list[Row], items: set[str], as_of: int, books: Counter[st
     return usable, again
 
 
-def clean_orders(rows: list[Row], items: set[str], as_of: int, books: Counter[str]) -> list[Row]:
+def clean_orders(rows: list[Row], items: set[str], as_of: int, counts: Counter[str]) -> list[Row]:
     """Usable order lines."""
     usable = []
-    for order in without_copies(complete(rows, ORDER_COLUMNS, books), ORDER_COLUMNS, books):
+    for order in without_copies(complete(rows, ORDER_COLUMNS, counts), ORDER_COLUMNS, counts):
         if order["ordered_at"] > as_of:
-            books["after_as_of"] += 1
+            counts["after_as_of"] += 1
         elif order["quantity"] <= 0:
-            books["returns"] += 1
+            counts["returns"] += 1
         elif order["item_id"] not in items:
-            books["unknown_item"] += 1
+            counts["unknown_item"] += 1
         else:
-            books["out"] += 1
+            counts["out"] += 1
             usable.append(order)
     return usable
 
@@ -239,21 +239,21 @@ def local_time(time: int, zone: str) -> datetime.datetime:
 def build(clicks: list[Row], orders: list[Row], catalog: list[Row], settings: Settings) -> Answer:
     """Examples and books of two logs."""
     listings = {row["item_id"]: row for row in catalog}
-    books: tuple[Counter[str], Counter[str]] = Counter(), Counter()
-    usable, again = clean_clicks(clicks, set(listings), settings.as_of, books[0])
-    bought = clean_orders(orders, set(listings), settings.as_of, books[1])
+    counts: tuple[Counter[str], Counter[str]] = Counter(), Counter()
+    usable, again = clean_clicks(clicks, set(listings), settings.as_of, counts[0])
+    bought = clean_orders(orders, set(listings), settings.as_of, counts[1])
     credit(usable, bought, settings.window)
     closed: dict[tuple[str, str, str], list[Row]] = {}
     for click in usable:
         if click["clicked_at"] + settings.window > settings.as_of:
-            books[0]["open_window"] += 1
+            counts[0]["open_window"] += 1
         else:
             closed.setdefault((click["user_id"], click["session_id"], click["item_id"]), []).append(click)
     examples = {}
     for (user, session, item), same in closed.items():
         first = same[0]
-        books[0]["out"] += 1
-        books[0]["repeated_clicks"] += len(same) - 1
+        counts[0]["out"] += 1
+        counts[0]["repeated_clicks"] += len(same) - 1
         clock = local_time(first["session_start"], settings.timezones.get(first["store_id"], settings.timezone))
         examples[user, session, item] = {
             "user_id": user,
@@ -270,4 +270,4 @@ def build(clicks: list[Row], orders: list[Row], catalog: list[Row], settings: Se
                 user, item, first["store_id"], first["session_start"], usable, bought, listings, settings.history
             ),
         }
-    return Answer(examples, books[0], books[1], again)
+    return Answer(examples, counts[0], counts[1], again)

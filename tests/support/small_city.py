@@ -186,11 +186,11 @@ def build_examples(
         timezone=settings.timezone,
         frozen_before=frozen_before,
     )
-    books: dict[str, Counter[str]] = {"clicks": Counter(), "orders": Counter()}
+    counts: dict[str, Counter[str]] = {"clicks": Counter(), "orders": Counter()}
     for count in result.counts:
-        books[count.table][count.where] += count.rows
+        counts[count.table][count.where] += count.rows
     counts = build_item_features(result.queries, result.item_events)
-    return by_key(finish_examples(result.examples, counts, item_ids)), books
+    return by_key(finish_examples(result.examples, counts, item_ids)), counts
 
 
 def by_key(examples: pa.Table) -> dict[Any, Row]:

@@ -39,8 +39,8 @@ class Catalog:
         sides = []
         for classes, width in ((shown, 30), (said, 20)):
             clear = np.where(rng.random(count) < vague, 0.1, 1.0)[:, None]
-            told = clear * latent[classes] @ rng.normal(size=(8, width))
-            sides.append((told + rng.normal(size=told.shape)).astype(np.float32))
+            reported = clear * latent[classes] @ rng.normal(size=(8, width))
+            sides.append((reported + rng.normal(size=reported.shape)).astype(np.float32))
         self.images, self.titles = sides
         self.fold = (self.product // np.uint64(40) % np.uint64(FOLDS)).astype(np.int64)
         self.rows = np.arange(count)

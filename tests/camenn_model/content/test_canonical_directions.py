@@ -139,8 +139,8 @@ def test_few_listings_want_a_larger_penalty_than_many() -> None:
     common = rng.normal(size=(500, SHARED))
     views = []
     for width in (100, 60):
-        told = np.concatenate([common, 3.0 * rng.normal(size=(500, 20))], axis=1) @ rng.normal(size=(25, width))
-        views.append((told + rng.normal(size=told.shape)).astype(np.float32))
+        reported = np.concatenate([common, 3.0 * rng.normal(size=(500, 20))], axis=1) @ rng.normal(size=(25, width))
+        views.append((reported + rng.normal(size=reported.shape)).astype(np.float32))
     few, many = (choose_penalty(views[0][:n], views[1][:n], np.arange(n), 10) for n in (50, 500))
     assert few >= 100 * many
 

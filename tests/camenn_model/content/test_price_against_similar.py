@@ -80,8 +80,8 @@ def test_a_price_is_compared_within_its_kind() -> None:
     price = np.exp(2.0 * kind + relative)
     found = Likeness.fit(images, titles)
     vectors = found.vectors(images, titles, np.arange(800), np.arange(800))
-    told = alike_prices(vectors, price, np.zeros(800, dtype=np.int64), np.arange(800, dtype=np.uint64))
-    assert np.corrcoef(told, relative)[0, 1] > 0.9
+    reported = alike_prices(vectors, price, np.zeros(800, dtype=np.int64), np.arange(800, dtype=np.uint64))
+    assert np.corrcoef(reported, relative)[0, 1] > 0.9
     assert np.corrcoef(np.log(price) - np.median(np.log(price)), relative)[0, 1] < 0.5
 
 
@@ -107,8 +107,8 @@ def test_too_few_listings_tell_nothing(count: int) -> None:
     found = Likeness.fit(images[:count], titles[:count])
     vectors = found.vectors(images, titles, np.arange(8), np.arange(8))
     assert vectors.shape == (8, 0)
-    told = alike_prices(vectors, np.ones(8), np.zeros(8, dtype=np.int64), np.arange(8, dtype=np.uint64))
-    assert np.isnan(told).all()
+    reported = alike_prices(vectors, np.ones(8), np.zeros(8, dtype=np.int64), np.arange(8, dtype=np.uint64))
+    assert np.isnan(reported).all()
 
 
 def test_is_read_as_written(tmp_path: Path) -> None:

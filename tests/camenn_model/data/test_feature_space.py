@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from camenn_model.content.agreement import Agreement
 from camenn_model.content.price_against_similar import Likeness
 from camenn_model.data import field_encoders
-from camenn_model.data.feature_space import FeatureSpace, Told
+from camenn_model.data.feature_space import CatalogFeatures, FeatureSpace
 from camenn_model.data.field_encoders import MIN_ID_CLICKS, MISSING, QUANTILE_BUCKETS, RARE, Numeric, Vocabulary
 from schemas.contract import TIMESTAMP
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
@@ -94,9 +94,9 @@ def test_a_listing_offered_since_training_is_not_taken_for_one_that_nobody_wants
     )
     users = pa.table({"user_id": pa.array([], pa.string())})
     some = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-    told = Told(np.ones(5, dtype=np.float32), np.ones(5, dtype=np.float32))
-    space = FeatureSpace.fit(items, users, examples, Likeness.fit(some, some), Agreement.none(), told)
-    cats, _, _ = space.encode_items(items, told)
+    reported = CatalogFeatures(np.ones(5, dtype=np.float32), np.ones(5, dtype=np.float32))
+    space = FeatureSpace.fit(items, users, examples, Likeness.fit(some, some), Agreement.none(), reported)
+    cats, _, _ = space.encode_items(items, reported)
     often, *others = cats[:, 3].tolist()
     assert often > RARE and others == [RARE, RARE, MISSING, RARE]
 

@@ -14,7 +14,13 @@ from safetensors import safe_open
 
 from camenn_model.data.shard_set import ShardSet, date_of
 from camenn_model.evaluation import challenge
-from camenn_model.evaluation.challenge import Calibration, Duel, hold_duel, judge_calibration, latest_closed_days
+from camenn_model.evaluation.challenge import (
+    Calibration,
+    ModelComparison,
+    compare_with_champion,
+    judge_calibration,
+    latest_closed_days,
+)
 from camenn_model.package import Package, open_package
 from pipelines.runner.exit_codes import run_main
 from pipelines.runs.manifest import read_latest
@@ -83,9 +89,9 @@ def test_calibration_and_duel_are_those_worked_out_click_by_click(city: Path) ->
     assert found.standard_error == pytest.approx(np.hypot(*errors), rel=1e-5)
     loss = -(labels * np.log(p) + (1 - labels) * np.log(1 - p))
     assert found.log_loss == pytest.approx(loss.mean(), rel=1e-5)
-    duel = hold_duel(package, package, shards)
-    assert duel is not None and duel.passed and duel.standard_error == 0
-    assert duel.champion_log_loss == duel.challenger_log_loss == pytest.approx(loss.mean(), rel=1e-5)
+    comparison = compare_with_champion(package, package, shards)
+    assert comparison is not None and comparison.passed and comparison.standard_error == 0
+    assert comparison.champion_log_loss == comparison.challenger_log_loss == pytest.approx(loss.mean(), rel=1e-5)
 
 
 def test_only_closed_days_of_the_test_part_are_looked_at(city: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +127,7 @@ def test_chance_alone_is_no_miscalibration() -> None:
 
 @pytest.mark.parametrize(("challenger", "passed"), [(0.40, True), (0.4305, True), (0.432, False)])
 def test_a_challenger_may_be_worse_by_chance_alone(challenger: float, passed: bool) -> None:
-    assert Duel("a", "b", 100, 0.43, challenger, 0.001, 0.6, 0.6).passed is passed
+    assert ModelComparison("a", "b", 100, 0.43, challenger, 0.001, 0.6, 0.6).passed is passed
 
 
 def test_a_challenger_that_is_worse_is_kept_and_not_published(
@@ -130,10 +136,10 @@ def test_a_challenger_that_is_worse_is_kept_and_not_published(
     before = read_latest(str(city / "model"))
     assert before is not None
 
-    def worse(*_: object) -> Duel:
-        return Duel("2026-01-01", "2026-01-02", 5_000, 0.43, 0.5, 0.001, 0.66, 0.6)
+    def worse(*_: object) -> ModelComparison:
+        return ModelComparison("2026-01-01", "2026-01-02", 5_000, 0.43, 0.5, 0.001, 0.66, 0.6)
 
-    monkeypatch.setattr(challenge, "hold_duel", worse)
+    monkeypatch.setattr(challenge, "compare_with_champion", worse)
     assert train(city, "--challenge", "--seed", "1") == 3
     assert "0.5000" in capsys.readouterr().err
     now = read_latest(str(city / "model"))

@@ -79,17 +79,17 @@ def test_align_leaves_incomplete_items_out_of_the_contrast() -> None:
 
 @pytest.mark.parametrize("attention", ["prefix", "full"])
 @pytest.mark.parametrize("told", ["content_vectors", "modality_states"])
-def test_photos_and_titles_are_told_by_their_own_modality_only(told: str, attention: str) -> None:
+def test_photos_and_titles_are_told_by_their_own_modality_only(reported: str, attention: str) -> None:
     model = woken(attention)
     items = random_alignment(model.config).items
-    tell = getattr(model, told)
+    tell = getattr(model, reported)
     with torch.no_grad():
         image, text = tell(items)
         other_image, _ = tell(dataclasses.replace(items, text=items.text + 1, cats=items.cats * 0))
         changed_image, other_text = tell(dataclasses.replace(items, patches=items.patches + 1))
     assert torch.equal(image, other_image) and torch.equal(text, other_text)
     assert not torch.equal(image, changed_image)
-    if told == "content_vectors":
+    if reported == "content_vectors":
         assert torch.allclose(image.norm(dim=1), torch.ones(len(items)), atol=1e-5)
 
 

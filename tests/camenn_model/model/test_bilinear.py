@@ -10,7 +10,7 @@ import torch
 
 from camenn_model.batch import Batch
 from camenn_model.config import STORE
-from camenn_model.model.bilinear import ENOUGH_WORTH, FACTORS, LEAST_WORTH
+from camenn_model.model.bilinear import ENOUGH_COEFFICIENT, FACTORS, LEAST_COEFFICIENT
 from camenn_model.model.camenn import CameNN
 from tests.support.random_batches import awake, random_batch, tiny_config
 
@@ -82,19 +82,19 @@ def test_choose_is_what_the_whole_forward_pass_says() -> None:
         assert not torch.equal(model.choose(dataclasses.replace(batch, audience=audience)), alone)
 
 
-@pytest.mark.parametrize("worth", [-0.5, 0.0, 0.1, ENOUGH_WORTH, 2.5])
-def test_tastes_start_as_large_as_they_are_worth_and_hand_both_sides_gradients(worth: float) -> None:
+@pytest.mark.parametrize("worth", [-0.5, 0.0, 0.1, ENOUGH_COEFFICIENT, 2.5])
+def test_tastes_start_as_large_as_they_are_worth_and_hand_both_sides_gradients(coefficients: float) -> None:
     model = woken()
     batch = random_batch(model.config, items=12, audience=6, pairs=30)
     with torch.no_grad():
         liked = model.liked(batch)
-        share = float(model.affinity.start_worth(torch.tensor([worth, 0.3, -0.7])))
-    assert share == pytest.approx(min(max(worth / ENOUGH_WORTH, 0.0), 1.0))
+        share = float(model.affinity.start_coefficients(torch.tensor([coefficients, 0.3, -0.7])))
+    assert share == pytest.approx(min(max(coefficients / ENOUGH_COEFFICIENT, 0.0), 1.0))
     found = liked_by_orders(model, batch)
-    expected = liked * torch.tensor([max(worth, LEAST_WORTH) * share, 0.3, -0.7])
+    expected = liked * torch.tensor([max(coefficients, LEAST_COEFFICIENT) * share, 0.3, -0.7])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     found[:, 0].sum().backward()
-    given = [model.affinity.audience.out.weight] + ([model.affinity.item.out.weight] if worth > 0 else [])
+    given = [model.affinity.audience.out.weight] + ([model.affinity.item.out.weight] if coefficients > 0 else [])
     assert all(weight.grad is not None and bool((weight.grad != 0).any()) for weight in given)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from camenn_model.evaluation import metrics
 from camenn_model.model.count_network import Counts
-from camenn_model.training.fit_counts import PASSES, CountRows, fit_counts, say
+from camenn_model.training.fit_counts import EPOCHS, CountRows, fit_counts, predict_logits
 from tests.support.random_batches import FIELDS, tiny_config
 
 CONFIG = tiny_config()
@@ -31,23 +31,23 @@ def drawn(examples: int, seed: int) -> CountRows:
     return CountRows(values[0], sides[0], values[1], sides[1], label)
 
 
-def fit(counts: Counts, train: CountRows, stop: CountRows, told: list[str] | None = None) -> float:
+def fit(counts: Counts, train: CountRows, stop: CountRows, reported: list[str] | None = None) -> float:
     return fit_counts(
-        counts, BASE, train, stop, 0, lambda *given: told.append(str(given)) if told is not None else None
+        counts, BASE, train, stop, 0, lambda *given: reported.append(str(given)) if reported is not None else None
     )
 
 
 def test_says_nothing_before_it_is_fitted() -> None:
-    assert torch.equal(say(Counts(CONFIG), drawn(50, 0)), torch.zeros(50))
+    assert torch.equal(predict_logits(Counts(CONFIG), drawn(50, 0)), torch.zeros(50))
 
 
 def test_finds_what_two_counts_say_together_where_none_says_anything_alone() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     train, stop, test = drawn(6_000, 1), drawn(2_000, 2), drawn(2_000, 3)
-    counts, told = Counts(CONFIG), []
-    found = fit(counts, train, stop, told)
-    assert len(told) == PASSES
-    logits = say(counts, test)
+    counts, reported = Counts(CONFIG), []
+    found = fit(counts, train, stop, reported)
+    assert len(reported) == EPOCHS
+    logits = predict_logits(counts, test)
     # The best that can be known are the two rates, half and half of the pairs.
     best = metrics.auc(test.label, (test.audience_buckets[:, 0] > 2) == (test.buckets[:, 0] > 2))
     assert metrics.auc(test.label, logits) > best - 0.02 > 0.65
@@ -56,7 +56,9 @@ def test_finds_what_two_counts_say_together_where_none_says_anything_alone() -> 
     ]
     peer = linear_model.LogisticRegression().fit(design[0], train.label.numpy())
     assert metrics.auc(test.label, peer.decision_function(design[1])) < 0.55
-    assert found == pytest.approx(float(F.binary_cross_entropy_with_logits(BASE + say(counts, stop), stop.label)))
+    assert found == pytest.approx(
+        float(F.binary_cross_entropy_with_logits(BASE + predict_logits(counts, stop), stop.label))
+    )
     assert not any(weight.requires_grad for weight in counts.parameters())
 
 
@@ -67,7 +69,7 @@ def test_says_nothing_where_counts_tell_nothing() -> None:
     counts = Counts(CONFIG)
     found = fit(counts, train, turned)
     assert found == pytest.approx(float(F.binary_cross_entropy_with_logits(torch.full((300,), BASE), turned.label)))
-    assert torch.equal(say(counts, stop), torch.zeros(300))
+    assert torch.equal(predict_logits(counts, stop), torch.zeros(300))
 
 
 def test_the_same_seed_finds_the_same() -> None:
@@ -77,7 +79,7 @@ def test_the_same_seed_finds_the_same() -> None:
         torch.manual_seed(1)
         counts = Counts(CONFIG)
         fit(counts, train, stop)
-        pair.append(say(counts, stop))
+        pair.append(predict_logits(counts, stop))
     assert torch.equal(*pair) and float(pair[0].std()) > 0
 
 
@@ -87,16 +89,16 @@ def test_a_missing_number_has_no_value() -> None:
     fit(counts, train, train)
     other = dataclasses.replace(train, values=torch.where(train.buckets > 0, train.values, -100.0))
     assert not torch.equal(other.values, train.values)
-    assert torch.equal(say(counts, other), say(counts, train))
+    assert torch.equal(predict_logits(counts, other), predict_logits(counts, train))
 
 
 def test_worth_multiplies_what_is_said() -> None:
     train = drawn(500, 9)
     counts = Counts(CONFIG)
     fit(counts, train, train)
-    before = say(counts, train)
+    before = predict_logits(counts, train)
     counts.scale(0.5)
-    assert torch.allclose(say(counts, train), before / 2, atol=1e-6)
+    assert torch.allclose(predict_logits(counts, train), before / 2, atol=1e-6)
 
 
 def test_without_counts_it_says_a_number_at_most() -> None:
@@ -105,4 +107,4 @@ def test_without_counts_it_says_a_number_at_most() -> None:
     none, label = (torch.zeros(40, 0), torch.zeros(40, 0, dtype=torch.int64)), (torch.arange(40) % 2).float()
     rows = CountRows(*none, *none, label)
     fit(counts, rows, rows)
-    assert len(say(counts, rows).unique()) == 1
+    assert len(predict_logits(counts, rows).unique()) == 1

@@ -79,7 +79,7 @@ def design_matrix(config: ModelConfig, catalog: Catalog, rows: WideRows) -> np.n
     for along, present in (catalog.image, catalog.text):
         there = present[rows.item].numpy()[:, None]
         blocks += [along[rows.item].numpy() * there, (~there).astype(np.float64)]
-    return np.concatenate([*blocks, rows.told.numpy()], axis=1)
+    return np.concatenate([*blocks, rows.part_logits.numpy()], axis=1)
 
 
 def learnable(examples: int, seed: int) -> tuple[ModelConfig, Wide, Catalog, WideRows]:
@@ -114,9 +114,9 @@ def test_each_penalty_fits_as_scikit_learn_does(monkeypatch: pytest.MonkeyPatch)
         peer = linear_model.LogisticRegression(C=1 / penalty, max_iter=5_000, tol=1e-8)
         expected = peer.fit(design, rows.label.numpy()).decision_function(design)
         with torch.no_grad():
-            logits = BASE + wide.of_examples(catalog, rows) + rows.told @ torch.tensor(found.worth)
+            logits = BASE + wide.of_examples(catalog, rows) + rows.part_logits @ torch.tensor(found.coefficients)
         assert np.abs(logits.numpy() - expected).max() < 0.01 * expected.std()
-        assert np.allclose(found.worth, peer.coef_[0, -3:], atol=0.01)
+        assert np.allclose(found.coefficients, peer.coef_[0, -3:], atol=0.01)
 
 
 def test_the_penalty_is_the_one_with_the_least_loss_on_other_examples() -> None:
@@ -126,12 +126,12 @@ def test_the_penalty_is_the_one_with_the_least_loss_on_other_examples() -> None:
         WideRows(**{name: value[part] for name, value in vars(rows).items()})
         for part in (slice(None, half), slice(half, None))
     ]
-    told: list[str] = []
-    found = fit_wide(wide, BASE, catalog, *parts, lambda done, total, note: told.append(f"{done}/{total} {note}"))
+    reported: list[str] = []
+    found = fit_wide(wide, BASE, catalog, *parts, lambda done, total, note: reported.append(f"{done}/{total} {note}"))
     assert found.penalty in PENALTIES[1:]
-    assert told[-1].startswith(f"{len(PENALTIES)}/{len(PENALTIES)}")
+    assert reported[-1].startswith(f"{len(PENALTIES)}/{len(PENALTIES)}")
     with torch.no_grad():
-        logits = BASE + wide.of_examples(catalog, parts[1]) + parts[1].told @ torch.tensor(found.worth)
+        logits = BASE + wide.of_examples(catalog, parts[1]) + parts[1].part_logits @ torch.tensor(found.coefficients)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, parts[1].label)
     assert float(loss) == pytest.approx(found.loss, abs=1e-6)
     # Labels that nothing explains are best left to the base rate.

@@ -32,18 +32,18 @@ from camenn_model.data.batching import collate, concat_rows, list_units, split_b
 from camenn_model.data.prefetch import map_ahead
 from camenn_model.data.shard_set import ShardSet
 from camenn_model.evaluation.predictions import Predictions
-from camenn_model.model.bilinear import ENOUGH_WORTH, LEAST_WORTH
+from camenn_model.model.bilinear import ENOUGH_COEFFICIENT, LEAST_COEFFICIENT
 from camenn_model.model.layers import FAST
 from camenn_model.model.wide import Catalog, Wide, WideRows
 from camenn_model.package import read_package
 from camenn_model.tensors import load_tensors, save_tensors
 from camenn_model.training.corpus import Corpus, TrainOptions, open_corpus
-from camenn_model.training.fit_counts import CountRows, say
+from camenn_model.training.fit_counts import CountRows, predict_logits
 from camenn_model.training.fit_wide import Fit
 from camenn_model.training.optimizer import rate_at
 from camenn_model.training.train import train, write_curves
 from camenn_model.training.trainer import Trainer
-from pipelines.runner.exit_codes import HeldBack, run_main
+from pipelines.runner.exit_codes import GatesFailed, run_main
 from pipelines.shards import command as shards_command
 from pipelines.train import processes
 from schemas.errors import InputError
@@ -122,7 +122,9 @@ def test_trainer_resumes_to_the_same_bits(shards: str, tmp_path: Path) -> None:
     same_to_the_bit(whole, resumed)
 
 
-def told_losses(monkeypatch: pytest.MonkeyPatch, trainers: list[Trainer], loss: Callable[[int], float]) -> list[int]:
+def recorded_losses(
+    monkeypatch: pytest.MonkeyPatch, trainers: list[Trainer], loss: Callable[[int], float]
+) -> list[int]:
     """Let an evaluation find a loss that depends on the step of the last trainer alone; returns the steps of
     evaluations, as they come.
     """
@@ -153,7 +155,7 @@ def test_a_run_that_is_resumed_late_keeps_its_best_and_evaluates_when_due(
     """It is killed long after its best evaluation, and between two that are due."""
     trainers: list[Trainer] = []
     # The first evaluation is the best one.
-    steps = told_losses(monkeypatch, trainers, lambda step: 0.3 + step / 1_000)
+    steps = recorded_losses(monkeypatch, trainers, lambda step: 0.3 + step / 1_000)
     whole = quick_trainer(trainers, shards, tmp_path / "whole")
     whole.run()
     due = list(steps)
@@ -174,13 +176,13 @@ def test_a_run_that_is_resumed_late_keeps_its_best_and_evaluates_when_due(
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
     same_to_the_bit(whole, resumed)
-    told = [[row["early_stop_log_loss"] for row in trainer.state.curves] for trainer in (whole, resumed)]
-    assert np.array_equal(told[0], told[1], equal_nan=True)
+    reported = [[row["early_stop_log_loss"] for row in trainer.state.curves] for trainer in (whole, resumed)]
+    assert np.array_equal(reported[0], reported[1], equal_nan=True)
 
 
 def test_each_epoch_sees_every_example_once(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainers: list[Trainer] = []
-    told_losses(monkeypatch, trainers, lambda step: 1 / (1 + step))
+    recorded_losses(monkeypatch, trainers, lambda step: 1 / (1 + step))
     trainer = quick_trainer(trainers, shards, tmp_path, epochs=2)
     rows = trainer.corpus.rows("train")
     seen: list[list[int]] = [[], []]
@@ -220,7 +222,7 @@ def test_patience_counts_evaluations_in_a_row(shards: str, tmp_path: Path, monke
     """One that is worse, then a better one, then two that are worse: two in a row end it, not three in all."""
     trainers: list[Trainer] = []
     losses = iter([0.9, 0.8, 0.85, 0.7, 0.75, 0.7, 0.1, 0.1])
-    steps = told_losses(monkeypatch, trainers, lambda step: next(losses))
+    steps = recorded_losses(monkeypatch, trainers, lambda step: next(losses))
     trainer = quick_trainer(trainers, shards, tmp_path, patience=2, evaluations=8)
     trainer.run()
     assert len(steps) == 6 and trainer.state.best_step == steps[3]
@@ -263,8 +265,8 @@ def test_orders_begin_with_what_each_part_is_worth(
     said: list[torch.Tensor] = []
 
     def fitted(wide: Wide, base: float, catalog: Catalog, train: WideRows, *_: object) -> Fit:
-        said.append(train.told)
-        return Fit(penalty=1.0, loss=0.5, worth=(0.1, 0.3, -0.2, 0.5))
+        said.append(train.part_logits)
+        return Fit(penalty=1.0, loss=0.5, coefficients=(0.1, 0.3, -0.2, 0.5))
 
     monkeypatch.setattr("camenn_model.training.pretraining.fit_wide", fitted)
     trainer = Trainer(open_corpus(asked), asked, no_progress)
@@ -272,13 +274,15 @@ def test_orders_begin_with_what_each_part_is_worth(
     (before,) = said
     affinity = trainer.model.affinity
     after = trainer.pretraining().wide_rows("train")
-    share = 0.1 / ENOUGH_WORTH
+    share = 0.1 / ENOUGH_COEFFICIENT
     assert float(trainer.loss.choices_count) == pytest.approx(share)
-    assert torch.allclose(FAST * affinity.worth[:: trainer.model.config.width], torch.tensor([LEAST_WORTH, 0.3, -0.2]))
+    assert torch.allclose(
+        FAST * affinity.worth[:: trainer.model.config.width], torch.tensor([LEAST_COEFFICIENT, 0.3, -0.2])
+    )
     assert before.shape == (len(after.label), 4)
-    assert torch.allclose(after.told[:, 0], share * before[:, 0], atol=1e-6)
-    assert torch.allclose(after.told[:, 1:], before[:, 1:3], atol=1e-6)
-    counts = say(trainer.model.counts, CountRows.of(after))
+    assert torch.allclose(after.part_logits[:, 0], share * before[:, 0], atol=1e-6)
+    assert torch.allclose(after.part_logits[:, 1:], before[:, 1:3], atol=1e-6)
+    counts = predict_logits(trainer.model.counts, CountRows.of(after))
     assert torch.allclose(counts, 0.5 * before[:, 3], atol=1e-6) and float(counts.std()) > 0
 
 
@@ -496,7 +500,7 @@ time.sleep(0 if sys.argv[1] == "0" else 600)
 """
 
 
-@pytest.mark.parametrize(("code", "error"), [(2, InputError), (3, HeldBack), (1, RuntimeError), (0, None)])
+@pytest.mark.parametrize(("code", "error"), [(2, InputError), (3, GatesFailed), (1, RuntimeError), (0, None)])
 def test_processes_end_together_as_the_first_that_fails(
     monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception] | None
 ) -> None:
@@ -623,10 +627,10 @@ def test_photos_titles_and_tastes_are_learnt_before_the_first_order(shards: str,
     before = choice_loss()
     trainer._begin()
     assert choice_loss() < 0.95 * before
-    assert list(dict.fromkeys(phase for phase, _, _ in phases)) == ["align", "tastes", "counts", "wide"]
+    assert list(dict.fromkeys(phase for phase, _, _ in phases)) == ["align", "preferences", "counts", "wide"]
     assert all(
         max(d for p, d, _ in phases if p == name) == phases_total(phases, name)
-        for name in ("align", "tastes", "counts", "wide")
+        for name in ("align", "preferences", "counts", "wide")
     )
     # The network was taught no order yet: what only orders teach is where it was. The linear part
     # was, and stays what it is.

@@ -1,4 +1,4 @@
-"""Photos that are gone: a run that lost them is held back, one that never had any is refused, and neither loses what
+"""Photos that are gone: a run that lost them is gated, one that never had any is refused, and neither loses what
 was encoded.
 """
 
@@ -92,7 +92,7 @@ def test_a_share_that_is_not_mounted_holds_the_run_back(store: Store) -> None:
     held = said.split("camenn publish ")[1].split()[0]
     # A night later it is still not there, and is no more usual for that.
     assert store.embed()[0] == 3 and store.run() == first
-    # Back again, nothing is encoded anew; and a run that was held back is published where somebody says so.
+    # Back again, nothing is encoded anew; and a run that was gated is published where somebody says so.
     store.share.rmdir()
     shutil.move(store.data / "aside", store.share)
     assert store.embed()[0] == 0

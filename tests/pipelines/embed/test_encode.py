@@ -112,18 +112,18 @@ def commit(directory: Path, chunks: list[EncodedImages]) -> list[tuple[str, Any]
     step = CommitChunk(IMAGES, str(directory), CONTRACT, SHAPE, None)
     step.setup()
     step.start_bundle()
-    told = [(output.tag, output.value) for chunk in chunks for output in step.process(chunk)]
-    told += [(output.tag, output.value.value) for output in step.finish_bundle()]
+    reported = [(output.tag, output.value) for chunk in chunks for output in step.process(chunk)]
+    reported += [(output.tag, output.value.value) for output in step.finish_bundle()]
     step.teardown()
-    return told
+    return reported
 
 
 def test_photos_that_were_gone_are_told_and_not_remembered(tmp_path: Path) -> None:
     """A photo that cannot be decoded is never read again; one that was not there may come back."""
-    told = commit(tmp_path, [encoded("c1", ["k1", "k2"]), encoded("c2", []), encoded("c3", ["k3"])])
-    files = [value for tag, value in told if tag == "files"]
+    reported = commit(tmp_path, [encoded("c1", ["k1", "k2"]), encoded("c2", []), encoded("c3", ["k3"])])
+    files = [value for tag, value in reported if tag == "files"]
     assert [record.rows for record in files] == [2, 0, 1]
-    assert [row["key"] for tag, value in told if tag == "unread" for row in value.to_pylist()] == ["gone"] * 3
+    assert [row["key"] for tag, value in reported if tag == "unread" for row in value.to_pylist()] == ["gone"] * 3
     part = find_part(str(tmp_path), "c1")
     assert part is not None and part.path == files[0].path
     assert (part.failures, part.unread) == ((DEAD,), (GONE,))
@@ -140,13 +140,13 @@ def known(part: Part) -> list[str]:
 
 
 def test_a_chunk_that_was_committed_is_reported_and_not_encoded_again(tmp_path: Path) -> None:
-    told = commit(tmp_path, [encoded("c1", ["k1", "k2"])])
+    reported = commit(tmp_path, [encoded("c1", ["k1", "k2"])])
     rows = pa.table({"image_key": ["k1"], "path": ["a.jpg"], "bytes": pa.array([None], pa.binary())})
     step = SkipCommitted(str(tmp_path), CONTRACT)
     again = list(step.process(PackedChunk("c1", 2, encode.ipc_bytes(rows, "zstd"))))
     assert all(isinstance(output, beam.pvalue.TaggedOutput) for output in again)
     assert sorted(output.tag for output in again) == ["files", "unread"]
-    assert [output.value for output in again if output.tag == "files"] == [v for tag, v in told if tag == "files"]
+    assert [output.value for output in again if output.tag == "files"] == [v for tag, v in reported if tag == "files"]
     (fresh,) = step.process(PackedChunk("c9", 1, encode.ipc_bytes(rows, "zstd")))
     assert fresh == ImageChunk("c9", ["k1"], ["a.jpg"], [None], False)
 

@@ -452,9 +452,9 @@ def test_odd_events_are_counted_where_they_belong() -> None:
         an_order(3, now, item_id="gone"),
         an_order(0, now - DAY),
     ]
-    examples, books = build_examples(clicks, orders, CATALOG_ROWS, LATER)
-    assert +books["clicks"] == {"duplicates": 1, "unknown_item": 1, "rejected": 1, "out": 2}
-    assert +books["orders"] == {"duplicates": 1, "returns": 2, "unknown_item": 1, "out": 1}
+    examples, counts = build_examples(clicks, orders, CATALOG_ROWS, LATER)
+    assert +counts["clicks"] == {"duplicates": 1, "unknown_item": 1, "rejected": 1, "out": 2}
+    assert +counts["orders"] == {"duplicates": 1, "returns": 2, "unknown_item": 1, "out": 1}
     row = examples["u0", "a", "i0"]
     assert (row["label"], row["user_orders_per_day"], row["item_orders"], row["history_kind"]) == (0, 0.5, 1.0, [2])
     assert set(examples) == {("u0", "a", "i0"), ("u0", "a", "i1")}
@@ -520,9 +520,9 @@ def test_a_row_group_of_rejects_only_and_buckets_without_examples(data: Data, mo
 
 
 def test_build_examples_of_nothing() -> None:
-    examples, books = build_examples([], [], CATALOG_ROWS, Settings(as_of=START, window=24 * HOUR, history=3))
+    examples, counts = build_examples([], [], CATALOG_ROWS, Settings(as_of=START, window=24 * HOUR, history=3))
     assert not examples
-    assert not +books["clicks"] + +books["orders"]
+    assert not +counts["clicks"] + +counts["orders"]
 
 
 def test_training_refuses_labels_of_one_class(data: Data) -> None:
@@ -699,8 +699,8 @@ def test_events_at_times_that_cannot_be_are_rejects_and_move_nothing(
             "clicks:e103",
             "orders:o100/i0",
         }
-        told = next(row["detail"] for row in rejects if row["key"] == "clicks:e100")
-        assert told.startswith(f"{data.file('clicks')}: row 40: column 'clicked_at' is 2099-01-01T00:00:00")
+        detail = next(row["detail"] for row in rejects if row["key"] == "clicks:e100")
+        assert detail.startswith(f"{data.file('clicks')}: row 40: column 'clicked_at' is 2099-01-01T00:00:00")
 
 
 def test_a_log_whose_clicks_become_no_example_is_not_published(data: Data, capsys: pytest.CaptureFixture[str]) -> None:

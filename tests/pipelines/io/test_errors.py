@@ -52,8 +52,8 @@ def test_system_errors_that_a_user_can_mend_are_one_line(
 def test_what_is_not_there_is_the_users_where_they_named_it(number: int, wrap: Wrap) -> None:
     error = wrap(system_error(number, "/city/data/deep/a"))
     for given in (["--data", "/city/data"], ["--out=/city/data/deep/a"], ["--out", "/city/data/deep/a/b"]):
-        told = input_error_behind(error, given)
-        assert told is not None and str(told).startswith(f"/city/data/deep/a: {os.strerror(number)}. ")
+        reported = input_error_behind(error, given)
+        assert reported is not None and str(reported).startswith(f"/city/data/deep/a: {os.strerror(number)}. ")
     for given in ([], ["--data", "/city/dat"], ["--seed", "3"]):
         assert input_error_behind(error, given) is None
 
@@ -119,8 +119,8 @@ def test_a_beam_workers_error_is_found(kind: str, said: str | None, elsewhere: b
     flags = ["--direct_num_workers=1", "--direct_running_mode=multi_processing"] if elsewhere else []
     with pytest.raises(Exception) as caught, open_pipeline(flags) as pipeline:
         _ = pipeline | beam.Create([kind]) | "Fail" >> beam.Map(fail)
-    told = input_error_behind(caught.value)
-    assert (None if told is None else str(told)) == said
+    reported = input_error_behind(caught.value)
+    assert (None if reported is None else str(reported)) == said
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pipelines.io.files import list_parquet
 from pipelines.io.tables import Slice, Source, list_slices, read_slice
 from pipelines.score.audience import has_candidates, read_audience, read_candidates
 from pipelines.score.snapshot import read_log
-from pipelines.shards.final_days import sketch_days
+from pipelines.shards.final_days import sample_days
 from pipelines.shards.log_cache import hash_row_groups
 from schemas.audience import AUDIENCE, CANDIDATES
 from schemas.catalog import CATALOG
@@ -213,7 +213,7 @@ def test_score_and_the_sample_of_days_pass_over_rows_that_are_not_utf8(tmp_path:
     source = Source.find(str(tmp_path), CLICKS)
     log, rejects, _ = read_log("score", source)
     assert len(log.events) == 3 and sum(piece.num_rows for piece in rejects) == 2
-    assert sketch_days(CLICKS, list_slices(source), latest_time())
+    assert sample_days(CLICKS, list_slices(source), latest_time())
     assert len(hash_row_groups(source)) == 1 and len(read_times(source, latest_time())) == 5
     write_files(tmp_path, "catalog", latin(catalog_table(), "brand", 2))
     rows, bad, counts = read_catalog("shards", Source.find(str(tmp_path), CATALOG))

@@ -17,23 +17,23 @@ TABLES = st.lists(st.tuples(st.integers(-(2**40), 2**40), st.text(max_size=20) |
 @given(st.lists(TABLES, max_size=6))
 def test_tables_come_back_as_bytes(tables: list[pa.Table]) -> None:
     packer = Packer(None)
-    parcels = [packer.pack(table) for table in tables]
-    assert all(isinstance(parcel, bytes) for parcel in parcels)
-    assert [unpack(parcel) for parcel in parcels] == tables
+    partitions = [packer.pack(table) for table in tables]
+    assert all(isinstance(partition, bytes) for partition in partitions)
+    assert [unpack(partition) for partition in partitions] == tables
 
 
 def test_tables_come_back_from_files_whoever_reads_them(tmp_path: Path) -> None:
     tables = [pa.table({"n": list(range(number))}) for number in (3, 0, 70_000)]
     packer = pickle.loads(pickle.dumps(Packer(str(tmp_path / "shuffle"))))
-    parcels = []
+    partitions = []
     for table in tables:
-        parcels.append(packer.pack(table))
+        partitions.append(packer.pack(table))
         # Before the file is closed, too: stages overlap.
-        assert unpack(parcels[-1]) == table
+        assert unpack(partitions[-1]) == table
     packer.close()
     packer.pack(tables[0])
     # A packer that has begun a file travels without it.
     other = pickle.loads(pickle.dumps(packer))
-    parcels.append(other.pack(tables[2]))
-    assert [unpack(parcel) for parcel in parcels] == [*tables, tables[2]]
-    assert len({parcel[0] for parcel in parcels}) == 2 and len(list((tmp_path / "shuffle").iterdir())) == 3
+    partitions.append(other.pack(tables[2]))
+    assert [unpack(partition) for partition in partitions] == [*tables, tables[2]]
+    assert len({partition[0] for partition in partitions}) == 2 and len(list((tmp_path / "shuffle").iterdir())) == 3

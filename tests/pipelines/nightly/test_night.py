@@ -1,4 +1,4 @@
-"""A night's stages succeed, fail, or are held back.
+"""A night's stages succeed, fail, or are gated.
 
 The stages themselves are stood in for here, and are real in test_nights.py.
 """
@@ -15,9 +15,9 @@ import pytest
 from pipelines.nightly import command as nightly_command
 from pipelines.nightly import night
 from pipelines.nightly.retraining import Decision
-from pipelines.runner.exit_codes import HeldBack, run_main
+from pipelines.runner.exit_codes import GatesFailed, run_main
 from pipelines.runs.manifest import Manifest
-from pipelines.runs.night_record import DONE, FAILED, HELD, NOT_DUE, StageRecord, read_nights
+from pipelines.runs.night_record import DONE, FAILED, GATED, NOT_DUE, StageRecord, read_nights
 from pipelines.runs.publication import publish
 from pipelines.stages import OUTPUT_FOLDERS
 from schemas.errors import InputError
@@ -31,12 +31,12 @@ class Stages:
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.outcomes, self.called, self.due = root, {}, [], True
         self.config = root / "city.toml"
-        told = (
+        reported = (
             "import os, pathlib, json; "
             "pathlib.Path('told.json').write_text(json.dumps("
             "{name: os.environ['CAMENN_' + name] for name in ('EXIT_CODE', 'MESSAGE', 'RECORD')}))"
         )
-        on_failure = json.dumps([sys.executable, "-c", f"import os; os.chdir({str(root)!r}); {told}"])
+        on_failure = json.dumps([sys.executable, "-c", f"import os; os.chdir({str(root)!r}); {reported}"])
         self.config.write_text(f'data = "data"\nwork = "work"\non_failure = {on_failure}\n')
         monkeypatch.setattr(night._Nightly, "run_stage", self.run_stage)
         monkeypatch.setattr(night._Nightly, "tidy", lambda night, record: setattr(record, "status", DONE))
@@ -61,7 +61,7 @@ class Stages:
         code = run_main(nightly_command.main, ["--config", str(self.config)])
         return code, read_nights(str(self.root / "work"))[-1]
 
-    def told(self) -> dict[str, str]:
+    def reported(self) -> dict[str, str]:
         found: dict[str, str] = json.loads((self.root / "told.json").read_text())
         return found
 
@@ -92,8 +92,8 @@ def test_a_good_night(stages: Stages) -> None:
         ("shards", RuntimeError("a bug"), 1, {"embed": DONE, "shards": FAILED}),
         ("shards", OSError(28, "No space left on device"), 2, {"embed": DONE, "shards": FAILED}),
         ("embed", SystemExit(2), 2, {"embed": FAILED}),
-        ("embed", HeldBack("photos are gone"), 3, {"embed": HELD}),
-        ("score", HeldBack("listings are few"), 3, {"embed": DONE, "shards": DONE, "train": DONE, "score": HELD}),
+        ("embed", GatesFailed("photos are gone"), 3, {"embed": GATED}),
+        ("score", GatesFailed("listings are few"), 3, {"embed": DONE, "shards": DONE, "train": DONE, "score": GATED}),
         ("score", InputError("no pair"), 2, {"embed": DONE, "shards": DONE, "train": DONE, "score": FAILED}),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_stage_that_fails_ends_the_night(
     }
     log = (stages.root / "work" / "nights" / "00000002" / "log.txt").read_text()
     assert record["message"] in log
-    # A bug is told with its traceback, what can be mended is not.
+    # A bug is told with its traceback, what can be patched is not.
     assert ("Traceback" in log) is (code == 1)
 
 
@@ -130,8 +130,8 @@ def test_a_training_that_fails_leaves_the_model_of_before(stages: Stages) -> Non
 
 def test_a_challenger_that_lost_is_no_failure(stages: Stages) -> None:
     stages.night()
-    code, record = stages.night(train=HeldBack("the new model is worse"))
-    assert code == 0 and status(record)["train"] == HELD and status(record)["score"] == DONE
+    code, record = stages.night(train=GatesFailed("the new model is worse"))
+    assert code == 0 and status(record)["train"] == GATED and status(record)["score"] == DONE
     assert "the new model is worse" in next(s["words"] for s in record["stages"] if s["stage"] == "train")
 
 

@@ -31,7 +31,7 @@ from pipelines.io import clock
 from pipelines.nightly import command as nightly_command
 from pipelines.runner.exit_codes import run_main
 from pipelines.runs.manifest import read_latest
-from pipelines.runs.night_record import DONE, FAILED, HELD, NOT_DUE, UNCHANGED, read_nights
+from pipelines.runs.night_record import DONE, FAILED, GATED, NOT_DUE, UNCHANGED, read_nights
 from pipelines.runs.publication import check_whole, publications
 from pipelines.score import command as score_command
 from pipelines.score import gates
@@ -359,10 +359,10 @@ def nothing_new(month: Month) -> None:
 
 
 def lost_listings(month: Month) -> None:
-    """Half of the catalog is missing: such scores are held back."""
+    """Half of the catalog is missing: such scores are gated."""
     catalog = month.read("catalog")
     month.write("catalog", catalog.slice(0, catalog.num_rows // 2))
-    record = month.expect(3, {"embed": DONE, "score": HELD, "report": None})  # type: ignore[dict-item]
+    record = month.expect(3, {"embed": DONE, "score": GATED, "report": None})  # type: ignore[dict-item]
     assert "listings are" in record["message"] and "camenn publish" in record["message"]
     month.write("catalog", catalog)
     month.expect(0, ALL_DONE)
@@ -372,7 +372,7 @@ def unmounted_photos(month: Month) -> None:
     """The share with the photos is not there: its directory is, and is empty."""
     aside = (month.data / "images").rename(month.root / "images")
     (month.data / "images").mkdir()
-    record = month.expect(3, {"embed": HELD, "shards": None})  # type: ignore[dict-item]
+    record = month.expect(3, {"embed": GATED, "shards": None})  # type: ignore[dict-item]
     assert "listings that had a photo" in record["message"] and str(month.data) in record["message"]
     (month.data / "images").rmdir()
     aside.rename(month.data / "images")
@@ -413,7 +413,7 @@ def test_thirty_nights(month: Month, monkeypatch: pytest.MonkeyPatch) -> None:
             if due:
                 # A later model may lose against the one before: then that one goes on.
                 training = {stage["stage"]: stage["status"] for stage in record["stages"]}["train"]
-                assert training == DONE or (night > 1 and training == HELD), record
+                assert training == DONE or (night > 1 and training == GATED), record
                 trained.append(record["number"])
         if night in (2, 12, 17, 30):
             month.check_scores()

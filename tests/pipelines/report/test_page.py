@@ -21,7 +21,7 @@ from pipelines.report.page import render, trend_plots
 from pipelines.report.photos import Photo, Photos, thumbnail
 from pipelines.report.plots import plot_reliability
 from pipelines.report.scores import ScoreDigest, compare_nights, digest_scores, top_by_store
-from pipelines.report.section_accounting import books, click_funnel
+from pipelines.report.section_accounting import click_funnel, table_accounting
 from pipelines.report.section_listings import Card, flagged_cards, read_flagged
 from pipelines.report.section_model import quality
 from pipelines.report.section_nights import gate_rows, night_rows, published_nights
@@ -213,13 +213,13 @@ def test_run_without_alignment_and_early_stop_renders(tmp_path: Path) -> None:
 
 def test_books_and_funnel_balance(work: Path) -> None:
     found = read_work(str(work))
-    assert all(book.balances for book in books(found))
+    assert all(account.balances for account in table_accounting(found))
     steps = click_funnel(found)
     assert steps is not None
     assert sum(step.rows for step in steps[:-1]) == steps[-1].rows == 77_000
     assert steps[-2].offset == pytest.approx(0.77)
     found.manifests["shards"].counts["clicks"]["out"] -= 1
-    assert [book.table for book in books(found) if not book.balances] == ["clicks"]
+    assert [account.table for account in table_accounting(found) if not account.balances] == ["clicks"]
 
 
 def test_quality_marks_the_better_value_by_each_metrics_direction(work: Path) -> None:

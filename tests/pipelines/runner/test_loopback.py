@@ -261,12 +261,12 @@ def test_a_jar_is_made_to_listen_on_loopback(tmp_path: Path, capsys: pytest.Capt
     with zipfile.ZipFile(jar) as archive:
         assert archive.testzip() is None
         assert sorted(archive.namelist()) == sorted(["a", "b", flink_jar.CLASS])
-        mended = archive.read(flink_jar.CLASS)
-    assert mended.endswith(b"before\x2b\0\0\0\xb8\0\x0eafter")
+        patched = archive.read(flink_jar.CLASS)
+    assert patched.endswith(b"before\x2b\0\0\0\xb8\0\x0eafter")
     # Numbers 15 and 16 are new; 12, the call's name and type, is made of them.
-    assert struct.unpack(">H", mended[8:10]) == (17,)
-    assert struct.pack(">BHHBHH", 12, 2, 3, 12, 15, 16) in mended
-    assert b"forAddress\x01\0\x30(Ljava/net/SocketAddress;)Lx/NettyServerBuilder;before" in mended
+    assert struct.unpack(">H", patched[8:10]) == (17,)
+    assert struct.pack(">BHHBHH", 12, 2, 3, 12, 15, 16) in patched
+    assert b"forAddress\x01\0\x30(Ljava/net/SocketAddress;)Lx/NettyServerBuilder;before" in patched
     check_runner(flags)
     assert flink_jar.main([str(jar)]) == 0
     assert "listened already" in capsys.readouterr().out

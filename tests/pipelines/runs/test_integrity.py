@@ -197,11 +197,11 @@ def test_a_flipped_bit_is_told_or_changes_nothing(work: Path, kind: str) -> None
 
 def test_fsck_says_that_all_is_whole(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fsck", "--work", str(work), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["damaged"] == told["without_checksum"] == 0 and told["outputs"] == 4
+    reported = json.loads(capsys.readouterr().out)
+    assert reported["damaged"] == reported["without_checksum"] == 0 and reported["outputs"] == 4
     names = [path for path in work.rglob("*") if path.is_file() and not path.name.startswith(".")]
     # Of a run's own files some are its worker's input only.
-    assert told["files"] >= 0.6 * len(names)
+    assert reported["files"] >= 0.6 * len(names)
 
 
 def test_a_lost_file_of_each_kind_is_told(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,12 +37,12 @@ def test_publish_rollback_and_gc_at_every_call(tmp_path: Path) -> None:
     directory = begin_run(root, KILLED)
     for path in directory.rglob("*"):
         os.utime(path, (1e9, 1e9))
-    told = try_points(tmp_path, tmp_path / "work", 1_000, "--only", "publish,rollback,gc")
-    assert told["broken"] == []
+    reported = try_points(tmp_path, tmp_path / "work", 1_000, "--only", "publish,rollback,gc")
+    assert reported["broken"] == []
     # Before a file is opened, written, synced and renamed, and its directory synced: twice, and the
     # first run's files go.
-    assert sum(tally["points"] for tally in told["tallies"].values()) > 25
-    assert told["tallies"]["publish"]["new"] > 0
+    assert sum(tally["points"] for tally in reported["tallies"].values()) > 25
+    assert reported["tallies"]["publish"]["new"] > 0
 
 
 @pytest.mark.parametrize("forgotten", ["sync_tree", "durable"])

@@ -201,7 +201,7 @@ def few_go_and_come(tables: dict[str, pa.Table]) -> None:
     keep("candidates", 0.98)(tables)
 
 
-def test_an_ordinary_night_is_not_held_back(city: City) -> None:
+def test_an_ordinary_night_is_not_gated(city: City) -> None:
     # Of forty listings one is more than the 2 % that may be lacking of a city's.
     assert set(city.failed(few_go_and_come)) == {"coverage_listings"}
     assert city.first(few_go_and_come) == {}
@@ -305,7 +305,7 @@ BAD_NIGHTS: dict[str, tuple[Edit, Edit | None, str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_NIGHTS)
-def test_a_bad_night_is_held_back(city: City, name: str) -> None:
+def test_a_bad_night_is_gated(city: City, name: str) -> None:
     edit, before, gate, words = BAD_NIGHTS[name]
     found = city.failed(edit, before)
     assert gate in found and words in found[gate], found
@@ -346,13 +346,13 @@ def test_a_bad_night_is_held_back(city: City, name: str) -> None:
         ),
     ],
 )
-def test_ids_of_which_none_join_are_refused_at_once(city: City, edit: Edit, told: tuple[str, ...]) -> None:
+def test_ids_of_which_none_join_are_refused_at_once(city: City, edit: Edit, reported: tuple[str, ...]) -> None:
     """Nothing is scored, even on a first night; the message names both files, the column, an example of each and what
     would mend it.
     """
     with pytest.raises(InputError) as refused:
         city.look(edit)
-    for words in told:
+    for words in reported:
         assert words in str(refused.value)
 
 
@@ -365,7 +365,7 @@ def test_ids_of_which_none_join_are_refused_at_once(city: City, edit: Edit, told
         (both(ALL_STORES, upper("catalog", "store_id", lambda row: row % 4 != 0)), "store_id"),
     ],
 )
-def test_a_first_night_that_makes_no_sense_is_held_back(city: City, edit: Edit, gate: str) -> None:
+def test_a_first_night_that_makes_no_sense_is_gated(city: City, edit: Edit, gate: str) -> None:
     assert gate in city.first(edit)
 
 

@@ -129,9 +129,7 @@ def test_calibration_is_held_to_a_fifth_beyond_chance(pcoc: float, error: float,
 
 
 @pytest.mark.parametrize(("expected", "error", "passed"), [(500.0, 25.0, False), (1.5, 1.2, True)])
-def test_a_night_without_any_order_is_held_back_where_some_were_due(
-    expected: float, error: float, passed: bool
-) -> None:
+def test_a_night_without_any_order_is_gated_where_some_were_due(expected: float, error: float, passed: bool) -> None:
     calibration = Calibration("2026-01-01", "2026-01-02", 3_000, 0, None, None, 0.4, expected, error)
     gate = next(gate for gate in check_night(make_night(2), [make_night(1)], calibration) if gate.name == "calibration")
     assert gate.passed is passed and f"{expected:,.1f}" in gate.words

@@ -27,10 +27,10 @@ def join(left: list[str | None], right: list[str | None]) -> Join:
         (["1", "2"], ["1@city", "2@city"], "'@city' did not stand after them"),
     ],
 )
-def test_a_change_of_form_is_found_and_told(left: list[str | None], right: list[str | None], told: str) -> None:
+def test_a_change_of_form_is_found_and_told(left: list[str | None], right: list[str | None], reported: str) -> None:
     found = join(left, right)
     assert (found.found, found.recoded) == (0, len(left))
-    assert told in found.lacking and found.lacking.startswith("LEFT: ") and "RIGHT" in found.lacking
+    assert reported in found.lacking and found.lacking.startswith("LEFT: ") and "RIGHT" in found.lacking
     assert f"'{left[0]}' here is" in found.lacking
 
 

@@ -120,20 +120,20 @@ def test_build_log_accounts_for_every_row(tmp_path: Path) -> None:
     log, rejects, counts = build_log(
         "score", *sources(data), CITY_ITEMS["item_id"], item_attributes(CITY_ITEMS), time, 24 * HOUR
     )
-    books: dict[str, Counter[str]] = {"clicks": Counter(), "orders": Counter()}
+    counts: dict[str, Counter[str]] = {"clicks": Counter(), "orders": Counter()}
     for count in counts:
-        books[count.table][count.where] += count.rows
+        counts[count.table][count.where] += count.rows
     expected = shard_reference.build(
         clicks, orders, CATALOG_ROWS, Settings(as_of=time - 1, window=24 * HOUR, history=1)
     )
     usable = sum(expected.clicks[name] for name in ("out", "repeated_clicks", "open_window"))
     dropped = {name: expected.clicks[name] for name in ("duplicates", "rejected", "after_as_of", "unknown_item")}
-    assert books["clicks"] == {"in": len(clicks), "out": usable, **dropped}
-    assert books["orders"] == {"in": len(orders), **expected.orders}
-    assert min(books["clicks"].values()) > 0 < min(books["orders"].values())
-    for table in books.values():
+    assert counts["clicks"] == {"in": len(clicks), "out": usable, **dropped}
+    assert counts["orders"] == {"in": len(orders), **expected.orders}
+    assert min(counts["clicks"].values()) > 0 < min(counts["orders"].values())
+    for table in counts.values():
         assert table["in"] == sum(rows for where, rows in table.items() if where != "in")
-    assert sum(table.num_rows for table in rejects) == books["clicks"]["rejected"] + books["orders"]["rejected"]
+    assert sum(table.num_rows for table in rejects) == counts["clicks"]["rejected"] + counts["orders"]["rejected"]
     assert (len(log.events.clicked_at), len(log.events.ordered_at)) == (usable, expected.orders["out"])
     assert max(log.events.clicked_at.max(), log.events.ordered_at.max()) < time
 

@@ -103,10 +103,10 @@ def test_reference_knows_every_column() -> None:
 def test_build_examples_equals_the_reference(city: tuple[list[Row], list[Row], Settings]) -> None:
     clicks, orders, flags = city
     expected = shard_reference.build(clicks, orders, CATALOG_ROWS, flags)
-    examples, books = build_examples(clicks, orders, CATALOG_ROWS, flags)
+    examples, counts = build_examples(clicks, orders, CATALOG_ROWS, flags)
     assert examples == expected.examples
-    assert +books["clicks"] == +expected.clicks
-    assert +books["orders"] == +expected.orders
+    assert +counts["clicks"] == +expected.clicks
+    assert +counts["orders"] == +expected.orders
 
 
 @QUICK
@@ -215,11 +215,11 @@ def test_events_of_final_days_are_summed_up_to_the_first_day_that_is_built(
     """What is built has what it has where everything is built, however much of the log before is told as sums."""
     clicks, orders, flags = city
     first = START + step * STEP
-    whole, all_books = build_examples(clicks, orders, CATALOG_ROWS, flags)
-    part, books = build_examples(clicks, orders, CATALOG_ROWS, flags, frozen_before=first)
+    whole, all_counts = build_examples(clicks, orders, CATALOG_ROWS, flags)
+    part, counts = build_examples(clicks, orders, CATALOG_ROWS, flags, frozen_before=first)
     assert part == {key: row for key, row in whole.items() if row["session_start"] >= first}
-    assert sum(books["clicks"].values()) == sum(all_books["clicks"].values())
-    assert books["clicks"]["out"] == len(part)
+    assert sum(counts["clicks"].values()) == sum(all_counts["clicks"].values())
+    assert counts["clicks"]["out"] == len(part)
 
 
 def test_rows_of_a_session_lie_in_one_file_of_a_day() -> None:

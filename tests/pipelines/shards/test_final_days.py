@@ -26,14 +26,14 @@ from pipelines.runs.manifest import Manifest, add_files, read_latest
 from pipelines.shards import final_days
 from pipelines.shards import stage as shards_stage
 from pipelines.shards.final_days import (
-    SKETCH,
+    SAMPLE_SIZE,
     Kept,
     _least,
     check_same_log,
     delisted_items,
     keep_days,
     mix,
-    sketch_days,
+    sample_days,
     start_of,
 )
 from schemas.contract import TIMESTAMP
@@ -264,7 +264,7 @@ def test_another_log_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.data())
-def test_sketches_are_the_least_numbers_of_each_day(data: st.DataObject) -> None:
+def test_samples_are_the_least_numbers_of_each_day(data: st.DataObject) -> None:
     """Whatever the row groups, the order of rows and how many clicks share a moment."""
     moments = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=8), label="moments")
     rows = data.draw(st.lists(st.tuples(st.sampled_from(moments), st.integers(0, 40)), min_size=1, max_size=200))
@@ -280,12 +280,12 @@ def test_sketches_are_the_least_numbers_of_each_day(data: st.DataObject) -> None
         path = f"{directory}/clicks.parquet"
         pq.write_table(table, path, row_group_size=data.draw(st.integers(1, 100), label="rows of a row group"))
         source = Source(contract=CLICKS, files=(path,), rows=len(rows), fingerprint="")
-        expected = {date: sorted(numbers)[:SKETCH] for date, numbers in sorted(every.items())}
+        expected = {date: sorted(numbers)[:SAMPLE_SIZE] for date, numbers in sorted(every.items())}
         slices = list_slices(source)
-        assert sketch_days(CLICKS, slices, latest_time()) == expected
+        assert sample_days(CLICKS, slices, latest_time()) == expected
         cut = data.draw(st.integers(0, len(slices)), label="row groups that are known")
         assert (
-            sketch_days(CLICKS, slices[cut:], latest_time(), sketch_days(CLICKS, slices[:cut], latest_time()))
+            sample_days(CLICKS, slices[cut:], latest_time(), sample_days(CLICKS, slices[:cut], latest_time()))
             == expected
         )
 
@@ -320,7 +320,7 @@ def test_days_are_kept_up_to_the_first_that_may_change(late: int, after: int, mo
 def test_a_final_day_is_known_by_half_of_its_sample() -> None:
     kept = Kept(
         records=[FileRecord("examples", f"/x/date=2024-01-0{day}/part-0.parquet", 1, 1) for day in (1, 2)],
-        sketches={"2024-01-01": [1, 2, 3, 4], "2024-01-02": [10, 20, 30, 40]},
+        samples={"2024-01-01": [1, 2, 3, 4], "2024-01-02": [10, 20, 30, 40]},
     )
     first = {"2024-01-01": [4, 5, 6, 7]}
     check_same_log(kept, first | {"2024-01-02": [10, 20, 35, 45]}, "out")
@@ -359,14 +359,14 @@ def test_a_log_that_grows_is_known_again() -> None:
     for _ in range(200):
         old = {f"2024-01-0{day}": np.unique(rng.integers(0, 2**63, int(rng.integers(1, 60)))) for day in (1, 2, 3)}
         grown = {
-            date: np.union1d(values, rng.integers(0, 2**63, int(rng.integers(0, 300))))[:SKETCH].tolist()
+            date: np.union1d(values, rng.integers(0, 2**63, int(rng.integers(0, 300))))[:SAMPLE_SIZE].tolist()
             for date, values in old.items()
         }
-        sketches = {date: values[:SKETCH].tolist() for date, values in old.items()}
-        check_same_log(Kept(records=kept.records, sketches=sketches), grown, "out")
+        samples = {date: values[:SAMPLE_SIZE].tolist() for date, values in old.items()}
+        check_same_log(Kept(records=kept.records, samples=samples), grown, "out")
         # A day of a few clicks may go unnoticed in another log, one of some dozens does not.
         known, other = (
-            {date: np.unique(rng.integers(0, 2**63, 60))[:SKETCH].tolist() for date in old} for _ in range(2)
+            {date: np.unique(rng.integers(0, 2**63, 60))[:SAMPLE_SIZE].tolist() for date in old} for _ in range(2)
         )
         with pytest.raises(InputError, match="2024-01-02"):
-            check_same_log(Kept(records=kept.records, sketches=known), other, "out")
+            check_same_log(Kept(records=kept.records, samples=known), other, "out")

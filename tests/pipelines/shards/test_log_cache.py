@@ -26,7 +26,7 @@ from pipelines.runs.accounting import read_rejects
 from pipelines.runs.manifest import Manifest, add_files, read_latest
 from pipelines.shards import log_cache, sizes
 from pipelines.shards import stage as shards_stage
-from pipelines.shards.final_days import sketch_days
+from pipelines.shards.final_days import sample_days
 from pipelines.shards.log_cache import KeptRows, LogPlan, hash_row_groups, plan_logs, remember
 from schemas.contract import Contract
 from schemas.events import CLICKS, ORDERS
@@ -83,10 +83,10 @@ class Logs:
         assert before is not None
         path = self.root / "plain" / "runs" / before.run / "manifest.json"
         edit_document(path, lambda manifest: manifest["options"].pop("log"))
-        told, plain = self.build(), self.build("plain")
+        summary, plain = self.build(), self.build("plain")
         assert plain["log_rows_kept"] == 0
         assert outcome(self.root / "shards") == outcome(self.root / "plain")
-        return told
+        return summary
 
 
 def outcome(out: Path) -> dict[str, Any]:
@@ -122,15 +122,15 @@ def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
     # Only the row groups of a row without user or quantity are read again.
     dirty = 2 * 40
     logs.add_days(6)
-    told = logs.build_both()
+    summary = logs.build_both()
     new = sum(len(logs.day(contract, 6)) for contract in (CLICKS, ORDERS))
-    assert new <= told["log_rows_read"] <= new + dirty
+    assert new <= summary["log_rows_read"] <= new + dirty
 
     late = [{**row, "exposure_id": f"late {row['exposure_id']}"} for row in logs.day(CLICKS, 2)[:20]]
     logs.add(CLICKS, "late", late)
     logs.add_days(7)
-    told = logs.build_both()
-    assert told["log_rows_read"] < told["log_rows_kept"]
+    summary = logs.build_both()
+    assert summary["log_rows_read"] < summary["log_rows_kept"]
 
     # Files that leave the log, and one that comes under another name.
     for contract in (CLICKS, ORDERS):
@@ -151,16 +151,16 @@ def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
     assert len(stay) < len(rows)
     logs.add(CLICKS, "day-01", stay)
     logs.add_days(9)
-    told = logs.build_both()
-    assert told["clicks_duplicates"] >= len(logs.day(CLICKS, 4))
+    summary = logs.build_both()
+    assert summary["clicks_duplicates"] >= len(logs.day(CLICKS, 4))
 
     logs.file(CLICKS, "day-04-again").unlink()
     # Without times in the footer, whole days are sampled again.
     pq.write_table(pq.read_table(logs.file(CLICKS, "day-02")), logs.file(CLICKS, "day-02"), write_statistics=False)
     for day in range(10, 14):
         logs.add_days(day)
-        told = logs.build_both()
-        assert told["log_rows_read"] < 400
+        summary = logs.build_both()
+        assert summary["log_rows_read"] < 400
     manifest = read_latest(str(tmp_path / "shards"))
     assert manifest is not None
     files: dict[tuple[str, str], int] = {}
@@ -169,7 +169,9 @@ def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
             key = (contract.name, Path(path).name.rpartition("-")[0])
             files[key] = files.get(key, 0) + 1
     assert len(files) > 4 and max(files.values()) <= 3, "files of a bucket are merged"
-    assert kept_rows(manifest) < 1.5 * told["log_rows_kept"], "rows that are gone are forgotten when files are merged"
+    assert kept_rows(manifest) < 1.5 * summary["log_rows_kept"], (
+        "rows that are gone are forgotten when files are merged"
+    )
 
     # Nothing new, and everything read again at the user's word.
     logs.file(CLICKS, "day-01").unlink()
@@ -203,8 +205,8 @@ def test_kept_rows_that_are_not_whole_are_read_again(
             byte = handle.read(1)[0]
             handle.seek(-1, os.SEEK_CUR)
             handle.write(bytes([byte ^ 0x10]))
-    told = logs.build_both()
-    assert told["log_rows_kept"] == 0
+    summary = logs.build_both()
+    assert summary["log_rows_kept"] == 0
     told_of = next(line for line in capsys.readouterr().err.splitlines() if line.startswith(f"shards: {path}: "))
     assert told_of.endswith("The whole log is read again.")
     logs.add_days(8)
@@ -285,7 +287,7 @@ class Plans:
             for bucket, piece in split_by_bucket(table, "user_id", buckets):
                 kinds[bucket].setdefault("clicks", []).append(piece)
         for part in plan.parts:
-            kinds[part.bucket].setdefault("kept_clicks", []).append(unpack(part.parcel))
+            kinds[part.bucket].setdefault("kept_clicks", []).append(unpack(part.partition))
         self.nights += 1
         step = KeptRows.of(plan, str(self.root / f"run-{self.nights}"))
         found, records = [], []
@@ -306,8 +308,8 @@ class Plans:
 
         unsampled, changed = plan.unsampled()
         stay = {date: sample for date, sample in self.samples.items() if changed is not None and date not in changed}
-        self.samples = sketch_days(CLICKS, unsampled, latest_time(), stay)
-        assert self.samples == sketch_days(CLICKS, list_slices(source), latest_time())
+        self.samples = sample_days(CLICKS, unsampled, latest_time(), stay)
+        assert self.samples == sample_days(CLICKS, list_slices(source), latest_time())
         return plan
 
 
@@ -398,5 +400,5 @@ def test_kept_rows_of_another_size_are_not_used(tmp_path: Path, capsys: pytest.C
     (kept,) = plans.latest.paths("kept_clicks")
     os.truncate(kept, os.path.getsize(kept) + harm)
     assert plans.night([path]).known == frozenset()
-    told = capsys.readouterr().err
-    assert f"{kept}: has " in told and "The whole log is read again." in told
+    summary = capsys.readouterr().err
+    assert f"{kept}: has " in summary and "The whole log is read again." in summary

@@ -34,7 +34,7 @@ TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class TasteSpace:
+class PreferenceSpace:
     """A map of mean features: (x - center) @ directions."""
 
     center: Floats  # [p]
@@ -42,7 +42,7 @@ class TasteSpace:
     shares: Floats  # [k]: variance between people over all variance, the largest first
 
 
-def find_tastes(features: Floats, item: Ints, person: Ints, store: Ints, count: int) -> TasteSpace:
+def find_preferences(features: Floats, item: Ints, person: Ints, store: Ints, count: int) -> PreferenceSpace:
     """Find the directions in which people's clicks differ.
 
     Returns directions [p, k], k ≤ `count`, and what part of the variance along each is between
@@ -90,7 +90,7 @@ def find_tastes(features: Floats, item: Ints, person: Ints, store: Ints, count: 
     directions = white @ axes[:, first]
     spread = np.sqrt(np.maximum(np.einsum("pk,pq,qk->k", directions, covariance, directions, optimize=True), TINY))
     weight = np.sqrt(shares[first] / (shares[first] + 1 / CLICKS))
-    return TasteSpace(center, directions * (SPREAD * weight / spread), shares[first])
+    return PreferenceSpace(center, directions * (SPREAD * weight / spread), shares[first])
 
 
 def _of_stores(features: Floats, offers: Ints, clicks: Floats) -> Floats:

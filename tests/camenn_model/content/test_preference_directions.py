@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from camenn_model.content import taste_directions
-from camenn_model.content.taste_directions import find_tastes
+from camenn_model.content import preference_directions
+from camenn_model.content.preference_directions import find_preferences
 
 
 def clicks(seed: int = 0, people: int = 40, each: int = 30) -> tuple[np.ndarray, ...]:
@@ -34,7 +34,7 @@ def clicks(seed: int = 0, people: int = 40, each: int = 30) -> tuple[np.ndarray,
 
 def test_it_finds_what_people_differ_in_and_not_what_stores_do() -> None:
     features, item, person, store = clicks()
-    found = find_tastes(features, item, person, store, 4)
+    found = find_preferences(features, item, person, store, 4)
     first = found.directions[:, 0]
     assert np.abs(first).argmax() == 3
     # 40 people are few: something of the others is in it.
@@ -43,7 +43,7 @@ def test_it_finds_what_people_differ_in_and_not_what_stores_do() -> None:
     # What tells little is short.
     values = features[item] - np.stack([features[item[store == s]].mean(axis=0) for s in range(4)])[store]
     spread = (values @ found.directions).std(axis=0)
-    expected = np.sqrt(found.shares / (found.shares + 1 / taste_directions.CLICKS)) * taste_directions.SPREAD
+    expected = np.sqrt(found.shares / (found.shares + 1 / preference_directions.CLICKS)) * preference_directions.SPREAD
     assert np.allclose(spread, expected, rtol=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_shares_are_those_of_pairs_taken_one_by_one() -> None:
             between += np.outer(values[one], values[other])
             pairs += 1
     covariance = values.T @ values / len(values)
-    penalty = taste_directions.PENALTY * np.trace(covariance) / 10 * np.eye(10)
+    penalty = preference_directions.PENALTY * np.trace(covariance) / 10 * np.eye(10)
     expected = linalg.eigh(between / pairs, covariance + penalty, eigvals_only=True)[::-1]
-    found = find_tastes(features, item, person, store, 10)
+    found = find_preferences(features, item, person, store, 10)
     assert np.allclose(found.shares, expected[expected > 0], rtol=1e-6, atol=1e-9)
