@@ -11,6 +11,7 @@ import os
 import sys
 from typing import NoReturn
 
+from pipelines.runner.log import set_up_logging
 from pipelines.stages import STAGES
 
 COMMANDS = {
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    set_up_logging()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_QuietImport())
     # Each worker process warns that it has no directory for user-registered coders; there are none.

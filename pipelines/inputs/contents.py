@@ -1,6 +1,5 @@
 """Copy embeddings from the store into a run's `contents/`."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,12 +14,16 @@ from camenn_model.integrity import DamagedError
 from pipelines.inputs.items import read_stored
 from pipelines.io import files
 from pipelines.io.tables import FileRecord
+from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import CONTENTS, Manifest, check_records
 from pipelines.runs.store import ROW_GROUP, chunk_name
 from schemas.embeddings import embedding_shape
 
 CONTENT_FILE_BYTES = 128 * 2**20
 """Embeddings of a contents file, at most: they are in memory while it is written"""
+
+
+_LOG = stage_logger("contents")
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,6 @@ def _is_whole(record: FileRecord) -> bool:
     try:
         check_records([record], "Its embeddings are copied again from the store.")
     except DamagedError as error:
-        print(f"{error}", file=sys.stderr)
+        _LOG.warning("%s", error)
         return False
     return True

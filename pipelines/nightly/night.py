@@ -19,7 +19,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from pipelines.nightly.config import NightlyConfig, describe
 from pipelines.nightly.retraining import decide
 from pipelines.runner.console import closing_table
 from pipelines.runner.exit_codes import BUSY, GATES_FAILED, STALE, UNFORESEEN, USER_ERROR, GatesFailed
+from pipelines.runner.log import stage_logger
 from pipelines.runs.garbage import collect
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.night_record import DONE, FAILED, GATED, NOT_DUE, UNCHANGED, Night, StageRecord, new_night
@@ -298,8 +298,8 @@ def run_night(config: NightlyConfig, as_json: bool) -> int:
                 raise
             code = work.finish()
     except files.InUseError as busy:
-        print(f"camenn nightly: {busy}", file=sys.stderr)
-        call_on_failure(config, BUSY, str(busy), "", lambda text: print(f"nightly: {text}", file=sys.stderr))
+        stage_logger("nightly").error("%s", busy)
+        call_on_failure(config, BUSY, str(busy), "", stage_logger("nightly").error)
         return BUSY
     call_on_failure(config, code, night.message, night.path, night.log)
     closing_table("nightly", _summary(night, time.monotonic() - started), as_json=as_json)

@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipelines.runner.log import stage_logger
+
 LOG_EVERY_S = 10.0
 
 NO_ROWS = {"rows_in": 0, "rows_out": 0, "rejected": 0, "encoded_images": 0, "encoded_titles": 0}
@@ -50,7 +52,7 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
         if not self.live:
-            self._say()
+            self._log()
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
         """Set how much is done in all.
@@ -65,19 +67,15 @@ class Bar:
         self.bar.update(done - self.done)
         self.done = done
         if not self.live and time.monotonic() - self.spoken >= LOG_EVERY_S:
-            self._say()
+            self._log()
 
-    def _say(self) -> None:
+    def _log(self) -> None:
         self.spoken = time.monotonic()
         seconds = max(self.spoken - self.started, 1e-9)
         rate = self.done / seconds
         left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
         note = f", {self.note}" if self.note else ""
-        print(
-            f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s{left}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        stage_logger(self.title).info(f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s{left}{note}")
 
 
 class ProgressFile:
@@ -127,7 +125,7 @@ def watch(title: str, total: int | None, unit: str, local: bool) -> Iterator[str
     Without `total`, workers say what there is to do as they find out.
     """
     if not local:
-        print(f"{title}: handed to the runner, whose own page shows progress", file=sys.stderr, flush=True)
+        stage_logger(title).info("handed to the runner, whose own page shows progress")
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="camenn-progress-") as directory, Bar(title, total or 0, unit) as bar:

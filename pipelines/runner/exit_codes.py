@@ -1,11 +1,11 @@
 """Run a command and turn errors into exit codes."""
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipelines.runner.log import set_up_logging
 from schemas.errors import InputError
 
 USER_ERROR, GATES_FAILED = 2, 3
@@ -38,9 +38,7 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
     What the user can fix is one message on stderr and exit code 2, a run that its gates hold back
     3, everything else a traceback.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    # It prints the whole command line of a job server, twice.
-    logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)
+    set_up_logging()
     # Encoders come from a path or a hub that the user named; nothing else may reach out.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -5,7 +5,6 @@ repairs.
 """
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from camenn_model.integrity import DamagedError, check_file, file_sha256
 from pipelines.io import clock, files
 from pipelines.runner.console import NO_ROWS, Bar
+from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import Manifest, published_files, read_latest, read_pointer, read_run
 from pipelines.runs.night_record import NIGHTS, RECORD, read_night
 from pipelines.runs.publication import check_whole, effective_runs, point_to, publications
@@ -282,12 +282,12 @@ def check(roots: list[str], work: str | None, *, repairs: bool) -> tuple[dict[st
             done += entry.bytes
             bar.update(done)
     for words in [*found.damaged.values(), *found.earlier.values()]:
-        print(f"fsck: {words}", file=sys.stderr)
+        stage_logger("fsck").warning("%s", words)
     if repairs:
         for root in roots:
             repair(root, found)
         for words in found.repaired:
-            print(f"fsck: {words}", file=sys.stderr)
+            stage_logger("fsck").warning("%s", words)
     return {
         **NO_ROWS,
         "outputs": len(roots),

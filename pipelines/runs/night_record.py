@@ -6,11 +6,11 @@ killed tells how far it came.
 
 import contextlib
 import os
-import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pipelines.io import clock, files
+from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import versions
 
 NIGHTS = "nights"
@@ -112,9 +112,9 @@ class Night:
 
 
 def _say(text: str) -> str:
-    line = f"{clock.utc_stamp()} nightly: {text}"
-    print(line, file=sys.stderr, flush=True)
-    return line
+    at = clock.utc_stamp()
+    stage_logger("nightly").info("%s", text, extra={"at": at})
+    return f"{at} nightly: {text}"
 
 
 def read_nights(work: str) -> list[dict[str, Any]]:

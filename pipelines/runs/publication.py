@@ -3,11 +3,11 @@
 `latest.json` is pointed to a new one, an earlier one, or the one before.
 """
 
-import sys
 from typing import Any
 
 from camenn_model.integrity import DamagedError
 from pipelines.io import clock, files
+from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import Manifest, check_records, published_files, read_latest, read_run, write_manifest
 from schemas.errors import InputError
 from schemas.manifest import LATEST, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS, repair_hint
@@ -107,7 +107,7 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
             latest = read_latest(root)
         except DamagedError as error:
             # What is published cannot be told. This run is to be, and fixes it.
-            print(f"publish: {error}", file=sys.stderr)
+            stage_logger("publish").warning("%s", error)
             latest = None
         before = latest.run if latest is not None else None
         failed = [gate for gate in manifest.gates if not gate["passed"]]

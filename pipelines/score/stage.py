@@ -1,50 +1,40 @@
 """Run `camenn score`: rank listings by calibrated CVR.
 
-It scores audience × listings to calibrated CVR, ranked. It also tells what is wrong with which
+It scores audience × listings to calibrated CVR, ranked. It also reports what is wrong with which
 listing.
 
-catalog, store ──► items, contents/ ─┐
-logs ──► snapshot at the score's time ├──► Tile (listings × audience rows) ──► RankChunk ──► scores/score_date=.../
-audience, model ─────────────────────┘
-                             items ──► JudgeListings ──► listing_quality/score_date=.../
+inputs ──► pairs ──► coverage ──► Beam job (pipelines/score/pipeline.py) ──► gates ──► publish
 """
 
-import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import apache_beam as beam
 import numpy as np
-import pyarrow as pa
 
-from pipelines.inputs.contents import CopyContents, contents_jobs
 from pipelines.io import files
 from pipelines.io.files import local_only
-from pipelines.io.tables import WriteTable, write_table
-from pipelines.runner.beam import is_local_run, local_workers, open_pipeline, use_all_cores
+from pipelines.runner.beam import is_local_run, local_workers, use_all_cores
 from pipelines.runner.console import NO_ROWS, watch
-from pipelines.runner.exit_codes import GatesFailed
-from pipelines.runner.memory import release_memory
-from pipelines.runs.accounting import FinishRun, check_accounting, check_reject_rate, read_finished, read_rejects
-from pipelines.runs.manifest import Manifest, add_files, new_run, read_latest, write_manifest
-from pipelines.runs.outputs import hold_output
-from pipelines.runs.publication import publish, published_manifests
+from pipelines.runs.context import Outcome, Request, RunContext, open_run
+from pipelines.runs.manifest import Manifest, read_latest
+from pipelines.runs.publication import published_manifests
 from pipelines.score.coverage import cover_night
 from pipelines.score.find_pairs import encode_audience, find_pairs
 from pipelines.score.gates import (
     NIGHTS,
     OPTIONAL_TABLES,
+    Coverage,
     Night,
     check_night,
     check_scores,
     count_flag,
     score_statistics,
 )
-from pipelines.score.inputs import STAGE, ScoreOptions, open_inputs, user_fields
-from pipelines.score.pairs import cut_tiles
-from pipelines.score.snapshot import Snapshot, recent_activity
-from pipelines.score.tiles import JudgeListings, RankChunk, ScoreTile, WorkerInput, measure_pace
+from pipelines.score.inputs import STAGE, ScoreInputs, ScoreOptions, open_inputs, user_fields
+from pipelines.score.pairs import Pairs
+from pipelines.score.pipeline import ScoreCatalog, prepare
+from pipelines.score.tiles import WorkerInput, measure_pace
 from schemas.audience import AUDIENCE
 from schemas.rejects import REJECTS
 from schemas.scores import LISTING_QUALITY, SCORES
@@ -57,6 +47,8 @@ if TYPE_CHECKING:
 
 PAIRS_FOR_ALL_CORES = 200_000
 """Pairs from which worker processes, which take some ten seconds to start, pay."""
+CONTRACTS = {contract.name: contract.fingerprint() for contract in (SCORES, LISTING_QUALITY, ITEMS, AUDIENCE, REJECTS)}
+"""Of the tables that are published. Contents are the store's."""
 
 
 def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> dict[str, Any]:
@@ -65,179 +57,125 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
     Returns the closing table.
     """
     started = time.monotonic()
-    out = local_only(options.out, "--out")
     inputs = open_inputs(options)
-    package = inputs.package
-    given = {"--data": options.data, "--store": options.store, "--model": options.model, "--shards": options.shards}
-    read = [path for path in (options.store, options.model, options.shards) if path is not None]
-    with files.shared_reader(*read), hold_output(out, "--out", STAGE, given):
-        latest = read_latest(out)
-        if latest is not None and latest.request == inputs.request and not rerun:
-            print(
-                f"score: inputs and flags are those of run {latest.run}: nothing to do (--rerun scores again)",
-                file=sys.stderr,
-            )
-            return {**latest.summary, "unchanged": True, "seconds": round(time.monotonic() - started, 1)}
+    request = Request(
+        stage=STAGE,
+        out=local_only(options.out, "--out"),
+        tables={"--data": options.data},
+        outputs={"--store": options.store, "--model": options.model, "--shards": options.shards},
+        inputs=inputs.fingerprints,
+        fingerprint=inputs.request,
+        options=asdict(options),
+        max_reject_rate=options.max_reject_rate,
+        repeats="scores again",
+    )
+    with open_run(request, started=started, rerun=rerun) as context:
+        if context.unchanged:
+            return context.repeat_summary()
         pairs = find_pairs(options, inputs)
-        items, audience, chunks, score_date = pairs.items, pairs.audience, pairs.chunks, pairs.score_date
-        run_name, directory = new_run(out)
-        coverage = cover_night(inputs, pairs, user_fields(inputs, audience))
-        rows = encode_audience(inputs, pairs)
-        Snapshot.build(pairs.log).write(files.join(directory, "snapshot"))
-        asked = pairs.candidates if pairs.candidates is not None else np.zeros((0, 2), dtype=np.int64)
-        written = [
-            write_table(directory, "items", items),
-            write_table(directory, "audience", audience.select(AUDIENCE.names).cast(AUDIENCE.schema)),
-        ]
-        write_table(directory, "audience_features", rows.table())
-        write_table(directory, "activity", pa.table(recent_activity(pairs.log)))
-        write_table(directory, "candidate_rows", pa.table({"audience": asked[:, 0], "item": asked[:, 1]}))
-        if pairs.rejects.num_rows:
-            written.append(write_table(directory, "rejects", pairs.rejects))
-        jobs, kept = contents_jobs(inputs.store, items, latest, out, directory)
-        contents = [CopyContents.copy(job) for job in jobs]
-        paths = {
-            kind: tuple(r.path for r in (*contents, *kept) if r.table == f"contents_{kind}")
-            for kind in ("images", "titles")
-        }
-        release_memory()
-        # Once, not in every worker: it needs the whole catalog.
-        write_table(directory, "told", judge_catalog(package, items, paths))
-        release_memory()
-        n_pairs = pairs.count
-        local = is_local_run(beam_flags)
-        if n_pairs > PAIRS_FOR_ALL_CORES:
-            beam_flags = use_all_cores(beam_flags)
-        with (
-            watch("score", n_pairs, "pairs", local) as progress,
-            open_pipeline(beam_flags) as pipeline,
-        ):
-            worker = WorkerInput(
-                directory=directory,
-                model=str(package.directory),
-                images=paths["images"],
-                titles=paths["titles"],
-                top_k=options.top_k,
-                precision=options.precision,
-                progress=progress,
-            )
-            scores = (
-                pipeline
-                | "Tiles" >> beam.Create(cut_tiles(chunks))
-                | "SpreadTiles" >> beam.Reshuffle()
-                | "ScoreTile" >> beam.ParDo(ScoreTile(worker))
-                | "ByChunk" >> beam.GroupByKey()
-                | "RankChunk" >> beam.ParDo(RankChunk(directory, options.top_k, package.version))
-                | "WriteScores" >> WriteTable(SCORES, files.join(directory, "scores", f"score_date={score_date}"))
-            )
-            quality = (
-                pipeline
-                | "WholeCatalog" >> beam.Create([None])
-                | "JudgeListings" >> beam.ParDo(JudgeListings(directory, package.version))
-                | "WriteQuality"
-                >> WriteTable(LISTING_QUALITY, files.join(directory, "listing_quality", f"score_date={score_date}"))
-            )
-            submitted = pipeline | "SubmittersFiles" >> beam.Create([*written, *contents, *kept])
-            tallies = pipeline | "SubmittersCounts" >> beam.Create(pairs.counts)
-            {
-                "files": [scores, quality, submitted] | "AllFiles" >> beam.Flatten(),
-                "counts": tallies,
-            } | "Finish" >> FinishRun(directory)
-        records, found = read_finished(directory)
-        check_accounting(found)
-        check_reject_rate(found, options.max_reject_rate, read_rejects(records))
-        due = pairs.rows(options.top_k)
-        statistics = score_statistics([r.path for r in records if r.table == "scores"])
-        check_scores(statistics["range"], sum(r.rows for r in records if r.table == "scores"), due)
-        manifest = Manifest(
-            stage=STAGE,
-            run=run_name,
-            request=inputs.request,
-            inputs=inputs.fingerprints,
-            options=asdict(options) | {"score_date": score_date},
-            counts=found,
+        coverage = cover_night(inputs, pairs, user_fields(inputs, pairs.audience))
+        statistics = score_pairs(context, inputs, pairs, options.top_k, options.precision, beam_flags)
+        calibration = judge_model(options.shards, inputs.package)
+        return context.publish(describe_night(context, inputs, pairs, coverage, statistics, calibration))
+
+
+def score_pairs(
+    context: RunContext, inputs: ScoreInputs, pairs: Pairs, top_k: int, precision: str, beam_flags: list[str]
+) -> dict[str, Any]:
+    """Score the pairs in a Beam job, and check that each has its score.
+
+    Returns the scores' `score_statistics`.
+    """
+    prepared = prepare(inputs, pairs, context.latest, context.request.out, context.directory)
+    local = is_local_run(beam_flags)
+    if pairs.count > PAIRS_FOR_ALL_CORES:
+        beam_flags = use_all_cores(beam_flags)
+    with watch(STAGE, pairs.count, "pairs", local) as progress:
+        worker = WorkerInput(
+            directory=context.directory,
+            model=str(inputs.package.directory),
+            images=prepared.images,
+            titles=prepared.titles,
+            top_k=top_k,
+            precision=precision,
+            progress=progress,
         )
-        contracts = {c.name: c.fingerprint() for c in (SCORES, LISTING_QUALITY, ITEMS, AUDIENCE, REJECTS)} | {
-            "contents_images": "",
-            "contents_titles": "",
-        }
-        add_files(manifest, contracts, records)
-        manifest.seconds = time.monotonic() - started
-        manifest.summary = {
-            "rows_in": audience.num_rows,
-            "rows_out": manifest.rows("scores"),
-            "rejected": sum(row.get("rejected", 0) for row in found.values()),
+        job = ScoreCatalog(pairs=pairs, worker=worker, records=prepared.records, model_version=inputs.package.version)
+        context.run_job(beam_flags, "Score" >> job)
+    statistics = score_statistics(context.paths("scores"))
+    check_scores(statistics["range"], context.rows("scores"), pairs.rows(top_k))
+    return statistics
+
+
+def describe_night(
+    context: RunContext,
+    inputs: ScoreInputs,
+    pairs: Pairs,
+    coverage: list[Coverage],
+    statistics: dict[str, Any],
+    calibration: "Calibration | None",
+) -> Outcome:
+    """Compare the scores with those of nights before, and describe them."""
+    night = Night(
+        listings=pairs.items.num_rows,
+        audience_rows=pairs.audience.num_rows,
+        rows=context.rows("scores"),
+        mean_cvr=statistics["mean"],
+        model=inputs.package.version,
+        coverage={one.name: one.counts() for one in coverage},
+        tables=tuple(name for name in OPTIONAL_TABLES if name in inputs.fingerprints),
+        histogram=tuple(
+            (int(place), int(statistics["histogram"][place])) for place in np.flatnonzero(statistics["histogram"])
+        ),
+    )
+    nights = [Night.of_manifest(earlier) for earlier in published_manifests(context.request.out, NIGHTS)]
+    before = [earlier for earlier in nights if earlier is not None]
+
+    def summarise(manifest: Manifest) -> dict[str, Any]:
+        return {
+            "rows_in": night.audience_rows,
+            "rows_out": night.rows,
+            "rejected": sum(row.get("rejected", 0) for row in context.counts.values()),
             "encoded_images": 0,
             "encoded_titles": 0,
-            "score_date": score_date,
-            "listings": items.num_rows,
-            "pairs": n_pairs,
+            "score_date": pairs.score_date,
+            "listings": night.listings,
+            "pairs": pairs.count,
             "candidates_unknown": pairs.candidates_unknown,
             "mean_cvr": statistics["mean"],
             "lowest_cvr": statistics["range"][0],
             "highest_cvr": statistics["range"][1],
-            "flagged_mismatch": count_flag([r.path for r in records if r.table == "listing_quality"], "mismatch"),
-            "model_version": package.version,
+            "flagged_mismatch": count_flag(context.paths("listing_quality"), "mismatch"),
+            "model_version": night.model,
             "seconds": round(manifest.seconds, 1),
-            "pairs_per_second": round(n_pairs / manifest.seconds),
-            "run": run_name,
-            "out": options.out,
-            "scores": files.join(directory, "scores"),
-            "listing_quality": files.join(directory, "listing_quality"),
+            "pairs_per_second": round(pairs.count / manifest.seconds),
+            "run": context.name,
+            "out": context.request.out,
+            "scores": files.join(context.directory, "scores"),
+            "listing_quality": files.join(context.directory, "listing_quality"),
+            "calibration": calibration.to_json() if calibration is not None else None,
         }
-        night = Night(
-            listings=items.num_rows,
-            audience_rows=audience.num_rows,
-            rows=manifest.rows("scores"),
-            mean_cvr=statistics["mean"],
-            model=package.version,
-            coverage={one.name: one.counts() for one in coverage},
-            tables=tuple(name for name in OPTIONAL_TABLES if name in inputs.fingerprints),
-            histogram=tuple(
-                (int(place), int(statistics["histogram"][place])) for place in np.flatnonzero(statistics["histogram"])
-            ),
-        )
-        manifest.options["night"] = asdict(night)
-        nights = [Night.of_manifest(earlier) for earlier in published_manifests(out, NIGHTS)]
-        calibration = judge_model(options, package)
-        manifest.summary["calibration"] = calibration.to_json() if calibration is not None else None
-        gates = check_night(night, [earlier for earlier in nights if earlier is not None], calibration, coverage)
-        manifest.gates = [gate.to_json() for gate in gates]
-        failed = [gate.words for gate in gates if not gate.passed]
-        if failed:
-            write_manifest(out, manifest)
-            stays = "Nothing is published yet" if latest is None else "The scores of before stay published"
-            raise GatesFailed(
-                f"run {run_name} is finished, but {'; '.join(failed)}. {stays}. "
-                f"Look at {directory}; if it is right: camenn publish {directory} --force --reason TEXT"
-            )
-        publish(out, manifest)
-    return manifest.summary
+
+    return Outcome(
+        records=context.records,
+        contracts=CONTRACTS | {"contents_images": "", "contents_titles": ""},
+        options={"score_date": pairs.score_date, "night": asdict(night)},
+        gates=check_night(night, before, calibration, coverage),
+        summarise=summarise,
+    )
 
 
-def judge_catalog(package: "Package", items: pa.Table, paths: dict[str, tuple[str, ...]]) -> pa.Table:
-    """Judge each listing by all listings together.
-
-    The result has the columns of `CatalogFeatures`, and of `Judgement`.
-    """
-    from camenn_model.data.item_table import ItemTable
-
-    table = ItemTable.of_files(items, paths["images"], paths["titles"], package.config)
-    judgement = table.judge(package.space.agreement)
-    return pa.table({"price_alike": table.alike_prices(package.space.likeness), **vars(judgement)})
-
-
-def judge_model(options: ScoreOptions, package: "Package") -> "Calibration | None":
+def judge_model(shards: str | None, package: "Package") -> "Calibration | None":
     """Measure the model's calibration on recent closed days.
 
     These are the latest closed days of the shard set, where one is given.
     """
-    if options.shards is None:
+    if shards is None:
         return None
     from camenn_model.data.shard_set import ShardSet
     from camenn_model.evaluation.challenge import judge_calibration
 
-    return judge_calibration(package, ShardSet(options.shards))
+    return judge_calibration(package, ShardSet(shards))
 
 
 def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def _load(given: WorkerInput) -> _Loaded:
 
     package = read_package(Path(given.model))
     items = _read_part(given.directory, "items", ITEMS_READ)
-    catalog_features = _read_part(given.directory, "told", list(CatalogFeatures._fields))
+    catalog_features = _read_part(given.directory, "catalog_features", list(CatalogFeatures._fields))
     found = CatalogFeatures(*(catalog_features[name].to_numpy() for name in CatalogFeatures._fields))
     table = ItemTable.of_files(items, given.images, given.titles, package.config).encode(package.space, found)
     return _Loaded(package, table, item_attributes(items))
@@ -329,7 +329,7 @@ class JudgeListings(beam.DoFn):
         from camenn_model.content.listing_quality import Activity, judge
 
         items, activity = _read_part(self.directory, "items", ITEMS_READ), _read_part(self.directory, "activity")
-        found = _read_part(self.directory, "told", list(Judgement.__dataclass_fields__))
+        found = _read_part(self.directory, "catalog_features", list(Judgement.__dataclass_fields__))
         judged = judge(
             items,
             Judgement(**{name: found[name].to_numpy() for name in found.column_names}),

@@ -14,7 +14,6 @@ tells the bucket and how many rows are of which row group.
 
 import hashlib
 import json
-import sys
 import uuid
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, replace
@@ -31,6 +30,7 @@ from pipelines.io import files
 from pipelines.io.clock import EARLIEST, latest_time
 from pipelines.io.shuffle import SpilledPartition
 from pipelines.io.tables import FileRecord, Slice, Source, open_table
+from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import Manifest, check_records
 from schemas.contract import TIMESTAMP, Contract, without_dictionary
 
@@ -283,7 +283,7 @@ def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: in
         try:
             check_records(latest.records(kept_table(contract)), "The whole log is read again.")
         except DamagedError as error:
-            print(f"shards: {error}", file=sys.stderr)
+            stage_logger("shards").warning("%s", error)
             return None
         parts = [Part.read(record) for record in latest.records(kept_table(contract))]
         groups = {key: RowGroup(*values) for key, values in table["groups"].items()}

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.io.tables import Source
+from pipelines.inputs.contents import PlacedJob
+from pipelines.io.tables import FileRecord, Source
+from pipelines.runs.accounting import Count
 from pipelines.shards.final_days import Kept
 from pipelines.shards.log_cache import LogPlan
 from pipelines.shards.splits import SplitTimes
@@ -47,12 +49,29 @@ class Plan:
     window: int
     splits: SplitTimes
     timezones: dict[str, str]
+    timezone: str
+    """Of stores without one"""
+    history: int
+    """Entries of a user's history"""
     directory: str
     kept: Kept
     day_cuts: np.ndarray
     """See `cut_long_days`"""
     scratch: str | None = None
     """Where shuffles lie, on the local runner (pipelines/io/shuffle.py)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The tables that need no worker, as the submitter wrote and counted them.
+
+    `copies`: contents to copy from the store. `kept`: those that the published run has already.
+    """
+
+    records: list[FileRecord]
+    counts: list[Count]
+    copies: list[PlacedJob]
+    kept: list[FileRecord]
 
 
 def check_flags(options: ShardOptions) -> None:

@@ -18,17 +18,19 @@ from apache_beam.transforms.window import GlobalWindows
 
 from pipelines.features.as_of import ATTRIBUTES, item_attributes
 from pipelines.features.time_index import DAY_US, day_of
+from pipelines.inputs.contents import CopyContents
 from pipelines.inputs.logs import CleanEvents
 from pipelines.io import files
 from pipelines.io.files import open_read
 from pipelines.io.shuffle import Packer, ShuffleByBucket, SpilledPartition, unpack
 from pipelines.io.tables import FileRecord, ReadTable, WriteTable
 from pipelines.runner.console import ProgressFile
+from pipelines.runs.accounting import Count
 from pipelines.shards import sizes
 from pipelines.shards.examples import build_item_features, build_user_examples, finish_examples
 from pipelines.shards.final_days import keep_features, write_part
 from pipelines.shards.log_cache import KeptRows, kept_table
-from pipelines.shards.options import STAGE, Plan, ShardOptions
+from pipelines.shards.options import STAGE, Plan, Tables
 from pipelines.shards.splits import cut_splits
 from schemas.events import CLICKS, ORDERS
 from schemas.rejects import REJECTS
@@ -237,12 +239,11 @@ class BuildExamples(beam.PTransform):
     Logs go in and examples come out. It yields what `FinishRun` wants.
     """
 
-    options: ShardOptions
     plan: Plan
     progress: str | None
 
     def expand(self, pipeline: beam.Pipeline) -> Any:
-        o, plan = self.options, self.plan
+        plan = self.plan
         clicks = (
             pipeline
             | "ReadClicks" >> ReadTable(plan.clicks, plan.logs["clicks"].fresh)
@@ -260,9 +261,9 @@ class BuildExamples(beam.PTransform):
             stage=STAGE,
             as_of=plan.as_of,
             window=plan.window,
-            history=o.history,
+            history=plan.history,
             timezones=plan.timezones,
-            timezone=o.timezone,
+            timezone=plan.timezone,
             frozen_before=plan.kept.frozen_before,
             day_cuts=plan.day_cuts,
             clicks=KeptRows.of(plan.logs["clicks"], plan.directory),
@@ -308,4 +309,34 @@ class BuildExamples(beam.PTransform):
         return {
             "files": [examples, by_user.files, written] | "MergeFiles" >> beam.Flatten(),
             "counts": [clicks.counts, orders.counts, by_user.counts] | "MergeCounts" >> beam.Flatten(),
+        }
+
+
+@dataclass
+class BuildShards(beam.PTransform):
+    """The whole stage as one composite.
+
+    Logs and copies to make go in. Examples, contents and the submitter's own files come out. It
+    yields what `FinishRun` wants.
+    """
+
+    plan: Plan
+    tables: Tables
+    progress: str | None
+
+    def expand(self, pipeline: beam.Pipeline) -> Any:
+        emitted = pipeline | "Examples" >> BuildExamples(self.plan, self.progress)
+        contents = (
+            pipeline
+            | "ContentJobs" >> beam.Create(self.tables.copies)
+            | "SpreadJobs" >> beam.Reshuffle()
+            | "CopyContents" >> beam.ParDo(CopyContents())
+        )
+        submitted = pipeline | "SubmittersFiles" >> beam.Create(self.tables.records)
+        # Rows that an earlier run had read are not read again, and came in all the same.
+        known = [Count(name, "in", log.known_rows) for name, log in self.plan.logs.items()]
+        counts = pipeline | "SubmittersCounts" >> beam.Create([*self.tables.counts, *known])
+        return {
+            "files": [emitted["files"], contents, submitted] | "AllFiles" >> beam.Flatten(),
+            "counts": [emitted["counts"], counts] | "AllCounts" >> beam.Flatten(),
         }

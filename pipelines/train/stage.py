@@ -4,34 +4,29 @@ That knows nothing of Beam or of publication.
 """
 
 import os
-import sys
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from camenn_model.config import LossConfig
 from camenn_model.encoders.spec import resolve_device_precision
 from camenn_model.integrity import file_sha256
-from pipelines.io import files
 from pipelines.io.files import local_only
 from pipelines.io.tables import FileRecord
 from pipelines.runner.console import Bar
-from pipelines.runner.exit_codes import GatesFailed
+from pipelines.runner.log import stage_logger
+from pipelines.runs.context import Outcome, Request, RunContext, open_run
 from pipelines.runs.gate import Gate
-from pipelines.runs.manifest import (
-    Manifest,
-    add_files,
-    new_run,
-    read_latest,
-    request_fingerprint,
-    require_latest,
-    write_manifest,
-)
-from pipelines.runs.outputs import hold_output
-from pipelines.runs.publication import publish
+from pipelines.runs.manifest import Manifest, request_fingerprint, require_latest
 from pipelines.train.options import STAGE, TrainFlags
 from schemas.errors import InputError
+
+if TYPE_CHECKING:
+    from camenn_model.evaluation.challenge import ModelComparison
+    from camenn_model.training.corpus import TrainOptions
+
+_LOG = stage_logger(STAGE)
 
 
 class _Bars:
@@ -63,18 +58,56 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
 
     Raises:
         InputError: the shard set or a flag cannot be used.
-        GatesFailed: the challenge is lost.
+        GatesFailed: the published model predicts the latest closed days better.
     """
     started = time.monotonic()
-    out = local_only(options.out, "--out")
-    shards_root = local_only(options.shards, "--shards")
+    out, shards_root = local_only(options.out, "--out"), local_only(options.shards, "--shards")
     shards = require_latest(shards_root, "shards", "--shards")
+
+    from camenn_model.training.distributed import join_processes
+    from camenn_model.training.train import train
+
+    training = resolve_training(options, out, shards_root)
+    inputs = {"shards": shards.request}
+    request = Request(
+        stage=STAGE,
+        out=out,
+        outputs={"--shards": shards_root},
+        inputs=inputs,
+        fingerprint=request_fingerprint(inputs, training.request()),
+        options=training.request(),
+        repeats="trains again",
+        reads_published=lambda latest: is_readable(Path(out) / "runs" / latest.run),
+    )
+    with (
+        join_processes(training.device) as processes,
+        # The others hold no output: the first one publishes for all.
+        open_run(request, started=started, rerun=options.rerun) if processes.first else nullcontext() as context,
+    ):
+        # The first process decides: the others may see what it publishes.
+        unchanged = processes.sums([float(context is not None and context.unchanged)])[0]
+        if context is None:
+            if not unchanged:
+                train(training, Path(out), _nothing, processes)
+            return None
+        if unchanged:
+            return context.repeat_summary()
+        with ExitStack() as stack:
+            metrics = train(training, Path(context.directory), _Bars(stack), processes)
+        return context.publish(describe_model(context, metrics, shards, options.challenge))
+
+
+def resolve_training(options: TrainFlags, out: str, shards: str) -> "TrainOptions":
+    """Settle device, threads and pieces of a batch on this machine.
+
+    Raises:
+        InputError: there is no such device.
+    """
     import torch
 
     from camenn_model.training.corpus import TrainOptions
-    from camenn_model.training.distributed import join_processes, processes_here, started_processes
+    from camenn_model.training.distributed import processes_here, started_processes
     from camenn_model.training.optimizer import OptimizerConfig
-    from camenn_model.training.train import train
 
     _, count = started_processes()
     cores = max(1, (os.cpu_count() or 1) // processes_here())
@@ -86,8 +119,8 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
             f"--device {options.device}: this machine has no CUDA device that torch can use. "
             "Give --device cpu, or auto."
         )
-    training = TrainOptions(
-        shards=shards_root,
+    return TrainOptions(
+        shards=shards,
         out=out,
         profile=options.profile,
         attention=options.attention,
@@ -103,48 +136,26 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
         precision=options.precision,
         workers=options.workers or max(1, cores - threads),
     )
-    inputs = {"shards": shards.request}
-    request = request_fingerprint(inputs, training.request())
-    with (
-        join_processes(device) as processes,
-        files.shared_reader(shards_root),
-        hold_output(out, "--out", STAGE, {"--shards": shards_root}) if processes.first else nullcontext(),
-    ):
-        latest = read_latest(out)
-        unchanged = (
-            latest is not None
-            and latest.request == request
-            and not options.rerun
-            and is_readable(Path(out) / "runs" / latest.run)
-        )
-        # The first process decides: the others may see what it publishes.
-        if processes.sums([float(unchanged and processes.first)])[0]:
-            return _unchanged(latest, time.monotonic() - started) if latest is not None and processes.first else None
-        if not processes.first:
-            train(training, Path(out), _nothing, processes)
-            return None
-        run, directory = new_run(out)
-        with ExitStack() as stack:
-            metrics = train(training, Path(directory), _Bars(stack), processes)
-        manifest = Manifest(
-            stage=STAGE,
-            run=run,
-            request=request,
-            inputs=inputs,
-            options=training.request(),
-            seconds=time.monotonic() - started,
-        )
-        names = [name for name in sorted(os.listdir(directory)) if not name.startswith(".")]
-        paths = {name: os.path.join(directory, name) for name in names}
-        records = [
+
+
+def describe_model(context: RunContext, metrics: dict[str, Any], shards: Manifest, challenge: bool) -> Outcome:
+    """Describe the package, and compare it with the published one if asked."""
+    names = [name for name in sorted(os.listdir(context.directory)) if not name.startswith(".")]
+    paths = {name: os.path.join(context.directory, name) for name in names}
+    comparison = compare_with_published(context) if challenge else None
+
+    def summarise(manifest: Manifest) -> dict[str, Any]:
+        summary = _summary(metrics, shards, manifest, context.request.out)
+        return summary if comparison is None else summary | {"challenge": comparison.to_json()}
+
+    return Outcome(
+        records=[
             FileRecord(name, path, 0, os.path.getsize(path), sha256=file_sha256(path)) for name, path in paths.items()
-        ]
-        add_files(manifest, dict.fromkeys(names, ""), records)
-        manifest.summary = _summary(metrics, shards, manifest, out)
-        if options.challenge and latest is not None:
-            challenge(manifest, latest.run, out, shards_root)
-        publish(out, manifest)
-    return manifest.summary
+        ],
+        contracts=dict.fromkeys(names, ""),
+        gates=[] if comparison is None else [Gate("challenge", comparison.passed, comparison.words())],
+        summarise=summarise,
+    )
 
 
 def is_readable(package: Path) -> bool:
@@ -158,53 +169,35 @@ def is_readable(package: Path) -> bool:
     return True
 
 
-def challenge(manifest: Manifest, champion: str, out: str, shards_root: str) -> None:
-    """Compare the new model with the published one.
+def compare_with_published(context: RunContext) -> "ModelComparison | None":
+    """Compare the new model with the published one on the latest closed days.
 
-    How it did against the published run `champion` on the latest closed days is entered into the
-    manifest.
-
-    Raises:
-        GatesFailed: it is worse. Its package and its manifest are kept.
+    None means that they cannot be compared, or that nothing is published.
     """
+    if context.latest is None:
+        return None
     from camenn_model.data.shard_set import ShardSet
     from camenn_model.evaluation.challenge import compare_with_champion
     from camenn_model.package import read_package
 
-    runs = Path(out) / "runs"
+    runs = Path(context.request.out) / "runs"
     try:
-        old = read_package(runs / champion)
+        champion = read_package(runs / context.latest.run)
     except InputError as error:
-        print(f"train: the published model cannot be compared, and the new one takes over: {error}", file=sys.stderr)
-        return
-    comparison = compare_with_champion(old, read_package(runs / manifest.run), ShardSet(shards_root))
+        _LOG.warning("the published model cannot be compared, and the new one takes over: %s", error)
+        return None
+    shards = ShardSet(str(context.request.outputs["--shards"]))
+    comparison = compare_with_champion(champion, read_package(runs / context.name), shards)
     if comparison is None:
-        print(
-            "train: the published model cannot be compared (other encoders, or no closed day "
-            "in the test part): the new one takes over",
-            file=sys.stderr,
+        _LOG.warning(
+            "the published model cannot be compared (other encoders, or no closed day "
+            "in the test part): the new one takes over"
         )
-        return
-    gate = Gate("challenge", comparison.passed, comparison.words())
-    manifest.gates, manifest.summary["challenge"] = [gate.to_json()], comparison.to_json()
-    if not comparison.passed:
-        write_manifest(out, manifest)
-        directory = files.join(out, "runs", manifest.run)
-        raise GatesFailed(
-            f"{comparison.words()}. The published model stays. If the new one is to be had all the "
-            f"same: camenn publish {directory} --force --reason TEXT"
-        )
+    return comparison
 
 
 def _nothing(*_: object) -> None:
     """Ignore the progress of processes that tell nothing."""
-
-
-def _unchanged(latest: Manifest, seconds: float) -> dict[str, Any]:
-    print(
-        f"train: shards and flags are those of run {latest.run}: nothing to do (--rerun trains again)", file=sys.stderr
-    )
-    return {**latest.summary, "unchanged": True, "seconds": round(seconds, 1)}
 
 
 def _summary(metrics: dict[str, Any], shards: Manifest, manifest: Manifest, out: str) -> dict[str, Any]:

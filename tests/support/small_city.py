@@ -186,11 +186,11 @@ def build_examples(
         timezone=settings.timezone,
         frozen_before=frozen_before,
     )
-    counts: dict[str, Counter[str]] = {"clicks": Counter(), "orders": Counter()}
+    tallies: dict[str, Counter[str]] = {"clicks": Counter(), "orders": Counter()}
     for count in result.counts:
-        counts[count.table][count.where] += count.rows
+        tallies[count.table][count.where] += count.rows
     counts = build_item_features(result.queries, result.item_events)
-    return by_key(finish_examples(result.examples, counts, item_ids)), counts
+    return by_key(finish_examples(result.examples, counts, item_ids)), tallies
 
 
 def by_key(examples: pa.Table) -> dict[Any, Row]:

@@ -20,8 +20,7 @@ from pipelines.io.tables import Slice, Source
 from pipelines.runner.exit_codes import run_main
 from pipelines.score.audience import read_audience, score_time
 from pipelines.shards import command as shards_command
-from pipelines.shards import sizes
-from pipelines.shards import stage as shards_stage
+from pipelines.shards import planning, sizes
 from schemas.audience import AUDIENCE
 from schemas.catalog import CATALOG
 from schemas.contract import Contract, conform
@@ -575,15 +574,15 @@ def test_score_time_is_midnight_utc() -> None:
 )
 def test_resolve_as_of_is_exact(text: str) -> None:
     later = np.array([START + DAY])
-    assert shards_stage.resolve_as_of(text, later, later) == START + 1
+    assert planning.resolve_as_of(text, later, later) == START + 1
     for micros in range(0, 1_000_000, 9973):
-        assert shards_stage.resolve_as_of(f"2023-11-14T22:13:20.{micros:06d}", later, later) == START + micros
+        assert planning.resolve_as_of(f"2023-11-14T22:13:20.{micros:06d}", later, later) == START + micros
 
 
 def test_resolve_as_of_goes_no_further_than_the_logs(capsys: pytest.CaptureFixture[str]) -> None:
     clicked, ordered = np.array([START, START + 9 * DAY]), np.array([START + 7 * DAY])
-    assert shards_stage.resolve_as_of(None, clicked, ordered) == START + 7 * DAY
-    assert shards_stage.resolve_as_of("2033-01-01", clicked, ordered) == START + 7 * DAY
+    assert planning.resolve_as_of(None, clicked, ordered) == START + 7 * DAY
+    assert planning.resolve_as_of("2033-01-01", clicked, ordered) == START + 7 * DAY
     assert "later than the logs' end" in capsys.readouterr().err
 
 

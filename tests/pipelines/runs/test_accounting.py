@@ -15,8 +15,8 @@ from camenn_model.data.shard_set import ShardSet
 from pipelines.inputs.catalog import read_catalog
 from pipelines.io import files
 from pipelines.io.tables import Source
-from pipelines.runs import accounting, manifest
-from pipelines.shards import sizes
+from pipelines.runs import accounting, context, manifest
+from pipelines.shards import planning, sizes
 from pipelines.shards import stage as shards_stage
 from schemas.catalog import CATALOG
 from schemas.errors import InputError
@@ -251,7 +251,7 @@ def test_books_that_do_not_balance_stop_the_run(city: City, monkeypatch: pytest.
         counts["clicks"]["out"] -= 1
         return records, counts
 
-    monkeypatch.setattr(shards_stage, "read_finished", lose_a_row)
+    monkeypatch.setattr(context, "read_finished", lose_a_row)
     with pytest.raises(RuntimeError, match="table 'clicks': .* rows came in, but these went somewhere"):
         city.build("data", "shards", rerun=True)
     assert (city.out / "latest.json").read_bytes() == pointer
@@ -267,5 +267,5 @@ def test_read_catalog_accounts_for_every_row(tmp_path: Path) -> None:
 def test_settings_agree() -> None:
     """The flag and the reference mean the same moment."""
     end = np.array([SETTINGS.as_of + DAY])
-    assert shards_stage.resolve_as_of(AS_OF, end, end) == SETTINGS.as_of
+    assert planning.resolve_as_of(AS_OF, end, end) == SETTINGS.as_of
     assert START + 5 * DAY < SETTINGS.as_of < START + 12 * DAY
