@@ -44,7 +44,10 @@ class CityConfig:
     products_per_class: int = 6
     stores: int = 80
     users: int = 1_500
-    """Some 130 clicks each, as in a real grocery's log (docs/decisions.md): from a dozen nobody can tell a taste."""
+    """Some 130 clicks each, as in a real grocery's log: from a dozen nobody can tell a taste.
+
+    Figures: docs/decisions/0025-simulated-city-and-controls.md
+    """
     days: int = 56
     photos: int = 4_000
     photo_pixels: int = 300
