@@ -44,7 +44,7 @@ class CityConfig:
     products_per_class: int = 6
     stores: int = 80
     users: int = 1_500
-    """Some 130 clicks each, as in a real grocery's log (docs/decisions/): from a dozen nobody can tell a taste."""
+    """Some 130 clicks each, as in a real grocery's log (docs/decisions.md): from a dozen nobody can tell a taste."""
     days: int = 56
     photos: int = 4_000
     photo_pixels: int = 300

@@ -1,6 +1,6 @@
 """Directions that the projections of photos and titles start from.
 
-They start on the directions that the two share, and on each one's own. [ours; docs/decisions/ has
+They start on the directions that the two share, and on each one's own. [ours; docs/decisions.md has
 the figures]
 
 Shapes: n listings that have both, p and q widths of the frozen encoders' mean features, d width of
