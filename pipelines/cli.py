@@ -11,6 +11,7 @@ import os
 import sys
 from typing import NoReturn
 
+from pipelines.runner.exit_codes import READER_GONE, ExitCode, run_main
 from pipelines.stages import STAGES
 
 COMMANDS = {
@@ -23,9 +24,6 @@ COMMANDS = {
     "fsck": ("pipelines.ops.fsck", "compare every file with its checksum; say what to run again; repair"),
     "doctor": ("pipelines.ops.doctor", "look at this machine: versions, devices, weights, disk; say what to do"),
 }
-
-READER_GONE = 141
-"""Exit code where the reader of a pipe has gone: 128 + SIGPIPE, as shells tell it"""
 
 
 def usage() -> str:
@@ -78,8 +76,6 @@ def main(argv: list[str] | None = None) -> int:
     # one (measured: 6 against 208 examples/s).
     # It must be said before any library that brings OpenMP is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from pipelines.runner.exit_codes import run_main
-
     return run_main(importlib.import_module(COMMANDS[argv[0]][0]).main, argv[1:])
 
 
@@ -93,7 +89,7 @@ def console() -> NoReturn:
     and that aborts the process with exit code 134 (apache/arrow#45017). So it is not taken apart:
     what was registered to be done at the end is done, this last.
     """
-    code = 1  # of an exception that nothing catches
+    code: int = ExitCode.UNEXPECTED_ERROR  # of an exception that nothing catches
 
     def leave() -> None:
         nonlocal code
@@ -118,7 +114,7 @@ def console() -> NoReturn:
         code = READER_GONE
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for what the libraries still print until the end
     except KeyboardInterrupt:
-        code = 130  # 128 + SIGINT, as shells tell it
+        code = ExitCode.INTERRUPTED
         raise
     sys.exit(code)
 

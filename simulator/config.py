@@ -1,6 +1,6 @@
 """Every constant of the city, written once.
 
-The lower half of `CityConfig` is the behaviour model of docs/city.md, the upper half is sizes. Two
+The lower half of `CityConfig` is the behaviour model of docs/explanation/city.md, the upper half is sizes. Two
 cities with equal configurations are equal file by file.
 """
 
@@ -210,7 +210,7 @@ PRESETS: dict[str, CityConfig] = {
         photo_pixels=160,
     ),
 }
-"""`default`: docs/city.md's size; `demo`: under a minute; `tiny`: seconds, for tests."""
+"""`default`: docs/explanation/city.md's size; `demo`: under a minute; `tiny`: seconds, for tests."""
 
 
 def preset_config(name: str, overrides: dict[str, Any]) -> CityConfig:
