@@ -1,4 +1,4 @@
-# The SDK harness with CameNN in it, for Dataflow's workers and for Flink's DOCKER environment. How to build and use it: docs/dataflow.md.
+# The SDK harness with CameNN in it, for Dataflow's workers and for Flink's DOCKER environment. How to build and use it: docs/guides/dataflow.md.
 ARG PYTHON=3.11
 ARG BEAM=2.77.0
 FROM apache/beam_python${PYTHON}_sdk:${BEAM} AS beam

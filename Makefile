@@ -1,4 +1,4 @@
-.PHONY: help install demo test test-all mutate lint format types docs clean
+.PHONY: help install demo test test-all mutate lint format types docs picture clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,20 +15,23 @@ test:  ## lint, types and the quick tests
 test-all:  ## lint, types and every test
 	./run_tests.sh --all
 
-mutate: install  ## plant plausible bugs one by one, and tell which no test notices
+mutate: install  ## introduce plausible bugs one by one, and list those that no test notices
 	.venv/bin/python -m scripts.mutate
 
 lint: install  ## ruff
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-format: install  ## ruff, mending what it can
+format: install  ## ruff, fixing what it can
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
 types: install  ## mypy on the three packages
 	.venv/bin/mypy
 
-docs: install  ## write the reference of tables and flags anew
+docs: install  ## write the generated pages of docs/ again
 	.venv/bin/python -m docs.generate
+
+picture: install  ## write docs/report.png from the demo's report (RUN=work)
+	.venv/bin/python -m scripts.picture --run $(or $(RUN),work)
 
 clean:  ## remove caches and the demo's output
 	rm -rf work .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

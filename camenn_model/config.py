@@ -71,7 +71,7 @@ class FieldSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class _ProfileSizes:
-    """One row of the table of profiles in ``docs/model.md``."""
+    """One row of the table of profiles in ``docs/explanation/model.md``."""
 
     width: int
     heads: int
@@ -260,7 +260,7 @@ class ModelConfig:
 class LossConfig:
     """Weights of the parts of the loss.
 
-    See ``docs/model.md``, Loss and optimiser.
+    See ``docs/explanation/model.md``, Loss and optimiser.
 
     ``alignment``: w of the mean of the ITA and TIA losses, which ``ita`` and ``tia`` multiply.
     ``contrastive``: w_c. They are used by ``fixed`` weighting only. ``uncertainty`` learns them.

@@ -1,9 +1,10 @@
 """Write the generated documentation from the code.
 
-docs/tables.md comes from the schemas, docs/flags.md from the parsers, and the rooms in
-docs/architecture.md from the imports.
+docs/reference/tables.md comes from the schemas, docs/reference/flags.md from the parsers,
+docs/reference/exit_codes.md from `ExitCode`, and the rooms in docs/architecture.md from the
+imports.
 
-A test holds all three to the code: run `make docs` after a change.
+A test holds all of them to the code: run `make docs` after a change.
 """
 
 import ast
@@ -12,6 +13,7 @@ import os
 from pathlib import Path
 
 from pipelines.cli import COMMANDS
+from pipelines.runner.exit_codes import FURTHER_CODES, ExitCode
 from schemas.audience import AUDIENCE, CANDIDATES
 from schemas.catalog import CATALOG
 from schemas.contract import Contract
@@ -67,13 +69,13 @@ def table_section(contract: Contract) -> str:
 
 
 def tables() -> str:
-    """Return docs/tables.md."""
+    """Return docs/reference/tables.md."""
     parts = [
         "# Tables",
         "",
         "Written by `make docs` from `schemas/`. Times are `timestamp[us]`, UTC; zoned ones are converted. "
         "Ids are strings; integers are widened. They join as they are written: case, blanks and leading zeros "
-        "count (nightly.md tells what is said where they differ).",
+        "count. Gates report ids that differ only in these ([nightly](../guides/nightly.md#gates)).",
         "",
         *READING,
         "",
@@ -84,7 +86,7 @@ def tables() -> str:
 
 
 def flags() -> str:
-    """Return docs/flags.md."""
+    """Return docs/reference/flags.md."""
     # argparse wraps help to the terminal's width.
     os.environ["COLUMNS"] = "110"
     os.environ["NO_COLOR"] = "1"
@@ -102,6 +104,33 @@ def flags() -> str:
             "",
         ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def exit_codes() -> str:
+    """Return docs/reference/exit_codes.md."""
+    further = {code for codes in FURTHER_CODES.values() for code in codes}
+    every = ", ".join(str(code.value) for code in ExitCode if code not in further)
+    lines = [
+        "# Exit codes",
+        "",
+        "Written by `make docs` from `pipelines/runner/exit_codes.py`.",
+        "",
+        "| code | name | what happened | what to do |",
+        "|---|---|---|---|",
+        *(f"| {code.value} | `{code.name}` | {code.meaning} | {code.remedy} |" for code in ExitCode),
+        "",
+        "Whatever the code, readers see the run before or the new one, never a part of it. "
+        "What each code means to a night: [Every night, unattended](../guides/nightly.md#exit-codes).",
+        "",
+        f"Every command can end with {every}. These end with others too:",
+        "",
+        "| command | further codes |",
+        "|---|---|",
+    ]
+    for command in COMMANDS:
+        if command in FURTHER_CODES:
+            lines.append(f"| `camenn {command}` | {', '.join(str(code.value) for code in FURTHER_CODES[command])} |")
+    return "\n".join(lines) + "\n"
 
 
 ROOMS_BEGIN, ROOMS_END = "<!-- rooms: written by `make docs` -->", "<!-- end of rooms -->"
@@ -168,11 +197,16 @@ def architecture() -> str:
     return f"{before}{ROOMS_BEGIN}\n\n{rooms()}\n{ROOMS_END}{rest.partition(ROOMS_END)[2]}"
 
 
+def reference() -> dict[str, str]:
+    """Return the generated pages of docs/reference by file name."""
+    return {"tables.md": tables(), "flags.md": flags(), "exit_codes.md": exit_codes()}
+
+
 def main() -> None:
-    """Write all three files."""
+    """Write all generated pages."""
     (HERE / "architecture.md").write_text(architecture())
-    (HERE / "tables.md").write_text(tables())
-    (HERE / "flags.md").write_text(flags())
+    for name, text in reference().items():
+        (HERE / "reference" / name).write_text(text)
 
 
 if __name__ == "__main__":

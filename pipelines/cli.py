@@ -11,6 +11,7 @@ import os
 import sys
 from typing import NoReturn
 
+from pipelines.runner.exit_codes import ExitCode, run_main
 from pipelines.runner.log import set_up_logging
 from pipelines.stages import STAGES
 
@@ -24,9 +25,6 @@ COMMANDS = {
     "fsck": ("pipelines.ops.fsck", "compare every file with its checksum; say what to run again; repair"),
     "doctor": ("pipelines.ops.doctor", "look at this machine: versions, devices, weights, disk; say what to do"),
 }
-
-READER_GONE = 141
-"""Exit code where the reader of a pipe has gone: 128 + SIGPIPE, as shells tell it"""
 
 
 def usage() -> str:
@@ -79,8 +77,6 @@ def main(argv: list[str] | None = None) -> int:
     # one (measured: 6 against 208 examples/s).
     # It must be said before any library that brings OpenMP is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from pipelines.runner.exit_codes import run_main
-
     return run_main(importlib.import_module(COMMANDS[argv[0]][0]).main, argv[1:])
 
 
@@ -94,7 +90,7 @@ def console() -> NoReturn:
     and that aborts the process with exit code 134 (apache/arrow#45017). So it is not taken apart:
     what was registered to be done at the end is done, this last.
     """
-    code = 1  # of an exception that nothing catches
+    code: int = ExitCode.UNEXPECTED_ERROR  # of an exception that nothing catches
 
     def leave() -> None:
         nonlocal code
@@ -102,7 +98,7 @@ def console() -> NoReturn:
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            code = READER_GONE
+            code = ExitCode.BROKEN_PIPE
         with contextlib.suppress(BrokenPipeError):
             sys.stderr.flush()
         os._exit(code)
@@ -116,10 +112,10 @@ def console() -> NoReturn:
         raise
     except BrokenPipeError:
         # Whoever read the output has seen enough, as `head` has: nothing to tell, and nobody to tell it to.
-        code = READER_GONE
+        code = ExitCode.BROKEN_PIPE
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for what the libraries still print until the end
     except KeyboardInterrupt:
-        code = 130  # 128 + SIGINT, as shells tell it
+        code = ExitCode.INTERRUPTED
         raise
     sys.exit(code)
 

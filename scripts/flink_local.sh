@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A standalone Flink cluster on this machine, for trying the pipelines on a real runner: one JobManager, two TaskManagers and a pool of SDK workers, each
-# a process of its own. All of it listens on loopback only (docs/flink.md).
+# a process of its own. All of it listens on loopback only (docs/guides/flink.md).
 #
 #   scripts/flink_local.sh up       fetch what is missing (once), start, wait until it answers
 #   scripts/flink_local.sh flags    the flags that send a camenn command there: camenn embed ... $(scripts/flink_local.sh flags)

@@ -3,7 +3,7 @@
 It is made of sessions, exposures, clicks and orders.
 
 Every day has its own random stream, so a day can be made again alone. Axes: N sessions of one
-store, L its listings on offer, E exposures per session. Formulas: docs/city.md.
+store, L its listings on offer, E exposures per session. Formulas: docs/explanation/city.md.
 """
 
 from collections.abc import Iterator

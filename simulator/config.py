@@ -1,6 +1,6 @@
 """Every constant of the city, written once.
 
-The lower half of `CityConfig` is the behaviour model of docs/city.md, the upper half is sizes. Two
+The lower half of `CityConfig` is the behaviour model of docs/explanation/city.md, the upper half is sizes. Two
 cities with equal configurations are equal file by file.
 """
 
@@ -44,7 +44,10 @@ class CityConfig:
     products_per_class: int = 6
     stores: int = 80
     users: int = 1_500
-    """Some 130 clicks each, as in a real grocery's log (docs/decisions.md): from a dozen nobody can tell a taste."""
+    """Some 130 clicks each, as in a real grocery's log: from a dozen nobody can tell a taste.
+
+    Figures: docs/decisions/0025-simulated-city-and-controls.md
+    """
     days: int = 56
     photos: int = 4_000
     photo_pixels: int = 300
@@ -207,7 +210,7 @@ PRESETS: dict[str, CityConfig] = {
         photo_pixels=160,
     ),
 }
-"""`default`: docs/city.md's size; `demo`: under a minute; `tiny`: seconds, for tests."""
+"""`default`: docs/explanation/city.md's size; `demo`: under a minute; `tiny`: seconds, for tests."""
 
 
 def preset_config(name: str, overrides: dict[str, Any]) -> CityConfig:

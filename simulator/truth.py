@@ -24,7 +24,7 @@ LADDER_RUNGS = (
 class ClickTerms(NamedTuple):
     """Terms of the true order probability.
 
-    They are arrays of length n: terms of docs/city.md and the listing's state.
+    They are arrays of length n: terms of docs/explanation/city.md and the listing's state.
     """
 
     class_term: np.ndarray
@@ -43,7 +43,7 @@ def expected_auc(p: np.ndarray, s: np.ndarray) -> float:
     It is expected on labels drawn with probability `p` [n].
 
     Σ_ij p_i (1 − p_j) ([s_i > s_j] + ½ [s_i = s_j]) / (Σp · Σ(1 − p)), in O(n log n) by sorting
-    (docs/city.md).
+    (docs/explanation/city.md).
 
     Raises:
         ValueError: different lengths, a p outside 0 to 1, a score that is not a number, or

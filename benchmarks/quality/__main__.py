@@ -7,7 +7,7 @@ The comparison is made in cities with known truth and on a real log.
 Models are trained in processes of one thread each, `--jobs` at a time. What is done is kept in
 `--results` and not done again, so the command may be ended at any time (its jobs end with it) and
 repeated. Tables and plots go to WORK/quality.md and quality.png and, with --docs, into
-docs/results.md.
+docs/results/quality.md.
 
 `--quick` is one seed, a small city (and the real log where it is given), one JSON line with
 `beats_lightgbm`, and exit code 1 if a claim does not hold. Needs the extra `baselines`.
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=0, help="models trained at a time, on one thread each; 0 = one a core"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model later than this")
-    parser.add_argument("--docs", action="store_true", help="put tables and plots into docs/results.md")
+    parser.add_argument("--docs", action="store_true", help="put tables and plots into docs/results/quality.md")
     parser.add_argument("--quick", action="store_true", help="one seed, a small city, one JSON line")
     return parser
 

@@ -14,7 +14,7 @@ from pipelines.io.files import write_json
 HOLDS = {True: "yes", False: "**no**", None: "-"}
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 LEARNED = ("photo → title R@1", "title → photo R@1", "mismatch AUC")
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -183,8 +183,8 @@ def _gates(found: Results) -> list[str]:
 def publish(results: list[Result], work: Path, *, docs: bool) -> None:
     """Write WORK/quality.md, quality.png and claims.json.
 
-    With `docs`, the tables are also written between two marks of docs/results.md, and the picture
-    beside it.
+    With `docs`, the tables are also written between two marks of docs/results/quality.md, and the
+    picture beside it.
     """
     found = by_model(results)
     claims = city_claims(found)
@@ -212,7 +212,7 @@ def publish(results: list[Result], work: Path, *, docs: bool) -> None:
     (work / "quality.png").write_bytes(picture)
     print(text)
     if docs:
-        path = DOCS / "results.md"
+        path = DOCS / "quality.md"
         before, rest = path.read_text().split(BEGIN)
         path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}")
         (DOCS / "quality.png").write_bytes(picture)

@@ -1,7 +1,7 @@
 """Agreement of a listing's photo and title.
 
 It tells whether the two belong together, judged by the listings of other products. [ours;
-docs/decisions.md has the figures]
+docs/decisions/0020-agreement-by-csls.md has the figures]
 
 Shapes: n listings that have both, p and q widths of the frozen encoders' mean features, k shared
 directions, B listings of a bank.

@@ -1,7 +1,7 @@
 """Directions that the projections of photos and titles start from.
 
-They start on the directions that the two share, and on each one's own. [ours; docs/decisions.md has
-the figures]
+They start on the directions that the two share, and on each one's own. [ours;
+docs/decisions/0019-canonical-directions.md has the figures]
 
 Shapes: n listings that have both, p and q widths of the frozen encoders' mean features, d width of
 the model.

@@ -1,7 +1,7 @@
 """Directions of photos and titles in which people differ.
 
-They come from linear discriminant analysis with people as classes. [ours; docs/decisions.md has the
-figures]
+They come from linear discriminant analysis with people as classes. [ours;
+docs/decisions/0014-preference-vectors-by-modality.md has the figures]
 
 Shapes: N listings, n clicks, p width of a frozen encoder's mean features, k directions.
 

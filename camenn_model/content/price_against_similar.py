@@ -1,6 +1,7 @@
 """Prices against those of the most similar listings.
 
-Similar are those that look and read most like a listing. [ours; docs/decisions.md has the figures]
+Similar are those that look and read most like a listing. [ours;
+docs/decisions/0012-price-against-similar.md has the figures]
 
 Shapes: N listings, of which n have photo and title; p and q widths of the frozen encoders' mean
 features, k shared directions.

@@ -45,7 +45,10 @@ LEAST_BATCH = 16
 where it has more, and last bits would depend on that.
 """
 COMPILE_PAYS_AT = 200_000
-"""Patches from which on compiled kernels save more than compiling takes (docs/decisions.md)."""
+"""Patches from which on compiled kernels save more than compiling takes.
+
+Figures: docs/decisions/0013-embedding-throughput.md
+"""
 RANDOM_SCHEME = 1
 """Raised when `random:SEED` gives other weights for the same seed."""
 

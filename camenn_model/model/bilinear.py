@@ -1,7 +1,7 @@
 """Bilinear and direct parts of the CVR logit.
 
 They are the CVR task's direct ways to the two sides and to the numbers, beside the transformer's.
-[ours; docs/decisions.md has the figures]
+[ours; docs/decisions/0010-direct-paths-to-cvr.md has the figures]
 
 Shapes: R rows of a side (items or audience rows), d width.
 

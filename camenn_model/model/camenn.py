@@ -3,7 +3,7 @@
 Three tasks share the bottom and the mixture of experts.
 
 Source: "Cross-Modal Alignment with Mixture Experts Neural Network for Intral-City Retail
-Recommendation" (arXiv 2009.09926). ``docs/model.md`` tells which parts come from it and which are
+Recommendation" (arXiv 2009.09926). ``docs/explanation/model.md`` tells which parts come from it and which are
 choices of this project.
 
 Shapes: B pairs, I items, S audience rows, A alignment pairs, C items of the contrastive loss, E

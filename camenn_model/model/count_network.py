@@ -1,7 +1,7 @@
 """A small network over the as-of counts.
 
 It finds what the counts say together. It is fitted before the linear part and kept. [ours;
-docs/decisions.md has the figures]
+docs/decisions/0023-count-network.md has the figures]
 
 Shapes: S audience rows, B pairs or examples, n numeric fields, h ``HIDDEN``.
 

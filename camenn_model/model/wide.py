@@ -1,7 +1,7 @@
 """The linear part of the CVR logit: a logistic regression.
 
 It is fitted before the network and kept. The network learns what it leaves. [ours;
-docs/decisions.md has the figures]
+docs/decisions/0011-linear-part-fitted.md has the figures]
 
 Shapes: I items, S audience rows, B examples, C values of the crossed item field, k directions of
 content.

@@ -30,7 +30,7 @@ from pipelines.io.errors import input_error_behind
 from pipelines.nightly.config import NightlyConfig, describe
 from pipelines.nightly.retraining import decide
 from pipelines.runner.console import closing_table
-from pipelines.runner.exit_codes import BUSY, GATES_FAILED, STALE, UNFORESEEN, USER_ERROR, GatesFailed
+from pipelines.runner.exit_codes import ExitCode, GatesFailed
 from pipelines.runner.log import stage_logger
 from pipelines.runs.garbage import collect
 from pipelines.runs.manifest import read_latest
@@ -114,21 +114,21 @@ class _Nightly:
             record.status, record.words = GATED, str(held)
             if stage != "train":
                 # A challenger that lost is an answer, not a failure.
-                self.fail(GATES_FAILED, stage, record.words)
+                self.fail(ExitCode.GATED, stage, record.words)
         except Exception as error:
             user_error = input_error_behind(error, self.config.words)
             record.status = FAILED
             record.words = str(user_error) if user_error else f"{type(error).__name__}: {error}"
             if user_error is None:
                 self.night.log(f"{stage}: {traceback.format_exc()}")
-            self.fail(USER_ERROR if user_error else UNFORESEEN, stage, record.words)
+            self.fail(ExitCode.INPUT_ERROR if user_error else ExitCode.UNEXPECTED_ERROR, stage, record.words)
         except SystemExit as refused:
             # What argparse does with flags; it has told which.
             record.status, record.words = (
                 FAILED,
                 f"camenn {stage} refused its flags, see above (exit code {refused.code})",
             )
-            self.fail(USER_ERROR, stage, record.words)
+            self.fail(ExitCode.INPUT_ERROR, stage, record.words)
         record.seconds = round(time.monotonic() - began, 1)
         self.night.log(f"{stage}: {record.status}, {record.seconds} s: {record.words}")
         self.night.write()
@@ -207,7 +207,7 @@ class _Nightly:
         if night.published is not None:
             hours = night.published["hours"]
             if hours > self.config.keep.stale_hours and not self.code:
-                self.code = STALE
+                self.code = ExitCode.STALE
                 night.message = (
                     f"the published scores are {hours:.0f} h old, more than "
                     f"{self.config.keep.stale_hours:g}: nothing new came in. "
@@ -293,14 +293,14 @@ def run_night(config: NightlyConfig, as_json: bool) -> int:
             try:
                 work.run()
             except BaseException as ended:
-                work.fail(UNFORESEEN, "nightly", f"ended by {type(ended).__name__}")
+                work.fail(ExitCode.UNEXPECTED_ERROR, "nightly", f"ended by {type(ended).__name__}")
                 call_on_failure(config, work.finish(), night.message, night.path, night.log)
                 raise
             code = work.finish()
     except files.InUseError as busy:
         stage_logger("nightly").error("%s", busy)
-        call_on_failure(config, BUSY, str(busy), "", stage_logger("nightly").error)
-        return BUSY
+        call_on_failure(config, ExitCode.BUSY, str(busy), "", stage_logger("nightly").error)
+        return ExitCode.BUSY
     call_on_failure(config, code, night.message, night.path, night.log)
     closing_table("nightly", _summary(night, time.monotonic() - started), as_json=as_json)
     return code

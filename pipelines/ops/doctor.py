@@ -297,7 +297,8 @@ def check_flink_jar(caches: tuple[Path, ...] = JAR_CACHES) -> Check:
         name="flink job server",
         status=WARN,
         found=f"no jar in {' or '.join(map(str, caches))}: needed for --runner FlinkRunner only",
-        remedy="`scripts/flink_local.sh fetch` gets one; or pass --flink_job_server_jar PATH. See docs/flink.md.",
+        remedy="`scripts/flink_local.sh fetch` gets one; or pass --flink_job_server_jar PATH. "
+        "See docs/guides/flink.md.",
     )
 
 

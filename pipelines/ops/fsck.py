@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from pipelines.runner.exit_codes import USER_ERROR, run_main
+from pipelines.runner.exit_codes import ExitCode, run_main
 from pipelines.runner.flags import add_json_flag
 from schemas.errors import InputError
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     roots = find_outputs(place) if a.work else [place]
     summary, found = check(roots, place if a.work else None, repairs=a.repair)
     closing_table("fsck", summary, as_json=a.json)
-    return USER_ERROR if found.damaged else 0
+    return ExitCode.INPUT_ERROR if found.damaged else 0
 
 
 if __name__ == "__main__":

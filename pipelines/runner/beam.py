@@ -77,7 +77,7 @@ def check_runner(beam_flags: list[str]) -> None:
         # Beam would make a bucket of its own accord, and look for an account to do so.
         missing.append("--temp_location gs://BUCKET/DIRECTORY")
     if missing:
-        raise InputError(f"--runner {options['runner']} needs {', '.join(missing)}. See docs/dataflow.md.")
+        raise InputError(f"--runner {options['runner']} needs {', '.join(missing)}. See docs/guides/dataflow.md.")
     try:
         importlib.import_module("apache_beam.runners.dataflow.internal.apiclient")
     except ImportError as error:
@@ -99,7 +99,7 @@ def _check_ports(options: dict[str, Any]) -> None:
         if not jar:
             raise InputError(
                 f"--runner {runner} needs --flink_job_server_jar JAR, made to listen on "
-                "loopback by: python -m pipelines.runner.flink_jar JAR. See docs/flink.md."
+                "loopback by: python -m pipelines.runner.flink_jar JAR. See docs/guides/flink.md."
             )
         check_jar(jar)
     embedded = options["job_endpoint"] == "embed" and options["environment_type"] == "EXTERNAL"

@@ -3,15 +3,68 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from enum import IntEnum
+from typing import Any, Self
 
 from pipelines.runner.log import set_up_logging
 from schemas.errors import InputError
 
-USER_ERROR, GATES_FAILED = 2, 3
-"""Exit codes: what the user can fix, and a finished run that its gates keep from readers"""
-UNFORESEEN, BUSY, STALE = 1, 4, 5
-"""Exit codes of a night: a bug or a crash, another night is running, the published scores are older than they may be"""
+
+class ExitCode(IntEnum):
+    """The codes that `camenn` commands end with.
+
+    docs/reference/exit_codes.md is generated from it.
+    """
+
+    meaning: str
+    """What happened"""
+    remedy: str
+    """What to do about it"""
+
+    def __new__(cls, value: int, meaning: str, remedy: str) -> Self:
+        """Make a code with its two sentences."""
+        code = int.__new__(cls, value)
+        code._value_, code.meaning, code.remedy = value, meaning, remedy
+        return code
+
+    OK = 0, "The command did what it is for.", "Nothing."
+    UNEXPECTED_ERROR = (
+        1,
+        "A bug or a crash, with a traceback. Of `camenn doctor`: something essential is missing.",
+        "Run again, and report it if it comes back. Of `doctor`: follow the line below each `fail`.",
+    )
+    INPUT_ERROR = (
+        2,
+        "Something that you can fix: a table, a column, a flag, a damaged file, a full disk.",
+        "Read the message, which names file, column and remedy. Fix it, then run again.",
+    )
+    GATED = (
+        3,
+        "A run is finished, but a gate failed, so it is not published. Readers keep the run before.",
+        "Look at the run and fix what the gate names, or `camenn publish RUN --force --reason TEXT`.",
+    )
+    BUSY = 4, "Another night is running in the same work directory.", "Nothing: that night goes on."
+    STALE = (
+        5,
+        "The night went well, but the published scores are older than `keep.stale_hours`.",
+        "Check that catalog and logs still arrive.",
+    )
+    INTERRUPTED = 130, "Ended by Ctrl-C (128 + SIGINT).", "Run again: committed work is used."
+    BROKEN_PIPE = 141, "The reader of a pipe has gone, as `head` does (128 + SIGPIPE).", "Nothing."
+    TERMINATED = (
+        143,
+        "Ended by SIGTERM (128 + SIGTERM). `camenn nightly` writes its record first and ends with 1.",
+        "Run again: committed work is used.",
+    )
+
+
+FURTHER_CODES = {
+    "embed": (ExitCode.GATED,),
+    "train": (ExitCode.GATED,),
+    "score": (ExitCode.GATED,),
+    "nightly": (ExitCode.GATED, ExitCode.BUSY, ExitCode.STALE),
+}
+"""Codes that not every command ends with, by command"""
 
 
 class GatesFailed(Exception):
@@ -51,7 +104,7 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
         return 0
     except GatesFailed as held:
         print(f"camenn: gated: {held}", file=sys.stderr)
-        return GATES_FAILED
+        return ExitCode.GATED
     except Exception as error:
         from pipelines.io.errors import input_error_behind
 
@@ -59,7 +112,7 @@ def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = N
         if cause is None:
             raise
         print(f"camenn: error: {cause}", file=sys.stderr)
-        return USER_ERROR
+        return ExitCode.INPUT_ERROR
 
 
 def refuse_not_utf8(words: Sequence[str]) -> None:

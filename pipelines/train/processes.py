@@ -12,7 +12,7 @@ import tempfile
 import time
 from types import FrameType
 
-from pipelines.runner.exit_codes import GATES_FAILED, USER_ERROR, GatesFailed
+from pipelines.runner.exit_codes import ExitCode, GatesFailed
 from schemas.errors import InputError
 
 COMMAND = (sys.executable, "-m", "pipelines.train.command")
@@ -57,9 +57,9 @@ def train_in_processes(count: int, argv: list[str]) -> None:
                 process.terminate()
             for process in started:
                 process.wait()
-    if code == USER_ERROR:
+    if code == ExitCode.INPUT_ERROR:
         raise InputError("a training process ended with what it says above.")
-    if code == GATES_FAILED:
+    if code == ExitCode.GATED:
         raise GatesFailed("the trained model, for the reason that stands above")
     if code:
         raise RuntimeError(f"a training process ended with exit code {code}; it said why above")

@@ -26,7 +26,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import baselines, figures, judge, plan, representation
 from benchmarks.quality import job as quality_job
 from benchmarks.quality.job import Job, held_out, run
-from benchmarks.quality.publish import publish
+from benchmarks.quality.publish import BEGIN, END, publish
 from benchmarks.quality.variants import VARIANTS, hide, make_trainer, shuffle_images
 from benchmarks.quality.worlds import Truth, World, read_keys, read_truth
 from benchmarks.support.processes import Children
@@ -542,7 +542,9 @@ with ThreadPoolExecutor(2) as pool, Children() as children:
             os.kill(pid, 0)
 
 
-def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_made_up_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole tables from results that are made up: `full` is the best by far, so claims hold; then it is not."""
 
     def expected(auc: float) -> dict[str, Any]:
@@ -681,7 +683,13 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
     with Image.open(tmp_path / "quality.png") as picture:
         full = picture.size
     city = [result for result in small if result["world"].startswith("city") and result["model"] != "displayed"]
-    publish(city, tmp_path, docs=False)
+    page = tmp_path / "docs" / "quality.md"
+    page.parent.mkdir()
+    page.write_text(f"# Quality\n\n{BEGIN}\nold\n{END}\n\n## More\n")
+    monkeypatch.setattr(sys.modules[publish.__module__], "DOCS", page.parent)
+    publish(city, tmp_path, docs=True)
+    assert page.read_text() == f"# Quality\n\n{BEGIN}\n\n{(tmp_path / 'quality.md').read_text()}\n{END}\n\n## More\n"
+    assert (page.parent / "quality.png").read_bytes() == (tmp_path / "quality.png").read_bytes()
     reported = json.loads((tmp_path / "claims.json").read_text())
     missing = {name for name, claim in reported.items() if claim["holds"] is None}
     assert {name for name in reported if name.startswith(("control", "real", "alignment:"))} | {

@@ -10,7 +10,7 @@ from simulator.truth import LADDER_RUNGS, ClickTerms, Draws, conditional_p_order
 
 
 def brute_force_auc(p: np.ndarray, s: np.ndarray) -> float:
-    """The double sum as it is written in docs/city.md."""
+    """The double sum as it is written in docs/explanation/city.md."""
     beats = (s[:, None] > s[None, :]) + 0.5 * (s[:, None] == s[None, :])
     return float((p[:, None] * (1 - p)[None, :] * beats).sum() / (p.sum() * (1 - p).sum()))
 

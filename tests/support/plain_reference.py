@@ -1,4 +1,4 @@
-"""The prefix formula of ``docs/model.md`` written out for one pair at a time, with loops and without masks.
+"""The prefix formula of ``docs/explanation/model.md`` written out for one pair at a time, with loops and without masks.
 
 It shares nothing with the model but its weights and its tokens: padding is cut away instead of masked, heads are a
 loop, every pair computes its own item and audience.

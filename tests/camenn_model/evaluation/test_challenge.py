@@ -198,7 +198,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def test_a_package_names_no_user_and_listings_in_one_file(city: Path) -> None:
-    """As docs/model.md says; stores are named among the features."""
+    """As docs/explanation/model.md says; stores are named among the features."""
     latest = read_latest(str(city / "model"))
     assert latest is not None
     package = city / "model" / "runs" / latest.run

@@ -1,10 +1,13 @@
 """The page in a real browser: nothing asked of the network, no error, every photo drawn, nothing wider than a phone."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipelines.report.command import main
 from tests.support.work_directory import make_work
@@ -136,3 +139,17 @@ def test_page_policy_blocks_injected_script(visit: Visit, report: Path, tmp_path
     visit.open(bad)
     assert visit.page.title() != "owned"
     assert visit.errors
+
+
+def test_picture_of_a_report_is_taken(report: Path, tmp_path: Path) -> None:
+    """In a process of its own: Playwright runs once in each."""
+
+    def take(run: Path) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "scripts.picture", "--run", str(run), "--out", str(tmp_path / "report.png")]
+        return subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+
+    missing = take(tmp_path)
+    assert missing.returncode == 2 and "camenn report --run" in missing.stderr
+    assert take(report.parents[1]).returncode == 0
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.size == (1200, 1500) and len(picture.convert("L").getcolors()) > 50

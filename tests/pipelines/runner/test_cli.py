@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cli
+from pipelines.runner.exit_codes import ExitCode
 
 COMMAND = """
 import atexit, os
@@ -61,4 +61,4 @@ def test_a_reader_who_has_gone_is_no_traceback(tmp_path: Path, lines: int) -> No
     os.close(reading)
     ended = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
-    assert (ended.returncode, ended.stderr) == (cli.READER_GONE, b"")
+    assert (ended.returncode, ended.stderr) == (ExitCode.BROKEN_PIPE, b"")

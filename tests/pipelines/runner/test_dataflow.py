@@ -44,7 +44,7 @@ apiclient = pytest.importorskip(
 )
 
 PROJECT = Path(__file__).parents[3]
-DOCUMENT = (PROJECT / "docs" / "dataflow.md").read_text()
+DOCUMENT = (PROJECT / "docs" / "guides" / "dataflow.md").read_text()
 L4 = "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
 DRY = [
     "--runner=DataflowRunner",
@@ -134,7 +134,7 @@ MAINS: dict[str, Callable[[list[str]], int]] = {
 
 
 def documented(city: City, stage: str) -> list[str]:
-    """The command of docs/dataflow.md as a shell would pass it on, with the city's own directories and encoders."""
+    """The command of docs/guides/dataflow.md as a shell would pass it on, with the city's directories and encoders."""
     variables = {name: value.strip('"') for name, value in re.findall(r'([A-Z_]+)=("[^"]*"|\S+)', DOCUMENT)}
     variables |= {"DATA": str(city.root / "data"), "MOUNT": str(city.root), "STORE": str(city.root / "store")}
     variables |= {"IMAGE_WEIGHTS": "random:0", "TEXT_ENCODER": str(city.root / "bert")}
