@@ -51,17 +51,17 @@ python -m benchmarks.baselines --shards "$work/shards" --model "$work/model" --o
 step camenn score --data "$data" --store "$work/store" --model "$work/model" --out "$work/scores" --top_k "${TOP_K:-100}"
 step camenn report --run "$work"
 
-python - "$work" "$((SECONDS - started))" <<'EOF'
+python - "$work" "$((SECONDS - started))" <(camenn runs --work "$work" --json) <<'EOF'
 import json, pathlib, sys
 work, seconds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 metrics = json.loads((work / "metrics.json").read_text())
-summary = {s: json.loads((work / s / json.loads((work / s / "latest.json").read_text())["manifest"]).read_text())["summary"] for s in ("store", "shards", "model", "scores")}
+summary = {stage: run["summary"] for stage, run in json.loads(pathlib.Path(sys.argv[3]).read_text()).items()}
 rows = [
-    ("embeddings", f'{summary["store"]["images_in_store"]:,} photos, {summary["store"]["titles_in_store"]:,} titles', work / "store"),
+    ("embeddings", f'{summary["embed"]["images_in_store"]:,} photos, {summary["embed"]["titles_in_store"]:,} titles', work / "store"),
     ("training shards", f'{summary["shards"]["rows_out"]:,} examples', work / "shards"),
     ("model", f'{metrics["train"]["examples_per_second"]:,.0f} examples/s', work / "model"),
-    ("scores", f'{summary["scores"]["rows_out"]:,} rows', summary["scores"]["scores"]),
-    ("listing quality", f'{summary["scores"]["flagged_mismatch"]:,} flagged as mismatched', summary["scores"]["listing_quality"]),
+    ("scores", f'{summary["score"]["rows_out"]:,} rows', summary["score"]["scores"]),
+    ("listing quality", f'{summary["score"]["flagged_mismatch"]:,} flagged as mismatched', summary["score"]["listing_quality"]),
     ("report", "open it in a browser", work / "report" / "index.html"),
     ("metrics", "", work / "metrics.json"),
 ]

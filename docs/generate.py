@@ -19,6 +19,7 @@ from schemas.catalog import CATALOG
 from schemas.contract import Contract
 from schemas.embeddings import EMBEDDED_ITEMS, image_embeddings, title_embeddings
 from schemas.events import CLICKS, ORDERS
+from schemas.reasons import Reason
 from schemas.rejects import DEFECTS, REJECTS
 from schemas.scores import LISTING_QUALITY, SCORES
 from schemas.training import EXAMPLES, ITEMS
@@ -133,6 +134,23 @@ def exit_codes() -> str:
     return "\n".join(lines) + "\n"
 
 
+def reasons() -> str:
+    """Return docs/reference/reasons.md."""
+    lines = [
+        "# Reasons",
+        "",
+        "Written by `make docs` from `schemas/reasons.py`. Reasons stay as they are from version to version: "
+        "filter alerts and dashboards by them. Each row has file, row, column and value in `detail`.",
+    ]
+    for table, text in (
+        ("rejects", "Rows that were dropped. Above `--max_reject_rate` of a table they end the run."),
+        ("defects", "Listings that were kept without their photo."),
+    ):
+        lines += ["", f"## `{table}`", "", text, "", "| reason | what is wrong | what to do |", "|---|---|---|"]
+        lines += [f"| `{one}` | {one.meaning} | {one.remedy} |" for one in Reason if one.table == table]
+    return "\n".join(lines) + "\n"
+
+
 ROOMS_BEGIN, ROOMS_END = "<!-- rooms: written by `make docs` -->", "<!-- end of rooms -->"
 PACKAGES = ("pipelines", "camenn_model")
 
@@ -199,7 +217,7 @@ def architecture() -> str:
 
 def reference() -> dict[str, str]:
     """Return the generated pages of docs/reference by file name."""
-    return {"tables.md": tables(), "flags.md": flags(), "exit_codes.md": exit_codes()}
+    return {"tables.md": tables(), "flags.md": flags(), "exit_codes.md": exit_codes(), "reasons.md": reasons()}
 
 
 def main() -> None:

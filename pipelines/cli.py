@@ -19,6 +19,7 @@ COMMANDS = {
     "simulate": ("simulator.cli", "make a data directory: a simulated city with known truth"),
     **{stage.name: (stage.command, stage.summary) for stage in STAGES.values()},
     "nightly": ("pipelines.nightly.command", "embed, shards, train if due, score and report, from one config file"),
+    "runs": ("pipelines.ops.runs", "show the published run of each output, and those before it"),
     "publish": ("pipelines.ops.publish", "let readers see a finished run that is not the published one"),
     "rollback": ("pipelines.ops.rollback", "let readers see the run that was published before"),
     "gc": ("pipelines.ops.gc", "remove files that no kept run refers to"),

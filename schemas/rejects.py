@@ -8,7 +8,7 @@ from schemas.contract import Contract, text_column
 _COLUMNS = (
     text_column("stage", "stage that found it: embed, shards or score"),
     text_column("key", "key of the row, as table:key"),
-    text_column("reason", "short name of the reason, stable between versions"),
+    text_column("reason", "short name of the reason, stable between versions (reasons.md)"),
     text_column("detail", "file, column, value and remedy, for a person"),
 )
 

@@ -1,10 +1,13 @@
 """Count the stops of a reader who follows `options` through a stage's run.
 
-A stop is a call that takes the options, or an object that was made from them, beginning with the
-stage's `run`. Each call is one stop. The reader then goes into the function that is called, if it
-is one of this project's, and comes back. A function that was read before is not read again.
+    python -m scripts.stops [--root CHECKOUT] [--made] [--list] [MODULE ...]
 
-    python -m scripts.stops [--root CHECKOUT] [MODULE ...]
+A stop is a call that takes the options, a field of them, or an object that holds them, beginning
+with the stage's `run`. Making a plain record is none: there is nothing to read. The reader goes
+into a function of the stage's own room and comes back. Functions of other rooms are contracts,
+known from elsewhere. What was read once is not read again.
+
+With `--made`, values that were computed from the options (`inputs`, `pairs`) are followed too.
 """
 
 import argparse
@@ -14,6 +17,8 @@ from pathlib import Path
 
 PACKAGES = ("pipelines", "camenn_model", "schemas")
 STAGES = ("pipelines.embed.stage", "pipelines.shards.stage", "pipelines.train.stage", "pipelines.score.stage")
+SHARED = {"manifest", "publication", "files", "tables", "options", "console", "gates"}
+"""Modules of every stage while `pipelines` had no rooms (f7f002f)"""
 
 
 @dataclass
@@ -21,18 +26,86 @@ class Module:
     """One source file: its definitions, and where its imported names come from."""
 
     name: str
-    functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = field(default_factory=dict)
+    functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
     classes: dict[str, ast.ClassDef] = field(default_factory=dict)
     imported: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass
 class Walk:
-    """What a reader has seen: stops, files, and how often the file changed."""
+    """A reader's way: stops in order, and what was read."""
 
+    root: Path
+    made: bool
+    room: str
     stops: list[str] = field(default_factory=list)
     seen: set[tuple[str, str]] = field(default_factory=set)
-    files: set[str] = field(default_factory=set)
+
+    def enters(self, module: Module) -> bool:
+        """Return whether a module is of the stage's own room."""
+        package, _, rest = module.name.partition(".")
+        if package != "pipelines":
+            return False
+        # A checkout of before the rooms has none: what every stage shares is left out.
+        return module.name.startswith(f"{self.room}.") if "." in rest else rest not in SHARED
+
+    def locate(self, module: Module, name: str) -> tuple[Module, str] | None:
+        """Return the module and name of a function or class of this project."""
+        if name in module.functions or name in module.classes:
+            return module, name
+        source, original = module.imported.get(name, ("", ""))
+        found = read_module(self.root, source)
+        if found and (original in found.functions or original in found.classes):
+            return found, original
+        return None
+
+    def follow(self, module: Module, function: ast.FunctionDef, held: set[str]) -> None:
+        """Count the calls of one function that take held values, and follow each."""
+        if (module.name, function.name) in self.seen:
+            return
+        self.seen.add((module.name, function.name))
+        nodes = [node for node in ast.walk(function) if isinstance(node, ast.Assign | ast.Call)]
+        for node in sorted(nodes, key=lambda node: (node.end_lineno or 0, node.end_col_offset or 0)):
+            if isinstance(node, ast.Assign):
+                self.hold(module, node, held)
+            else:
+                self.stop(module, function.name, node, held)
+
+    def hold(self, module: Module, node: ast.Assign, held: set[str]) -> None:
+        """Hold what was made from held values."""
+        call, target = node.value, node.targets[0]
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and isinstance(target, ast.Name)):
+            return
+        found = self.locate(module, call.func.id)
+        if found and whole_arguments(call, held) and (self.made or found[1] in found[0].classes):
+            held.add(target.id)
+
+    def stop(self, module: Module, where: str, call: ast.Call, held: set[str]) -> None:
+        """Count a call, and go into what it calls."""
+        called = ast.unparse(call.func)
+        first, _, rest = called.partition(".")
+        source = module.imported.get(first, ("", ""))[0].split(".")[0]
+        ours = first in module.functions or first in module.classes or source in PACKAGES or first in held
+        of_field = first in held and "." in rest
+        if called == "files.join" or of_field or not ours or not (arguments(call, held) or first in held):
+            return
+        found = self.locate(module, first)
+        if found and not rest and found[1] in found[0].classes and not is_transform(found[0].classes[found[1]]):
+            return
+        self.stops.append(f"{module.name}:{call.lineno} {where} -> {called}")
+        passed = whole_arguments(call, held)
+        if found is None or rest or not passed or not self.enters(found[0]):
+            return
+        target, symbol = found
+        if symbol in target.functions:
+            parameters = [argument.arg for argument in target.functions[symbol].args.args]
+            names = {parameters[one] if isinstance(one, int) else one for one in passed}
+            self.follow(target, target.functions[symbol], names)
+
+
+def is_transform(node: ast.ClassDef) -> bool:
+    """Return whether a class is a step of a pipeline."""
+    return any("PTransform" in ast.unparse(base) or "DoFn" in ast.unparse(base) for base in node.bases)
 
 
 def read_module(root: Path, name: str) -> Module | None:
@@ -43,97 +116,44 @@ def read_module(root: Path, name: str) -> Module | None:
     module = Module(name)
     tree = ast.parse(path.read_text())
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.FunctionDef):
             module.functions[node.name] = node
         elif isinstance(node, ast.ClassDef):
             module.classes[node.name] = node
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                module.imported[alias.asname or alias.name] = (node.module, alias.name)
+    for inner in ast.walk(tree):
+        if isinstance(inner, ast.ImportFrom) and inner.module:
+            for alias in inner.names:
+                module.imported[alias.asname or alias.name] = (inner.module, alias.name)
     return module
 
 
-def takes(call: ast.Call, held: set[str]) -> list[int | str]:
-    """Return positions and names of the arguments that are held values."""
-
-    def is_held(value: ast.expr) -> bool:
-        while isinstance(value, ast.Attribute):
-            value = value.value
-        return isinstance(value, ast.Name) and value.id in held
-
-    return [n for n, value in enumerate(call.args) if is_held(value)] + [
-        keyword.arg for keyword in call.keywords if keyword.arg and is_held(keyword.value)
+def whole_arguments(call: ast.Call, held: set[str]) -> list[int | str]:
+    """Return positions and names of the arguments that are held values themselves."""
+    return [n for n, value in enumerate(call.args) if isinstance(value, ast.Name) and value.id in held] + [
+        keyword.arg
+        for keyword in call.keywords
+        if keyword.arg and isinstance(keyword.value, ast.Name) and keyword.value.id in held
     ]
 
 
-def follow(root: Path, module: Module, name: str, held: set[str], walk: Walk) -> None:
-    """Follow held values through one function, or through a class's methods."""
-    if (module.name, name) in walk.seen:
-        return
-    walk.seen.add((module.name, name))
-    walk.files.add(module.name)
-    if name in module.classes:
-        for node in module.classes[name].body:
-            if isinstance(node, ast.FunctionDef):
-                follow_body(root, module, f"{name}.{node.name}", node, {"self"}, walk)
-        return
-    follow_body(root, module, name, module.functions[name], held, walk)
+def arguments(call: ast.Call, held: set[str]) -> bool:
+    """Return whether a call takes a held value or a field of one."""
+    for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
+        while isinstance(value, ast.Attribute):
+            value = value.value
+        if isinstance(value, ast.Name) and value.id in held:
+            return True
+    return False
 
 
-def follow_body(
-    root: Path, module: Module, name: str, function: ast.FunctionDef | ast.AsyncFunctionDef, held: set[str], walk: Walk
-) -> None:
-    """Count the calls of one body that take held values, and follow each."""
-    held = set(held)
-    calls = sorted(
-        (node for node in ast.walk(function) if isinstance(node, ast.Assign | ast.Call)),
-        key=lambda node: (node.lineno, node.col_offset, isinstance(node, ast.Assign)),
-    )
-    for node in calls:
-        if isinstance(node, ast.Assign):
-            made = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name)
-            if made and takes(node.value, held) and isinstance(node.targets[0], ast.Name):
-                held.add(node.targets[0].id)
-            continue
-        given = takes(node, held - {"self"})
-        if not given:
-            continue
-        called = ast.unparse(node.func)
-        if called in ("asdict", "getattr", "isinstance", "len", "str", "files.join"):
-            continue
-        walk.stops.append(f"{module.name}:{node.lineno} {name} -> {called}")
-        target = locate(root, module, called.split(".")[0]) if isinstance(node.func, ast.Name | ast.Attribute) else None
-        if target is None or "." in called:
-            continue
-        where, symbol = target
-        if symbol in where.classes:
-            follow(root, where, symbol, set(), walk)
-        elif symbol in where.functions:
-            parameters = dict(enumerate(argument.arg for argument in where.functions[symbol].args.args))
-            names = {str(parameters.get(one, one)) if isinstance(one, int) else one for one in given}
-            follow(root, where, symbol, names, walk)
-
-
-def locate(root: Path, module: Module, name: str) -> tuple[Module, str] | None:
-    """Return the module and name of a function or class of this project."""
-    if name in module.functions or name in module.classes:
-        return module, name
-    if name in module.imported:
-        source, original = module.imported[name]
-        found = read_module(root, source)
-        if found and (original in found.functions or original in found.classes):
-            return found, original
-    return None
-
-
-def count(root: Path, name: str) -> Walk:
+def count(root: Path, name: str, *, made: bool) -> Walk:
     """Count the stops of one stage's `run`."""
     module = read_module(root, name)
     if module is None or "run" not in module.functions:
         raise SystemExit(f"{root}: {name} has no run()")
-    walk = Walk()
-    follow(root, module, "run", {module.functions["run"].args.args[0].arg}, walk)
+    walk = Walk(root, made, name.rpartition(".")[0])
+    function = module.functions["run"]
+    walk.follow(module, function, {function.args.args[0].arg})
     return walk
 
 
@@ -142,12 +162,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", default=STAGES)
     parser.add_argument("--root", type=Path, default=Path(), help="checkout (default: here)")
+    parser.add_argument("--made", action="store_true", help="follow what was computed from the options too")
     parser.add_argument("--list", action="store_true", help="print each stop")
-    arguments = parser.parse_args()
-    for name in arguments.modules:
-        walk = count(arguments.root, name)
-        print(f"{name}: {len(walk.stops)} stops in {len(walk.files)} files")
-        if arguments.list:
+    given = parser.parse_args()
+    for name in given.modules:
+        walk = count(given.root, name, made=given.made)
+        print(f"{name}: {len(walk.stops)} stops in {len({place for place, _ in walk.seen})} files")
+        if given.list:
             print("\n".join(f"    {stop}" for stop in walk.stops))
 
 

@@ -27,6 +27,7 @@ from camenn_model.hashing import content_key
 from pipelines.inputs.photo_files import FileDefect, read_photo
 from pipelines.inputs.photos import ImageDefect, ImageQuality, decode_image, grid_patches, image_quality
 from pipelines.io import files
+from schemas.reasons import Reason
 
 if TYPE_CHECKING:
     from camenn_model.encoders.bert import TextEncoder
@@ -128,7 +129,7 @@ class _Photo(NamedTuple):
 class _Unread(Exception):
     """A photo that is no longer what was hashed."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
@@ -420,14 +421,14 @@ def _read(key: str, uri: str | None) -> bytes:
         raise ValueError(f"photo {key}: neither a path nor bytes")
     again = "The next run reads it again."
     if not files.is_local(uri) and not files.exists(uri):
-        raise _Unread("missing_image", f"{uri} is not there any more. {again}")
+        raise _Unread(Reason.MISSING_IMAGE, f"{uri} is not there any more. {again}")
     try:
         # Wherever it led meanwhile: it is the photo that was let in, or its bytes are others.
         data = read_photo(uri)
     except FileDefect as defect:
         raise _Unread(defect.reason, f"{uri} {defect.detail}") from defect
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise _Unread("missing_image", f"{uri} cannot be opened any more ({error.strerror}). {again}") from error
+        raise _Unread(Reason.MISSING_IMAGE, f"{uri} cannot be opened any more ({error.strerror}). {again}") from error
     if content_key(data) != key:
-        raise _Unread("changed_image", f"{uri} changed while the run was reading. {again}")
+        raise _Unread(Reason.CHANGED_IMAGE, f"{uri} changed while the run was reading. {again}")
     return data

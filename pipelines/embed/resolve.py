@@ -22,6 +22,7 @@ from pipelines.io.tables import Slice
 from pipelines.runs.accounting import Count
 from schemas.catalog import CATALOG
 from schemas.embeddings import EMBEDDED_ITEMS
+from schemas.reasons import Reason
 
 READ_THREADS = 8
 
@@ -157,10 +158,10 @@ class ResolveItems(beam.DoFn):
                 f"column 'image_uri': '{uri}' is not a file under {self.photos.image_root}. Upload the photo, or "
                 "mend the address."
             )
-            return _Photo(defect="missing_image", detail=detail)
+            return _Photo(defect=Reason.MISSING_IMAGE, detail=detail)
         except OSError as error:
             detail = (
                 f"column 'image_uri': '{uri}' cannot be read ({error.strerror or error}). Mend its permissions, "
                 "or upload it again."
             )
-            return _Photo(defect="unreadable_image", detail=detail)
+            return _Photo(defect=Reason.UNREADABLE_IMAGE, detail=detail)

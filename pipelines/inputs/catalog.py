@@ -11,6 +11,7 @@ from pipelines.io.rejects import drop_unusable, make_rejects
 from pipelines.io.tables import Slice, Source, list_slices, read_slice
 from schemas.catalog import CATALOG
 from schemas.contract import conform
+from schemas.reasons import Reason
 from schemas.rejects import REJECTS
 
 FILE, ROW = "__file", "__row"
@@ -78,7 +79,7 @@ def drop_duplicates(stage: str, table: pa.Table) -> tuple[pa.Table, pa.Table, in
             strict=True,
         )
     ]
-    rejects = make_rejects(stage, keys, "duplicate_item_id", details)
+    rejects = make_rejects(stage, keys, Reason.DUPLICATE_ITEM_ID, details)
     return table.filter(pa.array(~repeats)).drop_columns([FILE, ROW]), rejects, int(copy.sum())
 
 

@@ -19,6 +19,7 @@ from pipelines.io.tables import Slice, Source, read_groups
 from pipelines.runs.accounting import Count, Outcomes
 from schemas.contract import Contract, without_dictionary
 from schemas.events import CLICKS
+from schemas.reasons import Reason
 from schemas.rejects import REJECTS
 
 SLICE = "slice"
@@ -46,7 +47,7 @@ def drop_impossible(
     name = time_column(contract)
     times = table[name].cast(pa.int64()).fill_null(EARLIEST).to_numpy()
     wrong = Fault(
-        "impossible_time",
+        Reason.IMPOSSIBLE_TIME,
         ~can_be(times, latest),
         lambda row: (
             f"column '{name}' is {np.datetime64(int(times[row]), 'us')}: before "
@@ -140,7 +141,7 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
                 for row in left_out.itertuples()
             ]
             keys = [f"clicks:{exposure}" for exposure in left_out["exposure_id"]]
-            rejects = make_rejects(stage, keys, "duplicate_exposure_id", details)
+            rejects = make_rejects(stage, keys, Reason.DUPLICATE_EXPOSURE_ID, details)
             order = order[~again]
     columns: dict[str, Any] = {}
     texts: dict[str, pa.Array] = {}

@@ -22,6 +22,7 @@ from apache_beam.io.filesystems import FileSystems
 from pipelines.inputs.photos import LIMITS, Defect
 from pipelines.io import files
 from schemas.errors import InputError
+from schemas.reasons import Reason
 
 STORES = ("gs", "s3")
 """Schemes of object stores"""
@@ -76,19 +77,20 @@ def resolve_uri(uri: str, image_root: str, allow_absolute: bool, real_directory:
     """
     column = f"column 'image_uri': '{uri[:200]}'"
     if not uri.strip() or "\0" in uri:
-        raise UriDefect("malformed_uri", f"{column} is no path. Leave it null, or give a path under --image_root.")
+        raise UriDefect(Reason.MALFORMED_URI, f"{column} is no path. Leave it null, or give a path under --image_root.")
     scheme = _SCHEME.match(uri)
     if scheme and (scheme[1] or scheme[2]).lower() not in STORES:
         remedy = "Copy the photo under --image_root, gs:// or s3:// and give that path."
         raise UriDefect(
-            "unsupported_scheme", f"{column}: '{(scheme[1] or scheme[2]).lower()}' addresses are not read. {remedy}"
+            Reason.UNSUPPORTED_SCHEME,
+            f"{column}: '{(scheme[1] or scheme[2]).lower()}' addresses are not read. {remedy}",
         )
     if scheme or not files.is_local(image_root):
         return _resolve_object(uri, column, image_root, allow_absolute)
     remedy = "Move the photo under --image_root, or pass --allow_absolute."
     if os.path.isabs(uri):
         if not allow_absolute:
-            raise UriDefect("outside_root", f"{column} is an absolute path. {remedy}")
+            raise UriDefect(Reason.OUTSIDE_ROOT, f"{column} is an absolute path. {remedy}")
         return uri
     path = os.path.join(image_root, uri)
     if not allow_absolute:
@@ -100,7 +102,7 @@ def resolve_uri(uri: str, image_root: str, allow_absolute: bool, real_directory:
         else:
             found = os.path.join(real(directory), name)
         if not _is_below(found, real(image_root)):
-            raise UriDefect("outside_root", f"{column} leads out of {image_root}. {remedy}")
+            raise UriDefect(Reason.OUTSIDE_ROOT, f"{column} leads out of {image_root}. {remedy}")
     return path
 
 
@@ -112,7 +114,7 @@ def _resolve_object(uri: str, column: str, image_root: str, allow_absolute: bool
     remedy = "Copy the photo under --image_root, or pass --allow_absolute."
     if os.path.isabs(uri):
         if not allow_absolute:
-            raise UriDefect("outside_root", f"{column} is an absolute path. {remedy}")
+            raise UriDefect(Reason.OUTSIDE_ROOT, f"{column} is an absolute path. {remedy}")
         return uri
     root = image_root.rstrip("/")
     if not files.is_local(root):
@@ -122,19 +124,20 @@ def _resolve_object(uri: str, column: str, image_root: str, allow_absolute: bool
     bucket, _, name = rest.partition("/")
     if not _BUCKET.fullmatch(bucket) or not name.strip("/"):
         raise UriDefect(
-            "malformed_uri", f"{column} names no object. Give {scheme}://BUCKET/PATH, or a path under --image_root."
+            Reason.MALFORMED_URI,
+            f"{column} names no object. Give {scheme}://BUCKET/PATH, or a path under --image_root.",
         )
     # A store takes names as they are, but not every client on the way to it does.
     if any(urllib.parse.unquote(part) in (".", "..") for part in name.split("/")):
         raise UriDefect(
-            "outside_root",
+            Reason.OUTSIDE_ROOT,
             f"{column} has '.' or '..' in it, which {scheme}:// does not know. Give the photo's own path.",
         )
     if not allow_absolute and not path.startswith(f"{root}/"):
-        raise UriDefect("outside_root", f"{column} is not under {image_root}. {remedy}")
+        raise UriDefect(Reason.OUTSIDE_ROOT, f"{column} is not under {image_root}. {remedy}")
     missing = missing_library(scheme)
     if missing:
-        raise UriDefect("unsupported_scheme", f"{column}: {missing}")
+        raise UriDefect(Reason.UNSUPPORTED_SCHEME, f"{column}: {missing}")
     return path
 
 
@@ -270,7 +273,7 @@ def read_photo(path: str, within: str | None = None) -> bytes:
         found = _path_of(descriptor) if within is not None else None
         if within is not None and found is not None and not _is_below(found, within):
             raise UriDefect(
-                "outside_root", f"column 'image_uri': {path} leads out of {within}. Move the photo into it."
+                Reason.OUTSIDE_ROOT, f"column 'image_uri': {path} leads out of {within}. Move the photo into it."
             )
         pieces, left = [], LIMITS.bytes + 1
         # Whatever the file says of its size: it may grow meanwhile, and some of the kernel's have no end.
@@ -286,13 +289,13 @@ def read_photo(path: str, within: str | None = None) -> bytes:
 def _check_status(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
-        raise FileDefect("not_a_file", f"is {kind}. Put the photo itself there, or mend the address.")
+        raise FileDefect(Reason.NOT_A_FILE, f"is {kind}. Put the photo itself there, or mend the address.")
     _check_size(status.st_size)
 
 
 def _check_size(size: int) -> None:
     if size > LIMITS.bytes:
-        raise FileDefect("too_many_bytes", f"has more than {LIMITS.bytes:,} bytes. Upload a smaller photo.")
+        raise FileDefect(Reason.TOO_MANY_BYTES, f"has more than {LIMITS.bytes:,} bytes. Upload a smaller photo.")
 
 
 def _path_of(descriptor: int) -> str | None:

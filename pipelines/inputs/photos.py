@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from schemas.reasons import Reason
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Formats that are tried. The rarer ones of Pillow are left closed."""
 
@@ -74,12 +76,12 @@ class Defect(ValueError):
     It has a short, stable `reason`, and `detail` for a person.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
 
-    def __reduce__(self) -> tuple[type["Defect"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["Defect"], tuple[Reason, str]]:
         return type(self), (self.reason, self.detail)
 
 
@@ -145,24 +147,25 @@ def decode_image(data: bytes, side: int, limits: Limits = LIMITS) -> DecodedImag
         ImageDefect: the bytes are beyond `limits`, which is checked before decoding, or no photo.
     """
     if not data:
-        raise ImageDefect("empty_image", "the photo has no bytes. Upload it again.")
+        raise ImageDefect(Reason.EMPTY_IMAGE, "the photo has no bytes. Upload it again.")
     if len(data) > limits.bytes:
         raise ImageDefect(
-            "too_many_bytes", f"the photo has {len(data):,} bytes, more than {limits.bytes:,}. Upload a smaller one."
+            Reason.TOO_MANY_BYTES,
+            f"the photo has {len(data):,} bytes, more than {limits.bytes:,}. Upload a smaller one.",
         )
     try:
         with _open(data) as image:
             width, height = image.size
             if width * height > limits.pixels:
                 raise ImageDefect(
-                    "too_many_pixels",
+                    Reason.TOO_MANY_PIXELS,
                     f"the photo has {width} × {height} pixels, more than {limits.pixels:,}. Upload a smaller one.",
                 )
             small = _decode(image, side)
             orientation = _orientation(image)
     except _BOMBS as error:
         raise ImageDefect(
-            "too_many_pixels", f"the photo unpacks to more than {limits.pixels:,} pixels. Upload a smaller one."
+            Reason.TOO_MANY_PIXELS, f"the photo unpacks to more than {limits.pixels:,} pixels. Upload a smaller one."
         ) from error
     if orientation in _TURNS:
         # The resized photo is square, so turning it after is the same and cheaper.
@@ -197,7 +200,8 @@ def _open(data: bytes) -> ImageFile.ImageFile:
                 start = data[:16].decode("ascii", errors="replace")
                 formats = ", ".join(FORMATS)
                 raise ImageDefect(
-                    "not_an_image", f"the file starts with {start!r} and is none of {formats}. Upload the photo itself."
+                    Reason.NOT_AN_IMAGE,
+                    f"the file starts with {start!r} and is none of {formats}. Upload the photo itself.",
                 ) from error
             # Pillow's own words hold an address in memory, another in every run.
             cause = "its header is broken or of a rare kind"
@@ -256,8 +260,8 @@ def _scale_clear_colour(image: ImageFile.ImageFile) -> None:
 
 def _name_damage(error: Exception | str, cut: bool = False) -> ImageDefect:
     if cut or isinstance(error, EOFError) or "truncat" in str(error).lower():
-        return ImageDefect("truncated_image", f"the photo is cut off ({error}). Upload it again.")
-    return ImageDefect("corrupt_image", f"the photo cannot be decoded ({error}). Upload it again.")
+        return ImageDefect(Reason.TRUNCATED_IMAGE, f"the photo is cut off ({error}). Upload it again.")
+    return ImageDefect(Reason.CORRUPT_IMAGE, f"the photo cannot be decoded ({error}). Upload it again.")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -291,7 +295,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in (*_OPAQUE, "CMYK", "YCbCr", "RGBX"):
         return image.convert("RGB")
     raise ImageDefect(
-        "unsupported_mode",
+        Reason.UNSUPPORTED_MODE,
         f"the photo's pixels are of mode '{image.mode}', which has no known range or colours. Save it as RGB.",
     )
 

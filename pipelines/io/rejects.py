@@ -9,13 +9,14 @@ import pyarrow.compute as pc
 
 from pipelines.io.tables import Slice, describe_not_utf8, show_text
 from schemas.contract import Contract, find_not_utf8
+from schemas.reasons import Reason
 from schemas.rejects import REJECTS
 
 
-def make_rejects(stage: str, keys: list[str], reason: str, details: list[str]) -> pa.Table:
+def make_rejects(stage: str, keys: list[str], reason: Reason, details: list[str]) -> pa.Table:
     """Make a rejects (or defects) table of one reason."""
     return pa.table(
-        {"stage": [stage] * len(keys), "key": keys, "reason": [reason] * len(keys), "detail": details},
+        {"stage": [stage] * len(keys), "key": keys, "reason": [reason.value] * len(keys), "detail": details},
         schema=REJECTS.schema,
     )
 
@@ -27,7 +28,7 @@ class Fault:
     `rows`: bool [n]. `told`: of one of them, column, value and remedy.
     """
 
-    reason: str
+    reason: Reason
     rows: np.ndarray
     describe: Callable[[int], str]
 
@@ -43,14 +44,14 @@ def find_unusable(table: pa.Table, contract: Contract) -> list[Fault]:
         if wrong is not None:
             faults.append(
                 Fault(
-                    "not_utf8",
+                    Reason.NOT_UTF8,
                     wrong.to_numpy(zero_copy_only=False),
                     lambda row, name=column.name: describe_not_utf8(name, table[name][row]),
                 )
             )
     return faults + [
         Fault(
-            f"null_{column.name}",
+            Reason.null(column.name),
             pc.is_null(table[column.name]).to_numpy(),
             lambda _, column=column: (
                 f"column '{column.name}' is null or blank. Give it a value ({column.doc}) or leave the row out."

@@ -104,9 +104,12 @@ def read_audience(data: str) -> tuple[pa.Table, Source] | None:
     return table.sort_by("audience_id"), source
 
 
-def has_candidates(data: str) -> bool:
-    """Tell whether the data directory names the pairs to score."""
-    return files.has_table(files.join(data, "candidates"))
+def find_candidates(data: str) -> Source | None:
+    """Find the table `candidates`, which names the pairs to score.
+
+    The result is None where there is none.
+    """
+    return Source.find(data, CANDIDATES) if files.has_table(files.join(data, "candidates")) else None
 
 
 @dataclass(frozen=True)
@@ -128,14 +131,8 @@ class Candidates:
     item_ids: Side
 
 
-def read_candidates(data: str, audience_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray) -> Candidates | None:
-    """Read the table `candidates`.
-
-    The result is None where there is none.
-    """
-    if not has_candidates(data):
-        return None
-    source = Source.find(data, CANDIDATES)
+def read_candidates(source: Source, audience_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray) -> Candidates:
+    """Read the table `candidates`."""
     table = source.read_all()
     codes = [
         pc.fill_null(pc.index_in(table[name], value_set=known.combine_chunks()), -1).to_numpy()

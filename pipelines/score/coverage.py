@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from camenn_model.config import CATEGORY, SUBCATEGORY
 from camenn_model.data.field_encoders import MAX_VOCABULARY, Vocabulary
-from pipelines.io.tables import list_slices, read_slice
+from pipelines.io.tables import Source, list_slices, read_slice
 from pipelines.runs.accounting import Count
 from pipelines.runs.gate import LEAST_FOUND, LEAST_ROWS, NEARLY_NONE
 from pipelines.score.audience import Candidates
@@ -82,26 +82,28 @@ def id_joins(
         return Side(ids=audience[column], where=f"column '{column}' of the audience made from the logs or the catalog")
 
     def listed(column: str) -> Side:
-        return column_of(inputs.catalog, column, items[column])
+        return column_of(inputs.tables.catalog, column, items[column])
 
     found = {"store_id": join_ids(side("store_id"), listed("store_id"))}
     if "users" in sources:
-        users = column_of(sources["users"], "user_id", inputs.users["user_id"])
+        users = column_of(sources["users"], "user_id", inputs.tables.users["user_id"])
         found["user_in_users"] = join_ids(side("user_id"), users)
-    seen = Side(ids=pa.array(log.users, pa.string()), where=f"{inputs.clicks.files[0]}: column 'user_id' of the logs")
+    seen = Side(
+        ids=pa.array(log.users, pa.string()), where=f"{inputs.tables.clicks.files[0]}: column 'user_id' of the logs"
+    )
     found["user_in_logs"] = join_ids(side("user_id"), seen)
     if "stores" in sources and "audience" not in sources:
         # The table tells the local hour of who was active: an audience that is given has its own.
-        zones = pa.array(list(inputs.timezones), pa.string())
+        zones = pa.array(list(inputs.tables.timezones), pa.string())
         found["store_in_stores"] = join_ids(side("store_id"), column_of(sources["stores"], "store_id", zones))
-    found["logged_item"] = _logged_items(inputs, listed("item_id"), log_counts)
+    found["logged_item"] = _logged_items(inputs.tables.clicks, listed("item_id"), log_counts)
     if candidates is not None:
         found["candidate_audience"] = join_ids(candidates.audience_ids, side("audience_id"))
         found["candidate_item"] = join_ids(candidates.item_ids, listed("item_id"))
     return found
 
 
-def _logged_items(inputs: "ScoreInputs", listed: Side, counts: list[Count]) -> Join:
+def _logged_items(clicks: Source, listed: Side, counts: list[Count]) -> Join:
     """Count how many of the logs' events are of listings.
 
     The listings are the catalog's. All events are counted. How the others' ids are written is told
@@ -109,13 +111,13 @@ def _logged_items(inputs: "ScoreInputs", listed: Side, counts: list[Count]) -> J
     """
     known, unknown = (sum(count.rows for count in counts if count.where == where) for where in ("out", "unknown_item"))
     asked = known + unknown
-    slices = list_slices(inputs.clicks)
+    slices = list_slices(clicks)
     if unknown <= SEARCHED_FROM * asked or not slices:
         return Join(asked=asked, found=known)
-    contract = inputs.clicks.contract
+    contract = clicks.contract
     item_alone = replace(contract, columns=tuple(c for c in contract.columns if c.name == "item_id"))
     clicked = read_slice(slices[-1], item_alone, ["item_id"])["item_id"]
-    sample = join_ids(column_of(inputs.clicks, "item_id", clicked), listed)
+    sample = join_ids(column_of(clicks, "item_id", clicked), listed)
     recoded = round(asked * sample.recoded / max(sample.asked, 1))
     lacking = f"{sample.lacking} (of the last row group)" if sample.lacking else ""
     return Join(asked=asked, found=known, recoded=min(recoded, unknown), lacking=lacking)
@@ -159,7 +161,7 @@ def cover_ids(joins: dict[str, Join]) -> list[Coverage]:
     ]
 
 
-def cover_night(inputs: "ScoreInputs", pairs: "Pairs", fields: pa.Table) -> list[Coverage]:
+def cover_night(inputs: "ScoreInputs", pairs: "Pairs") -> list[Coverage]:
     """Return all that the gates ask of tonight's input.
 
     It is in order.
@@ -167,7 +169,6 @@ def cover_night(inputs: "ScoreInputs", pairs: "Pairs", fields: pa.Table) -> list
     Args:
         inputs: the run's inputs.
         pairs: the pairs to score.
-        fields: what is known of each audience row's user, a column each, as the model reads it.
     """
     met, items, rows = pairs.met, pairs.items, pairs.audience.num_rows
     found = cover_ids(pairs.joins)
@@ -236,7 +237,11 @@ def cover_night(inputs: "ScoreInputs", pairs: "Pairs", fields: pa.Table) -> list
     for name in space.user_fields:
         column = name.removeprefix("user_")
         # A column that is gone is one without values.
-        values = fields[column] if column in fields.column_names else pa.chunked_array([pa.nulls(rows, pa.string())])
+        values = (
+            pairs.fields[column]
+            if column in pairs.fields.column_names
+            else pa.chunked_array([pa.nulls(rows, pa.string())])
+        )
         known.append(("audience rows", name, values, space.vocabularies[name], LEAST_FOUND))
     return found + [_cover_values(*one) for one in known if one[3].values]
 

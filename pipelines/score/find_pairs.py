@@ -23,7 +23,7 @@ from pipelines.score.snapshot import Log, audience_features, build_log
 from schemas.errors import InputError
 
 if TYPE_CHECKING:
-    pass
+    from camenn_model.package import Package
 
 
 def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
@@ -35,16 +35,17 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
         InputError: nothing is there to score, or ids are written otherwise in one table than in
             another.
     """
-    score_date = options.score_date or default_date(inputs.clicks, inputs.orders)
+    tables = inputs.tables
+    score_date = options.score_date or default_date(tables.clicks, tables.orders)
     moment, weekday = score_time(score_date)
-    items, catalog_rejects, catalog_counts = load_items(STAGE, inputs.catalog, inputs.store)
+    items, catalog_rejects, catalog_counts = load_items(STAGE, tables.catalog, inputs.store)
     if items.num_rows == 0:
-        raise InputError(f"{inputs.catalog.files[0]}: table 'catalog' has no usable row: there is nothing to score.")
+        raise InputError(f"{tables.catalog.files[0]}: table 'catalog' has no usable row: there is nothing to score.")
     window = int(float(inputs.package.meta["attribution_hours"]) * HOUR_US)
     log, log_rejects, log_counts = build_log(
-        STAGE, inputs.clicks, inputs.orders, items["item_id"], item_attributes(items), moment, window
+        STAGE, tables.clicks, tables.orders, items["item_id"], item_attributes(items), moment, window
     )
-    audience = inputs.audience if inputs.audience is not None else make_audience(options, items, log, inputs.timezones)
+    audience = inputs.audience if inputs.audience is not None else make_audience(options, items, log, tables.timezones)
     if not audience.num_rows:
         named = (
             f"{options.data}: table 'audience' has no row"
@@ -59,7 +60,9 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
             f"{named}: there is nobody to score for. Give a table 'audience' with rows, or another --audience."
         )
     audience = audience.sort_by([("store_id", "ascending"), ("audience_id", "ascending")])
-    candidates = read_candidates(options.data, audience["audience_id"], items["item_id"])
+    candidates = None
+    if inputs.candidates is not None:
+        candidates = read_candidates(inputs.candidates, audience["audience_id"], items["item_id"])
     joins = id_joins(inputs, audience, items, log, log_counts, candidates)
     check_ids(joins)
     asked = candidates.pairs if candidates else None
@@ -94,6 +97,7 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
         weekday=weekday,
         items=items,
         audience=audience,
+        fields=user_fields(tables.users, audience),
         log=log,
         candidates=asked,
         candidates_unknown=candidates.unknown if candidates else 0,
@@ -105,12 +109,12 @@ def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
     )
 
 
-def encode_audience(inputs: ScoreInputs, pairs: Pairs) -> AudienceRows:
+def encode_audience(package: "Package", pairs: Pairs) -> AudienceRows:
     """Encode the audience rows as the model reads them."""
-    audience, space = pairs.audience, inputs.package.space
+    audience, space = pairs.audience, package.space
     user = pairs.log.user_codes(audience["user_id"].to_pylist())
     store = pairs.log.store_codes(audience["store_id"].to_pylist())
-    counts, history, kind, hours = audience_features(pairs.log, user, inputs.package.config.history_length)
+    counts, history, kind, hours = audience_features(pairs.log, user, package.config.history_length)
     values, buckets = space.encode_numbers(("audience_counts",), counts)
     hour = to_float(audience["hour"]).astype(np.int64)
     cats = space.encode_audience(
@@ -118,7 +122,7 @@ def encode_audience(inputs: ScoreInputs, pairs: Pairs) -> AudienceRows:
         audience["store_id"],
         hour,
         np.full(len(hour), pairs.weekday),
-        user_fields(inputs, audience),
+        pairs.fields,
     )
     gap = np.where(history >= 0, np.log1p(np.maximum(hours, 0)), 0).astype(np.float32)
     return AudienceRows(

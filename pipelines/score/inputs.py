@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.inputs.data_tables import DataTables
 from pipelines.inputs.logs import read_times
-from pipelines.inputs.users_and_stores import read_timezones, read_users
 from pipelines.io.clock import latest_time
 from pipelines.io.files import local_only
 from pipelines.io.tables import Source
 from pipelines.runs.manifest import Manifest, request_fingerprint, require_latest
-from pipelines.score.audience import has_candidates, read_audience
-from schemas.audience import AUDIENCE, CANDIDATES
-from schemas.catalog import CATALOG
+from pipelines.score.audience import find_candidates, read_audience
+from schemas.audience import AUDIENCE
 from schemas.errors import InputError
-from schemas.events import CLICKS, ORDERS
 
 if TYPE_CHECKING:
     from camenn_model.package import Package
@@ -55,13 +53,11 @@ class ScoreInputs:
     No event has been read yet.
     """
 
-    catalog: Source
-    clicks: Source
-    orders: Source
-    users: pa.Table
-    timezones: dict[str, str]
+    tables: DataTables
     audience: pa.Table | None
     """The table `audience`, where it is there and asked for"""
+    candidates: Source | None
+    """The table `candidates`, where it is there"""
     store: Manifest
     package: "Package"
     sources: dict[str, Source]
@@ -82,9 +78,7 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
     """
     from camenn_model.package import open_package
 
-    catalog, clicks, orders = (Source.find(options.data, contract) for contract in (CATALOG, CLICKS, ORDERS))
-    users, users_source = read_users(options.data)
-    timezones, stores_source = read_timezones(options.data, options.timezone)
+    tables = DataTables.find(options.data, options.timezone)
     given = read_audience(options.data) if options.audience == "auto" else None
     store = require_latest(options.store, "embed", "--store")
     package = open_package(local_only(options.model, "--model"))
@@ -94,22 +88,18 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
             "nothing can be computed once for many pairs. Train with --attention prefix."
         )
     check_encoders(store, package.encoders, options.model)
-    optional = {"users": users_source, "stores": stores_source, "audience": given[1] if given else None}
-    sources = {"catalog": catalog, "clicks": clicks, "orders": orders}
-    sources |= {name: source for name, source in optional.items() if source is not None}
+    candidates = find_candidates(options.data)
+    sources = tables.sources | ({"audience": given[1]} if given else {})
     fingerprints = {name: source.fingerprint for name, source in sources.items()}
-    if has_candidates(options.data):
-        fingerprints["candidates"] = Source.find(options.data, CANDIDATES).fingerprint
+    if candidates is not None:
+        fingerprints["candidates"] = candidates.fingerprint
     fingerprints |= {"store": store.request, "model": package.version}
     if options.shards is not None:
         fingerprints["shards"] = require_latest(options.shards, "shards", "--shards").request
     return ScoreInputs(
-        catalog=catalog,
-        clicks=clicks,
-        orders=orders,
-        users=users,
-        timezones=timezones,
+        tables=tables,
         audience=given[0] if given else None,
+        candidates=candidates,
         store=store,
         package=package,
         sources=sources,
@@ -118,12 +108,11 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
     )
 
 
-def user_fields(inputs: ScoreInputs, audience: pa.Table) -> pa.Table:
+def user_fields(users: pa.Table, audience: pa.Table) -> pa.Table:
     """Return the users' columns, a row for each audience row.
 
     They come from the users table. The audience's own go before.
     """
-    users = inputs.users
     place = pc.index_in(audience["user_id"], value_set=users["user_id"].combine_chunks()).combine_chunks()
     # A null user must not be found as a null key.
     place = pc.if_else(pc.is_null(audience["user_id"]).combine_chunks(), pa.scalar(None, pa.int32()), place)

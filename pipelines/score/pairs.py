@@ -43,6 +43,8 @@ class Pairs:
     items: pa.Table
     audience: pa.Table
     """Ordered by store and audience_id"""
+    fields: pa.Table
+    """What is known of each audience row's user, a column each"""
     log: Log
     candidates: Ints | None
     """Rows of (audience, item) that were asked for, int64 [n, 2], None = all"""

@@ -48,7 +48,7 @@ def prepare(inputs: ScoreInputs, pairs: Pairs, latest: Manifest | None, out: str
 
     Contents that the published run has already are kept, and not copied from the store again.
     """
-    write_submitters_tables(inputs, pairs, directory)
+    write_submitters_tables(inputs.package, pairs, directory)
     audience = pairs.audience.select(AUDIENCE.names).cast(AUDIENCE.schema)
     records = [write_table(directory, "items", pairs.items), write_table(directory, "audience", audience)]
     if pairs.rejects.num_rows:
@@ -65,11 +65,11 @@ def prepare(inputs: ScoreInputs, pairs: Pairs, latest: Manifest | None, out: str
     return Prepared(records=[*records, *contents], images=images, titles=titles)
 
 
-def write_submitters_tables(inputs: ScoreInputs, pairs: Pairs, directory: str) -> None:
+def write_submitters_tables(package: "Package", pairs: Pairs, directory: str) -> None:
     """Write what was computed from the logs, for workers alone."""
     Snapshot.build(pairs.log).write(files.join(directory, "snapshot"))
     wanted = pairs.candidates if pairs.candidates is not None else np.zeros((0, 2), dtype=np.int64)
-    write_table(directory, "audience_features", encode_audience(inputs, pairs).table())
+    write_table(directory, "audience_features", encode_audience(package, pairs).table())
     write_table(directory, "activity", pa.table(recent_activity(pairs.log)))
     write_table(directory, "candidate_rows", pa.table({"audience": wanted[:, 0], "item": wanted[:, 1]}))
 

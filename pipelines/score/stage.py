@@ -31,7 +31,7 @@ from pipelines.score.gates import (
     count_flag,
     score_statistics,
 )
-from pipelines.score.inputs import STAGE, ScoreInputs, ScoreOptions, open_inputs, user_fields
+from pipelines.score.inputs import STAGE, ScoreInputs, ScoreOptions, open_inputs
 from pipelines.score.pairs import Pairs
 from pipelines.score.pipeline import ScoreCatalog, prepare
 from pipelines.score.tiles import WorkerInput, measure_pace
@@ -73,7 +73,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         if context.unchanged:
             return context.repeat_summary()
         pairs = find_pairs(options, inputs)
-        coverage = cover_night(inputs, pairs, user_fields(inputs, pairs.audience))
+        coverage = cover_night(inputs, pairs)
         statistics = score_pairs(context, inputs, pairs, options.top_k, options.precision, beam_flags)
         calibration = judge_model(options.shards, inputs.package)
         return context.publish(describe_night(context, inputs, pairs, coverage, statistics, calibration))
@@ -196,7 +196,7 @@ def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:
             measure_pace(
                 inputs.package,
                 pairs.items,
-                encode_audience(inputs, pairs),
+                encode_audience(inputs.package, pairs),
                 pairs.chunks[0].items,
                 options.precision,
                 options.top_k,

@@ -2,15 +2,10 @@
 
 from dataclasses import asdict, dataclass
 
-import pyarrow as pa
-
 from pipelines.features.as_of import FEATURES_VERSION
-from pipelines.inputs.users_and_stores import read_timezones, read_users
-from pipelines.io.tables import Source
+from pipelines.inputs.data_tables import DataTables
 from pipelines.runs.manifest import Manifest, request_fingerprint, require_latest
 from pipelines.shards.options import ShardOptions
-from schemas.catalog import CATALOG
-from schemas.events import CLICKS, ORDERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +15,7 @@ class ShardInputs:
     No event has been read yet.
     """
 
-    catalog: Source
-    clicks: Source
-    orders: Source
-    users: pa.Table
-    timezones: dict[str, str]
+    tables: DataTables
     store: Manifest
     fingerprints: dict[str, str]
     """Of each input, by name"""
@@ -37,19 +28,12 @@ def open_inputs(options: ShardOptions) -> ShardInputs:
     Raises:
         InputError: one is missing or of the wrong kind.
     """
-    catalog, clicks, orders = (Source.find(options.data, contract) for contract in (CATALOG, CLICKS, ORDERS))
-    users, users_source = read_users(options.data)
-    timezones, stores_source = read_timezones(options.data, options.timezone)
+    tables = DataTables.find(options.data, options.timezone)
     store = require_latest(options.store, "embed", "--store")
-    sources = {"catalog": catalog, "clicks": clicks, "orders": orders, "users": users_source, "stores": stores_source}
-    fingerprints = {name: source.fingerprint for name, source in sources.items() if source is not None}
+    fingerprints = {name: source.fingerprint for name, source in tables.sources.items()}
     fingerprints["store"] = store.request
     return ShardInputs(
-        catalog=catalog,
-        clicks=clicks,
-        orders=orders,
-        users=users,
-        timezones=timezones,
+        tables=tables,
         store=store,
         fingerprints=fingerprints,
         request=request_fingerprint(fingerprints, {**asdict(options), "features": FEATURES_VERSION}),

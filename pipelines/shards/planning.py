@@ -95,7 +95,7 @@ def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, 
         InputError: there is no click to learn from, no attribution window is closed, or the log is
             another one than the published run's.
     """
-    clicks, orders, out = inputs.clicks, inputs.orders, context.request.out
+    clicks, orders, out = inputs.tables.clicks, inputs.tables.orders, context.request.out
     window = int(options.attribution_hours * HOUR_US)
     latest_event = latest_time()
     clicked_at, ordered_at = read_times(clicks, latest_event), read_times(orders, latest_event)
@@ -147,7 +147,7 @@ def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, 
         latest=latest_event,
         window=window,
         splits=splits,
-        timezones=inputs.timezones,
+        timezones=inputs.tables.timezones,
         timezone=options.timezone,
         history=options.history,
         directory=context.directory,
@@ -164,11 +164,11 @@ def write_tables(context: RunContext, inputs: ShardInputs, kept: Kept) -> tuple[
     Returns the items beside. Listings of final days that left the catalog are among them.
     """
     latest, directory = context.latest, context.directory
-    items, rejects, counts = load_items(STAGE, inputs.catalog, inputs.store)
+    items, rejects, counts = load_items(STAGE, inputs.tables.catalog, inputs.store)
     if kept.records and latest is not None:
         delisted = delisted_items(items, latest.paths("items"), kept.records)
         items = pa.concat_tables([items, delisted]).sort_by("item_id")
-    records = [write_table(directory, "items", items), write_table(directory, "users", inputs.users)]
+    records = [write_table(directory, "items", items), write_table(directory, "users", inputs.tables.users)]
     if rejects.num_rows:
         records.append(write_table(directory, "rejects", rejects))
     copies, contents = contents_jobs(inputs.store, items, latest, context.request.out, directory)

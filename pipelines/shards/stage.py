@@ -68,7 +68,9 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
         with watch(STAGE, prepared.due, "examples", local) as progress:
             job = BuildShards(prepared.plan, prepared.tables, progress)
             context.run_job(beam_flags, "Shards" >> job, scratch=prepared.plan.scratch)
-        check_examples(context.rows("examples"), prepared.due, prepared.plan.kept, context.counts, inputs.catalog)
+        check_examples(
+            context.rows("examples"), prepared.due, prepared.plan.kept, context.counts, inputs.tables.catalog
+        )
         return context.publish(describe_shards(context, inputs, prepared, rebuilt=rebuild))
 
 

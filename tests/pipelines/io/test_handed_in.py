@@ -19,7 +19,7 @@ from pipelines.io import files, rejects
 from pipelines.io.clock import latest_time
 from pipelines.io.files import list_parquet
 from pipelines.io.tables import Slice, Source, list_slices, read_slice
-from pipelines.score.audience import has_candidates, read_audience, read_candidates
+from pipelines.score.audience import find_candidates, read_audience, read_candidates
 from pipelines.score.snapshot import read_log
 from pipelines.shards.final_days import sample_days
 from pipelines.shards.log_cache import hash_row_groups
@@ -164,7 +164,7 @@ def test_a_blank_user_of_the_audience_is_anybody_and_a_blank_candidate_nobody(tm
     assert found is not None and found[0]["user_id"].to_pylist() == [None, "u", None, None, "v"]
     write_files(tmp_path, "candidates", pa.table({"audience_id": ["a", "", "b"], "item_id": ["v", "v", " "]}))
     ids = pa.chunked_array([["a", "b"]])
-    candidates = read_candidates(str(tmp_path), ids, pa.chunked_array([["v"]]))
+    candidates = read_candidates(Source.find(str(tmp_path), CANDIDATES), ids, pa.chunked_array([["v"]]))
     assert candidates is not None and candidates.unknown == 2
     assert candidates.pairs.tolist() == [[0, 0]]
 
@@ -232,7 +232,9 @@ def test_score_and_the_sample_of_days_pass_over_rows_that_are_not_utf8(tmp_path:
         (
             "candidates",
             "item_id",
-            lambda data: read_candidates(data, pa.chunked_array([[""]]), pa.chunked_array([[""]])),
+            lambda data: read_candidates(
+                Source.find(data, CANDIDATES), pa.chunked_array([[""]]), pa.chunked_array([[""]])
+            ),
         ),
     ],
 )
@@ -358,7 +360,7 @@ READ: dict[str, Callable[[str], Any]] = {
     "users": read_users,
     "stores": lambda data: read_timezones(data, "UTC"),
     "audience": read_audience,
-    "candidates": lambda data: has_candidates(data) and Source.find(data, CANDIDATES).read_all(),
+    "candidates": lambda data: (found := find_candidates(data)) and found.read_all(),
 }
 
 

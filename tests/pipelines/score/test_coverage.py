@@ -20,7 +20,7 @@ from pipelines.runs.gate import Gate
 from pipelines.score.coverage import cover_night
 from pipelines.score.find_pairs import find_pairs
 from pipelines.score.gates import Coverage, Night, check_night
-from pipelines.score.inputs import ScoreOptions, open_inputs, user_fields
+from pipelines.score.inputs import ScoreOptions, open_inputs
 from schemas.catalog import CATALOG
 from schemas.errors import InputError
 from tests.support.small_city import START, STEP, write_data, write_store
@@ -92,7 +92,7 @@ class City:
         options = ScoreOptions(**named)  # type: ignore[arg-type]
         inputs = open_inputs(options)
         pairs = find_pairs(options, inputs)
-        coverage = cover_night(inputs, pairs, user_fields(inputs, pairs.audience))
+        coverage = cover_night(inputs, pairs)
         night = Night(
             listings=pairs.items.num_rows,
             audience_rows=pairs.audience.num_rows,

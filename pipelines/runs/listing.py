@@ -1,0 +1,40 @@
+"""List the runs of an output: what is published, and what was before."""
+
+from typing import Any
+
+from pipelines.io import files
+from pipelines.runs.manifest import read_latest
+from pipelines.runs.publication import publications
+from schemas.errors import InputError
+from schemas.manifest import KEEP, LATEST, MANIFEST, RUNS
+
+
+def list_runs(out: str, last: int = KEEP) -> dict[str, Any]:
+    """Describe the published run of an output, and the publications before it.
+
+    The keys are `out`, `stage`, `run`, `directory`, `published_at`, `tables` (rows and files by
+    table), `gates`, `summary` (the closing table) and `publications` (the `last` ones, oldest
+    first).
+
+    Raises:
+        InputError: nothing is published there.
+        DamagedError: a document of the output cannot be read.
+    """
+    out = files.absolute(out)
+    latest = read_latest(out)
+    if latest is None:
+        raise InputError(f"{out}: nothing is published there (no {LATEST}).")
+    history = publications(out, last)
+    times = [entry["at"] for entry in history if entry["run"] == latest.run]
+    return {
+        "out": out,
+        "stage": latest.stage,
+        "run": latest.run,
+        "directory": files.join(out, RUNS, latest.run),
+        "manifest": files.join(out, RUNS, latest.run, MANIFEST),
+        "published_at": times[-1] if times else latest.created_at,
+        "tables": {name: {"rows": latest.rows(name), "files": latest.listed(name)} for name in sorted(latest.tables)},
+        "gates": latest.gates,
+        "summary": latest.summary,
+        "publications": history,
+    }
