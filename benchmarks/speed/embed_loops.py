@@ -32,6 +32,7 @@ from camenn_model.encoders.spec import ImageSpec, TextSpec
 from camenn_model.hashing import normalise_title
 from pipelines.embed import stage as embed_stage
 from pipelines.embed.handlers import ImageChunk, ImageChunkHandler, TitleChunk, TitleChunkHandler
+from pipelines.embed.options import EmbedOptions
 from pipelines.inputs.photos import decode_image, grid_patches
 
 PROCESS_STARTED = time.monotonic()
@@ -236,7 +237,7 @@ def _timed_run(job: Job) -> tuple[float, dict[str, Any], dict[str, Any]]:
     out = Path(job.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     records = {kind: f"{out}-{kind}.seconds" for kind in ("images", "titles")}
-    options = embed_stage.EmbedOptions(
+    options = EmbedOptions(
         data=job.data,
         store=job.out,
         image_root=job.data,
@@ -270,7 +271,7 @@ def run_stub(job: Job) -> dict[str, Any]:
     from benchmarks.support.stub_encoders import stub_handler, stub_specs
 
     image, text = stub_specs((4, 16), (8, 16))
-    options = embed_stage.EmbedOptions(
+    options = EmbedOptions(
         data=job.data,
         store=job.out,
         image_root=job.data,

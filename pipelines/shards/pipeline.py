@@ -231,7 +231,7 @@ class WriteDays(beam.DoFn):
 
 
 @dataclass
-class BuildExamples(beam.PTransform):
+class BuildExamples(beam.PTransform[beam.Pipeline, Any]):
     """The composite from logs to examples.
 
     Logs go in and examples come out. It yields what `FinishRun` wants.
