@@ -108,7 +108,7 @@ class _Clock(beam.DoFn):
     bare: ClassVar[list[tuple[int, float]]] = []
 
     def __init__(self) -> None:
-        super().__init__()  # Beam's own has no annotations
+        super().__init__()  # type: ignore[no-untyped-call]  # Beam's own has no annotations
 
     def process(self, result: PredictionResult) -> Iterable[Any]:
         _Clock.times.append(time.monotonic() - _Clock.paused)

@@ -55,7 +55,7 @@ class LoopRunner(PipelineRunner):
 
 class _Done(PipelineResult):
     def __init__(self, state: str) -> None:
-        super().__init__(state)  # Beam's own has no annotations
+        super().__init__(state)  # type: ignore[no-untyped-call]  # Beam's own has no annotations
 
     def wait_until_finish(self, duration: int | None = None) -> str:
         return self.state

@@ -84,7 +84,7 @@ class MergeParts(beam.DoFn):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # Beam's own has no annotations
+        super().__init__()  # type: ignore[no-untyped-call]  # Beam's own has no annotations
 
     def process(self, element: tuple[str, list[Part]]) -> None:
         directory, group = element

@@ -78,7 +78,7 @@ def test_align_leaves_incomplete_items_out_of_the_contrast() -> None:
 
 
 @pytest.mark.parametrize("attention", ["prefix", "full"])
-@pytest.mark.parametrize("told", ["content_vectors", "modality_states"])
+@pytest.mark.parametrize("reported", ["content_vectors", "modality_states"])
 def test_photos_and_titles_are_told_by_their_own_modality_only(reported: str, attention: str) -> None:
     model = woken(attention)
     items = random_alignment(model.config).items

@@ -74,7 +74,7 @@ def test_a_draft_that_errs_more_than_reckoned_with_is_not_believed(monkeypatch: 
     honest = shortlist.drafts.score_tile
     asked = []
 
-    def wrong(*given: torch.Tensor) -> torch.Tensor:
+    def wrong(*given: Any) -> torch.Tensor:
         asked.append(given)
         # From the second tile on the ranks are turned.
         return honest(*given) if len(asked) == 1 else -honest(*given)

@@ -400,7 +400,8 @@ def open_corpus_once(shards: str) -> Corpus:
 
 def without_dropout(corpus: Corpus) -> Corpus:
     names = ("dropout", "attention_dropout", "id_dropout", "modality_dropout", "position_dropout")
-    return replace(corpus, config=replace(corpus.config, **dict.fromkeys(names, 0.0)))
+    none: dict[str, Any] = dict.fromkeys(names, 0.0)
+    return replace(corpus, config=replace(corpus.config, **none))
 
 
 def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(

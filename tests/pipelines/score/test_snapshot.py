@@ -117,11 +117,11 @@ def test_build_log_accounts_for_every_row(tmp_path: Path) -> None:
     time = sorted(
         order["ordered_at"] for order in orders if (order["quantity"] or 0) > 0 and order["item_id"] != "gone"
     )[120]
-    log, rejects, counts = build_log(
+    log, rejects, told = build_log(
         "score", *sources(data), CITY_ITEMS["item_id"], item_attributes(CITY_ITEMS), time, 24 * HOUR
     )
     counts: dict[str, Counter[str]] = {"clicks": Counter(), "orders": Counter()}
-    for count in counts:
+    for count in told:
         counts[count.table][count.where] += count.rows
     expected = shard_reference.build(
         clicks, orders, CATALOG_ROWS, Settings(as_of=time - 1, window=24 * HOUR, history=1)

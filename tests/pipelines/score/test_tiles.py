@@ -42,7 +42,7 @@ def tile_step(logits: np.ndarray, top_k: int, pairs: set[tuple[int, int]] | None
     rows, items = logits.shape
     step = ScoreTile(SimpleNamespace(top_k=top_k))  # type: ignore[arg-type]
     number = SimpleNamespace(encode=lambda values: (values, np.zeros(values.shape, dtype=np.int64)))
-    step.package = SimpleNamespace(  # type: ignore[assignment]
+    step.package = SimpleNamespace(
         space=SimpleNamespace(numbers=dict.fromkeys(COUNTS, number)), calibration=CALIBRATION
     )
     table: Any = type(
@@ -50,7 +50,7 @@ def tile_step(logits: np.ndarray, top_k: int, pairs: set[tuple[int, int]] | None
     )
     step.table = table()
     step.scorer = Given(logits)
-    step.attributes = SimpleNamespace(subcategory=np.zeros(items), brand=np.zeros(items))  # type: ignore[assignment]
+    step.attributes = SimpleNamespace(subcategory=np.zeros(items), brand=np.zeros(items))
     columns = {name: np.zeros((1, 1), dtype=np.float32) for name in COUNTS}
     step.snapshot = SimpleNamespace(tile=lambda *_: columns)  # type: ignore[assignment]
     step.audience = SimpleNamespace(  # type: ignore[assignment]
