@@ -248,8 +248,11 @@ def _timed_run(job: Job) -> tuple[float, dict[str, Any], dict[str, Any]]:
     )
 
     def make(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
-        kind, make_handler = ("images", _TimedImages) if isinstance(spec, ImageSpec) else ("titles", _TimedTitles)
-        handler: Any = make_handler(spec, torch_threads=threads)  # type: ignore[arg-type]
+        handler: _TimedImages | _TimedTitles
+        if isinstance(spec, ImageSpec):
+            kind, handler = "images", _TimedImages(spec, torch_threads=threads)
+        else:
+            kind, handler = "titles", _TimedTitles(spec, torch_threads=threads)
         handler.record, handler.variant = records[kind], job.variants.get(kind)
         return handler
 

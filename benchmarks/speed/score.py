@@ -138,9 +138,8 @@ class Sides:
         They are drawn at random.
         """
         place = torch.from_numpy(self.rng.integers(0, len(self.pair_values), rows * items))
-        return tuple(  # type: ignore[return-value]
-            column[place].view(rows, items, -1) for column in (self.pair_values, self.pair_buckets)
-        )
+        values, buckets = (column[place].view(rows, items, -1) for column in (self.pair_values, self.pair_buckets))
+        return values, buckets
 
 
 def take(batch: Any, rows: torch.Tensor) -> Any:

@@ -55,8 +55,9 @@ class CountedTitles(TitleChunkHandler):
 
 def make_counted(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
     """In the place of `chunk_handler`."""
-    kind = CountedImages if isinstance(spec, ImageSpec) else CountedTitles
-    return kind(spec, torch_threads=threads)  # type: ignore[arg-type]
+    if isinstance(spec, ImageSpec):
+        return CountedImages(spec, torch_threads=threads)
+    return CountedTitles(spec, torch_threads=threads)
 
 
 def main(data: str, store: str, log: str, chunk: str, weights: str) -> None:

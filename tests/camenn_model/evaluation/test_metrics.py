@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -142,11 +143,11 @@ def test_ece_has_bins_of_equal_mass() -> None:
 
 
 @given(examples, st.randoms(use_true_random=False))
-def test_ece_does_not_depend_on_the_order_of_rows(rows: Columns, random: object) -> None:
+def test_ece_does_not_depend_on_the_order_of_rows(rows: Columns, random: Random) -> None:
     y, s, _ = rows
     p = 1 / (1 + np.exp(-s))
-    order = np.arange(len(y))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    order = list(range(len(y)))
+    random.shuffle(order)
     assert metrics.ece(y[order], p[order]) == pytest.approx(metrics.ece(y, p))
 
 

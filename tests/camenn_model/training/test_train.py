@@ -74,8 +74,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root / "shards")
 
 
-def options(shards: str, out: Path, **changes: object) -> TrainOptions:
-    return TrainOptions(shards=shards, out=str(out), batch_size=32, **changes)  # type: ignore[arg-type]
+def options(shards: str, out: Path, **changes: Any) -> TrainOptions:
+    return TrainOptions(shards=shards, out=str(out), batch_size=32, **changes)
 
 
 def no_progress(*_: object) -> None:

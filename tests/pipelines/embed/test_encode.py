@@ -80,7 +80,7 @@ def test_chunks_hold_every_pending_content_once(monkeypatch: pytest.MonkeyPatch)
     assert all(isinstance(chunk, TitleChunk) for chunk in chunks)
     assert [chunk.keys for chunk in chunks] == [["a", "c", "d"], ["e", "f", "g"], ["h"]]
     assert [chunk.contents for chunk in found] == [3, 3, 1]
-    assert chunks[2].titles == ["title h"]  # type: ignore[union-attr]
+    assert isinstance(chunks[2], TitleChunk) and chunks[2].titles == ["title h"]
 
 
 def test_a_chunk_is_known_again_within_its_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,10 +226,16 @@ def test_other_weights_start_a_generation_of_their_own(
     filled: Path, data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     store = Store(filled, data, capfd)
-    first = set(read_latest(str(filled)).paths("image_embeddings"))  # type: ignore[union-attr]
+
+    def parts() -> set[str]:
+        latest = read_latest(str(filled))
+        assert latest is not None
+        return set(latest.paths("image_embeddings"))
+
+    first = parts()
     summary = store.embed(seed=1)
     assert summary["encoded_images"] == len(GOOD) + 1 and summary["encoded_titles"] == 0
-    assert not first & set(read_latest(str(filled)).paths("image_embeddings"))  # type: ignore[union-attr]
+    assert not first & parts()
 
 
 def test_killed_run_keeps_what_it_committed(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -712,8 +712,8 @@ def encoder() -> OnDemand[ImageEncoder]:
 
 
 def encode(encoder: OnDemand[ImageEncoder], photos: list[tuple[str, str | None, bytes | None]]) -> EncodedImages:
-    keys, uris, data = ([photo[column] for photo in photos] for column in range(3))
-    (encoded,) = ImageChunkHandler(SPEC).run_inference([ImageChunk("chunk", keys, uris, data)], encoder)  # type: ignore[arg-type]
+    keys, uris, data = [key for key, _, _ in photos], [uri for _, uri, _ in photos], [given for _, _, given in photos]
+    (encoded,) = ImageChunkHandler(SPEC).run_inference([ImageChunk("chunk", keys, uris, data)], encoder)
     return encoded
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -84,7 +84,7 @@ def visit(browser: "BrowserContext") -> "Iterator[Visit]":
     [("desktop", 1200, 900, "light"), ("phone", 390, 844, "light"), ("dark", 1200, 900, "dark")],
 )
 def test_report_opens_without_errors_requests_or_overflow(
-    visit: Visit, report: Path, tmp_path: Path, name: str, width: int, height: int, scheme: str
+    visit: Visit, report: Path, tmp_path: Path, name: str, width: int, height: int, scheme: Literal["dark", "light"]
 ) -> None:
     visit.page.set_viewport_size({"width": width, "height": height})
     visit.page.emulate_media(color_scheme=scheme)
