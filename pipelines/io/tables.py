@@ -205,6 +205,7 @@ class _ReadSlice(beam.DoFn):
         yield element, table
 
 
+# Any: Beam takes the type of elements for a hint, and chooses coders by it.
 @dataclass
 class ReadTable(beam.PTransform[beam.Pipeline, beam.PCollection[Any]]):
     """A transform that reads a table by row group.
