@@ -35,7 +35,7 @@ class _Tensors:
         """Return a copy with all tensors on ``device``."""
         moved = {
             field.name: getattr(self, field.name).to(device)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]  # its subclasses are dataclasses
         }
         return type(self)(**moved)
 

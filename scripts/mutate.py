@@ -223,7 +223,9 @@ class Slot:
         output = self.output.read_text(errors="replace") if self.output.exists() else ""
         if not done:
             return Outcome("timed out", seconds, "", output)
-        answer = json.loads(self.answer.read_text()) if self.answer.exists() else {"code": -1, "strangers": ["died"]}
+        answer: dict[str, Any] = {"code": -1, "strangers": ["died"]}
+        if self.answer.exists():
+            answer = json.loads(self.answer.read_text())
         if answer["strangers"]:
             return Outcome("told nothing", seconds, "", f"{answer['strangers']}\n{output}")
         kind = {0: "passed", 1: "failed"}.get(answer["code"], "told nothing")

@@ -107,6 +107,9 @@ class _Clock(beam.DoFn):
     paused: ClassVar[float] = 0.0
     bare: ClassVar[list[tuple[int, float]]] = []
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Beam's own has no annotations
+
     def process(self, result: PredictionResult) -> Iterable[Any]:
         _Clock.times.append(time.monotonic() - _Clock.paused)
         yield np.asarray(result.inference)

@@ -55,7 +55,7 @@ class Inputs:
         rows = {split: concat_rows([reader.read(path) for path, _ in shards.examples(split)]) for split in SPLITS}
         return cls(table, space, rows)
 
-    def frame(self, split: str, *, content: Floats | None = None, ids: bool = False) -> pd.DataFrame:
+    def frame(self, split: str, *, content: NDArray[np.float32] | None = None, ids: bool = False) -> pd.DataFrame:
         """Return one split's features."""
         rows = self.rows[split]
         frame = feature_frame(rows, self.table, self.space, ids=ids)
@@ -283,19 +283,19 @@ def tune(
     rng = np.random.default_rng([seed, 19])
     content = content_features(inputs.table) if name in WITH_CONTENT else None
     drawn = [settings] if settings is not None else [DRAW[name](rng, number == 0) for number in range(trials)]
-    trials: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
-    best_loss, best = min((trial["early_stop_log_loss"] for trial in trials), default=np.inf), None
-    for number in range(len(trials), len(drawn)):
+    tried: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
+    best_loss, best = min((trial["early_stop_log_loss"] for trial in tried), default=np.inf), None
+    for number in range(len(tried), len(drawn)):
         started = time.monotonic()
         loss, raw = TRY[name](inputs, content, drawn[number], seed, threads)
-        trials.append({**drawn[number], "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
-        write_json(str(kept), trials)
+        tried.append({**drawn[number], "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
+        write_json(str(kept), tried)
         if loss < best_loss:
             best_loss, best = loss, raw
-        log(f"{name} trial {number + 1}/{len(drawn)}: {loss:.5f}, best {best_loss:.5f}, {trials[-1]['seconds']} s")
-    found = drawn[int(np.argmin([trial["early_stop_log_loss"] for trial in trials]))]
+        log(f"{name} trial {number + 1}/{len(drawn)}: {loss:.5f}, best {best_loss:.5f}, {tried[-1]['seconds']} s")
+    found = drawn[int(np.argmin([trial["early_stop_log_loss"] for trial in tried]))]
     if best is None:
         # The best trial was another process's.
         _, best = TRY[name](inputs, content, found, seed, threads)
     raw_scores = {split: best(split) for split in (*CALIBRATED_ON, "test")}
-    return raw_scores, {"settings": found, "trials": trials, "early_stop_log_loss": best_loss}
+    return raw_scores, {"settings": found, "trials": tried, "early_stop_log_loss": best_loss}

@@ -16,8 +16,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,7 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     log(f"{len(photos)} photos drawn")
     if arguments.sheet:
         contact_sheet(photos, arguments.sheet)
-    readers = {"given": lambda: pooled_features(arguments.image_weights, photos), "colours": lambda: colours(photos)}
+    readers: dict[str, Callable[[], NDArray[Any]]] = {
+        "given": lambda: pooled_features(arguments.image_weights, photos),
+        "colours": lambda: colours(photos),
+    }
     if arguments.random >= 0:
         readers["random"] = lambda: pooled_features(f"random:{arguments.random}", photos)
     found: dict[str, dict[str, float]] = {}

@@ -152,7 +152,8 @@ def _prior(files: list[tuple[str, int]], table: ItemTable) -> Prior:
     names = ["item_clicks", "pair_clicks", "pair_orders"]
     known = pa.concat_tables([pq.ParquetFile(path).read(columns=[*names, "item_id"]) for path, _ in files])
     places = pc.index_in(known["item_id"], value_set=table.ids).to_numpy()
-    return Prior(*(known[name].to_numpy().astype(np.float64) for name in names), has_photo=table.image_row[places] >= 0)
+    of_listing, of_pair, orders_of_pair = (known[name].to_numpy().astype(np.float64) for name in names)
+    return Prior(of_listing, of_pair, orders_of_pair, has_photo=table.image_row[places] >= 0)
 
 
 def held_out(world: World, corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64], representation.Held]:

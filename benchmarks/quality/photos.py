@@ -22,6 +22,7 @@ import csv
 import datetime
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.quality.claims import mean_and_error
+from benchmarks.quality.figures import mean_and_error
 from benchmarks.quality.representation import both_ways, frozen_similarities
 from benchmarks.quality.worlds import World
 from benchmarks.support.command import machine, progress_log, work_directory
@@ -167,6 +168,21 @@ def measure(corpus: Corpus, options: TrainOptions) -> dict[str, dict[str, dict[s
     return {name: recalls(similarities, classes[held]) for name, similarities in ways.items()}
 
 
+def over_seeds(found: Sequence[dict[str, dict[str, dict[str, float]]]]) -> dict[str, Any]:
+    """Return each recall's mean over the seeds, and its error."""
+
+    def summary(values: list[float]) -> dict[str, float | None]:
+        mean, error = mean_and_error(values)
+        return {"mean": mean, "error": error if len(values) > 1 else None}
+
+    return {
+        name: {
+            way: {k: summary([each[name][way][k] for each in found]) for k in recall} for way, recall in ways.items()
+        }
+        for name, ways in found[0].items()
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """Embed, train, measure, and print one JSON line."""
     parser = argparse.ArgumentParser(
@@ -210,18 +226,14 @@ def main(argv: list[str] | None = None) -> int:
         for number, each in enumerate(options, start=1):
             found.append(measure(corpus, each))
             log(f"{number}/{len(options)}: {found[-1]}")
-    recall: dict[str, Any] = {}
-    for name, ways in found[0].items():
-        for way, recall in ways.items():
-            for k in recall:
-                mean, error = mean_and_error([each[name][way][k] for each in found])
-                recall.setdefault(name, {}).setdefault(way, {})[k] = {
-                    "mean": mean,
-                    "error": error if len(found) > 1 else None,
-                }
     print(
         json.dumps(
-            {"recall": recall, "held_out": int(corpus.table.held_out.sum()), "seeds": arguments.seeds, **machine()}
+            {
+                "recall": over_seeds(found),
+                "held_out": int(corpus.table.held_out.sum()),
+                "seeds": arguments.seeds,
+                **machine(),
+            }
         )
     )
     return 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.quality.figures import Result, Results, over_truth
@@ -188,8 +189,7 @@ def draw(found: Results) -> bytes:
     ]
     there = [panel for needed, panel in panels if needed in found]
     rows = max((len(there) + 1) // 2, 1)
-    figure = Figure(figsize=(12, 4.2 * rows), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.15, w_pad=0.15)  # type: ignore[union-attr]
+    figure = Figure(figsize=(12, 4.2 * rows), layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15), facecolor="white")
     grid = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes, panel in zip(grid, there, strict=False):
         axes.spines[["top", "right", "left"]].set_visible(False)

@@ -22,6 +22,8 @@ from camenn_model.evaluation.representation import content_vectors, match_scores
 from camenn_model.model.camenn import CameNN
 
 Floats = NDArray[np.float32]
+Scores = NDArray[np.floating[Any]]
+"""float32 of similarities, float64 of probabilities"""
 KS = (1, 5, 10)
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Of the maps: times the mean eigenvalue of the features' covariance"""
@@ -159,7 +161,7 @@ def both_ways(
     return to_text, to_image
 
 
-def figures(similarities: Floats, belongs: Floats, swaps: Floats, held: Held) -> dict[str, Any]:
+def figures(similarities: Floats, belongs: Scores, swaps: Scores, held: Held) -> dict[str, Any]:
     """Return R@k both ways and mismatch AUC.
 
     R@k is from similarities [n, n]. Mismatch AUC is from how well own photos and titles belong

@@ -139,7 +139,7 @@ def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
         axis=1,
     )
     table = copy.copy(corpus.table)
-    table.images, table.titles = _Arrays(images), _Arrays(titles)  # type: ignore[assignment]
+    table.images, table.titles = _Arrays(images), _Arrays(titles)  # type: ignore[assignment]  # they stand in for Contents
     table.image_row = table.title_row = np.arange(len(table))
     table.tokens = np.ones(len(table), dtype=np.int64)
     table.pooled_images, table.pooled_titles = images.astype(np.float16), titles.astype(np.float16)
@@ -266,7 +266,9 @@ def _mask_gate(trainer: Trainer) -> None:
     """
     width = trainer.model.config.width
     for layers in (trainer.model.cvr_gate.weights, trainer.model.cvr_gate.noise):
-        weight: torch.Tensor = layers[0].weight  # type: ignore[assignment]
+        of_items = layers[0]
+        assert isinstance(of_items, torch.nn.Linear)
+        weight = of_items.weight
         if weight.shape[1] != 3 * width or weight.abs().max() > 0:
             raise RuntimeError("the item side of the CVR gate is not [fields, TXT, patches] with weights of 0")
         shown = torch.zeros_like(weight)

@@ -32,6 +32,7 @@ from camenn_model.encoders.spec import ImageSpec, TextSpec
 from camenn_model.hashing import normalise_title
 from pipelines.embed import stage as embed_stage
 from pipelines.embed.handlers import ImageChunk, ImageChunkHandler, TitleChunk, TitleChunkHandler
+from pipelines.embed.options import EmbedOptions
 from pipelines.inputs.photos import decode_image, grid_patches
 
 PROCESS_STARTED = time.monotonic()
@@ -236,7 +237,7 @@ def _timed_run(job: Job) -> tuple[float, dict[str, Any], dict[str, Any]]:
     out = Path(job.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     records = {kind: f"{out}-{kind}.seconds" for kind in ("images", "titles")}
-    options = embed_stage.EmbedOptions(
+    options = EmbedOptions(
         data=job.data,
         store=job.out,
         image_root=job.data,
@@ -247,8 +248,11 @@ def _timed_run(job: Job) -> tuple[float, dict[str, Any], dict[str, Any]]:
     )
 
     def make(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
-        kind, make_handler = ("images", _TimedImages) if isinstance(spec, ImageSpec) else ("titles", _TimedTitles)
-        handler: Any = make_handler(spec, torch_threads=threads)  # type: ignore[arg-type]
+        handler: _TimedImages | _TimedTitles
+        if isinstance(spec, ImageSpec):
+            kind, handler = "images", _TimedImages(spec, torch_threads=threads)
+        else:
+            kind, handler = "titles", _TimedTitles(spec, torch_threads=threads)
         handler.record, handler.variant = records[kind], job.variants.get(kind)
         return handler
 
@@ -270,7 +274,7 @@ def run_stub(job: Job) -> dict[str, Any]:
     from benchmarks.support.stub_encoders import stub_handler, stub_specs
 
     image, text = stub_specs((4, 16), (8, 16))
-    options = embed_stage.EmbedOptions(
+    options = EmbedOptions(
         data=job.data,
         store=job.out,
         image_root=job.data,

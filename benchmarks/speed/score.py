@@ -111,6 +111,7 @@ class Sides:
         model = CameNN(self.config)
         with torch.no_grad():
             for part in model.cvr_gate.weights:
+                assert isinstance(part, torch.nn.Linear)
                 torch.nn.init.normal_(part.weight, std=0.3)
         return model.eval()
 
@@ -137,9 +138,8 @@ class Sides:
         They are drawn at random.
         """
         place = torch.from_numpy(self.rng.integers(0, len(self.pair_values), rows * items))
-        return tuple(  # type: ignore[return-value]
-            column[place].view(rows, items, -1) for column in (self.pair_values, self.pair_buckets)
-        )
+        values, buckets = (column[place].view(rows, items, -1) for column in (self.pair_values, self.pair_buckets))
+        return values, buckets
 
 
 def take(batch: Any, rows: torch.Tensor) -> Any:
@@ -188,7 +188,7 @@ def measure_profile(corpus: Corpus, profile: str, arguments: argparse.Namespace)
     shortlists: list[Shortlist] = []
     logits: dict[str, torch.Tensor] = {}
 
-    def tiles(name: str, way: Any) -> None:
+    def score_tiles(name: str, way: Any) -> None:
         audience = way.audience_states(sides.audience, sides.history)
         pieces = [
             way.score_tile(way.item_states(batch), audience, values, buckets)
@@ -197,11 +197,11 @@ def measure_profile(corpus: Corpus, profile: str, arguments: argparse.Namespace)
         logits[name] = torch.cat(pieces, dim=1)
 
     def cached() -> None:
-        tiles("cached", scorer)
+        score_tiles("cached", scorer)
 
     def bf16() -> None:
         shortlists.append(Shortlist(sides.model, TOP_K))
-        tiles("bf16", shortlists[-1])
+        score_tiles("bf16", shortlists[-1])
 
     def plain() -> None:
         for batch in plain_batches:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines.runner.log import StderrHandler
+
 CAMENN = (sys.executable, "-c", "from pipelines.cli import console; console()")
 """`camenn` in a process of its own, of this very tree"""
 
@@ -59,9 +61,7 @@ def progress_log(name: str) -> Callable[[str], None]:
     """
     logger = logging.getLogger(f"benchmarks.{name}")
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(StderrHandler(f"{name}: %(message)s"))
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger.info

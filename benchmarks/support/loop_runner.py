@@ -54,6 +54,9 @@ class LoopRunner(PipelineRunner):
 
 
 class _Done(PipelineResult):
+    def __init__(self, state: str) -> None:
+        super().__init__(state)  # type: ignore[no-untyped-call]  # Beam's own has no annotations
+
     def wait_until_finish(self, duration: int | None = None) -> str:
         return self.state
 
@@ -108,7 +111,7 @@ class _Loop:
         read = [*step.inputs, *(side.pvalue for side in step.side_inputs)]
         return [source for source in read if isinstance(source, beam.PCollection)]
 
-    def _keep(self, step: AppliedPTransform, elements: list[Any], tag: str | None = None) -> None:
+    def _keep(self, step: AppliedPTransform, elements: list[Any], tag: str | int | None = None) -> None:
         # Nobody may want a tag's elements.
         if tag in step.outputs and self.readers[step.outputs[tag]]:
             self.elements[step.outputs[tag]] = elements
@@ -159,7 +162,7 @@ class _Loop:
         values = {id(side): self.elements[side.pvalue] for side in step.side_inputs}
         arguments = [values.get(id(value), value) for value in given]
         keywords = {name: values.get(id(value), value) for name, value in named.items()}
-        found: dict[str | None, list[Any]] = {tag: [] for tag in step.outputs}
+        found: dict[str | int | None, list[Any]] = {tag: [] for tag in step.outputs}
 
         def take(results: Iterable[Any] | None) -> None:
             for result in results or ():

@@ -72,10 +72,11 @@ def run_stage(job: Job) -> dict[str, Any]:
     data = str(work / "data")
     if job.stage == "embed":
         from benchmarks.support.stub_encoders import stub_handler, stub_specs
+        from pipelines.embed import options as embed_options
         from pipelines.embed import stage as embed_stage
 
         image, text = stub_specs(job.image_shape, job.text_shape)
-        options = embed_stage.EmbedOptions(
+        options = embed_options.EmbedOptions(
             data=data, store=job.out, image_root=data, allow_absolute=False, image=image, text=text, max_reject_rate=0.0
         )
         return embed_stage.run(options, flags, make_handler=stub_handler)

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -62,6 +62,7 @@ def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:
                 return
             if error is not None:
                 raise error
-            yield element
+            # None only beside an error, unless the source itself yields None.
+            yield cast(T, element)
     finally:
         stop.set()

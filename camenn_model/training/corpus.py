@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from camenn_model.config import LossConfig, ModelConfig
+from camenn_model.config import Attention, LossConfig, ModelConfig
 from camenn_model.content.agreement import Agreement
 from camenn_model.data.batching import list_units
 from camenn_model.data.examples import ExampleReader, Rows, Unit, count_rows, read_examples
@@ -38,7 +38,7 @@ class TrainOptions:
     shards: str
     out: str
     profile: str = "small"
-    attention: str = "prefix"
+    attention: Attention = "prefix"
     epochs: int = 1
     batch_size: int = 128
     """Examples a step, over all processes"""
@@ -155,7 +155,7 @@ def open_corpus(options: TrainOptions) -> Corpus:
         history_length=int(shards.manifest["options"]["history"]),
         text_tokens=tokens,
         patch_grid=math.isqrt(patches),
-        attention=options.attention,  # type: ignore[arg-type]
+        attention=options.attention,
     )
     reader = ExampleReader(space, table, shards.users, config.history_length, config.position_size)
     return Corpus(shards, space, table, reader, config)

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,17 @@ def train(
         return {}
     trainer.run()
     model, state = trainer.model, trainer.state
+
+    def tell(split: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(f"measure {split}", done, total, "")
+
     found = {
         split: predict(
             model,
             corpus.reader,
             corpus.table,
             corpus.blocks(split),
-            lambda done, total, split=split: progress(f"measure {split}", done, total, ""),
+            tell(split),
         )
         for split in (*CALIBRATED_ON, "test")
     }

@@ -138,7 +138,7 @@ class CutChunks(beam.DoFn):
             yield PackedChunk(name, piece.num_rows, ipc_bytes(piece, "zstd"))
 
 
-def _report(contract: Contract, part: Part) -> Iterator[beam.pvalue.TaggedOutput]:
+def _report(contract: Contract, part: Part) -> Iterator[beam.pvalue.TaggedOutput[str, Any]]:
     """Yield what a committed part means to the run.
 
     That is a file of the store, and photos that were gone.
@@ -235,7 +235,7 @@ class CommitChunk(beam.DoFn):
             unread=encoded.unread,
         )
 
-    def _done(self, part: Part) -> Iterator[beam.pvalue.TaggedOutput]:
+    def _done(self, part: Part) -> Iterator[beam.pvalue.TaggedOutput[str, Any]]:
         self.contents.inc(part.rows)
         self.progress.add(part.rows + len(part.failures))
         self.progress.flush()
@@ -256,7 +256,7 @@ class ChooseKernels(beam.DoFn):
 
 
 @dataclass
-class EncodeChunks(beam.PTransform):
+class EncodeChunks(beam.PTransform[beam.PCollection[Any], Any]):
     """The composite that turns chunks into parts of the store.
 
     All of it is in one composite: a resource hint makes another environment, and steps of two
@@ -266,7 +266,7 @@ class EncodeChunks(beam.PTransform):
     kind: str
     job: EmbedJob
 
-    def expand(self, chunks: beam.PCollection) -> Any:
+    def expand(self, chunks: beam.PCollection[Any]) -> Any:
         job, spec = self.job, self.job.spec(self.kind)
         directory, contract = store_place(job.options, self.kind)
         skip = SkipCommitted(directory, contract)
@@ -286,7 +286,7 @@ class EncodeChunks(beam.PTransform):
 
 
 @dataclass
-class EncodeContents(beam.PTransform):
+class EncodeContents(beam.PTransform[beam.PCollection[Any], Any]):
     """The composite that encodes wanted contents of one kind.
 
     Contents that are stored already are left out. The others go through the encoder into the store.
@@ -296,7 +296,7 @@ class EncodeContents(beam.PTransform):
     kind: str
     job: EmbedJob
 
-    def expand(self, wanted: beam.PCollection) -> Any:
+    def expand(self, wanted: beam.PCollection[Any]) -> Any:
         job, column = self.job, KEY_COLUMNS[self.kind]
         stored = (
             wanted.pipeline

@@ -23,7 +23,7 @@ ROWS_PER_FILE = 32_768
 
 
 @dataclass
-class EmbedCatalog(beam.PTransform):
+class EmbedCatalog(beam.PTransform[beam.Pipeline, Any]):
     """The whole stage as one composite.
 
     The catalog goes in. Store parts and the run's tables come out. It yields what `FinishRun`
@@ -82,6 +82,9 @@ class MergeParts(beam.DoFn):
     It takes a directory and some of its small parts, and writes one part with their contents, in
     the store.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Beam's own has no annotations
 
     def process(self, element: tuple[str, list[Part]]) -> None:
         directory, group = element

@@ -37,6 +37,9 @@ class CleanRows(beam.DoFn):
     beside.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Beam's own has no annotations
+
     def process(self, element: tuple[Slice, pa.Table]) -> Iterator[Any]:
         where, table = element
         kept, rejects = drop_unusable(STAGE, where, add_origin(where, table), CATALOG)

@@ -150,6 +150,9 @@ class PlacedJob:
 class CopyContents(beam.DoFn):
     """PlacedJob → FileRecord of the contents file it wrote."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Beam's own has no annotations
+
     @staticmethod
     def copy(placed: PlacedJob) -> FileRecord:
         """Do one job, here and now."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.io.tables import Slice, describe_not_utf8, show_text
-from schemas.contract import Contract, find_not_utf8
+from schemas.contract import Column, Contract, find_not_utf8
 from schemas.reasons import Reason
 from schemas.rejects import REJECTS
 
@@ -43,23 +43,21 @@ def find_unusable(table: pa.Table, contract: Contract) -> list[Fault]:
         wrong = find_not_utf8(table[column.name])
         if wrong is not None:
             faults.append(
-                Fault(
-                    Reason.NOT_UTF8,
-                    wrong.to_numpy(zero_copy_only=False),
-                    lambda row, name=column.name: describe_not_utf8(name, table[name][row]),
-                )
+                Fault(Reason.NOT_UTF8, wrong.to_numpy(zero_copy_only=False), _tell_not_utf8(table, column.name))
             )
     return faults + [
-        Fault(
-            Reason.null(column.name),
-            pc.is_null(table[column.name]).to_numpy(),
-            lambda _, column=column: (
-                f"column '{column.name}' is null or blank. Give it a value ({column.doc}) or leave the row out."
-            ),
-        )
+        Fault(Reason.null(column.name), pc.is_null(table[column.name]).to_numpy(), _tell_null(column))
         for column in contract.columns
         if not (column.nullable or column.optional) and table[column.name].null_count
     ]
+
+
+def _tell_not_utf8(table: pa.Table, column: str) -> Callable[[int], str]:
+    return lambda row: describe_not_utf8(column, table[column][row])
+
+
+def _tell_null(column: Column) -> Callable[[int], str]:
+    return lambda row: f"column '{column.name}' is null or blank. Give it a value ({column.doc}) or leave the row out."
 
 
 def keep_usable(table: pa.Table, contract: Contract) -> pa.Table:

@@ -119,7 +119,7 @@ class _ToBuckets(beam.DoFn):
 
 
 @dataclass
-class ShuffleByBucket(beam.PTransform):
+class ShuffleByBucket(beam.PTransform[Any, beam.PCollection[Any]]):
     """A transform that groups several tables by a column's hash.
 
     Takes a dict kind -> (PCollection of Arrow tables, column). Yields (bucket, {kind: Arrow table
@@ -141,7 +141,7 @@ class ShuffleByBucket(beam.PTransform):
     scratch: str | None = None
     placed: tuple[tuple[int, tuple[str, SpilledPartition]], ...] = ()
 
-    def expand(self, tables: Any) -> beam.PCollection:
+    def expand(self, tables: Any) -> beam.PCollection[Any]:
         tagged = [
             tables[kind]
             | f"Bucket{kind.title().replace('_', '')}"

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import apache_beam as beam
 import pyarrow as pa
@@ -205,8 +205,9 @@ class _ReadSlice(beam.DoFn):
         yield element, table
 
 
+# Any: Beam takes the type of elements for a hint, and chooses coders by it.
 @dataclass
-class ReadTable(beam.PTransform):
+class ReadTable(beam.PTransform[beam.Pipeline, beam.PCollection[Any]]):
     """A transform that reads a table by row group.
 
     It yields (Slice, Arrow table) per row group, conformed to its contract. Row groups are spread
@@ -218,7 +219,7 @@ class ReadTable(beam.PTransform):
     source: Source
     slices: tuple[Slice, ...] | None = None
 
-    def expand(self, pipeline: beam.Pipeline) -> beam.PCollection:
+    def expand(self, pipeline: beam.Pipeline) -> beam.PCollection[Any]:
         return (
             pipeline
             | "ListRowGroups" >> beam.Create(list_slices(self.source) if self.slices is None else self.slices)
@@ -285,7 +286,7 @@ class _WriteTables(beam.DoFn):
 
 
 @dataclass
-class WriteTable(beam.PTransform):
+class WriteTable(beam.PTransform[beam.PCollection[Any], beam.PCollection[Any]]):
     """A transform that writes Arrow tables under `directory`.
 
     They are uniquely named Parquet files that meet the contract. It yields a FileRecord per file.
@@ -295,7 +296,7 @@ class WriteTable(beam.PTransform):
     directory: str
     rows_per_file: int = ROWS_PER_FILE
 
-    def expand(self, tables: beam.PCollection) -> beam.PCollection:
+    def expand(self, tables: beam.PCollection[Any]) -> beam.PCollection[Any]:
         return tables | "WriteParquet" >> beam.ParDo(_WriteTables(self.contract, self.directory, self.rows_per_file))
 
 

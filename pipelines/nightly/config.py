@@ -242,7 +242,7 @@ def _read_settings(path: str, table: str, kind: type[Any], given: dict[str, Any]
     values: dict[str, Any] = {}
     for name, value in given.items():
         _check_name(path, name, known, table)
-        wanted = type(known[name].default)
+        wanted: type[Any] = type(known[name].default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (isinstance(value, bool) if wanted is bool else number and (wanted is float or isinstance(value, int))):
             raise InputError(f"--config {path}: [{table}] {name}: must be {_words(wanted)}, not {show(value)}.")

@@ -287,8 +287,9 @@ def render(context: dict[str, Any]) -> str:
     Whatever comes from a table is escaped. The page's own policy lets nothing but its own script
     run.
     """
+    templates = jinja2.PackageLoader("pipelines.report")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipelines.report"),
+        loader=templates,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -304,10 +305,7 @@ def render(context: dict[str, Any]) -> str:
         "shown": labels.shown,
     }
     environment.filters.update(filters)
-    style, script = (
-        environment.loader.get_source(environment, name)[0]  # type: ignore[union-attr]
-        for name in ("report.css", "report.js")
-    )
+    style, script = (templates.get_source(environment, name)[0] for name in ("report.css", "report.js"))
     script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
         **context, style=Markup(style), script=Markup(script), script_hash=script_hash

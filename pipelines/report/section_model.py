@@ -3,6 +3,7 @@
 They are metrics beside baselines, training curves, and drift.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +37,12 @@ def _best(metric: Metric, values: list[float | None]) -> int | None:
 
     It is None where there are fewer than two, or several share it as it is printed.
     """
-    badness = {"high": lambda value: -value, "low": lambda value: value, "one": lambda value: abs(value - 1)}[
-        metric.best
-    ]
+    ways: dict[str, Callable[[float], float]] = {
+        "high": lambda value: -value,
+        "low": lambda value: value,
+        "one": lambda value: abs(value - 1),
+    }
+    badness = ways[metric.best]
     known = sorted((round(badness(value), DIGITS), place) for place, value in enumerate(values) if value is not None)
     return known[0][1] if len(known) > 1 and known[0][0] < known[1][0] else None
 

@@ -11,15 +11,16 @@ from typing import TextIO
 ROOT = "camenn"
 
 
-class _StderrHandler(logging.StreamHandler[TextIO]):
+class StderrHandler(logging.StreamHandler[TextIO]):
     """A handler that writes to what stderr is at the moment.
 
-    A program may have replaced `sys.stderr` since the handler was made.
+    A program may have replaced `sys.stderr` since the handler was made. `layout`: of a line, as
+    `logging.Formatter` reads it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layout: str) -> None:
         super().__init__(sys.stderr)
-        self.setFormatter(_StageFormatter())
+        self.setFormatter(logging.Formatter(layout))
 
     def emit(self, record: logging.LogRecord) -> None:
         # Not setStream: it would flush the old one, which may be closed.
@@ -52,8 +53,10 @@ def set_up_logging() -> None:
     logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)
     ours = logging.getLogger(ROOT)
     ours.setLevel(logging.INFO)
-    if not any(isinstance(handler, _StderrHandler) for handler in ours.handlers):
-        ours.addHandler(_StderrHandler())
+    if not any(isinstance(handler, StderrHandler) for handler in ours.handlers):
+        handler = StderrHandler("%(message)s")
+        handler.setFormatter(_StageFormatter())
+        ours.addHandler(handler)
 
 
 def _not_ours(record: logging.LogRecord) -> bool:

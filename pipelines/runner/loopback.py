@@ -123,7 +123,7 @@ def served_users() -> set[int]:
     return {os.getuid(), 0}
 
 
-class SameUser(grpc.ServerInterceptor):
+class SameUser(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no annotations
     """An interceptor that refuses this machine's other users.
 
     It refuses their calls where the system tells whose a connection is (Linux).

@@ -48,7 +48,7 @@ class _WriteFinished(beam.DoFn):
 
 
 @dataclass
-class FinishRun(beam.PTransform):
+class FinishRun(beam.PTransform[Any, beam.PCollection[Any]]):
     """The last step of a job, which records its output.
 
     It writes what the job emitted (finished files, summed counts) as one small file that the
@@ -60,7 +60,7 @@ class FinishRun(beam.PTransform):
 
     directory: str
 
-    def expand(self, emitted: Any) -> beam.PCollection:
+    def expand(self, emitted: Any) -> beam.PCollection[Any]:
         counts = (
             emitted["counts"]
             | "KeyCounts" >> beam.Map(lambda c: ((c.table, c.where), c.rows))

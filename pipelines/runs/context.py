@@ -113,7 +113,7 @@ class RunContext:
         """Count the rows of a table that the job wrote."""
         return sum(record.rows for record in self.records if record.table == table)
 
-    def run_job(self, beam_flags: list[str], steps: beam.PTransform, scratch: str | None = None) -> None:
+    def run_job(self, beam_flags: list[str], steps: beam.PTransform[Any, Any], scratch: str | None = None) -> None:
         """Run a Beam job to its end and check its counts.
 
         Args:
@@ -204,7 +204,7 @@ def open_run(request: Request, *, started: float, rerun: bool = False) -> Iterat
 
 
 def execute(
-    beam_flags: list[str], steps: beam.PTransform, directory: str
+    beam_flags: list[str], steps: beam.PTransform[Any, Any], directory: str
 ) -> tuple[list[FileRecord], dict[str, dict[str, int]]]:
     """Run a Beam job to its end.
 

@@ -8,7 +8,7 @@ items ──► JudgeListings ──► listing_quality/score_date=.../ ◄─�
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 import numpy as np
@@ -87,7 +87,7 @@ def compare_listings(package: "Package", items: pa.Table, images: tuple[str, ...
 
 
 @dataclass
-class ScoreCatalog(beam.PTransform):
+class ScoreCatalog(beam.PTransform[Any, Any]):
     """The job: tiles to ranked scores, listings to flags."""
 
     pairs: Pairs
@@ -95,7 +95,7 @@ class ScoreCatalog(beam.PTransform):
     records: list[FileRecord]
     model_version: str
 
-    def expand(self, pipeline: beam.Pipeline) -> Mapping[str, beam.PCollection]:
+    def expand(self, pipeline: beam.Pipeline) -> Mapping[str, beam.PCollection[Any]]:
         worker, date, version = self.worker, f"score_date={self.pairs.score_date}", self.model_version
         scores = (
             pipeline

@@ -233,7 +233,7 @@ class WriteDays(beam.DoFn):
 
 
 @dataclass
-class BuildExamples(beam.PTransform):
+class BuildExamples(beam.PTransform[beam.Pipeline, Any]):
     """The composite from logs to examples.
 
     Logs go in and examples come out. It yields what `FinishRun` wants.
@@ -313,7 +313,7 @@ class BuildExamples(beam.PTransform):
 
 
 @dataclass
-class BuildShards(beam.PTransform):
+class BuildShards(beam.PTransform[Any, Any]):
     """The whole stage as one composite.
 
     Logs and copies to make go in. Examples, contents and the submitter's own files come out. It

@@ -19,7 +19,7 @@ class TrainFlags:
     shards: str
     out: str
     profile: str = "small"
-    attention: str = "prefix"
+    attention: Literal["prefix", "full"] = "prefix"
     epochs: int = 1
     batch_size: int = 128
     micro_batches: int = 0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.quality.photos import recalls
+from benchmarks.quality.photos import over_seeds, recalls
 
 
 def test_each_description_stands_once() -> None:
@@ -18,3 +18,14 @@ def test_each_description_stands_once() -> None:
     assert found["photo_to_description"] == pytest.approx({"r_at_1": 0.5, "r_at_5": 1.0})
     # Description 0 is nearest to a photo of its own, description 1 to one of class 0.
     assert found["description_to_photo"] == pytest.approx({"r_at_1": 0.5, "r_at_5": 1.0})
+
+
+def test_recalls_are_told_over_seeds() -> None:
+    found = [
+        {name: {way: {"r_at_1": recall} for way in ("photo_to_description", "description_to_photo")}}
+        for name, recall in (("camenn", 0.5), ("camenn", 0.7))
+    ]
+    both = {"r_at_1": {"mean": pytest.approx(0.6), "error": pytest.approx(0.1)}}
+    assert over_seeds(found) == {"camenn": {"photo_to_description": both, "description_to_photo": both}}
+    alone = {"r_at_1": {"mean": 0.5, "error": None}}
+    assert over_seeds(found[:1]) == {"camenn": {"photo_to_description": alone, "description_to_photo": alone}}

@@ -172,7 +172,9 @@ def test_gates_are_compared_on_the_same_listings(world: World, corpus: Corpus, t
     assert begun["cvr_ita"] == begun["ita_tia"] == begun["cvr_users"] == 0
     assert 0 < begun["listings"] <= sum(len(users) > 1 for users in users_of.values())
     with torch.no_grad():
-        model.ita_gate.weights[0].weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
+        of_items = model.ita_gate.weights[0]
+        assert isinstance(of_items, torch.nn.Linear)
+        of_items.weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
     apart = quality_job.gate_use(model, test, 0)["gates_apart"]
     assert 0.1 < apart["cvr_ita"] <= 1 and apart["cvr_ita"] == apart["ita_tia"] and apart["cvr_users"] == 0
 
@@ -310,7 +312,7 @@ def test_p_values_by_hand() -> None:
     t = 0.01 / 0.004
     assert figures.p_value([0.006, 0.014]) == pytest.approx(1 - 2 / math.pi * math.atan(t))
     values = [0.011, 0.017, 0.004]
-    t = np.mean(values) / (np.std(values, ddof=1) / math.sqrt(3))
+    t = float(np.mean(values) / (np.std(values, ddof=1) / math.sqrt(3)))
     assert figures.p_value(values) == pytest.approx(1 - t / math.sqrt(2 + t**2))
     assert math.isnan(figures.p_value([0.01])) and figures.p_value([0.0, 0.0]) == 1
     given = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
@@ -359,9 +361,12 @@ def test_baselines(world: World, model: str, tmp_path: Path, monkeypatch: pytest
     job = Job(world=world, model=model, seed=0, trials=2)
     assert not job.done()
     judged = []
-    monkeypatch.setattr(
-        quality_job, "judge", lambda found, *given: judged.append(found.logits) or judge.judge(found, *given)
-    )
+
+    def recorded(found: Any, *given: Any) -> Any:
+        judged.append(found.logits)
+        return judge.judge(found, *given)
+
+    monkeypatch.setattr(quality_job, "judge", recorded)
     result = run(job)
     assert job.done() and not replace(job, trials=3).done()
     assert Job.from_json(json.dumps(plan_dict(job))) == job
@@ -384,19 +389,23 @@ def test_baselines(world: World, model: str, tmp_path: Path, monkeypatch: pytest
 def test_a_killed_tuning_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(world=world, model="lightgbm", seed=0, trials=4, results=str(tmp_path / "whole"))
     whole = run(job)
-    try_one, tried = baselines.TRY["lightgbm"], []
+    try_one = baselines.TRY["lightgbm"]
+    tried: list[dict[str, Any]] = []
+
+    def recorded(*arguments: Any) -> Any:
+        tried.append(arguments[2])
+        return try_one(*arguments)
 
     def killed(*arguments: Any) -> Any:
         if len(tried) == 2:
             raise KeyboardInterrupt
-        tried.append(arguments[2])
-        return try_one(*arguments)
+        return recorded(*arguments)
 
     job = replace(job, results=str(tmp_path / "killed"))
     monkeypatch.setitem(baselines.TRY, "lightgbm", killed)
     with pytest.raises(KeyboardInterrupt):
         run(job)
-    monkeypatch.setitem(baselines.TRY, "lightgbm", lambda *given: tried.append(given[2]) or try_one(*given))
+    monkeypatch.setitem(baselines.TRY, "lightgbm", recorded)
     again = run(job)
     assert 4 <= len(tried) <= 5, "four trials, and the best once more where another process had made it"
     timeless = [{key: value for key, value in trial.items() if key != "seconds"} for trial in again["trials"]]
@@ -569,7 +578,7 @@ def test_tables_of_made_up_results(
     weak = {"r_at_1": 0.1, "r_at_5": 0.2, "r_at_10": 0.3}
     learned = {"image_to_text": way, "text_to_image": way, "mismatch_auc": 0.95, "swap_auc": 0.97}
     mapped = {"image_to_text": weak, "text_to_image": weak, "mismatch_auc": 0.7, "swap_auc": 0.8}
-    results = []
+    results: list[dict[str, Any]] = []
     rates = {
         "full": 0.75,
         "no_content": 0.65,
@@ -611,7 +620,7 @@ def test_tables_of_made_up_results(
         )
         for model, auc in {"full": 0.7, "lightgbm": 0.68, "lightgbm_content": 0.67, "mmoe": 0.69}.items():
             drawn = {f"{name}_of_draws": [auc - 0.001 * (model == "mmoe"), auc] for name in ("auc", "session_auc")}
-            on_test = test | {"auc": auc, "session_auc": auc, "rows": 1_000, "positives": 180} | drawn
+            on_test: dict[str, Any] = test | {"auc": auc, "session_auc": auc, "rows": 1_000, "positives": 180} | drawn
             if model != "mmoe":
                 few = {"rows": 50, "orders": 9, "auc": None}
                 on_test["strata"] = {"pair_first_click": {"rows": 900, "orders": 90, "auc": auc}, "with_photo": few}

@@ -17,6 +17,7 @@ import pytest
 from benchmarks.peers import polars_shards
 from benchmarks.speed import shards
 from benchmarks.support import city, stage_process
+from pipelines.features.as_of import PRIOR_CLICKS
 
 
 def run_here(command: list[str], *, standing: bool, timeout: float) -> tuple[str, dict[str, float] | None]:
@@ -66,6 +67,6 @@ def test_the_skewed_log_is_skewed(tmp_path: Path) -> None:
 
 def test_rows_that_differ_are_an_error(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "run_watched", run_here)
-    monkeypatch.setattr(polars_shards, "PRIOR_CLICKS", polars_shards.PRIOR_CLICKS + 1)
+    monkeypatch.setattr(polars_shards, "PRIOR_CLICKS", PRIOR_CLICKS + 1)
     with pytest.raises(RuntimeError, match="the rows differ"):
         shards.main(small)

@@ -84,7 +84,9 @@ def test_fit_platt_of_a_separable_sample_is_a_known_line() -> None:
     ("labels", "logits", "reason"),
     [([0, 0], [0.1, 0.2], "one class"), ([], [], "one class"), ([1, 1], [0.0, 1.0], "one class")],
 )
-def test_fit_platt_of_one_class_is_the_identity_with_a_reason(labels: list, logits: list, reason: str) -> None:
+def test_fit_platt_of_one_class_is_the_identity_with_a_reason(
+    labels: list[int], logits: list[float], reason: str
+) -> None:
     found = fit_platt(labels, logits)
     assert (found.slope, found.intercept) == (1.0, 0.0)
     assert reason in found.reason

@@ -25,7 +25,8 @@ def package(tmp_path: Path) -> Package:
     for name in ("config.json", "features.json", "likeness.safetensors", "agreement.safetensors"):
         (tmp_path / name).write_text(name)
     (tmp_path / "calibration.json").write_text(PlattScaling(slope=0.9).to_json())
-    return Package(tmp_path, config, None, PlattScaling(slope=0.9), {}, {})  # type: ignore[arg-type]
+    no_space: Any = None
+    return Package(tmp_path, config, no_space, PlattScaling(slope=0.9), {}, {})
 
 
 def test_the_version_is_of_all_that_predictions_depend_on(package: Package) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -30,13 +31,13 @@ class City:
         self.data, self.work = root / "data", root / "work"
         self.text_encoder = minilm()
 
-    def run(self, capfd: pytest.CaptureFixture[str], *argv: str) -> dict:
+    def run(self, capfd: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
         assert cli.main([*argv, "--json"]) == 0
-        table = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+        table: dict[str, Any] = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
         assert {"rows_in", "rows_out", "rejected", "encoded_images", "encoded_titles", "seconds", "out"} <= set(table)
         return table
 
-    def embed(self, capfd: pytest.CaptureFixture[str]) -> dict:
+    def embed(self, capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
         flags = [
             "--image_weights",
             "random:0",
@@ -49,7 +50,7 @@ class City:
         ]
         return self.run(capfd, "embed", "--data", str(self.data), "--store", str(self.work / "store"), *flags)
 
-    def shards(self, capfd: pytest.CaptureFixture[str], *extra: str) -> dict:
+    def shards(self, capfd: pytest.CaptureFixture[str], *extra: str) -> dict[str, Any]:
         return self.run(
             capfd,
             "shards",
@@ -62,7 +63,7 @@ class City:
             *extra,
         )
 
-    def train(self, capfd: pytest.CaptureFixture[str], *extra: str) -> dict:
+    def train(self, capfd: pytest.CaptureFixture[str], *extra: str) -> dict[str, Any]:
         return self.run(
             capfd,
             "train",
@@ -89,7 +90,7 @@ class City:
             "10",
         ]
 
-    def score(self, capfd: pytest.CaptureFixture[str], *extra: str, out: str = "scores") -> dict:
+    def score(self, capfd: pytest.CaptureFixture[str], *extra: str, out: str = "scores") -> dict[str, Any]:
         return self.run(capfd, "score", *self.score_flags(out), *extra)
 
 
@@ -155,7 +156,9 @@ def test_scores_open_in_pandas_duckdb_and_pyarrow(city: City) -> None:
     date = manifest.summary["score_date"]
     by_pandas = pd.read_parquet(directory)
     by_arrow = ds.dataset(directory, partitioning="hive").to_table().to_pandas()
-    by_duckdb = duckdb.sql(f"select * from read_parquet('{directory}/**/*.parquet', hive_partitioning = true)").df()
+    relation = duckdb.sql(f"select * from read_parquet('{directory}/**/*.parquet', hive_partitioning = true)")
+    assert relation is not None
+    by_duckdb = relation.df()
     assert len(by_pandas) == len(by_arrow) == len(by_duckdb) == manifest.rows("scores")
     for frame in (by_pandas, by_arrow, by_duckdb):
         assert set(frame["score_date"].astype(str).str[:10]) == {date}
@@ -197,8 +200,8 @@ def test_scores_equal_the_plain_forward_pass(city: City) -> None:
     run = Path(manifest.paths("items")[0]).parent.parent
     package = open_package(str(city.work / "model"))
     items = pq.ParquetFile(run / "items" / "part-0.parquet").read()
-    contents = [Contents(manifest.paths(f"contents_{kind}s"), f"{kind}_key") for kind in ("image", "title")]
-    items_table = ItemTable(items, *contents).encode(package.space)
+    images, titles = (Contents(manifest.paths(f"contents_{kind}s"), f"{kind}_key") for kind in ("image", "title"))
+    items_table = ItemTable(items, images, titles).encode(package.space)
     audience = pq.ParquetFile(run / "audience" / "part-0.parquet").read().to_pandas()
     rows = AudienceRows.read(pq.ParquetFile(run / "audience_features" / "part-0.parquet").read())
     snapshot, attributes = Snapshot.read(str(run / "snapshot")), item_attributes(items)

@@ -18,6 +18,7 @@ from pipelines.embed.handlers import (
     TitleChunk,
     TitleChunkHandler,
 )
+from pipelines.embed.options import EmbedOptions
 from tests.support.encoder_sources import minilm
 
 LOG = ""
@@ -54,8 +55,9 @@ class CountedTitles(TitleChunkHandler):
 
 def make_counted(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
     """In the place of `chunk_handler`."""
-    kind = CountedImages if isinstance(spec, ImageSpec) else CountedTitles
-    return kind(spec, torch_threads=threads)  # type: ignore[arg-type]
+    if isinstance(spec, ImageSpec):
+        return CountedImages(spec, torch_threads=threads)
+    return CountedTitles(spec, torch_threads=threads)
 
 
 def main(data: str, store: str, log: str, chunk: str, weights: str) -> None:
@@ -65,7 +67,7 @@ def main(data: str, store: str, log: str, chunk: str, weights: str) -> None:
     encode.CHUNK = int(chunk)
     image = ImageSpec.resolve(weights, grid=1, patch_size=75, device="cpu", precision="auto", compile="off")
     text = TextSpec.resolve(minilm(), max_tokens=8, device="cpu")
-    options = embed_stage.EmbedOptions(
+    options = EmbedOptions(
         data=data, store=store, image_root=data, allow_absolute=False, image=image, text=text, max_reject_rate=0.0
     )
     embed_stage.run(options, ["--direct_num_workers=1"], make_handler=make_counted)

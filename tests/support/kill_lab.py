@@ -16,7 +16,6 @@ point, never changed. `--within publish` counts only calls inside of the publica
 import argparse
 import builtins
 import importlib
-import io
 import json
 import os
 import random
@@ -26,8 +25,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from camenn_model.integrity import DamagedError
 from pipelines import cli
@@ -65,12 +65,12 @@ class Shim:
     def install(self) -> None:
         """Put this in the place of the calls."""
         for name in ("replace", "rename"):
-            self._wrap(os, name, lambda real, a, b: (self.step("rename", _text(a), _text(b)), real(a, b)))
+            self._wrap(os, name, lambda a, b: self.step("rename", _text(a), _text(b)))
         for name in ("remove", "unlink"):
-            self._wrap(os, name, lambda real, a, **k: (self.step("remove", _text(a)), real(a, **k)))
-        self._wrap(os, "rmdir", lambda real, a, **k: (self.step("rmdir", _text(a)), real(a, **k)))
+            self._wrap(os, name, lambda a, **_: self.step("remove", _text(a)))
+        self._wrap(os, "rmdir", lambda a, **_: self.step("rmdir", _text(a)))
         self._wrap(os, "mkdir", self._mkdir)
-        self._wrap(os, "fsync", lambda real, fd: (self.step("fsync", os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
+        self._wrap(os, "fsync", lambda fd: self.step("fsync", os.readlink(f"/proc/self/fd/{fd}")))
         opened = builtins.open
 
         def open_counted(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -85,14 +85,18 @@ class Shim:
             for module, name in ((manifest, "write_manifest"), (manifest, "point_to")):
                 self._around(module, name)
 
-    def _mkdir(self, real: Callable[..., None], path: Any, *args: Any, **kwargs: Any) -> tuple[None, None]:
+    def _mkdir(self, path: Any, *_: Any, **__: Any) -> None:
         if not os.path.isdir(path):
             self.step("mkdir", _text(path))
-        return None, real(path, *args, **kwargs)
 
-    def _wrap(self, module: Any, name: str, call: Callable[..., Any]) -> None:
+    def _wrap(self, module: Any, name: str, before: Callable[..., None]) -> None:
         real = getattr(module, name)
-        setattr(module, name, lambda *args, **kwargs: call(real, *args, **kwargs)[1])
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before(*args, **kwargs)
+            return real(*args, **kwargs)
+
+        setattr(module, name, call)
 
     def _around(self, module: Any, name: str) -> None:
         real = getattr(module, name)
@@ -113,7 +117,7 @@ class Shim:
 class _Counted:
     """A binary file whose writes are counted."""
 
-    def __init__(self, handle: io.BufferedWriter, shim: Shim, path: str) -> None:
+    def __init__(self, handle: IO[bytes], shim: Shim, path: str) -> None:
         self._handle, self._shim, self._path = handle, shim, path
 
     def write(self, data: Any) -> int:
@@ -293,9 +297,7 @@ def try_points(
     chosen = sorted({1 + int(number * step) for number in range(min(points, total))})
     for point in chosen:
         root, log = prepare("killed")
-        code = run_child(
-            command.argv(data, root), lambda log=log, root=root, point=point: Shim(root, log, point, within)
-        )
+        code = run_child(command.argv(data, root), partial(Shim, root, log, point, within))
         assert code == -signal.SIGKILL, f"{name} at {point}: exit code {code}"
         killed = scratch / "kept"
         shutil.rmtree(killed, ignore_errors=True)

@@ -36,7 +36,8 @@ def process_tree(root: int) -> set[int]:
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found, before = {root}, set()
+    found = {root}
+    before: set[int] = set()
     while found != before:
         before = set(found)
         found |= {process for process, parent in parents.items() if parent in found}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from camenn_model.batch import Batch
 from camenn_model.model.camenn import CameNN
-from camenn_model.model.layers import EncoderLayer
+from camenn_model.model.layers import EncoderLayer, FeedForward, layers_of
 from camenn_model.model.towers import Tower
 
 
@@ -25,15 +25,15 @@ def reference_logits(model: CameNN, batch: Batch) -> Tensor:
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
         x, affinity = embed_pair(model, batch, pair)
         item, user, tokens = items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]], x
-        for layer in model.shared:
+        for layer in layers_of(model.shared):
             item, user, tokens = prefix_layer(layer, item, user, tokens)
         score = model.cvr_gate.weights[0].weight @ items.gate[i] + model.cvr_gate.weights[1].weight @ audience.gate[u]
         order = sorted(range(len(score)), key=lambda e: (-float(score[e]), e))[: model.config.top_k]
         gate = torch.softmax(score[order], dim=0)
         mixed = [torch.zeros_like(group) for group in (item, user, tokens)]
         for weight, expert in zip(gate, order, strict=True):
-            outputs = prefix_layer(model.mixture.experts[expert], item, user, tokens)
-            norm = model.mixture.norms[expert]
+            outputs = prefix_layer(layers_of(model.mixture.experts)[expert], item, user, tokens)
+            norm = norm_of(model, expert)
             mixed = [total + weight * layer_norm(norm, output) for total, output in zip(mixed, outputs, strict=True)]
         logits.append(tower_logit(model.cvr_tower, torch.cat(mixed), mixed[2][0]) + affinity)
     return torch.stack(logits)
@@ -48,15 +48,15 @@ def full_logits(model: CameNN, batch: Batch) -> Tensor:
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
         x, affinity = embed_pair(model, batch, pair)
         tokens = torch.cat([x, items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]]])
-        for layer in model.shared:
+        for layer in layers_of(model.shared):
             tokens = layer_output(layer, tokens, tokens)
         score = model.cvr_gate.weights[0].weight @ items.gate[i] + model.cvr_gate.weights[1].weight @ audience.gate[u]
         order = sorted(range(len(score)), key=lambda e: (-float(score[e]), e))[: model.config.top_k]
         gate = torch.softmax(score[order], dim=0)
         mixed = torch.zeros_like(tokens)
         for weight, expert in zip(gate, order, strict=True):
-            output = layer_output(model.mixture.experts[expert], tokens, tokens)
-            mixed = mixed + weight * layer_norm(model.mixture.norms[expert], output)
+            output = layer_output(layers_of(model.mixture.experts)[expert], tokens, tokens)
+            mixed = mixed + weight * layer_norm(norm_of(model, expert), output)
         logits.append(tower_logit(model.cvr_tower, mixed, mixed[0]) + affinity)
     return torch.stack(logits)
 
@@ -153,7 +153,7 @@ def wide_logit(model: CameNN, batch: Batch, pair: int) -> Tensor:
             total = total + part.number[first + int(bucket)] + (slope * value if bucket > 0 else 0)
             first += field.size
     photo = items.patches[i].float().mean(0) if items.has_image[i] else None
-    text_vectors = items.text[i][items.text_mask[i]] if items.has_text[i] else []
+    text_vectors = items.text[i][items.text_mask[i]] if items.has_text[i] else items.text[i][:0]
     for content, mean in (
         (wide.image, photo),
         (wide.text, text_vectors.float().mean(0) if len(text_vectors) else None),
@@ -186,6 +186,13 @@ def layer_output(layer: EncoderLayer, tokens: Tensor, context: Tensor) -> Tensor
     return tokens + feed_forward(layer.ffn, layer_norm(layer.ffn_norm, tokens))
 
 
+def norm_of(model: CameNN, expert: int) -> nn.LayerNorm:
+    """The norm behind an expert."""
+    norm = model.mixture.norms[expert]
+    assert isinstance(norm, nn.LayerNorm)
+    return norm
+
+
 def tower_logit(tower: Tower, mixed: Tensor, task: Tensor) -> Tensor:
     """One logit from all mixed tokens [n, d] and the task's own [d]."""
     query = linear(tower.query, layer_norm(tower.query_norm, task))[None]
@@ -207,12 +214,12 @@ def multi_head(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def feed_forward(ffn: nn.Module, x: Tensor) -> Tensor:
+def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     """rise, GELU, fall."""
     return linear(ffn.fall, F.gelu(linear(ffn.rise, x)))
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """X Wᵀ + b."""
     return x @ layer.weight.T + layer.bias
 

@@ -149,8 +149,8 @@ def test_copies_of_a_product_do_not_speak_for_small_penalties() -> None:
     images, titles, _ = (values[:100] for values in views(9, 200, 100))
     product = np.arange(100)
     once = choose_penalty(images, titles, product, 12)
-    copied = (np.repeat(values, 5, axis=0) for values in (images, titles, product))
-    assert choose_penalty(*copied, 12) == once > PENALTIES[0]
+    images, titles, product = (np.repeat(values, 5, axis=0) for values in (images, titles, product))
+    assert choose_penalty(images, titles, product, 12) == once > PENALTIES[0]
 
 
 @pytest.mark.parametrize("listings", [2, 4, 9])

@@ -95,12 +95,12 @@ def reader() -> ExampleReader:
         rows = len(next(iter(columns.values())))
         return np.zeros((rows, 0), dtype=np.float32), np.zeros((rows, 0), dtype=np.int64)
 
-    space = SimpleNamespace(
+    space: Any = SimpleNamespace(
         numbers={"item_clicks": None}, encode_audience=encode_audience, encode_numbers=encode_numbers
     )
-    table = SimpleNamespace(ids=pa.array(["i0", "i1"]))
+    table: Any = SimpleNamespace(ids=pa.array(["i0", "i1"]))
     users = pa.table({"user_id": pa.array(["u0"])})
-    return ExampleReader(space, table, users, history_length=2, position_size=4)  # type: ignore[arg-type]
+    return ExampleReader(space, table, users, history_length=2, position_size=4)
 
 
 def examples(rows: list[dict[str, Any]]) -> pa.Table:

@@ -128,6 +128,7 @@ def test_fold_batch_norm_changes_nothing_but_rounding(patches: np.ndarray) -> No
     model = timm.create_model("inception_v4", num_classes=0).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.01, 0.03)
             module.weight.data.uniform_(0.5, 1.5)

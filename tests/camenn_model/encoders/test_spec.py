@@ -51,13 +51,14 @@ def test_resolve_device_precision_refuses_the_unknown() -> None:
 def test_hash_safetensors_sees_tensors_and_not_their_layout(tmp_path: Path) -> None:
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(2, dtype=np.float16)
     hashes = []
-    for name, tensors, metadata in (
+    files: tuple[tuple[str, dict[str, np.ndarray], dict[str, str] | None], ...] = (
         ("1", {"a": a, "b": b}, None),
         ("2", {"b": b, "a": a}, {"note": "x"}),
         ("3", {"a": a.reshape(3, 2), "b": b}, None),
         ("4", {"a": a, "c": b}, None),
         ("5", {"a": a + 1, "b": b}, None),
-    ):
+    )
+    for name, tensors, metadata in files:
         save_file(tensors, tmp_path / name, metadata)
         hashes.append(hash_safetensors(tmp_path / name, "--image_weights"))
     assert hashes[0] == hashes[1]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from camenn_model.evaluation import metrics
 
+Columns = tuple[np.ndarray, ...]
+"""Label, score and group of each row"""
 examples = st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3), st.integers(0, 3)), min_size=1, max_size=40).map(
     lambda rows: tuple(np.array(column) for column in zip(*rows, strict=True))
 )
@@ -27,7 +30,7 @@ def orders_of_ties(s: np.ndarray) -> list[list[int]]:
 
 
 @given(examples)
-def test_auc_equals_counting_pairs(rows: tuple) -> None:
+def test_auc_equals_counting_pairs(rows: Columns) -> None:
     y, s, _ = rows
     if y.min() == y.max():
         with pytest.raises(metrics.UndefinedMetricError):
@@ -37,7 +40,7 @@ def test_auc_equals_counting_pairs(rows: tuple) -> None:
 
 
 @given(examples)
-def test_gauc_equals_a_loop_over_groups(rows: tuple) -> None:
+def test_gauc_equals_a_loop_over_groups(rows: Columns) -> None:
     y, s, g = rows
     values, weights, left_out = [], [], 0
     for key in set(g.tolist()):
@@ -71,7 +74,7 @@ def test_metrics_equal_sklearn() -> None:
     st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(0, 1)), min_size=1, max_size=6),
     st.integers(1, 4),
 )
-def test_ndcg_and_hit_rate_average_over_the_orders_of_ties(rows: list, k: int) -> None:
+def test_ndcg_and_hit_rate_average_over_the_orders_of_ties(rows: list[tuple[int, int, int]], k: int) -> None:
     y, s, g = (np.array(column) for column in zip(*rows, strict=True))
     gains, hits = [], []
     for key in set(g.tolist()):
@@ -123,7 +126,7 @@ def plain_ece(y: np.ndarray, p: np.ndarray, bins: int) -> float:
 
 
 @given(examples, st.sampled_from([2, 3, 15]))
-def test_ece_equals_a_loop_over_bins_of_equal_mass(rows: tuple, bins: int) -> None:
+def test_ece_equals_a_loop_over_bins_of_equal_mass(rows: Columns, bins: int) -> None:
     y, s, g = rows
     # Squeezed, so that bins of equal width would hold most of them at once.
     p = 1 / (1 + np.exp(-(s / 3 + g - 4)))
@@ -140,11 +143,11 @@ def test_ece_has_bins_of_equal_mass() -> None:
 
 
 @given(examples, st.randoms(use_true_random=False))
-def test_ece_does_not_depend_on_the_order_of_rows(rows: tuple, random: object) -> None:
+def test_ece_does_not_depend_on_the_order_of_rows(rows: Columns, random: Random) -> None:
     y, s, _ = rows
     p = 1 / (1 + np.exp(-s))
-    order = np.arange(len(y))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    order = list(range(len(y)))
+    random.shuffle(order)
     assert metrics.ece(y[order], p[order]) == pytest.approx(metrics.ece(y, p))
 
 
@@ -168,7 +171,7 @@ def test_mismatch_auc_wants_low_alignment() -> None:
     ("labels", "values", "message"),
     [([0, 2], [0.1, 0.2], "0 or 1"), ([0, 1], [0.1, math.nan], "not finite"), ([0, 1], [0.1], "one length")],
 )
-def test_metrics_refuse_bad_input(labels: list, values: list, message: str) -> None:
+def test_metrics_refuse_bad_input(labels: list[int], values: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metrics.auc(labels, values)
 

@@ -6,19 +6,20 @@ import pytest
 import torch
 
 from camenn_model.batch import AlignmentPairs
+from camenn_model.config import Attention
 from camenn_model.model.camenn import CameNN
 from tests.support.random_batches import awake, random_alignment, random_batch, tiny_config
 
 
-def woken(attention: str = "prefix") -> CameNN:
+def woken(attention: Attention = "prefix") -> CameNN:
     torch.manual_seed(0)
-    model = CameNN(tiny_config(attention=attention))  # type: ignore[arg-type]
+    model = CameNN(tiny_config(attention=attention))
     awake(model)
     return model.eval()
 
 
 @pytest.mark.parametrize("attention", ["prefix", "full"])
-def test_align_never_looks_at_fields(attention: str) -> None:
+def test_align_never_looks_at_fields(attention: Attention) -> None:
     model = woken(attention)
     batch = random_alignment(model.config)
     empty = torch.zeros(len(batch.items), 0)
@@ -78,8 +79,8 @@ def test_align_leaves_incomplete_items_out_of_the_contrast() -> None:
 
 
 @pytest.mark.parametrize("attention", ["prefix", "full"])
-@pytest.mark.parametrize("told", ["content_vectors", "modality_states"])
-def test_photos_and_titles_are_told_by_their_own_modality_only(reported: str, attention: str) -> None:
+@pytest.mark.parametrize("reported", ["content_vectors", "modality_states"])
+def test_photos_and_titles_are_told_by_their_own_modality_only(reported: str, attention: Attention) -> None:
     model = woken(attention)
     items = random_alignment(model.config).items
     tell = getattr(model, reported)

@@ -82,7 +82,7 @@ def test_choose_is_what_the_whole_forward_pass_says() -> None:
         assert not torch.equal(model.choose(dataclasses.replace(batch, audience=audience)), alone)
 
 
-@pytest.mark.parametrize("worth", [-0.5, 0.0, 0.1, ENOUGH_COEFFICIENT, 2.5])
+@pytest.mark.parametrize("coefficients", [-0.5, 0.0, 0.1, ENOUGH_COEFFICIENT, 2.5])
 def test_tastes_start_as_large_as_they_are_worth_and_hand_both_sides_gradients(coefficients: float) -> None:
     model = woken()
     batch = random_batch(model.config, items=12, audience=6, pairs=30)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -64,12 +65,12 @@ def test_full_attention_lets_the_pair_reach_the_item() -> None:
     """In prefix, two pairs of one item share its states whatever their counts; in full they do not."""
     reached = {}
     for attention in ("prefix", "full"):
-        config = tiny_config(attention=attention)  # type: ignore[arg-type]
+        config = tiny_config(attention=attention)
         model = woken_model(config)
         batch = random_batch(config, pairs=2)
         zero = torch.zeros(2, dtype=torch.int64)
         pairs = dataclasses.replace(batch.pairs, item=zero, audience=zero, buckets=torch.tensor([[1, 1, 1], [5, 5, 5]]))
-        states = []
+        states: list[Any] = []
         model.shared[0].register_forward_hook(lambda _, __, output, keep=states: keep.append(output))
         with torch.no_grad():
             model(dataclasses.replace(batch, pairs=pairs))

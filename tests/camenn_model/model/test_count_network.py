@@ -44,7 +44,8 @@ def test_says_nothing_before_it_is_fitted() -> None:
 def test_finds_what_two_counts_say_together_where_none_says_anything_alone() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     train, stop, test = drawn(6_000, 1), drawn(2_000, 2), drawn(2_000, 3)
-    counts, reported = Counts(CONFIG), []
+    counts = Counts(CONFIG)
+    reported: list[str] = []
     found = fit(counts, train, stop, reported)
     assert len(reported) == EPOCHS
     logits = predict_logits(counts, test)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -54,7 +56,9 @@ def test_gate_reads_rows_by_index() -> None:
     awake(gate)
     items, users = torch.randn(5, 4), torch.randn(2, 3)
     logits = gate((items, users), (torch.tensor([4]), torch.tensor([1]))).logits[0]
-    assert torch.allclose(logits, gate.weights[0].weight @ items[4] + gate.weights[1].weight @ users[1], atol=1e-6)
+    of_items, of_users = gate.weights
+    assert isinstance(of_items, nn.Linear) and isinstance(of_users, nn.Linear)
+    assert torch.allclose(logits, of_items.weight @ items[4] + of_users.weight @ users[1], atol=1e-6)
 
 
 def test_only_chosen_experts_are_computed() -> None:
@@ -64,7 +68,7 @@ def test_only_chosen_experts_are_computed() -> None:
     seen: dict[int, tuple[int, int, int]] = {}
 
     def record(number: int) -> None:
-        def hook(module: nn.Module, arguments: tuple, output: object) -> None:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
             sides, x, _ = arguments
             seen[number] = (len(x), len(sides[0].tokens), len(sides[1].tokens))
 

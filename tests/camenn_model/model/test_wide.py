@@ -122,22 +122,24 @@ def test_each_penalty_fits_as_scikit_learn_does(monkeypatch: pytest.MonkeyPatch)
 def test_the_penalty_is_the_one_with_the_least_loss_on_other_examples() -> None:
     _, wide, catalog, rows = learnable(6_000, 4)
     half = len(rows.label) // 2
-    parts = [
+    train, stop = (
         WideRows(**{name: value[part] for name, value in vars(rows).items()})
         for part in (slice(None, half), slice(half, None))
-    ]
+    )
     reported: list[str] = []
-    found = fit_wide(wide, BASE, catalog, *parts, lambda done, total, note: reported.append(f"{done}/{total} {note}"))
+    found = fit_wide(
+        wide, BASE, catalog, train, stop, lambda done, total, note: reported.append(f"{done}/{total} {note}")
+    )
     assert found.penalty in PENALTIES[1:]
     assert reported[-1].startswith(f"{len(PENALTIES)}/{len(PENALTIES)}")
     with torch.no_grad():
-        logits = BASE + wide.of_examples(catalog, parts[1]) + parts[1].part_logits @ torch.tensor(found.coefficients)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, parts[1].label)
+        logits = BASE + wide.of_examples(catalog, stop) + stop.part_logits @ torch.tensor(found.coefficients)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, stop.label)
     assert float(loss) == pytest.approx(found.loss, abs=1e-6)
     # Labels that nothing explains are best left to the base rate.
     order = torch.randperm(half, generator=torch.Generator().manual_seed(0))
-    noise = dataclasses.replace(parts[0], label=parts[0].label[order])
-    assert fit_wide(wide, BASE, catalog, noise, parts[1], no_progress).penalty == PENALTIES[0]
+    noise = dataclasses.replace(train, label=train.label[order])
+    assert fit_wide(wide, BASE, catalog, noise, stop, no_progress).penalty == PENALTIES[0]
 
 
 def test_factors_and_pairs_add_up_to_what_was_fitted() -> None:

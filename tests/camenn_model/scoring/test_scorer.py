@@ -70,8 +70,10 @@ def test_score_tile_computes_only_chosen_experts() -> None:
     config = tiny_config(experts=4, top_k=1)
     model = woken(config)
     with torch.no_grad():  # a gate that looks at items alone and is sure of itself
-        model.cvr_gate.weights[0].weight.mul_(50)
-        model.cvr_gate.weights[1].weight.zero_()
+        of_items, of_users = model.cvr_gate.weights
+        assert isinstance(of_items, torch.nn.Linear) and isinstance(of_users, torch.nn.Linear)
+        of_items.weight.mul_(50)
+        of_users.weight.zero_()
     batch = grid_batch(config, 8, 3, 4, seed=1)
     scorer = Scorer(model)
     items, audience = scorer.item_states(batch.items), scorer.audience_states(batch.audience, batch.history)

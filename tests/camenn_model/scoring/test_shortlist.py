@@ -33,12 +33,13 @@ def tiles(seed: int) -> tuple[CameNN, list[Batch]]:
 
 def score(scorer: Scorer | Shortlist, batches: list[Batch], wanted: torch.Tensor | None = None) -> torch.Tensor:
     """Logits [S, all listings], tile by tile."""
-    audience = scorer.audience_states(batches[0].audience, batches[0].history)
+    way: Any = scorer  # each takes the states that it makes itself
+    audience = way.audience_states(batches[0].audience, batches[0].history)
     found = []
     for number, batch in enumerate(batches):
         values, buckets = batch.pairs.values.view(ROWS, ITEMS, -1), batch.pairs.buckets.view(ROWS, ITEMS, -1)
         some = None if wanted is None else wanted[:, number * ITEMS : (number + 1) * ITEMS]
-        found.append(scorer.score_tile(scorer.item_states(batch.items), audience, values, buckets, some))  # type: ignore[arg-type]
+        found.append(way.score_tile(way.item_states(batch.items), audience, values, buckets, some))
     return torch.cat(found, dim=1)
 
 
@@ -74,7 +75,7 @@ def test_a_draft_that_errs_more_than_reckoned_with_is_not_believed(monkeypatch: 
     honest = shortlist.drafts.score_tile
     asked = []
 
-    def wrong(*given: torch.Tensor) -> torch.Tensor:
+    def wrong(*given: Any) -> torch.Tensor:
         asked.append(given)
         # From the second tile on the ranks are turned.
         return honest(*given) if len(asked) == 1 else -honest(*given)
@@ -112,12 +113,14 @@ def run_tiles(
     one is given to it before each.
     """
     rows = len(tiles[0][0])
-    states: Any = ListedStates(None, None, torch.full((rows, shortlist.keep), -torch.inf))  # type: ignore[arg-type]
+    nothing: Any = None
+    states: Any = ListedStates(nothing, nothing, torch.full((rows, shortlist.keep), -torch.inf))
     found = []
     for draft, exact in tiles:
-        shortlist.drafts, shortlist.exact = Given(draft), Given(exact)  # type: ignore[assignment]
+        scorers: Any = Given(draft), Given(exact)
+        shortlist.drafts, shortlist.exact = scorers
         shortlist.slack = shortlist.slack if slack is None else slack
-        found.append(shortlist.score_tile(states, states, None, None))  # type: ignore[arg-type]
+        found.append(shortlist.score_tile(states, states, nothing, nothing))
     return found
 
 

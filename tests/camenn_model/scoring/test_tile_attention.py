@@ -74,5 +74,6 @@ def test_find_places_gives_every_pair_its_own() -> None:
     some = torch.tensor([[True, False, True], [False, False, True], [True, True, True]])
     by_item, by_audience = find_places(some, heads=1)
     assert (by_item.size, by_audience.size) == (3, 3)
+    assert by_item.index is not None and by_audience.index is not None
     assert by_item.index.tolist() == [0, 1, 3, 6, 7, 8]
     assert by_audience.index.tolist() == [0, 6, 7, 1, 3, 8]

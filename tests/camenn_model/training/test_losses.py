@@ -9,7 +9,7 @@ import torch
 from camenn_model.config import LossConfig
 from camenn_model.model.camenn import CameNN
 from camenn_model.model.experts import GateOutput
-from camenn_model.training.losses import MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
+from camenn_model.training.losses import Losses, MultiTaskLoss, balance_loss, contrastive_loss, smoothed_bce, z_loss
 from tests.support.random_batches import random_alignment, random_batch, tiny_config
 
 
@@ -76,7 +76,7 @@ def test_smoothed_bce_draws_labels_to_a_half() -> None:
     assert float(smoothed_bce(torch.zeros(0), torch.zeros(0), 0.1)) == 0.0
 
 
-def step(config: LossConfig, with_alignment: bool = True):  # type: ignore[no-untyped-def]
+def step(config: LossConfig, with_alignment: bool = True) -> tuple[CameNN, MultiTaskLoss, Losses]:
     torch.manual_seed(0)
     sizes = tiny_config()
     model, loss = CameNN(sizes), MultiTaskLoss(config)
@@ -148,6 +148,7 @@ def test_uncertainty_weights_move_towards_twice_the_loss() -> None:
 def test_uncertainty_weights_receive_a_gradient_in_training() -> None:
     _, loss, parts = step(LossConfig(weighting="uncertainty"))
     parts.total.backward()
+    assert loss.log_variances is not None and loss.log_variances.grad is not None
     assert loss.log_variances.grad.abs().min() > 0
 
 

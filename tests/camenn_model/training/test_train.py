@@ -74,8 +74,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root / "shards")
 
 
-def options(shards: str, out: Path, **changes: object) -> TrainOptions:
-    return TrainOptions(shards=shards, out=str(out), batch_size=32, **changes)  # type: ignore[arg-type]
+def options(shards: str, out: Path, **changes: Any) -> TrainOptions:
+    return TrainOptions(shards=shards, out=str(out), batch_size=32, **changes)
 
 
 def no_progress(*_: object) -> None:
@@ -400,7 +400,8 @@ def open_corpus_once(shards: str) -> Corpus:
 
 def without_dropout(corpus: Corpus) -> Corpus:
     names = ("dropout", "attention_dropout", "id_dropout", "modality_dropout", "position_dropout")
-    return replace(corpus, config=replace(corpus.config, **dict.fromkeys(names, 0.0)))
+    none: dict[str, Any] = dict.fromkeys(names, 0.0)
+    return replace(corpus, config=replace(corpus.config, **none))
 
 
 def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(

@@ -25,6 +25,7 @@ from pipelines.embed.encode import (
     pending,
 )
 from pipelines.embed.handlers import EncodedImages, ImageChunk, TitleChunk
+from pipelines.io.files import ipc_bytes
 from pipelines.runs.accounting import Count
 from pipelines.runs.store import IMAGES, TITLES, Part, find_part
 from schemas.embeddings import image_embeddings
@@ -79,7 +80,7 @@ def test_chunks_hold_every_pending_content_once(monkeypatch: pytest.MonkeyPatch)
     assert all(isinstance(chunk, TitleChunk) for chunk in chunks)
     assert [chunk.keys for chunk in chunks] == [["a", "c", "d"], ["e", "f", "g"], ["h"]]
     assert [chunk.contents for chunk in found] == [3, 3, 1]
-    assert chunks[2].titles == ["title h"]  # type: ignore[union-attr]
+    assert isinstance(chunks[2], TitleChunk) and chunks[2].titles == ["title h"]
 
 
 def test_a_chunk_is_known_again_within_its_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,11 +144,11 @@ def test_a_chunk_that_was_committed_is_reported_and_not_encoded_again(tmp_path: 
     reported = commit(tmp_path, [encoded("c1", ["k1", "k2"])])
     rows = pa.table({"image_key": ["k1"], "path": ["a.jpg"], "bytes": pa.array([None], pa.binary())})
     step = SkipCommitted(str(tmp_path), CONTRACT)
-    again = list(step.process(PackedChunk("c1", 2, encode.ipc_bytes(rows, "zstd"))))
+    again = list(step.process(PackedChunk("c1", 2, ipc_bytes(rows, "zstd"))))
     assert all(isinstance(output, beam.pvalue.TaggedOutput) for output in again)
     assert sorted(output.tag for output in again) == ["files", "unread"]
     assert [output.value for output in again if output.tag == "files"] == [v for tag, v in reported if tag == "files"]
-    (fresh,) = step.process(PackedChunk("c9", 1, encode.ipc_bytes(rows, "zstd")))
+    (fresh,) = step.process(PackedChunk("c9", 1, ipc_bytes(rows, "zstd")))
     assert fresh == ImageChunk("c9", ["k1"], ["a.jpg"], [None], False)
 
 

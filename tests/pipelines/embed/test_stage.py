@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def bomb() -> bytes:
     return sink.getvalue()
 
 
-GOOD = {
+GOOD: dict[str, Callable[[], bytes]] = {
     "plain.jpg": lambda: jpeg(picture(1)),
     "cmyk.jpg": lambda: jpeg(picture(2).convert("CMYK")),
     "sixteen.png": lambda: other(
@@ -69,7 +70,7 @@ GOOD = {
     "animated.gif": lambda: other(picture(4), "GIF", save_all=True, append_images=[picture(40)]),
     "rotated.jpg": rotated_exif,
 }
-BAD = {
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty.jpg": (lambda: b"", "empty_image"),
     "html.jpg": (lambda: b"<!DOCTYPE html><html><body>404</body></html>", "not_an_image"),
     "truncated.jpg": (lambda: jpeg(picture(6))[:900], "truncated_image"),
@@ -225,10 +226,16 @@ def test_other_weights_start_a_generation_of_their_own(
     filled: Path, data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     store = Store(filled, data, capfd)
-    first = set(read_latest(str(filled)).paths("image_embeddings"))  # type: ignore[union-attr]
+
+    def parts() -> set[str]:
+        latest = read_latest(str(filled))
+        assert latest is not None
+        return set(latest.paths("image_embeddings"))
+
+    first = parts()
     summary = store.embed(seed=1)
     assert summary["encoded_images"] == len(GOOD) + 1 and summary["encoded_titles"] == 0
-    assert not first & set(read_latest(str(filled)).paths("image_embeddings"))  # type: ignore[union-attr]
+    assert not first & parts()
 
 
 def test_killed_run_keeps_what_it_committed(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

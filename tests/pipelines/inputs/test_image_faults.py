@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -359,13 +360,13 @@ add("height_9000.jpg", lambda: patched(jpeg(), SOF, 5, struct.pack(">HH", 9000, 
 for value in range(1, 9):
     add(
         f"exif_{value}.jpg",
-        lambda v=value: turned("JPEG", v, quality=95, subsampling=0),
+        partial(turned, "JPEG", value, quality=95, subsampling=0),
         resized(WIDE),
         LOSSY,
         (80, 60),
     )
-    add(f"exif_{value}.tif", lambda v=value: turned_tiff(v), resized(WIDE), TURNED, (80, 60))
-    add(f"exif_{value}.png", lambda v=value: turned("PNG", v), resized(WIDE), TURNED, (80, 60))
+    add(f"exif_{value}.tif", partial(turned_tiff, value), resized(WIDE), TURNED, (80, 60))
+    add(f"exif_{value}.png", partial(turned, "PNG", value), resized(WIDE), TURNED, (80, 60))
 add("exif_6.webp", lambda: turned("WEBP", 6, lossless=True), resized(WIDE), TURNED, (80, 60))
 add("exif_6.avif", lambda: turned("AVIF", 6, quality=95, subsampling="4:4:4"), resized(WIDE), LOSSY, (80, 60))
 for name, data in {
@@ -381,7 +382,7 @@ for name, data in {
     "orientation_6_of_0": exif((274, 5, 1, struct.pack("<II", 6, 0))),
     "resolution_0_of_0": exif((282, 5, 1, bytes(8)), (296, 3, 1, b"\2\0")),
 }.items():
-    add(f"exif_{name}.jpg", lambda d=data: jpeg(exif=d), COLOUR, LOSSY)
+    add(f"exif_{name}.jpg", partial(jpeg, exif=data), COLOUR, LOSSY)
 
 # PNG
 add("plain.png", lambda: save(COLOUR, "PNG"))
@@ -443,7 +444,7 @@ for name, depth, colour, lines, clear, expected in (
     clear_chunk = chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear))
     add(
         f"{name}_clear_colour.png",
-        lambda d=depth, k=colour, n=lines, c=clear_chunk: png(d, k, n, c),
+        partial(png, depth, colour, lines, clear_chunk),
         expected,
         ROUNDED if depth == 16 else 0,
     )
@@ -457,8 +458,8 @@ add("icc_bomb.png", lambda: colour_png(chunk(b"iCCP", b"name\0\0" + zlib.compres
 add("text_bomb.png", lambda: colour_png(chunk(b"zTXt", b"name\0\0" + zlib.compress(bytes(5 << 20)))), "corrupt_image")
 add("pixels_bomb.png", lambda: png(8, 2, lines8(COLOUR) + bytes(50 << 20)))
 for name in ("transparency", "xmp", "exif", "icc_profile", "Raw profile type exif", "XML:com.adobe.xmp"):
-    add(f"text {name}.png", lambda n=name: colour_png(text(n.encode())))
-    add(f"text {name} after.png", lambda n=name: colour_png(b"", text(n.encode())))
+    add(f"text {name}.png", partial(colour_png, text(name.encode())))
+    add(f"text {name} after.png", partial(colour_png, b"", text(name.encode())))
 add("exif_garbage.png", lambda: colour_png(chunk(b"eXIf", b"MM\0*\0\0\0\x08\xff\xff")))
 add("short_gamma.png", lambda: colour_png(chunk(b"gAMA", b"")), "corrupt_image")
 add("short_gamma_after.png", lambda: colour_png(b"", chunk(b"gAMA", b"")), "corrupt_image")
@@ -521,7 +522,7 @@ XMP = b"<x>hello</x>"
 add("plain.tif", lambda: tiff(COLOURS))
 add("big_endian.tif", lambda: tiff(COLOURS, order=">"))
 for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
-    add(f"{compression}.tif", lambda c=compression: save(COLOUR, "TIFF", compression=c))
+    add(f"{compression}.tif", partial(save, COLOUR, "TIFF", compression=compression))
 add("jpeg_inside.tif", lambda: save(COLOUR, "TIFF", compression="jpeg", quality=95), COLOUR, LOSSY)
 add("big.tif", lambda: save(COLOUR, "TIFF", big_tiff=True))
 add("fax.tif", lambda: save(Image.fromarray(BITS.astype(bool)), "TIFF", compression="group4"), grey(BITS * 255))
@@ -564,7 +565,7 @@ add("unknown_tag.tif", lambda: tiff(COLOURS, more=[(65000, 99, 1, b"abcd")]))
 add("two_widths.tif", lambda: patched(tiff(COLOURS), struct.pack("<HHI", 256, 4, 1), 4, struct.pack("<I", 1)))
 add("icc_garbage.tif", lambda: tiff(COLOURS, more=[(34675, 7, 10, b"no profile")]))
 for kind, name in ((1, "bytes"), (2, "text"), (3, "numbers"), (7, "undefined")):
-    add(f"xmp_as_{name}.tif", lambda k=kind: tiff(COLOURS, more=[(700, k, len(XMP) // (1 + (k == 3)), XMP)]))
+    add(f"xmp_as_{name}.tif", partial(tiff, COLOURS, more=[(700, kind, len(XMP) // (1 + (kind == 3)), XMP)]))
 add("exif_far_away.tif", lambda: tiff(COLOURS, more=[(34665, 4, 1, struct.pack("<I", 1 << 30))]))
 add("exif_text.tif", lambda: tiff(COLOURS, more=[(34665, 2, 4, b"abc\0")]))
 add("two_gps.tif", lambda: tiff(COLOURS, more=[(34853, 3, 2, b"abcd")]))
@@ -602,7 +603,7 @@ for name, data in {
     "line_before.jpg": b"\r\n" + jpeg(),
     "ppm.jpg": save(COLOUR, "PPM"),
 }.items():
-    add(name, lambda d=data: d, "not_an_image")
+    add(name, partial(bytes, data), "not_an_image")
 add("empty.jpg", lambda: b"", "empty_image")
 add("too_large.jpg", lambda: jpeg() + bytes(LIMITS.bytes), "too_many_bytes")
 
@@ -620,11 +621,18 @@ CUTS: dict[str, tuple[Callable[[], bytes], list[float]]] = {
     "lzw.tif": (lambda: save(OTHER, "TIFF", compression="tiff_lzw"), [8, 0.25, 0.5, 0.75, -1]),
     "avif": (lambda: save(OTHER, "AVIF", quality=90), [0.75, -20, -1]),
 }
+
+
+def cut(make: Callable[[], bytes], place: float) -> bytes:
+    whole = make()
+    return whole[: int(place * len(whole)) if 0 < place < 1 else int(place)]
+
+
 for name, (make, places) in CUTS.items():
     for place in places:
         add(
             f"cut_at_{place}.{name}",
-            lambda m=make, p=place: m()[: int(p * len(m())) if 0 < p < 1 else p],
+            partial(cut, make, place),
             "truncated_image",
         )
 # At the marker of the scan; nothing says that it is a photo before its signature is whole.
@@ -704,8 +712,8 @@ def encoder() -> OnDemand[ImageEncoder]:
 
 
 def encode(encoder: OnDemand[ImageEncoder], photos: list[tuple[str, str | None, bytes | None]]) -> EncodedImages:
-    keys, uris, data = ([photo[column] for photo in photos] for column in range(3))
-    (encoded,) = ImageChunkHandler(SPEC).run_inference([ImageChunk("chunk", keys, uris, data)], encoder)  # type: ignore[arg-type]
+    keys, uris, data = [key for key, _, _ in photos], [uri for _, uri, _ in photos], [given for _, _, given in photos]
+    (encoded,) = ImageChunkHandler(SPEC).run_inference([ImageChunk("chunk", keys, uris, data)], encoder)
     return encoded
 
 

@@ -14,6 +14,7 @@ from pipelines.embed.resolve import ResolveItems
 from pipelines.inputs import photo_files
 from pipelines.inputs.photo_files import FileDefect, PhotoFiles, UriDefect, check_root_scheme, photo_status, resolve_uri
 from pipelines.inputs.photos import Limits
+from pipelines.io import files
 from pipelines.report.photos import Photos
 from schemas.errors import InputError
 
@@ -203,7 +204,7 @@ def test_what_is_no_file_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch
         assert caught.value.reason == "not_a_file" and kind in caught.value.detail
     # As if it had taken a file's place after the first look.
     regular = os.stat(root / "a" / "1.jpg")
-    monkeypatch.setattr(photo_files.os, "stat", lambda path: regular)
+    monkeypatch.setattr(os, "stat", lambda path: regular)
     if kind != "a socket":
         with pytest.raises(FileDefect, match=kind):
             photos.read(str(path))
@@ -230,9 +231,14 @@ def test_no_more_is_read_than_a_photo_may_have(root: Path, monkeypatch: pytest.M
         with pytest.raises(FileDefect, match="too_many_bytes"):
             read(str(path))
     asked: list[int] = []
-    read = os.read
+    os_read = os.read
+
+    def read_recorded(fd: int, size: int) -> bytes:
+        asked.append(size)
+        return os_read(fd, size)
+
     monkeypatch.setattr(photo_files, "_check_status", lambda status: None)
-    monkeypatch.setattr(photo_files.os, "read", lambda fd, size: asked.append(size) or read(fd, size))
+    monkeypatch.setattr(os, "read", read_recorded)
     with pytest.raises(FileDefect, match="too_many_bytes"):
         photos.read(str(path))
     assert sum(asked) == 11
@@ -275,7 +281,7 @@ def test_an_object_is_read_no_further_than_a_photo_may_have(monkeypatch: pytest.
 
     handle = Endless()
     monkeypatch.setattr(photo_files, "LIMITS", Limits(bytes=10))
-    monkeypatch.setattr(photo_files.files, "open_read", lambda path: handle)
+    monkeypatch.setattr(files, "open_read", lambda path: handle)
     with pytest.raises(FileDefect, match="too_many_bytes"):
         PhotoFiles(BUCKET, False).read(f"{BUCKET}/1.jpg")
     assert handle.asked == 11

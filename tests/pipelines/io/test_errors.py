@@ -97,10 +97,11 @@ def fail(kind: str) -> None:
         raise system_error(errno.EROFS, "/city/shards/part-0.parquet")
     if kind == "input":
         raise InputError("clicks.parquet: row 3: column 'user_id' is wrong. Mend it.")
+    nothing: dict[int, int] = {}
     try:
         raise system_error(errno.EROFS, "/city/shards/part-0.parquet")
     except OSError:
-        {}[3]
+        nothing[3]
 
 
 SYSTEM = "/city/shards/part-0.parquet: Read-only file system. Mount it for writing, or name another place."

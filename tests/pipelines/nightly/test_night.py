@@ -106,7 +106,7 @@ def test_a_stage_that_fails_ends_the_night(
     assert status(record) == after
     assert record["published"]["run"] == "r4"
     assert record["message"].startswith(f"{stage}: ")
-    assert stages.told() == {
+    assert stages.reported() == {
         "EXIT_CODE": str(code),
         "MESSAGE": record["message"],
         "RECORD": str(stages.root / "work" / "nights" / "00000002" / "record.json"),
@@ -158,7 +158,7 @@ def test_a_night_that_is_terminated_says_so_and_calls_the_command(
         nightly_command.main(["--config", str(stages.config)])
     record = read_nights(str(stages.root / "work"))[-1]
     assert record["exit_code"] == 1 and record["finished_at"] and "Terminated" in record["message"]
-    assert stages.told()["EXIT_CODE"] == "1" and "Terminated" in stages.told()["MESSAGE"]
+    assert stages.reported()["EXIT_CODE"] == "1" and "Terminated" in stages.reported()["MESSAGE"]
     assert signal.getsignal(signal.SIGTERM) is before
 
 

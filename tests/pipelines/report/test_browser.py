@@ -5,12 +5,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 from PIL import Image
 
 from pipelines.report.command import main
 from tests.support.work_directory import make_work
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext, Page
 
 playwright_api = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is not installed: the report is not opened in a browser"
@@ -38,7 +42,7 @@ pytestmark = [
 class Visit:
     """The page, open, with what the browser said and asked for meanwhile."""
 
-    def __init__(self, page: "playwright_api.Page") -> None:
+    def __init__(self, page: "Page") -> None:
         self.page = page
         self.requests: list[str] = []
         self.errors: list[str] = []
@@ -61,7 +65,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[playwright_api.BrowserContext]":
+def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[BrowserContext]":
     with playwright_api.sync_playwright() as playwright:
         profile = tmp_path_factory.mktemp("profile")
         context = playwright.chromium.launch_persistent_context(
@@ -72,7 +76,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[playwright_ap
 
 
 @pytest.fixture
-def visit(browser: "playwright_api.BrowserContext") -> "Iterator[Visit]":
+def visit(browser: "BrowserContext") -> "Iterator[Visit]":
     page = browser.new_page()
     yield Visit(page)
     page.close()
@@ -83,10 +87,10 @@ def visit(browser: "playwright_api.BrowserContext") -> "Iterator[Visit]":
     [("desktop", 1200, 900, "light"), ("phone", 390, 844, "light"), ("dark", 1200, 900, "dark")],
 )
 def test_report_opens_without_errors_requests_or_overflow(
-    visit: Visit, report: Path, tmp_path: Path, name: str, width: int, height: int, scheme: str
+    visit: Visit, report: Path, tmp_path: Path, name: str, width: int, height: int, scheme: Literal["dark", "light"]
 ) -> None:
     visit.page.set_viewport_size({"width": width, "height": height})
-    visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    visit.page.emulate_media(color_scheme=scheme)
     visit.open(report)
     assert visit.errors == []
     assert [url for url in visit.requests if not url.startswith("data:")] == [report.as_uri()]
@@ -152,4 +156,5 @@ def test_picture_of_a_report_is_taken(report: Path, tmp_path: Path) -> None:
     assert missing.returncode == 2 and "camenn report --run" in missing.stderr
     assert take(report.parents[1]).returncode == 0
     with Image.open(tmp_path / "report.png") as picture:
-        assert picture.size == (1200, 1500) and len(picture.convert("L").getcolors()) > 50
+        colours = picture.convert("L").getcolors()
+        assert picture.size == (1200, 1500) and colours is not None and len(colours) > 50

@@ -31,6 +31,7 @@ from camenn_model.training.corpus import TrainOptions, open_corpus
 from pipelines import cli
 from pipelines.embed import command as embed_command
 from pipelines.embed import stage as embed_stage
+from pipelines.embed.options import EmbedOptions
 from pipelines.runner.exit_codes import DryRun
 from pipelines.runs.manifest import Manifest, read_latest
 from pipelines.runs.publication import publish
@@ -338,11 +339,22 @@ def test_flags_that_make_no_sense_are_refused(city: City, flags: list[str], mess
         embed_command.main([*city.embed, *flags])
 
 
+def catch_embed(monkeypatch: pytest.MonkeyPatch) -> list[EmbedOptions]:
+    """The options that the embed stage would run with, as they come."""
+    seen: list[EmbedOptions] = []
+
+    def run(options: EmbedOptions, _: Any) -> dict[str, Any]:
+        seen.append(options)
+        return {"seconds": 0}
+
+    monkeypatch.setattr(embed_stage, "run", run)
+    return seen
+
+
 def test_a_submitter_without_a_gpu_submits_for_workers_with_one(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("camenn_model.encoders.spec._has_cuda", lambda: pytest.fail("this machine was asked for a GPU"))
     monkeypatch.setattr("camenn_model.encoders.spec.has_native_bf16", lambda: pytest.fail("this machine was asked"))
-    seen: list[embed_stage.EmbedOptions] = []
-    monkeypatch.setattr(embed_stage, "run", lambda options, _: seen.append(options) or {"seconds": 0})
+    seen = catch_embed(monkeypatch)
     for precision in ("bf16", "fp32"):
         assert embed_command.main([*city.embed, "--device=cuda", f"--precision={precision}", *DRY]) == 0
         spec = seen[-1]
@@ -351,8 +363,7 @@ def test_a_submitter_without_a_gpu_submits_for_workers_with_one(city: City, monk
 
 
 def test_the_accelerator_changes_no_embedding(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[embed_stage.EmbedOptions] = []
-    monkeypatch.setattr(embed_stage, "run", lambda options, _: seen.append(options) or {"seconds": 0})
+    seen = catch_embed(monkeypatch)
     for extra in ([], [f"--accelerator={L4}"]):
         assert embed_command.main([*city.embed, *GPU, *DRY, *extra]) == 0
     plain, asked = seen

@@ -165,7 +165,7 @@ def test_peer_users_says_when_it_cannot_know() -> None:
     assert peer_users("unix:", {1}, loopback.TABLES) in (None, set())
 
 
-class Echo(grpc.GenericRpcHandler):
+class Echo(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC has no annotations
     """One method of each kind."""
 
     def service(self, handler_call_details: Any) -> Any:

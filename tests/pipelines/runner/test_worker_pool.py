@@ -1,5 +1,6 @@
 """The worker pool as a runner sees it, and the check of the package that every DoFn brings along."""
 
+import importlib.metadata
 import shutil
 import socket
 import subprocess
@@ -126,7 +127,8 @@ class Double(beam.DoFn):
 def test_every_dofn_brings_the_check_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build() -> beam.Pipeline:
         pipeline = beam.Pipeline(runner="FnApiRunner")
-        doubled = pipeline | beam.Create([1, 2]) | beam.ParDo(Double()) | beam.Map(str)
+        double = Double()  # type: ignore[no-untyped-call]  # Beam's own __init__ has no annotations
+        doubled = pipeline | beam.Create([1, 2]) | beam.ParDo(double) | beam.Map(str)
         _ = doubled | beam.io.WriteToText(str(tmp_path / "doubled"))
         guard(pipeline)
         return pipeline
@@ -144,9 +146,7 @@ def test_every_dofn_brings_the_check_along(tmp_path: Path, monkeypatch: pytest.M
 
 def test_fingerprint_ignores_a_librarys_build_but_not_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def fingerprint(torch: str) -> str:
-        monkeypatch.setattr(
-            worker_version.importlib.metadata, "version", lambda name: torch if name == "torch" else "1.0"
-        )
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: torch if name == "torch" else "1.0")
         return worker_version.package_fingerprint.__wrapped__()
 
     assert fingerprint("2.15.0+cpu") == fingerprint("2.15.0") != fingerprint("2.16.0")

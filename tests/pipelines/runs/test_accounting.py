@@ -15,11 +15,12 @@ from camenn_model.data.shard_set import ShardSet
 from pipelines.inputs.catalog import read_catalog
 from pipelines.io import files
 from pipelines.io.tables import Source
-from pipelines.runs import accounting, context, manifest
+from pipelines.runs import accounting, context
 from pipelines.shards import planning, sizes
 from pipelines.shards import stage as shards_stage
 from schemas.catalog import CATALOG
 from schemas.errors import InputError
+from schemas.manifest import LATEST, MANIFEST
 from tests.pipelines.shards.test_examples import shard_options
 from tests.support import shard_reference
 from tests.support.shard_reference import DAY, HOUR, Row, Settings
@@ -215,7 +216,7 @@ def test_a_killed_run_changes_nothing_that_is_published(
     before = read_published(city.out)
     pointer = (city.out / "latest.json").read_bytes()
     write_document = files.write_document
-    victim = manifest.MANIFEST if moment == "before the manifest" else manifest.LATEST
+    victim = MANIFEST if moment == "before the manifest" else LATEST
 
     def die(path: str, value: Any, **flags: Any) -> None:
         if path.endswith(victim):
@@ -223,7 +224,7 @@ def test_a_killed_run_changes_nothing_that_is_published(
         write_document(path, value, **flags)
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest.files, "write_document", die)
+        patch.setattr(files, "write_document", die)
         with pytest.raises(KeyboardInterrupt):
             city.build("data", "shards", rerun=True)
     assert (city.out / "latest.json").read_bytes() == pointer

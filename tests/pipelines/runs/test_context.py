@@ -22,14 +22,14 @@ from pipelines.runs.manifest import read_latest, read_run
 from schemas.errors import InputError
 
 
-class Steps(beam.PTransform):
+class Steps(beam.PTransform[Any, Any]):
     """Emits given files and counts."""
 
     def __init__(self, records: list[FileRecord], counts: list[Count]) -> None:
         super().__init__()
         self.records, self.counts = records, counts
 
-    def expand(self, pipeline: beam.Pipeline) -> dict[str, beam.PCollection]:
+    def expand(self, pipeline: beam.Pipeline) -> dict[str, beam.PCollection[Any]]:
         return {
             "files": pipeline | "F" >> beam.Create(self.records),
             "counts": pipeline | "C" >> beam.Create(self.counts),
@@ -149,7 +149,8 @@ def test_an_output_is_held_and_is_no_input(tmp_path: Path) -> None:
     with opened(tmp_path), pytest.raises(InUseError), opened(tmp_path):
         raise AssertionError("two hold it")
     for name in ("tables", "outputs"):
-        with pytest.raises(InputError, match="is also --data"), opened(tmp_path, **{name: {"--data": str(tmp_path)}}):
+        changes: dict[str, Any] = {name: {"--data": str(tmp_path)}}
+        with pytest.raises(InputError, match="is also --data"), opened(tmp_path, **changes):
             raise AssertionError("it reads what it writes")
 
 

@@ -4,6 +4,7 @@ import datetime
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,7 @@ def test_no_run_beyond_its_retention_is_kept_but_the_published_one(tmp_path: Pat
         make_run(tmp_path, run)
     for number, days in ((1, 40), (2, 10), (3, 50)):
         then = (NOW - datetime.timedelta(days=days)).isoformat(timespec="seconds")
-        edit_document(tmp_path / "published" / f"{number:08d}.json", lambda entry, then=then: entry.update(at=then))
+        edit_document(tmp_path / "published" / f"{number:08d}.json", partial(dict.update, at=then))
     age(tmp_path, 72)
     found = garbage.collect(str(tmp_path), 7, 30, dry_run=False)
     assert found["runs_kept"] == 2

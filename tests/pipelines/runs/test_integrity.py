@@ -225,7 +225,12 @@ def test_what_was_found_whole_is_remembered_until_it_changes(tmp_path: Path, mon
     path.write_bytes(bytes(integrity.REMEMBERED_BYTES))
     size, sha256 = path.stat().st_size, file_sha256(path)
     read: list[Path] = []
-    monkeypatch.setattr(integrity, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+
+    def recorded(path: Path) -> str:
+        read.append(path)
+        return file_sha256(path)
+
+    monkeypatch.setattr(integrity, "file_sha256", recorded)
     for _ in range(3):
         # As a new process knows it.
         integrity._whole.clear()

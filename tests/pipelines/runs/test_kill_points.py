@@ -56,13 +56,21 @@ def test_the_lab_notices_what_is_not_synced(tmp_path: Path, monkeypatch: pytest.
         calls.append([name, *paths, True])
 
     replace, fsync, write = os.replace, os.fsync, files.Sink.write
-    monkeypatch.setattr(os, "replace", lambda a, b: (record("rename", a, b), replace(a, b)))
-    monkeypatch.setattr(os, "fsync", lambda fd: (record("fsync", os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+
+    def replace_recorded(a: str, b: str) -> None:
+        record("rename", a, b)
+        replace(a, b)
+
+    def fsync_recorded(fd: int) -> None:
+        record("fsync", os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
 
     def write_recorded(sink: files.Sink, data: Any) -> int:
         record("write", os.readlink(f"/proc/self/fd/{sink._handle.fileno()}"))
         return write(sink, data)
 
+    monkeypatch.setattr(os, "replace", replace_recorded)
+    monkeypatch.setattr(os, "fsync", fsync_recorded)
     monkeypatch.setattr(files.Sink, "write", write_recorded)
     if forgotten == "sync_tree":
         monkeypatch.setattr(files, "sync_tree", lambda *_: None)
@@ -82,7 +90,12 @@ def test_what_is_published_is_synced_before_it_is_seen(tmp_path: Path, monkeypat
     """The run's files and folders, its manifest, its record, and only then the pointer."""
     synced: list[str] = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+
+    def fsync_recorded(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync_recorded)
     manifest = make_run(tmp_path, A)
     part = Path(manifest.listed("scores")[0])
     run = tmp_path / "runs" / A

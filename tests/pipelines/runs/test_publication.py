@@ -1,6 +1,7 @@
 """Publishing earlier runs and rolling back."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,11 @@ def test_somebody_who_writes_there_is_waited_for(tmp_path: Path) -> None:
     make_run(tmp_path, "a")
     make_run(tmp_path, "b")
     with files.single_writer(str(tmp_path)):
-        for work in (
+        works: tuple[Callable[[], object], ...] = (
             lambda: publication.rollback(str(tmp_path), None),
             lambda: publication.republish(f"{tmp_path}/runs/a", force=False, reason=None),
             lambda: garbage.collect(str(tmp_path), 1, None, dry_run=False),
-        ):
+        )
+        for work in works:
             with pytest.raises(InputError, match="another camenn process"):
                 work()

@@ -53,7 +53,7 @@ def rows_of(parts: list[Part]) -> list[dict[str, object]]:
 def test_merged_parts_hold_the_same_rows(tmp_path: Path) -> None:
     sizes = [1, 300, 256, 7, 0, 500]
     bad = [("dead", "corrupt_image", "no photo")]
-    before = [commit(tmp_path, 1000 * n, size, **({"failures": bad} if n == 4 else {})) for n, size in enumerate(sizes)]
+    before = [commit(tmp_path, 1000 * n, size, failures=bad if n == 4 else []) for n, size in enumerate(sizes)]
     expected = rows_of(before)
     merged = merge_parts(str(tmp_path), before)
     assert list_parts(str(tmp_path)) == [runs_store.read_marker(merged.path.replace(".parquet", ".json"))]

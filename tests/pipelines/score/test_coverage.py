@@ -87,9 +87,10 @@ class City:
         for name, table in tables.items():
             pq.write_table(table, data / f"{name}.parquet")
         store = write_store(data / "store", pq.read_table(data / "catalog.parquet"))
-        named = {"data": str(data), "store": str(store), "model": "MODEL", "out": "OUT", "score_date": None, "top_k": 0}
+        named: dict[str, Any] = {"data": str(data), "store": str(store), "model": "MODEL", "out": "OUT"}
+        named |= {"score_date": None, "top_k": 0}
         named |= {"audience": "auto", "timezone": "UTC", "max_reject_rate": 0.0} | flags
-        options = ScoreOptions(**named)  # type: ignore[arg-type]
+        options = ScoreOptions(**named)
         inputs = open_inputs(options)
         pairs = find_pairs(options, inputs)
         coverage = cover_night(inputs, pairs)
@@ -312,7 +313,7 @@ def test_a_bad_night_is_gated(city: City, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "reported"),
     [
         (
             both(ALL_STORES, upper("catalog", "store_id")),

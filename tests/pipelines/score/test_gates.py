@@ -136,7 +136,7 @@ def test_a_night_without_any_order_is_gated_where_some_were_due(expected: float,
 
 
 def cover(found: int, asked: int = 100, recoded: int = 0, **values: Any) -> Coverage:
-    named = {"name": "photos", "counted": "listings have a photo", "least": 0.9, "most_recoded": 0.02}
+    named: dict[str, Any] = {"name": "photos", "counted": "listings have a photo", "least": 0.9, "most_recoded": 0.02}
     return Coverage(**(named | {"found": found, "asked": asked, "recoded": recoded} | values))
 
 

@@ -1,12 +1,14 @@
 """Ids that are written otherwise in one table than in another: counted, and told with what would join them."""
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 import pytest
 
 from pipelines.score.joins import Join, Side, join_ids
 
 
-def join(left: list[str | None], right: list[str | None]) -> Join:
+def join(left: Sequence[str | None], right: Sequence[str | None]) -> Join:
     """Join two columns whose messages name them LEFT and RIGHT."""
     return join_ids(
         Side(ids=pa.array(left, pa.string()), where="LEFT"), Side(ids=pa.array(right, pa.string()), where="RIGHT")
@@ -14,7 +16,7 @@ def join(left: list[str | None], right: list[str | None]) -> Join:
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "told"),
+    ("left", "right", "reported"),
     [
         (["s1", "s2", "s3"], ["S1", "S2", "S3"], "upper and lower case made no difference"),
         (["s1 ", "s2"], ["s1", " s2"], "blanks around them made no difference"),

@@ -40,9 +40,10 @@ class Given:
 def tile_step(logits: np.ndarray, top_k: int, pairs: set[tuple[int, int]] | None) -> ScoreTile:
     """The step as its `setup` leaves it. `pairs`: the candidates."""
     rows, items = logits.shape
-    step = ScoreTile(SimpleNamespace(top_k=top_k))  # type: ignore[arg-type]
+    job: Any = SimpleNamespace(top_k=top_k)
+    step: Any = ScoreTile(job)  # what it has is stood in for
     number = SimpleNamespace(encode=lambda values: (values, np.zeros(values.shape, dtype=np.int64)))
-    step.package = SimpleNamespace(  # type: ignore[assignment]
+    step.package = SimpleNamespace(
         space=SimpleNamespace(numbers=dict.fromkeys(COUNTS, number)), calibration=CALIBRATION
     )
     table: Any = type(
@@ -50,17 +51,18 @@ def tile_step(logits: np.ndarray, top_k: int, pairs: set[tuple[int, int]] | None
     )
     step.table = table()
     step.scorer = Given(logits)
-    step.attributes = SimpleNamespace(subcategory=np.zeros(items), brand=np.zeros(items))  # type: ignore[assignment]
+    step.attributes = SimpleNamespace(subcategory=np.zeros(items), brand=np.zeros(items))
     columns = {name: np.zeros((1, 1), dtype=np.float32) for name in COUNTS}
-    step.snapshot = SimpleNamespace(tile=lambda *_: columns)  # type: ignore[assignment]
-    step.audience = SimpleNamespace(  # type: ignore[assignment]
+    step.snapshot = SimpleNamespace(tile=lambda *_: columns)
+    step.audience = SimpleNamespace(
         user=np.zeros(rows), store=np.zeros(rows), batch=lambda wanted: (np.arange(rows)[wanted], None)
     )
     # As `camenn score` writes them: by audience row, then by item row.
     step.candidates = None if pairs is None else np.array([a * items + i for a, i in sorted(pairs)], dtype=np.int64)
     step.latest = None
-    step.progress = SimpleNamespace(add=lambda _: None)  # type: ignore[assignment]
-    return step
+    step.progress = SimpleNamespace(add=lambda _: None)
+    found: ScoreTile = step
+    return found
 
 
 @settings(deadline=None, max_examples=150)

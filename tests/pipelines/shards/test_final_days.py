@@ -300,7 +300,7 @@ def test_days_are_kept_up_to_the_first_that_may_change(late: int, after: int, mo
     monkeypatch.setattr(Manifest, "check", lambda *_: None)
     before = start_of("2024-01-05") + after
     dates = [f"2024-01-{day:02d}" for day in range(1, 8)]
-    settings = {"history": 5}
+    settings: dict[str, object] = {"history": 5}
     manifest = Manifest(
         stage="shards", run="r", options=settings | {"days": {"as_of": before, "features": FEATURES_VERSION}}
     )

@@ -93,7 +93,7 @@ def outcome(out: Path) -> dict[str, Any]:
     """Everything that a shard set says of the logs."""
     manifest = read_latest(str(out))
     assert manifest is not None
-    examples = Nights.rows(type("Shards", (), {"root": out.parent})(), out.name)  # type: ignore[arg-type]
+    examples = Nights.rows(type("Shards", (), {"root": out.parent})(), out.name)
     rejects = sorted(tuple(row.values()) for row in read_rejects(manifest.records("rejects"), 10_000))
     return {
         "examples": examples,

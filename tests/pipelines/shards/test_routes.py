@@ -22,6 +22,7 @@ from camenn_model.training import fit_counts
 from camenn_model.training.corpus import TrainOptions
 from camenn_model.training.train import train
 from pipelines.embed import stage as embed_stage
+from pipelines.embed.options import EmbedOptions
 from pipelines.features.time_index import DAY_US
 from pipelines.inputs import contents
 from pipelines.runs import store as runs_store
@@ -75,7 +76,7 @@ class City:
         # More features than listings: directions that few listings tell are where an order of sums shows.
         image, text = stub_specs((1, 96), (6, 64))
         embed_stage.run(
-            embed_stage.EmbedOptions(
+            EmbedOptions(
                 data=data,
                 store=str(self.root / route / "store"),
                 image_root=data,
