@@ -63,7 +63,7 @@ RESERVED = frozenset(
     for name in (USER_HASH, *(column.name for column in (*AUDIENCE_COUNTS, *PAIR_COUNTS)))
     if name.startswith("user_")
 )
-"""Columns that a users table cannot have: with `user_` before them they are features already."""
+"""Columns that a users table cannot have: prefixed with `user_` they are features already."""
 
 
 def as_category(source: Source, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -111,7 +111,7 @@ def read_users(data: str) -> tuple[pa.Table, Source | None]:
 def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | None]:
     """Read the IANA zone of each store.
 
-    The stores are those that the table `stores` names.
+    The stores are those of the table `stores`.
 
     Raises:
         InputError: a zone, or the default, is not in the time zone database, or a store_id is null,

@@ -36,14 +36,14 @@ class Plan:
     clicks: Source
     orders: Source
     logs: dict[str, LogPlan]
-    """What is read of both"""
+    """The plans of both logs"""
     user_buckets: int
     item_rows: int
-    """About so many rows go from users to listings"""
+    """Approximate number of rows that go from users to listings"""
     items_path: str
     as_of: int
     latest: int
-    """Events after it cannot be"""
+    """Events after it are impossible"""
     window: int
     splits: SplitTimes
     timezones: dict[str, str]
@@ -52,7 +52,7 @@ class Plan:
     day_cuts: np.ndarray
     """See `cut_long_days`"""
     scratch: str | None = None
-    """Where shuffles lie, on the local runner (pipelines/io/shuffle.py)"""
+    """Directory of spilled partitions, on the local runner (pipelines/io/shuffle.py)"""
 
 
 def check_flags(options: ShardOptions) -> None:
