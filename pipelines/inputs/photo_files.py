@@ -272,7 +272,7 @@ def read_photo(path: str, within: str | None = None) -> bytes:
                 "outside_root", f"column 'image_uri': {path} leads out of {within}. Move the photo into it."
             )
         pieces, left = [], LIMITS.bytes + 1
-        # Whatever the file says of its size: it may grow meanwhile, and some of the kernel's have no end.
+        # The size of the open file is not trusted: it may grow meanwhile, and some of the kernel's files have no end.
         while left and (piece := os.read(descriptor, min(_READ, left))):
             pieces.append(piece)
             left -= len(piece)

@@ -202,7 +202,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
                 ) from error
             # Pillow's own message contains a memory address, which differs in every run.
             cause = "its header is broken or of a rare kind"
-        # A WebP is read in one piece; it says how long it is.
+        # A WebP is read in one piece; its header gives its length.
         cut = data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")
         raise _name_damage(cause, cut or tape.short) from error
 

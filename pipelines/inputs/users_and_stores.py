@@ -70,7 +70,7 @@ def as_category(source: Source, name: str, column: pa.ChunkedArray) -> pa.Chunke
     """Cast a column to strings.
 
     Raises:
-        InputError: it is no category (a list, say).
+        InputError: it is no category (a list, for example).
     """
     try:
         return column.cast(pa.string())
@@ -89,8 +89,8 @@ def read_users(data: str) -> tuple[pa.Table, Source | None]:
     is returned.
 
     Raises:
-        InputError: a null, blank or repeated user_id, or a column that is no category (a list, say)
-            or has the name of a feature.
+        InputError: a null, blank or repeated user_id, or a column that is no category (a list, for
+            example) or has the name of a feature.
     """
     source = _find_optional(data, USERS)
     if source is None:

@@ -124,7 +124,7 @@ def _words(row: dict[str, Any]) -> list[tuple[str, str]]:
     if row["mismatch_percentile"] is not None:
         facts.append(("fits better than", f"{1 - row['mismatch_percentile']:.0%} of listings"))
     if row["flags"]:
-        facts.append(("to mend", ", ".join(FLAG_WORDS.get(flag, flag) for flag in row["flags"])))
+        facts.append(("to fix", ", ".join(FLAG_WORDS.get(flag, flag) for flag in row["flags"])))
         facts.append(("orders lost", f"{row['lost_orders']:.1f}"))
     return facts
 

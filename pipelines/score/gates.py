@@ -75,7 +75,7 @@ class Coverage:
 
 @dataclass(frozen=True, kw_only=True)
 class Night:
-    """The figures of a night's scores that later nights compare with."""
+    """The figures of a night that later nights compare with."""
 
     listings: int
     audience_rows: int

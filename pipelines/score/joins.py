@@ -1,4 +1,4 @@
-"""Check that two tables write their joining ids the same way.
+"""Check that two tables write ids the same way.
 
 Where they do not, the module finds the change of form that makes them equal.
 """
@@ -86,7 +86,7 @@ def join_ids(left: Side, right: Side) -> Join:
 
 @dataclass(frozen=True, kw_only=True)
 class _Change:
-    """A change of form, and the ids that it makes equal."""
+    """A change of form and the ids made equal."""
 
     words: str
     same: pa.Array
@@ -135,7 +135,7 @@ def _forms(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.
 
 
 def _affixes(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.Array]]:
-    """Yield both ids without an affix that one side always has.
+    """Yield both ids without one side's common affix.
 
     Yields (words, lost ids, known ids), with the prefix or suffix that all ids of one side share
     removed.

@@ -4,7 +4,7 @@ The user pass makes sessions, labels, user and pair features, and histories. The
 the listing's counts. The module also joins their results.
 
 The user pass makes complete rows except for the listing's counts, and these rows go straight to
-their day. Only `QUERIES`, a few bytes of each, are shuffled by listing, and the counts are joined
+their day. Only `_QUERIES`, a few bytes of each, are shuffled by listing, and the counts are joined
 to the rows by row number. Until then listings are codes, not ids. All functions are pure, from
 table to table.
 """
@@ -352,7 +352,7 @@ def finish_examples(examples: pa.Table, counts: pa.Table, item_ids: pa.Array) ->
 
 
 def cut_long_days(clicked_at: np.ndarray, rows: int) -> np.ndarray:
-    """Find the times at which days of very many clicks are cut.
+    """Find the times at which large days are cut.
 
     Pieces are cut by time, not by users. One after another they are the day in order, however many
     there are.

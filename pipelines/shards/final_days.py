@@ -135,7 +135,7 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
 def sample_days(
     contract: Contract, slices: Iterable[Slice], latest: int, known: dict[str, list[int]] | None = None
 ) -> dict[str, list[int]]:
-    """Take a bottom-k sample of each day of the click log.
+    """Take a bottom-k sample of each day's clicks.
 
     The sample (KMV) holds the `SAMPLE_SIZE` smallest of the numbers, uint64, of the day's clicks.
     Late clicks hardly change it.

@@ -83,7 +83,7 @@ class RowGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class LogPlan:
-    """The row groups of one log to read and those kept."""
+    """The row groups of a log, read or kept."""
 
     contract: Contract
     groups: dict[str, RowGroup] = field(default_factory=dict)
@@ -349,7 +349,7 @@ def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table)
 
 @dataclass(frozen=True, kw_only=True)
 class KeptRows:
-    """The facts about one log's kept rows for the user pass.
+    """The user pass's facts about a log's kept rows.
 
     The object is serialized to workers.
     """

@@ -56,7 +56,10 @@ Day = tuple[str, int]
 
 
 def cut_days(table: pa.Table, day_cuts: np.ndarray) -> Iterator[tuple[Day, pa.Table]]:
-    """Cut rows by the day, or piece of a day, of `session_start`."""
+    """Cut rows by day, or piece of a day.
+
+    The rows have `session_start`.
+    """
     if not table.num_rows:
         return
     start = table["session_start"].cast(pa.int64()).to_numpy()

@@ -59,7 +59,7 @@ def train_in_processes(count: int, argv: list[str]) -> None:
             for process in started:
                 process.wait()
     if code == USER_ERROR:
-        raise InputError("a training process ended with what it says above.")
+        raise InputError("a training process ended with the error above.")
     if code == GATES_FAILED:
         raise GatesFailed("the trained model, for the reason that stands above")
     if code:

@@ -94,7 +94,7 @@ def test_fit_platt_never_turns_the_ranks() -> None:
     labels, logits = sample(-1.0, 0.0)
     found = fit_platt(labels, logits)
     assert (found.slope, found.intercept) == (1.0, 0.0)
-    assert "turn the ranks" in found.reason
+    assert "reverse the ranks" in found.reason
 
 
 def test_fit_platt_of_equal_logits_meets_the_base_rate() -> None:

@@ -478,7 +478,7 @@ def test_details_and_store_figures_equal_plain_means(work: Path) -> None:
         known = quality_rows.set_index("item_id").loc[item_id]
         facts = dict(detail.facts)
         assert facts["title belongs to photo"] == f"{known['ita']:.2f}"
-        assert ("to mend" in facts) == (len(known["flags"]) > 0)
+        assert ("to fix" in facts) == (len(known["flags"]) > 0)
     figures = store_figures(found, digest_scores(manifest, with_stores=True), ["s001", "s003"])
     marked = set(quality_rows[quality_rows["flags"].map(len) > 0]["item_id"])
     for store_id, one in figures.items():
