@@ -648,7 +648,7 @@ def test_tables_of_made_up_results(tmp_path: Path, capsys: pytest.CaptureFixture
         reported["no dead expert in any run"]["figure"]
         == "least mean gate weight 0.3000, city0-no_alignment-0 of 24 runs"
     )
-    assert "(0.450 to 0.600), 0.5 is asked for" in reported["content efficiency ≥ 0.65"]["figure"], "by their mean"
+    assert "(0.450 to 0.600), 0.5 is required" in reported["content efficiency ≥ 0.65"]["figure"], "by their mean"
     text = (tmp_path / "quality.md").read_text()
     assert "| no_alignment, states by a fitted map | 0.500" in text
     assert "| no_ids | 0.7400 | 0.7410 | 0.7420 |" in text, "seed by seed"
