@@ -1,4 +1,4 @@
-"""The reference in docs/ is what the schemas and parsers say, and the README speaks of things that exist."""
+"""The reference in docs/ equals the schemas and parsers, and the README mentions only things that exist."""
 
 import re
 from pathlib import Path

@@ -69,7 +69,7 @@ def test_score_tile_equals_the_plain_forward(
 def test_score_tile_computes_only_chosen_experts() -> None:
     config = tiny_config(experts=4, top_k=1)
     model = woken(config)
-    with torch.no_grad():  # a gate that looks at items alone and is sure of itself
+    with torch.no_grad():  # a gate that depends on items alone, with large margins
         model.cvr_gate.weights[0].weight.mul_(50)
         model.cvr_gate.weights[1].weight.zero_()
     batch = grid_batch(config, 8, 3, 4, seed=1)

@@ -264,7 +264,7 @@ def test_flagged_listings_come_by_lost_orders_with_flag_counts(work: Path) -> No
     assert frame["lost_orders"].is_monotonic_decreasing and frame["lost_orders"].nunique() > 1
     for _, alike in frame.groupby("lost_orders"):
         assert alike["mismatch"].is_monotonic_decreasing
-    # That a photo is not there is known to whoever left it out.
+    # A missing photo is known to whoever left it out, so it is not listed.
     assert all("mismatch" in flags for flags in frame["flags"])
     cards = flagged_cards(
         frame, lambda item_id, note, good: Card(item=Item(item_id=item_id), photo=Photo(), note=note, good=good)
