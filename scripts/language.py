@@ -51,7 +51,7 @@ def find_faults(text: str) -> list[str]:
 
 
 def find_files(place: Path) -> list[Path]:
-    """Return the Python files of a folder, or one given file.
+    """Return a folder's Python files, or one given file.
 
     Raises:
         FileNotFoundError: there is none, so that a wrong name does not pass for a clean folder.
