@@ -1,10 +1,10 @@
 """LightGBM on the same as-of features, as a baseline.
 
-It is what a team would use otherwise: the same as-of features, the same parts of the log, the same
+It is a common alternative, on the same as-of features and the same parts of the log, with the same
 metrics.
 
-Reads a shard set and a trained package. Writes the package's metrics with `baselines.lightgbm`
-added. Needs the extra `baselines`.
+The command reads a shard set and a trained package, and writes the package's metrics with
+`baselines.lightgbm` added. It needs the extra `baselines`.
 """
 
 import argparse
@@ -49,8 +49,8 @@ ROUNDS, PATIENCE = 2_000, 50
 def feature_frame(rows: Rows, table: ItemTable, space: FeatureSpace, *, ids: bool = False) -> pd.DataFrame:
     """Return every scalar that CameNN reads of an example.
 
-    The columns are codes and normalised values. Missing numbers are NaN. Hashed ids are there only
-    where asked for, as trees overfit them.
+    The columns are codes and normalised values. Missing numbers are NaN. Hashed ids are included
+    only on request, as trees overfit them.
     """
     sizes = {field.name: field.size for field in space.fields}
     item_names = [field.name for field in space.fields if field.group == "item"]

@@ -1,6 +1,6 @@
 """The contract between the loader and the model.
 
-It says what a batch holds, tensor by tensor.
+It specifies a batch tensor by tensor.
 
 Shapes: I unique items, S unique audience rows (a session, or a row of the audience table), G unique
 items that occur in histories, B pairs, A alignment pairs, C items of the contrastive loss, T text
@@ -101,8 +101,8 @@ class AudienceBatch(_Tensors):
 class PairBatch(_Tensors):
     """B examples, each a pair of item and audience row.
 
-    They tell which item was shown to which audience row, and what came of it. ``position`` matters
-    in training only: in eval mode the model takes every position as unknown.
+    A pair is an item shown to an audience row, with the outcome. ``position`` matters in training
+    only: in eval mode the model takes every position as unknown.
     """
 
     item: Tensor  # [B] int64, row of ItemBatch
@@ -133,7 +133,7 @@ class AlignmentPairs(_Tensors):
     Both are rows of the same ItemBatch. Both modalities must be present.
 
     ITA keeps the image and draws the text, TIA keeps the text and draws the image. The loader
-    draws, the label says whether they belong together.
+    draws, and the label records whether they belong together.
     """
 
     image_of: Tensor  # [A] int64, the row that lends its photo
@@ -148,11 +148,11 @@ class AlignmentPairs(_Tensors):
 class AlignmentBatch(_Tensors):
     """One step of the alignment tasks.
 
-    Fields of ``items`` (cats, values, buckets) are not looked at: any width will do.
+    Fields of ``items`` (cats, values, buckets) are not read: any width is accepted.
 
     ``index`` names C distinct items for the contrastive loss and ``group`` their product (equal =
-    same product, never taken as each other's negatives). Items of ``index`` that lack a modality
-    are left out by the model.
+    same product, never used as each other's negatives). Items of ``index`` that lack a modality are
+    left out by the model.
     """
 
     items: ItemBatch  # unique contents, of training listings only
@@ -165,8 +165,8 @@ class AlignmentBatch(_Tensors):
 def check_batch(batch: Batch, config: ModelConfig) -> None:
     """Check that a batch fits the config.
 
-    For loaders and tests. It looks at shapes, dtypes and index ranges: a full read of the integer
-    tensors, so not for every step.
+    It is meant for loaders and tests. It checks shapes, dtypes and index ranges, which reads all
+    integer tensors, so it is too slow for every step.
 
     Raises:
         ValueError: a batch does not fit. Names tensor, shape and dtype.

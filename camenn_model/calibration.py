@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 class PlattScaling:
     """Slope and intercept, float64.
 
-    ``reason`` tells why nothing was fitted (then the identity), else it is empty.
+    ``reason`` explains why nothing was fitted (then the identity), else it is empty.
     """
 
     slope: float = 1.0
@@ -47,9 +47,9 @@ def fit_platt(labels: ArrayLike, logits: ArrayLike, *, tolerance: float = 1e-10,
 
     Targets are Platt's smoothed ones, (n₊ + 1) / (n₊ + 2) and 1 / (n₋ + 2), so that a separable
     sample has a finite answer (Platt 1999; Lin, Lin, Weng 2007). With one class only, or fewer than
-    two distinct logits, or where the best slope is not positive (ranks must not turn), the identity
-    comes back with its ``reason``. A constant logit and both classes give slope 1 and the intercept
-    that meets the base rate.
+    two distinct logits, or where the best slope is not positive (ranks must not be reversed), the
+    identity is returned with its ``reason``. A constant logit and both classes give slope 1 and the
+    intercept that meets the base rate.
 
     Raises:
         ValueError: logits that are not finite.
@@ -92,7 +92,7 @@ def fit_platt(labels: ArrayLike, logits: ArrayLike, *, tolerance: float = 1e-10,
         value = loss(w)
     slope, intercept = float(w[0] / spread), float(w[1] - w[0] * centre / spread)
     if slope <= 0.0:
-        reason = f"the best slope, {slope:.4g}, is not positive: it would turn the ranks"
+        reason = f"the best slope, {slope:.4g}, is not positive: it would reverse the ranks"
         return PlattScaling(reason=reason, examples=len(y), positives=positives)
     return PlattScaling(slope=slope, intercept=intercept, examples=len(y), positives=positives)
 

@@ -24,7 +24,8 @@ SUBCATEGORY = "subcategory"
 USER_HASH = "user_hash"
 """Name of the field in group ``audience`` that holds the hashed user id (id dropout applies)."""
 STORE = "store"
-"""Name of the field in group ``audience`` that holds the store. Clicks are compared with what the same store sells."""
+"""Name of the field in group ``audience`` that holds the store. Clicks are compared with other
+items of the same store."""
 
 GROUP_KINDS: dict[str, Kind] = {
     "item": "categorical",
@@ -264,8 +265,8 @@ class LossConfig:
 
     ``alignment``: w of the mean of the ITA and TIA losses, which ``ita`` and ``tia`` multiply.
     ``contrastive``: w_c. They are used by ``fixed`` weighting only. ``uncertainty`` learns them.
-    ``choice`` (of the clicked item; 0 = clicks teach no tastes), ``balance`` and ``z`` are added as
-    they are under either.
+    ``choice`` (of the clicked item; 0 = clicks train no preferences), ``balance`` and ``z`` are
+    added unscaled under either.
     """
 
     weighting: Weighting = "fixed"

@@ -1,4 +1,4 @@
-"""Hash ids, contents and titles, alike on every machine."""
+"""Hash ids, contents and titles, identically on every machine."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 They are computed as files are written, and compared where they are opened.
 
-A file's SHA-256 stands in the manifest or commit marker that vouches for it. JSON files that vouch
-for others carry a checksum of their own. A large file is read for its checksum once a machine and
-week: that it was whole is remembered under `CAMENN_CACHE` by device, inode, size and times, which
-every change through the file system moves.
+A file's SHA-256 stands in the manifest or commit marker that lists it. JSON files that list others
+carry a checksum of their own. A large file's checksum is verified once a week on each machine: the
+result is cached under `CAMENN_CACHE` by device, inode, size and times, which every change through
+the file system alters.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from schemas.errors import InputError
 CHECKSUM = "checksum"
 """Key of a JSON document's own checksum"""
 REMEMBERED_BYTES = 2**20
-"""Smaller files are read for their checksum in every run."""
+"""The checksum of smaller files is verified in every run."""
 REMEMBERED_S = 7 * 86_400.0
-"""After a week a large file is read for its checksum again: disks forget without telling the file system."""
+"""After a week a large file's checksum is verified again: disks lose data without reporting it to the file system."""
 _BLOCK = 2**20
 _THREADS = 4
 
@@ -35,9 +35,9 @@ _whole: set[tuple[tuple[int, ...], str]] = set()
 
 
 class DamagedError(InputError):
-    """A file that is not what camenn wrote.
+    """A file that differs from the one that camenn wrote.
 
-    It is lost, cut, or has other bytes.
+    It is lost, truncated, or has other bytes.
     """
 
 
@@ -60,7 +60,7 @@ def check_file(path: str | Path, size: int, sha256: str, remedy: str) -> None:
 
     Args:
         path: of the file.
-        size: bytes that its manifest or marker says.
+        size: bytes according to its manifest or marker.
         sha256: 64 hex digits, or '' where an earlier version of camenn wrote none. Then only the
             size is compared.
         remedy: sentence that says what to run again.
@@ -108,7 +108,7 @@ def check_files(entries: Iterable[tuple[str, int, str]], remedy: str) -> None:
 
 
 def cache_directory() -> Path:
-    """Return the directory of what this machine remembers."""
+    """Return the directory of this machine's cached results."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(os.environ.get("CAMENN_CACHE") or os.path.join(base, "camenn"))
 
@@ -123,12 +123,12 @@ def _is_remembered(memory: Path) -> bool:
         age = time.time() - memory.stat().st_mtime
     except OSError:
         return False
-    # A clock that was set back makes ages negative: then nothing is known.
+    # A clock that was set back makes ages negative: then the cache is ignored.
     return 0 <= age < REMEMBERED_S
 
 
 def _remember(memory: Path) -> None:
-    # Without a place to remember, files are read again: slower, never wrong.
+    # Without a cache directory, files are read again: slower, never wrong.
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
         memory.touch()
@@ -137,7 +137,7 @@ def _remember(memory: Path) -> None:
 
 @functools.cache
 def _forget_old(directory: Path) -> None:
-    # Once a process.
+    # Once per process.
     now = time.time()
     for entry in os.scandir(directory):
         if now - entry.stat().st_mtime > REMEMBERED_S:
@@ -167,14 +167,14 @@ def parse_document(data: bytes, path: str | Path, fields: Collection[str], remed
     The checksum is left out of what is returned.
 
     Args:
-        data: what the file holds.
+        data: the file's contents.
         path: of the file, for the message.
-        fields: every key that such a document may have. Documents of before had no checksum: those
-            are known by their keys.
+        fields: every key that such a document may have. Older documents have no checksum, and are
+            recognized by their keys.
         remedy: sentence that says what to do.
 
     Raises:
-        DamagedError: it is no JSON object, has another key, or is not what was written.
+        DamagedError: it is no JSON object, has another key, or differs from what was written.
     """
     try:
         value = json.loads(data)

@@ -1,9 +1,9 @@
 """Checkpoints and packages: safetensors and JSON, never pickle.
 
 MODEL/runs/RUN/model.safetensors      averaged weights of the best evaluation
-MODEL/runs/RUN/likeness.safetensors   which directions tell what is alike
+MODEL/runs/RUN/likeness.safetensors   directions of the listings' similarity
                                       (features.json has the other features)
-MODEL/runs/RUN/agreement.safetensors  what tells whether photo and title belong together
+MODEL/runs/RUN/agreement.safetensors  regression for whether photo and title belong together
 MODEL/runs/RUN/config.json features.json calibration.json metrics.json curves.csv
 MODEL/checkpoints/*.safetensors       where a killed training goes on
                                       (removed when the package is written)
@@ -32,12 +32,12 @@ VERSIONED = (
     "agreement.safetensors",
     "calibration.json",
 )
-"""Files that what a model says depends on"""
+"""Files that a model's predictions depend on"""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A trained model with all that scoring needs."""
+    """A trained model with everything that scoring needs."""
 
     directory: Path
     config: ModelConfig
@@ -58,7 +58,7 @@ class Package:
     def version(self) -> str:
         """Return 16 hex digits that identify the package.
 
-        They are over all that predictions and judgements depend on.
+        They hash everything that predictions and judgements depend on.
         """
         digest = hashlib.sha256()
         for name in VERSIONED:
@@ -91,7 +91,7 @@ def open_package(root: str) -> Package:
     """Open the published package of `camenn train --out ROOT`.
 
     Raises:
-        InputError: nothing is published there, or something else than a model.
+        InputError: nothing is published there, or another stage's output.
     """
     latest = read_published(root, "train", "--model")
     return read_package(Path(root) / RUNS / latest["run"])

@@ -54,7 +54,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def check_table_files(root: Path, manifest: dict[str, Any], table: str | None, remedy: str) -> None:
     """Check a table's files, or those of all tables.
 
-    They must be what was written.
+    They must equal what was written.
 
     Raises:
         DamagedError: see `camenn_model.integrity.check_file`.

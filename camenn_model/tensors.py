@@ -15,12 +15,12 @@ from torch import Tensor
 from camenn_model.integrity import DamagedError
 
 _HEADER = "camenn.document"
-"""Key of a safetensors header: metadata, and the checksum of it and of the tensors, as JSON. One
-key, as several come in another order each time
+"""Key of a safetensors header: metadata, and the checksum of it and of the tensors, as JSON. It is
+one key, as the order of several is not reproducible
 """
 _METADATA_OF_BEFORE = "camenn"
 """Key of the metadata alone, without a checksum, as earlier versions of camenn wrote it"""
-_REMEDY = "Remove it and run `camenn train` again: a training that goes on from it begins anew."
+_REMEDY = "Remove it and run `camenn train` again: a training that would resume from it starts again."
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
@@ -37,16 +37,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     with open(temporary, "wb") as handle:
         mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
     save_file(own, temporary, metadata=header)
-    # safetensors lets nobody else read what it writes, whatever the umask: others may score with
-    # the model as well as read the scores.
+    # safetensors makes its files readable by their owner alone, whatever the umask: others who may
+    # read the scores may also score with the model.
     os.chmod(temporary, mode)
     os.replace(temporary, path)
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when another file takes a path.
+    """Return the identity of a path's file.
 
-    None where there is none.
+    It changes when another file takes the path. It is None where there is no file.
     """
     try:
         status = path.stat()
@@ -86,7 +86,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         _HEADER not in header or given.get("sha256") == _digest(tensors, metadata)
     )
     if not whole and _identity(path) != before:
-        # safetensors opens a file twice, and a training that runs has put a new one in its place between.
+        # safetensors opens a file twice, and a running training has replaced it in between.
         return load_tensors(path)
     if not whole:
         raise DamagedError(f"{path}: is not what was written (its checksum differs). {_REMEDY}")

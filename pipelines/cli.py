@@ -35,14 +35,14 @@ def usage() -> str:
     return (
         "usage: camenn COMMAND [flags]\n\nMultimodal conversion prediction for intra-city retail.\n\ncommands:\n"
         + "\n".join(lines)
-        + "\n\ncamenn COMMAND --help tells a command's flags."
+        + "\n\ncamenn COMMAND --help lists a command's flags."
     )
 
 
 class _QuietImport(logging.Filter):
     """A filter for Beam's message about absent client libraries.
 
-    Beam says on import that Google's client libraries are absent, which is how most users want it.
+    Beam warns on import that Google's client libraries are absent, which most users intend.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     # Each worker process warns that it has no directory for user-registered coders; there are none.
     logging.getLogger("apache_beam.runners.portability.local_job_service").setLevel(logging.ERROR)
     # Threads that spin while they wait make two threads on two busy cores thirty times slower than
-    # one (measured: 6 against 208 examples/s).
-    # It must be said before any library that brings OpenMP is loaded.
+    # one (measured: 6 against 208 examples/s). It must be set before any library that brings OpenMP
+    # is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return run_main(importlib.import_module(COMMANDS[argv[0]][0]).main, argv[1:])
 
@@ -87,9 +87,9 @@ def console() -> NoReturn:
     The process ends with that code whatever its threads are doing.
 
     A pipeline that failed leaves threads of Beam's behind, some of them inside Arrow. A thread that
-    asks for Python's lock while the interpreter is taken apart is ended in the middle of C++ code,
-    and that aborts the process with exit code 134 (apache/arrow#45017). So it is not taken apart:
-    what was registered to be done at the end is done, this last.
+    requests Python's lock during interpreter finalization is ended in the middle of C++ code, and
+    that aborts the process with exit code 134 (apache/arrow#45017). So the interpreter is not
+    finalized: the registered exit handlers run, then the process exits.
     """
     code: int = ExitCode.UNEXPECTED_ERROR  # of an exception that nothing catches
 
@@ -108,11 +108,11 @@ def console() -> NoReturn:
     try:
         code = main()
     except SystemExit as ended:
-        # argparse's are numbers; a text would be printed by the interpreter, with exit code 1
+        # argparse's codes are numbers; the interpreter would print a text and exit with code 1
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
     except BrokenPipeError:
-        # Whoever read the output has seen enough, as `head` has: nothing to tell, and nobody to tell it to.
+        # The reader of the output closed it, as `head` does: there is nothing to report and no one to read it.
         code = ExitCode.BROKEN_PIPE
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for what the libraries still print until the end
     except KeyboardInterrupt:

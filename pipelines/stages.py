@@ -1,10 +1,9 @@
 """The registry of stages.
 
-It tells what each is called, where its command is, and where its output lies in a working
-directory.
+It has each stage's name, command module and output folder in a working directory.
 
-Stages meet by name only. Whoever runs, shows or repeats one looks it up here, and imports its
-module when it is needed.
+Stages refer to each other by name only. Code that runs, shows or repeats one looks it up here, and
+imports its module when needed.
 """
 
 import importlib
@@ -14,7 +13,7 @@ from types import ModuleType
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of the way from tables to scores.
+    """One stage between tables and scores.
 
     `command`: module with `build_parser` and `main`.
     """
@@ -22,9 +21,9 @@ class Stage:
     name: str
     command: str
     summary: str
-    """For `camenn --help`"""
+    """Its line in `camenn --help`"""
     title: str
-    """For people, as in the report"""
+    """Its display name, as in the report"""
     folder: str
     """Its output in a working directory"""
     on_beam: bool = True

@@ -1,6 +1,6 @@
 """Audience rows to be scored.
 
-They say who is scored, and optionally the pairs of audience row and item.
+The tables name the users and contexts to score, and optionally the pairs of audience row and item.
 """
 
 import pyarrow as pa

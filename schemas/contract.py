@@ -1,11 +1,11 @@
-"""Contracts of tables, and how files are held to them.
+"""Contracts of tables, and checks of files against them.
 
 A `Contract` is a named pyarrow schema with its key and its optional columns. `conform` casts what
 can be cast without loss (integer ids to strings, zoned times to UTC, int32 to int64, float32 to
 float64, ...), numbers to float32 where the model reads no more, and raises `InputError`, naming
-file, column and remedy, for anything else. A blank text (empty, or nothing but white space) is a
-missing one, of every column of a contract. Other texts stay as they are, white space around them
-included.
+file, column and remedy, for anything else. A blank text (empty, or only white space) counts as
+missing, in every column of a contract. Other texts stay unchanged, including white space around
+them.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from schemas.errors import InputError
 TIMESTAMP = pa.timestamp("us")
 """Every time in every table: microseconds, UTC, written without a zone."""
 SCHEMA_VERSION = 1
-"""Raised when a published table changes in a way that old readers cannot follow. Written into every manifest."""
+"""Raised by one whenever a published table changes incompatibly for old readers. Written into every manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """A table's promise.
+    """The contract of a table.
 
-    It has columns, the key that identifies a row, and whether columns beyond these are read.
+    It has columns, the key that identifies a row, and whether further columns are read.
     """
 
     name: str
@@ -67,8 +67,8 @@ class Contract:
     def fingerprint(self) -> str:
         """Return a fingerprint of the columns.
 
-        It is the first 16 hex digits of the sha256 of names, types and nullability: two equal ones
-        can read each other's files.
+        It is the first 16 hex digits of the sha256 of names, types and nullability: contracts with
+        equal fingerprints can read each other's files.
         """
         text = "\n".join(f"{f.name}:{f.type}:{f.nullable}" for f in self.schema)
         return hashlib.sha256(f"{self.name}\n{text}".encode()).hexdigest()[:16]
@@ -103,7 +103,7 @@ def cast_without_loss(array: pa.ChunkedArray, target: pa.DataType) -> pa.Chunked
         # The stored instant is UTC already. Dropping the zone keeps the instant.
         array = array.cast(pa.timestamp(source.unit, tz="UTC")).cast(pa.timestamp(source.unit))
     if (pa.types.is_floating(source) or pa.types.is_integer(source)) and str(target) == "float":
-        # A float32 is what the model reads. How a price is written must not tell whether its last digits are lost.
+        # The model reads float32: numbers of every type are rounded to it, rather than rejected for their last digits.
         return array.cast(target, safe=False)
     return array.cast(target)
 
@@ -121,8 +121,8 @@ def without_dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def find_not_utf8(column: pa.ChunkedArray) -> pa.BooleanArray | None:
     """Find the rows whose text is not UTF-8, bool [n].
 
-    Arrow writes and reads such texts as they are and fails, without a row, where the first of them
-    becomes a Python string. None where there are none, or where the column is no text.
+    Arrow writes and reads such texts unchanged and fails, without naming a row, where the first of
+    them becomes a Python string. None where there are none, or where the column is no text.
     """
     column = without_dictionary(column)
     if not is_text(column.type):
@@ -146,7 +146,7 @@ def _is_utf8(value: bytes | None) -> bool:
 def blank_to_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a string column with null for blank texts.
 
-    These are empty or nothing but white space.
+    These are empty or only white space.
     """
     try:
         blank = pc.utf8_is_space(column)
@@ -163,7 +163,7 @@ def conform(table: pa.Table, contract: Contract, file: str) -> pa.Table:
 
     Nulls in required columns are left in place, and so are texts that are not UTF-8: the stages
     turn such rows into rejects. Blank texts become null. Columns beyond the contract are dropped
-    unless `contract.extra_columns`, in which case they follow as they are.
+    unless `contract.extra_columns`, in which case they follow unchanged.
 
     Raises:
         InputError: two columns share a name, a required one is missing, or a column's type does not
@@ -208,10 +208,10 @@ def conform(table: pa.Table, contract: Contract, file: str) -> pa.Table:
 
 
 def check_output(table: pa.Table, contract: Contract) -> pa.Table:
-    """Hold an output table to its contract exactly.
+    """Check that an output table meets its contract exactly.
 
-    The table is about to be written. It must have the same columns, the same types, and no nulls
-    where none may be.
+    It is called before writing. The table must have the same columns, the same types, and no nulls
+    in required columns.
 
     Raises:
         InputError: naming the table, the column and the first offending key (a bug in a stage, not in

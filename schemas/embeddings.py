@@ -1,7 +1,7 @@
 """The embedding store.
 
-It has one row per distinct photo or title under one encoder fingerprint, and what the catalog
-refers to.
+It has one row per distinct photo or title under one encoder fingerprint, and one row per listing
+with the contents that it refers to.
 """
 
 import pyarrow as pa
@@ -13,8 +13,8 @@ SHAPE_KEY = b"camenn.shape"
 little-endian float16, row major.
 """
 KERNELS_KEY = b"camenn.kernels"
-"""Field metadata of an `embedding` column: what computed it, as in `eager-bf16-batch64`; other
-kernels give other last bits.
+"""Field metadata of an `embedding` column: the kernels that computed it, as in
+`eager-bf16-batch64`; other kernels differ in the last bits.
 """
 
 

@@ -1,11 +1,11 @@
 """Layout of an output's documents.
 
-They say which files an output is made of: `latest.json`, `published/`, a run's `manifest.json`, a
-part's commit marker.
+They list the files of an output: `latest.json`, `published/`, a run's `manifest.json`, a part's
+commit marker.
 
 Each is a JSON object with a checksum of its own (`camenn_model.integrity`). A document with any
-other key is not ours. The messages about them are here as well: the packages that read them share
-no other module.
+other key was not written by camenn. The messages about them are here as well: the packages that
+read them share no other module.
 """
 
 from schemas.errors import InputError
@@ -52,11 +52,11 @@ MARKER_FIELDS = (
     "replaces",
     "written_at",
 )
-"""Of a part of the embedding store"""
+"""Fields of the commit marker of an embedding store's part"""
 
 
 def remedy(stage: str, table: str) -> str:
-    """Return what to run for a damaged table.
+    """Return the commands that repair a damaged table.
 
     A file of it is lost or damaged.
     """
@@ -79,9 +79,9 @@ def remedy(stage: str, table: str) -> str:
 
 
 def repair_hint(root: str) -> str:
-    """Return what to run for an unreadable document.
+    """Return the command that repairs an unreadable document.
 
-    It is a document of an output that cannot be read.
+    The document is one of an output.
     """
     return f"`camenn fsck --out {root} --repair` lets readers see the newest run that is whole."
 

@@ -31,7 +31,7 @@ LISTING_QUALITY = Contract(
             type=pa.float32(),
             doc=(
                 "probability that the title belongs to the photo, of pairs half of which do: "
-                "held against the other titles that suit the photo; null without both"
+                "compared with other titles close to the photo; null without both"
             ),
             nullable=True,
         ),
@@ -39,8 +39,8 @@ LISTING_QUALITY = Contract(
             name="tia",
             type=pa.float32(),
             doc=(
-                "probability that the photo belongs to the title: held against the other photos "
-                "that suit the title; null without both"
+                "probability that the photo belongs to the title: compared with other photos "
+                "close to the title; null without both"
             ),
             nullable=True,
         ),

@@ -1,7 +1,7 @@
 """The shard set.
 
-It has examples, and the items and users they refer to. Embeddings lie beside them in `contents/`
-(Arrow IPC, mapped).
+It has examples, and the items and users they refer to. Embeddings are stored in `contents/` (Arrow
+IPC, mapped).
 """
 
 import pyarrow as pa
@@ -10,7 +10,7 @@ from schemas.contract import TIMESTAMP, Column, Contract, text_column
 
 SPLITS = ("train", "gap", "early_stop", "calibration", "test")
 """Parts of the examples by session start. `gap` rows lie within the attribution window before the
-next part: nothing reads them.
+next part: they are not used.
 """
 
 NO_HISTORY, CLICKED, PURCHASED = 0, 1, 2
@@ -38,7 +38,7 @@ ITEM_COUNTS = (
     _number("item_cvr", "smoothed share of earlier clicks on the listing that are known to have been ordered"),
     _number(
         "item_days_since_listed",
-        "days since the listing is offered; null = the catalog does not say, or says the session's start or later",
+        "days since the listing is offered; null = unknown to the catalog, or at or after the session's start",
     ),
     _number("item_days_since_first_click", "days since the first click on the listing; null = none yet"),
     _number("item_days_since_order", "days since the listing was last ordered; null = never"),
@@ -69,7 +69,7 @@ ITEM_QUALITY = (
 EXAMPLES = Contract(
     name="examples",
     doc=(
-        "One row per listing clicked in a session; in examples/date=.../; the manifest tells "
+        "One row per listing clicked in a session; in examples/date=.../; the manifest has "
         "each file's split. Counts are as of the session's first click."
     ),
     key=("user_id", "session_id", "item_id"),
@@ -107,7 +107,7 @@ EXAMPLES = Contract(
 )
 
 EXAMPLE_ORDER = ("session_start", "user_id", "session_id", "item_id")
-"""What a day's examples are ordered by, in each file and from file to file"""
+"""Sort order of a day's examples, in each file and across files"""
 
 ITEMS = Contract(
     name="items",

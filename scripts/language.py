@@ -25,7 +25,7 @@ FRAGMENTS = re.compile(
 MOST_WORDS = 10
 LONGEST_LINE = 120
 LIMITS = {"fragments": 0.02, "semicolons": 0.02, "long_first_lines": 0.02, "long_lines": 0.0}
-"""Most of the docstrings, or of the lines, that may be so"""
+"""Largest allowed share of the docstrings, or of the lines"""
 
 
 def find_docstrings(path: Path) -> Iterator[tuple[int, str]]:
@@ -51,7 +51,7 @@ def find_faults(text: str) -> list[str]:
 
 
 def find_files(place: Path) -> list[Path]:
-    """Return the Python files of a folder, or the one file that is given.
+    """Return a folder's Python files, or one given file.
 
     Raises:
         FileNotFoundError: there is none, so that a wrong name does not pass for a clean folder.
@@ -87,7 +87,7 @@ def count(folders: list[str], *, listing: bool) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Count, print, and hold the shares to their limits."""
+    """Count, print, and compare the shares with their limits."""
     parser = argparse.ArgumentParser(prog="python -m scripts.language", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", default=list(FOLDERS), help="default: all packages but tests")
     parser.add_argument("--list", action="store_true", help="print each offender")

@@ -1,6 +1,6 @@
-"""Plant plausible bugs, and tell which go unnoticed.
+"""Insert plausible bugs, and report which go unnoticed.
 
-`make mutate` runs it on the list in scripts/mutations.py. A mutation is planted in a copy of the
+`make mutate` runs it on the list in scripts/mutations.py. A mutation is applied to a copy of the
 tree, one at a time, and only the tests that should notice it are run. Generic operators (mutmut,
 cosmic-ray) make thousands of mutants, most of them of no interest, and start Python again for each.
 Here torch, Beam and the other libraries are imported once, and each mutation gets a fork of that
@@ -46,7 +46,7 @@ LIBRARIES = (
     "hypothesis",
     "pytest",
 )
-"""Imported before the first fork. None of them knows of this project."""
+"""Imported before the first fork. None of them imports this project."""
 
 QUIET = {"CI": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """CI: hypothesis repeats the same cases, so that a mutation that is caught once is caught always."""
@@ -55,16 +55,16 @@ QUIET = {"CI": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 class StaleError(Exception):
     """The list does not fit the tree.
 
-    Or a run told nothing about its mutation.
+    Or the tests of a mutation could not be run.
     """
 
 
 def find_stale(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
     """Return the faults of a list of mutations.
 
-    There is one line for each fault, and none where the list fits the tree. A snippet must stand
-    exactly once in its file, what takes its place must differ, ids must be unique, and tests must
-    exist as far as their file's text tells.
+    There is one line for each fault, and none where the list fits the tree. A snippet must occur
+    exactly once in its file, its replacement must differ, ids must be unique, and tests must occur
+    in their file's text.
     """
     faults = []
     texts: dict[str, str] = {}
@@ -108,7 +108,7 @@ class Outcome:
 class Slot:
     """A copy of the tree in which mutations are tested.
 
-    One mutation at a time is planted and tested in it.
+    One mutation at a time is applied and tested in it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -124,8 +124,7 @@ class Slot:
             if (ROOT / name).is_file():
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, self.root / name)
-        # By its hash, a module that was mutated within one second, at the same length, is known not to be the compiled
-        # one.
+        # A hash detects that a module, mutated within one second at the same length, differs from the compiled one.
         for package in OURS:
             compileall.compile_dir(
                 self.root / package, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
@@ -136,7 +135,7 @@ class Slot:
         self.started = 0.0
 
     def start(self, mutation: Mutation | None, tests: Sequence[str]) -> None:
-        """Plant a mutation, if any, and fork the tests.
+        """Apply a mutation, if any, and fork the tests.
 
         The fork is a process that runs some tests.
         """
@@ -155,7 +154,7 @@ class Slot:
     def _run_tests(self, tests: Sequence[str]) -> None:
         """Run tests on the copy, in the fork.
 
-        Then write the answer, and end.
+        Then write the result, and end.
         """
         try:
             os.setsid()
@@ -169,7 +168,7 @@ class Slot:
             import hypothesis
             import pytest
 
-            # The first failure is enough: nothing is made smaller, and nothing explained.
+            # The first failure is enough: hypothesis neither shrinks nor explains it.
             hypothesis.settings.register_profile(
                 "mutate",
                 derandomize=True,
@@ -191,7 +190,7 @@ class Slot:
                 ],
                 plugins=[Watch()],
             )
-            # Otherwise the tests would have judged another tree.
+            # Otherwise the tests would have run on another tree.
             strangers = [
                 name
                 for name, module in list(sys.modules.items())
@@ -215,7 +214,7 @@ class Slot:
         if not done and seconds <= limit:
             return None
         if not done:
-            # The process leads a group of its own, with those that its tests started.
+            # The process leads its own group, with the processes that its tests started.
             os.killpg(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
         if self.mutation is not None:
@@ -295,7 +294,7 @@ def run(mutations: Sequence[Mutation], jobs: int, limit: float) -> dict[str, Any
                 "timed_out": f"longer than {limit:.0f} s",
             }[result]
             if mutation.equivalent and result == "killed":
-                note += f" (but it is said to be equivalent: {mutation.equivalent})"
+                note += f" (but it is marked as equivalent: {mutation.equivalent})"
             print(f"{result:10} {outcome.seconds:6.1f} s  {mutation.id}  {note}", flush=True)
     judged = counts["mutations"] - counts["equivalent"]
     caught = counts["killed"] + counts["timed_out"]

@@ -1,8 +1,8 @@
 """Plausible bugs, and the tests that should notice each.
 
-They are data for scripts/mutate.py. A snippet stands exactly once in its file, and
-tests/architecture/test_mutations.py holds that: where code moves on, its mutations move with it.
-`equivalent` tells why no test can notice one.
+They are data for scripts/mutate.py. A snippet occurs exactly once in its file, which
+tests/architecture/test_mutations.py checks: where code changes, its mutations change with it.
+`equivalent` explains why no test can notice one.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """A bug: `new` in the place of `old`."""
+    """A bug: `new` instead of `old`."""
 
     id: str
     file: str

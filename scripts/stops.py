@@ -1,4 +1,6 @@
-"""Count the stops of a reader who follows `options` through a stage's run.
+"""Count a reader's stops in a stage's run.
+
+The reader follows `options`.
 
     python -m scripts.stops [--root CHECKOUT] [--made] [--list] [MODULE ...]
 
@@ -23,7 +25,7 @@ SHARED = {"manifest", "publication", "files", "tables", "options", "console", "g
 
 @dataclass
 class Module:
-    """One source file: its definitions, and where its imported names come from."""
+    """One source file: definitions, and origins of imported names."""
 
     name: str
     functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class Walk:
         return module.name.startswith(f"{self.room}.") if "." in rest else rest not in SHARED
 
     def locate(self, module: Module, name: str) -> tuple[Module, str] | None:
-        """Return the module and name of a function or class of this project."""
+        """Return where a function or class of this project is."""
         if name in module.functions or name in module.classes:
             return module, name
         source, original = module.imported.get(name, ("", ""))
@@ -60,7 +62,7 @@ class Walk:
         return None
 
     def follow(self, module: Module, function: ast.FunctionDef, held: set[str]) -> None:
-        """Count the calls of one function that take held values, and follow each."""
+        """Count and follow the calls that take held values."""
         if (module.name, function.name) in self.seen:
             return
         self.seen.add((module.name, function.name))
@@ -128,7 +130,7 @@ def read_module(root: Path, name: str) -> Module | None:
 
 
 def whole_arguments(call: ast.Call, held: set[str]) -> list[int | str]:
-    """Return positions and names of the arguments that are held values themselves."""
+    """Return positions and names of arguments that are held."""
     return [n for n, value in enumerate(call.args) if isinstance(value, ast.Name) and value.id in held] + [
         keyword.arg
         for keyword in call.keywords
@@ -137,7 +139,7 @@ def whole_arguments(call: ast.Call, held: set[str]) -> list[int | str]:
 
 
 def arguments(call: ast.Call, held: set[str]) -> bool:
-    """Return whether a call takes a held value or a field of one."""
+    """Return whether a call takes a held value or field."""
     for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
         while isinstance(value, ast.Attribute):
             value = value.value

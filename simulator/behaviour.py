@@ -2,7 +2,7 @@
 
 It is made of sessions, exposures, clicks and orders.
 
-Every day has its own random stream, so a day can be made again alone. Axes: N sessions of one
+Every day has its own random stream, so a day can be regenerated alone. Axes: N sessions of one
 store, L its listings on offer, E exposures per session. Formulas: docs/explanation/city.md.
 """
 
@@ -232,7 +232,7 @@ def _concatenate(parts: list[Clicks]) -> Clicks:
 def order_lines(clicks: Clicks, users: Users, config: CityConfig, rng: np.random.Generator) -> Orders:
     """Draw the order lines that follow from clicks.
 
-    They come with returns and with what regulars rebuy straight, without a click.
+    Returns are included, and direct repurchases by regulars without a click.
 
     A session's quick lines are one basket, bought `quick_hours` on average after its last click.
     Its slow ones are another.
@@ -273,7 +273,7 @@ def order_lines(clicks: Clicks, users: Users, config: CityConfig, rng: np.random
         next_basket += len(user)
 
     columns = [np.concatenate([part[i] for part in parts]) for i in range(5)]
-    # What happens after the log's end is not in the log.
+    # Events after the log's end are not in the log.
     kept = np.flatnonzero(columns[3] < end)
     kept = kept[np.lexsort((columns[2][kept], columns[0][kept], columns[3][kept]))]
     return Orders(

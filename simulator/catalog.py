@@ -65,7 +65,7 @@ class Stores:
 class Listings:
     """Columns of length L.
 
-    They tell the product as it is, and as it is displayed.
+    They describe the true product, and the displayed one.
     """
 
     store: np.ndarray
@@ -73,7 +73,7 @@ class Listings:
     product: np.ndarray
     """Index of (class, variant). The same product in several stores shares it."""
     brand: np.ndarray
-    """Index of the supplier: unrelated to the brand-name attribute, which only the title tells."""
+    """Index of the supplier: unrelated to the brand-name attribute, which only the title mentions."""
     attributes: np.ndarray
     """bool [L, 6] in the order of TEXT_FACTORS."""
     text: np.ndarray
@@ -104,7 +104,7 @@ class Listings:
 
     @property
     def text_ok(self) -> np.ndarray:
-        """Return which titles tell the product, unspoilt, bool [L]."""
+        """Return which titles describe the product, unspoilt, bool [L]."""
         return self.text_corruption == CLEAN
 
     @property
@@ -225,7 +225,7 @@ def _word_titles(
 def make_listings(
     classes: list[ProductClass], bank: PhotoBank, stores: Stores, config: CityConfig, rng: np.random.Generator
 ) -> Listings:
-    """Choose listings and what each of them displays.
+    """Choose listings and their displayed content.
 
     Listings are (store, product) pairs without repetition. Each gets a photo, a title, a price and
     a first day.
@@ -265,7 +265,7 @@ def make_listings(
         spoilt = [np.flatnonzero((bank.class_id == c) & (bank.corruption != CLEAN)) for c in range(len(classes))]
         is_spoilt = np.isin(image_corruption, IMAGE_SPOILS)
         true_photo = np.where(is_spoilt, _pick(spoilt, class_id, rng), true_photo)
-        # The bank is bounded, so the kind of spoiling is that of a spoilt picture of this class which the bank has.
+        # The bank is bounded, so the kind of corruption is that of an existing corrupted picture of this class.
         image_corruption = np.where(is_spoilt, bank.corruption[true_photo], image_corruption)
     image_class = np.where(image_corruption == SWAPPED, other_class(class_id, len(classes), rng), class_id)
     photo = np.where(image_corruption == SWAPPED, _pick(clean, image_class, rng), true_photo)

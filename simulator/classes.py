@@ -1,6 +1,6 @@
 """Product classes.
 
-A class says what is sold, how it looks, and the latent vector z that photo and title both express.
+A class has a noun, a look, and the latent vector z that photo and title both express.
 """
 
 import colorsys

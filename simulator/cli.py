@@ -28,7 +28,7 @@ _SETTINGS = {
     "days": (int, "days; the last fifth are test days"),
     "photo_bank": (int, f"distinct pictures, at most {MAX_PHOTOS}"),
     "photo_pixels": (int, "side of a picture"),
-    "content_weight": (float, "weight of visual and text content: 0 makes it worth nothing (a control)"),
+    "content_weight": (float, "weight of visual and text content: 0 removes its effect (a control)"),
     "corruption": (float, "multiplies the stores' corruption rates: 0 spoils nothing (a control)"),
 }
 """Flags that set the field of the same name of CityConfig (photo_bank: photos)."""
@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_config(args: argparse.Namespace) -> CityConfig:
-    """Read the configuration that the flags ask for.
+    """Build the configuration from the flags.
 
     Raises:
         InputError: a value out of range.

@@ -11,10 +11,11 @@ from typing import Any
 from schemas.errors import InputError
 
 VISUAL_FACTORS = ("freshness", "pieces", "fill", "label")
-"""What only the photo tells: share of unbrowned surface, number of pieces, fill of the pack, a label present."""
+"""Factors that only the photo shows: share of unbrowned surface, number of pieces, fill of the
+pack, a label present."""
 
 TEXT_FACTORS = ("organic", "imported", "seedless", "heavy_pack", "brand_name", "promotion")
-"""What only the title tells."""
+"""Factors that only the title mentions."""
 
 DAY_SECONDS = 86_400.0
 
@@ -22,7 +23,7 @@ MAX_PHOTOS = 4000
 """Largest photo bank: every distinct picture is encoded once, however many listings use it."""
 
 GENERATOR_VERSION = 4
-"""Raised when the same configuration would give other files."""
+"""Raised by one whenever the same configuration would give other files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class CityConfig:
     products_per_class: int = 6
     stores: int = 80
     users: int = 1_500
-    """Some 130 clicks each, as in a real grocery's log: from a dozen nobody can tell a taste.
+    """Some 130 clicks each, as in a real grocery's log: a dozen do not determine a preference.
 
     Figures: docs/decisions/0025-simulated-city-and-controls.md
     """
@@ -63,7 +64,7 @@ class CityConfig:
     group_share: float = 0.5
     """Share of the variance of z that the classes of one subcategory have in common."""
     text_rates: tuple[float, ...] = (0.3, 0.3, 0.25, 0.3, 0.4, 0.25)
-    """How often each of TEXT_FACTORS is 1."""
+    """Rate at which each of TEXT_FACTORS is 1."""
     most_pieces: int = 9
     most_browned: float = 0.8
     """Share of the product's surface that is brown at the lowest freshness."""
@@ -84,7 +85,7 @@ class CityConfig:
     price_sensitivity_spread: float = 0.4
     activity_spread: float = 0.8
     km_between_stores: float = 4.6
-    """Side of the city, over the square root of the number of stores: every city is as dense."""
+    """Side of the city, over the square root of the number of stores: all cities are equally dense."""
     store_choice_km: float = 3.0
     """How much farther than the nearest store people go, on average: an exponential mean."""
     stores_per_user: int = 3
@@ -122,7 +123,7 @@ class CityConfig:
     order_context: float = 0.9
     order_mismatch: float = -1.0
     content_weight: float = 1.0
-    """Multiplies the four weights of visual and text content: 0 is the control in which content is worth nothing."""
+    """Multiplies the four weights of visual and text content: 0 is the control in which content has no effect."""
     quick_share: float = 0.75
     quick_hours: float = 0.35
     slow_hours: float = 5.0

@@ -1,6 +1,6 @@
 """Corruption of photos and titles by careless stores.
 
-It says how often they are spoilt, and what it looks like.
+It defines the rates and the kinds of corruption.
 """
 
 import numpy as np

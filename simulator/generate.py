@@ -1,6 +1,6 @@
 """Writer of a city to a data directory.
 
-It writes all of it or nothing, and the same again from the same configuration.
+It writes all of it or nothing, and equal files from equal configurations.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 class CitySummary:
     """The summary of a generated city.
 
-    `rows`: of the data tables together, truth aside.
+    `rows`: of the data tables together, without the truth.
     """
 
     rows: int
@@ -72,7 +72,7 @@ class _Table:
     def append(self, table: pa.Table) -> None:
         """Write `table` as a row group.
 
-        It is held to the contract. Optional columns that it lacks are left out.
+        It is checked against the contract. Optional columns that it lacks are left out.
         """
         if self.contract is not None:
             table = conform(table, self.contract, str(self.path)).select(table.column_names)
@@ -122,7 +122,8 @@ def draw_listings(
 ) -> Draws:
     """Draw `draws` listings of its store for each click.
 
-    They are drawn evenly, and are as the click's user would see them. User and store are int64 [n].
+    They are drawn uniformly, with the terms that they have for the click's user. User and store are
+    int64 [n].
     """
     rng = np.random.default_rng([config.seed, 7])
     listings = catalog.listings
@@ -147,10 +148,10 @@ def draw_listings(
 def ladder_of(out: Path, catalog: Catalog, users: Users, config: CityConfig) -> dict[str, dict[str, float]]:
     """Compute expected AUC ladders of the clicks written to `out`.
 
-    There is one of all, of the test days', and of their uniform sessions'.
+    There is one ladder of all clicks, one of the test days', and one of their uniform sessions'.
 
-    At most `LADDER_CLICKS` clicks of each are taken, drawn evenly: an expected AUC of so many moves
-    by less than 0.001. Strata in which it is not defined (too few clicks) are left out.
+    At most `LADDER_CLICKS` clicks of each are taken, drawn uniformly: the expected AUC of so many
+    varies by less than 0.001. Strata in which it is not defined (too few clicks) are left out.
     """
     names = [*ClickTerms._fields, "test", "uniform"]
     truth = pq.read_table(out / "truth" / "clicks.parquet", columns=names)
@@ -219,9 +220,9 @@ def _write_city(out: Path, config: CityConfig, progress: Progress | None) -> Cit
 
 
 def config_record(config: CityConfig) -> dict[str, Any]:
-    """Return what makes two cities equal.
+    """Return the identity of a city.
 
-    What must be equal are the configuration, and names and sizes of the photos it reads.
+    It consists of the configuration, and names and sizes of the photos it reads.
 
     Raises:
         InputError: the photo folder cannot be used.
@@ -273,8 +274,8 @@ def generate_city(out: Path, config: CityConfig, progress: Progress | None = Non
     interrupted run leaves `out` as it was.
 
     Raises:
-        InputError: `out` holds something else, a configuration does not work out, or a photo folder
-            is unreadable.
+        InputError: `out` holds something else, a configuration is impossible, or a photo folder is
+            unreadable.
     """
     existing = read_existing(out, config)
     if existing is not None:

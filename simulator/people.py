@@ -1,8 +1,8 @@
 """Users of the city.
 
-They have tastes, price sensitivity, places, and the columns that the users table shows.
+They have preferences, price sensitivity, places, and the columns that the users table shows.
 
-Axes: U users, K taste groups.
+Axes: U users, K preference groups.
 """
 
 from dataclasses import dataclass
@@ -46,8 +46,8 @@ class Users:
 def make_users(stores: Stores, config: CityConfig) -> Users:
     """Draw everybody.
 
-    Age group and household lean on the taste mixture and income on price sensitivity, so that a new
-    user's columns say something, though not all.
+    Age group and household depend on the preference mixture and income on price sensitivity, so
+    that a new user's columns are partly informative.
     """
     rng = np.random.default_rng([config.seed, 2])
     count, groups = config.users, config.taste_groups
@@ -55,7 +55,7 @@ def make_users(stores: Stores, config: CityConfig) -> Users:
 
     def taste(dims: int, noise: float) -> np.ndarray:
         loading_KD = rng.standard_normal((groups, dims))
-        # Every taste group is equally strong, so that cities of different seeds are equally hard.
+        # All preference groups are equally strong, so that cities of different seeds are equally hard.
         loading_KD *= np.sqrt(dims) / np.linalg.norm(loading_KD, axis=1, keepdims=True)
         return mixture @ loading_KD + noise * rng.standard_normal((count, dims))
 

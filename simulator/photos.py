@@ -37,8 +37,8 @@ def adapt_photo(
 
     It is cropped, lit, browned and labelled, RGB [size, size].
 
-    `pieces`: the more, the wider the crop, so the more of them are seen. `fill`: the share of the
-    picture that is lit, from the left. `browned`, `label`: as in a drawn photo, over the whole
+    `pieces`: the more, the wider the crop, so the more of them are visible. `fill`: the share of
+    the picture that is lit, from the left. `browned`, `label`: as in a drawn photo, over the whole
     picture.
     """
     side = (0.4 + 0.6 * pieces / most_pieces) * min(image.size)

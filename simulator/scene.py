@@ -294,8 +294,8 @@ def draw_photo(
         paper_label(image, look, (x0, y0, x1, y1), rng)
     image = image.convert("RGB")
     in_pack = (np.asarray(contents) > 127) & (np.asarray(cups)[:, :, 3] == 0)
-    # Each of the three has its share, so that a few pieces in a full pack tell as much as a full
-    # row beside an empty one.
+    # Each of the three has its share, so that a few pieces in a full pack are as informative as a
+    # full row beside an empty one.
     for surface in (in_pack, _opaque(front), _opaque(faces)):
         image = brown_surface(image, surface, browned, rng)
     return _camera(image, rng)

@@ -1,6 +1,6 @@
 """The city's arrays as Arrow tables.
 
-They are what the platform sees, and beside it the truth.
+They are the platform's tables, and the truth.
 """
 
 import numpy as np
@@ -136,7 +136,7 @@ def orders_table(orders: Orders, day: int, catalog: Catalog, config: CityConfig)
 def truth_clicks_table(clicks: Clicks, day: int, table: pa.Table, catalog: Catalog, config: CityConfig) -> pa.Table:
     """Return the truth of each row of `table`.
 
-    `table` is one day's clicks. The truth is terms, probabilities, and what came of it.
+    `table` is one day's clicks. The truth is terms, probabilities, and outcomes.
     """
     listings = catalog.listings
     shown = clicks.listing
@@ -165,7 +165,7 @@ def truth_clicks_table(clicks: Clicks, day: int, table: pa.Table, catalog: Catal
 def truth_listings_table(catalog: Catalog, config: CityConfig) -> pa.Table:
     """Return the truth of each listing.
 
-    It tells what each listing is, how it is displayed, and when it first appears.
+    It has each listing's product, its displayed content, and its first day.
     """
     listings = catalog.listings
     columns: dict[str, pa.Array] = {
@@ -195,7 +195,7 @@ def truth_listings_table(catalog: Catalog, config: CityConfig) -> pa.Table:
 def truth_photos_table(catalog: Catalog) -> pa.Table:
     """Return the truth of each picture of the bank.
 
-    It tells what the picture shows: the raw factors, and the standardised ones as `*_v`.
+    It has the picture's content: the raw factors, and the standardised ones as `*_v`.
     """
     bank = catalog.bank
     columns: dict[str, pa.Array] = {
@@ -242,7 +242,7 @@ def truth_stores_table(catalog: Catalog, config: CityConfig) -> pa.Table:
 
 
 def truth_users_table(users: Users) -> pa.Table:
-    """Return users: tastes and price sensitivity."""
+    """Return users: preferences and price sensitivity."""
     return pa.table(
         {
             "user_id": user_ids(np.arange(len(users.activity))),

@@ -1,4 +1,4 @@
-"""Titles of listings, and how careless stores spoil them.
+"""Titles of listings, and their corruption by careless stores.
 
 A title has the noun of the class and its attributes, in varying words.
 """
@@ -35,10 +35,10 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 def word_title(noun: str, category: str, attributes: np.ndarray, rng: np.random.Generator) -> str:
     """Word a title for `noun`.
 
-    It says each attribute that is 1 (`attributes`: bool [6], in the order of TEXT_FACTORS).
+    It mentions each attribute that is 1 (`attributes`: bool [6], in the order of TEXT_FACTORS).
 
-    Outside fruit and vegetables nobody says seedless. The same attribute is then worded as free of
-    sugar or additives.
+    Outside fruit and vegetables no title says seedless. The same attribute is then worded as free
+    of sugar or additives.
     """
     before: list[str] = []
     after: list[str] = []

@@ -1,7 +1,7 @@
 """Known truth of orders after a click.
 
-It has the expected AUC under true probabilities, and the ladder of what can be known of an order
-after a click.
+It has the expected AUC under true probabilities, and a ladder of scores with increasing knowledge
+of an order after a click.
 """
 
 from typing import NamedTuple
@@ -68,10 +68,9 @@ def expected_auc(p: np.ndarray, s: np.ndarray) -> float:
 
 
 class Draws(NamedTuple):
-    """Draws of what a click's listing could be like.
+    """Draws of a click's unknown listing.
 
-    They are for all that one knows of the click's user and store: arrays [n, D] of D draws for each
-    click.
+    They are conditional on the click's user and store: arrays [n, D] of D draws for each click.
     """
 
     visual_term: np.ndarray
@@ -88,16 +87,16 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def conditional_p_order(terms: ClickTerms, draws: Draws, config: CityConfig, known: tuple[str, ...]) -> np.ndarray:
     """Compute the probability of an order given what is known.
 
-    It is given the click, class, context and what is `known`, float64 [n]: the best score that
-    there is with that knowledge.
+    It is conditional on the click, class, context and the terms in `known`, float64 [n]: the best
+    possible score with that knowledge.
 
-    Σ_d P(click | d) P(order | d) / Σ_d P(click | d) over draws d of what is not known: a click
-    itself tells of it, as who clicked in spite of a high price had another reason. Exposure tells
-    nothing, as it does not look at content.
+    Σ_d P(click | d) P(order | d) / Σ_d P(click | d) over draws d of the unknown terms: the click
+    itself is evidence about them, as a user who clicked in spite of a high price had another
+    reason. Exposure is no evidence, as it does not depend on content.
 
     `known`, names of `Draws`: visual_term, text_term (of the true product); image_ok, text_ok (then
-    the term is known where it is ok); mismatched. Where image_ok and text_ok are known, draws count
-    by how often listings like them are mismatched.
+    the term is known where it is ok); mismatched. Where image_ok and text_ok are known, draws are
+    weighted by the rate of mismatched listings like them.
     """
 
     def value(name: str) -> np.ndarray:
@@ -106,7 +105,7 @@ def conditional_p_order(terms: ClickTerms, draws: Draws, config: CityConfig, kno
         if name in known:
             return np.broadcast_to(own, drawn.shape)
         flag = {"visual_term": "image_ok", "text_term": "text_ok"}.get(name)
-        # What is displayed rightly is seen.
+        # A term that is displayed correctly is known.
         return np.where(getattr(terms, flag)[:, None], own, drawn) if flag in known else drawn
 
     visual, text, image_ok, text_ok, mismatched = (value(name) for name in Draws._fields)
@@ -139,7 +138,7 @@ def conditional_p_order(terms: ClickTerms, draws: Draws, config: CityConfig, kno
 def _mismatch_rate(terms: ClickTerms, draws: Draws) -> np.ndarray:
     """Return the rate of mismatched listings for each click, [n].
 
-    It is taken among all draws whose photo and title are as right as the click's.
+    It is taken among all draws whose photo and title are as correct as the click's.
     """
     kind = 2 * draws.image_ok.ravel() + draws.text_ok.ravel()
     count = np.maximum(np.bincount(kind, minlength=4), 1)
@@ -148,9 +147,9 @@ def _mismatch_rate(terms: ClickTerms, draws: Draws) -> np.ndarray:
 
 
 def expected_ladder(terms: ClickTerms, draws: Draws, config: CityConfig) -> dict[str, float]:
-    """Compute expected AUC of ever better informed scores.
+    """Compute expected AUC of scores with increasing knowledge.
 
-    It is in clicked space, with users' tastes known. Keys are LADDER_RUNGS.
+    It is in clicked space, with users' preferences known. Keys are LADDER_RUNGS.
 
     - class_context: a and o.
     - clean_text: a and o, and t̂ of every listing, as if no title were spoilt.
@@ -159,7 +158,7 @@ def expected_ladder(terms: ClickTerms, draws: Draws, config: CityConfig) -> dict
     - mismatch_known: as_displayed, and whether photo or title is another class's.
     - true_probability: the probability that the order was drawn with.
 
-    Each but the last is `conditional_p_order` of what it knows.
+    Each but the last is `conditional_p_order` of its known terms.
     """
     known = {
         "class_context": (),

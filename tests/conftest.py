@@ -1,6 +1,6 @@
 """Settings of Hypothesis, and the order of the tests.
 
-CI repeats the same cases, so that a change is judged by the change. Everyone else's runs draw new
+CI repeats the same cases, so that only the change under test can make it fail. Other runs draw new
 ones.
 """
 

@@ -1,1 +1,1 @@
-"""Other ways of doing the same, for comparison."""
+"""Alternative implementations, for comparison."""

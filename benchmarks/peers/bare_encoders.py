@@ -1,6 +1,6 @@
 """The encoders in a bare torch loop.
 
-Patches and token ids lie in memory, kernels are the fastest known, and nothing is read or written.
+Patches and token ids are in memory, kernels are the fastest known, and nothing is read or written.
 """
 
 import statistics
@@ -23,13 +23,13 @@ TURNS = 5
 
 
 class BareImages:
-    """InceptionV4 over patches, of which there are whole batches."""
+    """InceptionV4 over patches, in whole batches."""
 
     def __init__(self, encoder: ImageEncoder, variant: tuple[str, int]) -> None:
         mode, self.batch = variant
         self.model = compile_model(encoder.model) if mode == "compiled" else encoder.model
         size = encoder.spec.patch_size
-        # Kernels are made by the first pass.
+        # Kernels are compiled by the first forward pass.
         self.seconds(np.zeros((self.batch, size, size, 3), dtype=np.uint8))
 
     @torch.inference_mode()
@@ -67,7 +67,8 @@ class BareTitles:
             batch = self.tokens // bucket
             for first in range(0, len(block), batch):
                 rows = block[first : first + batch]
-                # Kernels are made for one shape, and for tensors made in inference mode: others would compile again.
+                # Kernels are compiled for one shape, and for tensors made in inference mode: others
+                # would compile again.
                 ids = torch.zeros(batch, bucket, dtype=torch.long)
                 ids[: len(rows)] = rows
                 self.model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state.half().numpy()
@@ -89,8 +90,8 @@ def tokenise(encoder: TextEncoder, titles: list[str]) -> dict[int, Tensor]:
 def fastest(loops: dict[tuple[str, int], Any], given: Any) -> tuple[tuple[str, int], dict[str, float]]:
     """Return the fastest variant and the medians of all.
 
-    The fastest is the one with the least median time of some turns, in which all take part. The
-    least of all times would be that of the variant which met the machine idle.
+    The fastest is the one with the least median time over several rounds of all variants. The least
+    single time would favour the variant that ran while the machine was idle.
     """
     turns: dict[tuple[str, int], list[float]] = {variant: [] for variant in loops}
     for _ in range(TURNS):

@@ -1,4 +1,4 @@
-"""RunInference as Beam's documentation writes it.
+"""RunInference as in Beam's documentation.
 
 A DoFn opens a photo and makes a tensor, and Beam's own PyTorch handler runs in fp32, one photo an
 element.
@@ -21,13 +21,13 @@ from camenn_model.encoders.inception_v4 import ImageEncoder, load_inception
 from camenn_model.encoders.spec import ImageSpec, TextSpec
 
 EVERY = 16
-"""Photos between two turns of the bare loop."""
+"""Photos between two runs of the bare loop."""
 
 
 class _OnePhoto(ModelHandler[Tensor, PredictionResult, Any]):
     """A handler like Beam's PytorchModelHandlerTensor.
 
-    Beam's wants a pickled state dict of a class that it can call. A photo's patches are one
+    Beam's requires a pickled state dict of a class that it can call. A photo's patches are one
     element.
 
     Now and then, with the clock stopped, a bare loop encodes some of the same photos.
@@ -64,7 +64,7 @@ class _OnePhoto(ModelHandler[Tensor, PredictionResult, Any]):
 
 
 class _OneTitle(ModelHandler[str, PredictionResult, Any]):
-    """The same with BERT."""
+    """The same handler with BERT."""
 
     def __init__(self, spec: TextSpec) -> None:
         super().__init__(min_batch_size=1, max_batch_size=1)
@@ -98,9 +98,9 @@ def read_photo(path: str, spec: ImageSpec) -> Tensor:
 
 
 class _Clock(beam.DoFn):
-    """Notes when each result came.
+    """Records the time of each result.
 
-    The clock stands still while the bare loop runs.
+    The clock is stopped while the bare loop runs.
     """
 
     times: ClassVar[list[float]] = []

@@ -1,11 +1,10 @@
 """The examples of `camenn shards`, written in Polars.
 
-They are written as an expert would write them: the peer that the speed of `camenn shards` is
-measured against.
+They are written as an expert would write them, as the reference for the speed of `camenn shards`.
 
-The same rows, columns and values, from the same tables, as one Parquet file for each day. One
-process, all cores, no rejects (the logs of the benchmark have none) and no embeddings. `python -m
-benchmarks.peers.polars_shards DATA OUT ENGINE` prints one JSON line.
+The rows, columns and values are the same, from the same tables, as one Parquet file for each day.
+There is one process with all cores, and there are no rejects (the logs of the benchmark have none)
+and no embeddings. `python -m benchmarks.peers.polars_shards DATA OUT ENGINE` prints one JSON line.
 """
 
 import json
@@ -93,8 +92,8 @@ def before(
 ) -> pl.DataFrame:
     """Count the earlier events of each query's key.
 
-    `queries` (sorted by session_start) come back with the number of `events` under the same key
-    before, and the days since the last.
+    Returns `queries` (sorted by session_start) with the number of earlier `events` under the same
+    key, and the days since the last.
     """
     counted = (
         events.select(*by, time)
@@ -234,7 +233,7 @@ def add_histories(sessions: pl.DataFrame, clicks: pl.DataFrame, orders: pl.DataF
     # Clicks beyond the latest quarter yield their places, oldest first, to purchases before all of these.
     bought = events.filter(pl.col("kind") == 2).with_row_index("purchase")
     known = bought.group_by("user_id").agg(first_purchase=pl.col("purchase").min())
-    # Some sessions at a time: forty events of each of all at once take more memory than all else.
+    # Sessions are processed in blocks: forty events of every session at once take more memory than everything else.
     history = pl.concat([_histories(part, events, bought, known) for part in sessions.iter_slices(SESSIONS_AT_ONCE)])
     return sessions.join(history, on="session", how="left", maintain_order="left").drop("session", "event", "first")
 

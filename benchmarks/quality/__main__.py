@@ -4,9 +4,9 @@
 
 The comparison is made in cities with known truth and on a real log.
 
-Models are trained in processes of one thread each, `--jobs` at a time. What is done is kept in
-`--results` and not done again, so the command may be ended at any time (its jobs end with it) and
-repeated. Tables and plots go to WORK/quality.md and quality.png and, with --docs, into
+Models are trained in processes of one thread each, `--jobs` at a time. Finished results are kept in
+`--results` and reused, so the command may be ended at any time (its jobs end with it) and repeated.
+Tables and plots go to WORK/quality.md and quality.png and, with --docs, into
 docs/results/quality.md.
 
 `--quick` is one seed, a small city (and the real log where it is given), one JSON line with
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_job(job: Job, children: Children) -> str:
     """Run a job in a process of its own.
 
-    Returns how that went.
+    Returns a sentence about the outcome.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "benchmarks.quality.job", json.dumps(asdict(job))]
@@ -83,7 +83,7 @@ def run_job(job: Job, children: Children) -> str:
 def prepare_world(world: World, children: Children) -> str:
     """Prepare a log in a process of its own.
 
-    Returns how that went.
+    Returns a sentence about the outcome.
     """
     command = [sys.executable, "-m", "benchmarks.quality.worlds", json.dumps(asdict(world))]
     return "failed" if children.run(command) else "done"
@@ -92,19 +92,19 @@ def prepare_world(world: World, children: Children) -> str:
 def run_jobs(jobs: list[Job], at_a_time: int, deadline: float) -> list[str]:
     """Run the jobs that are not done, in their order.
 
-    Each runs after its log's preparation and the tuning it builds on. Returns names of what failed.
-    Nothing is begun after `deadline`, a time of `time.monotonic()`.
+    Each runs after its log's preparation and the tuning it builds on. Returns the names of failed
+    jobs. Nothing is started after `deadline`, a time of `time.monotonic()`.
 
-    A log is prepared while the models of the one before are trained: a core that waits for the
-    other is half of a small machine.
+    A log is prepared while the models of the previous one are trained, so that no core of a small
+    machine is idle.
     """
     with ThreadPoolExecutor(at_a_time) as pool, Children() as children:
         begun: dict[str, Future[str]] = {}
 
         def task(work: Callable[[], str], needs: list[Future[str]]) -> str:
-            # What it needs was submitted before it, so it is done or under way in another thread.
+            # Its prerequisites were submitted before it, so they are done or running in another thread.
             if any(need.result() != "done" for need in needs):
-                return "left out, for what it needs is not there"
+                return "left out, as its prerequisite failed"
             return work() if time.monotonic() < deadline else "left for the next time"
 
         def submit(name: str, work: Callable[[], str], needs: Iterable[str] = ()) -> None:
@@ -130,7 +130,7 @@ def run_jobs(jobs: list[Job], at_a_time: int, deadline: float) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run all that is missing and write the tables.
+    """Run all missing jobs and write the tables.
 
     Returns 1 where a job failed or a claim of --quick does not hold.
     """

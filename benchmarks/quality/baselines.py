@@ -1,4 +1,4 @@
-"""Tuned baselines: the models that teams use otherwise.
+"""Tuned baselines: common alternative models.
 
 They are tuned by random search with the same number of trials each, on the same parts of the log
 and the same as-of features.
@@ -7,7 +7,8 @@ and the same as-of features.
 embeddings. `mmoe` is deepctr-torch's multi-gate mixture of experts, on the same with ids and pooled
 embeddings. Its second task is whether the session has an order.
 
-Each trial is judged by log loss on the early-stop part. The test part is opened once, by the best.
+Each trial is judged by log loss on the early-stop part. The test part is opened once, by the best
+trial.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from pipelines.io.files import write_json
 Floats = NDArray[np.float64]
 SPLITS = ("train", "early_stop", "calibration", "test")
 CONTENT_DIMENSIONS = 64
-"""Principal components of each modality's pooled embeddings that baselines are given."""
+"""Number of principal components of each modality's pooled embeddings in the baselines' features."""
 ROUNDS, PATIENCE = 3_000, 60
 EPOCHS = 3
 
@@ -96,7 +97,7 @@ def content_features(table: ItemTable) -> NDArray[np.float32]:
 
 def _draw_lightgbm(rng: np.random.Generator, first: bool) -> dict[str, Any]:
     if first:
-        # What benchmarks/baselines.py uses.
+        # The settings of benchmarks/baselines.py.
         return {
             "learning_rate": 0.03,
             "num_leaves": 31,
@@ -186,8 +187,7 @@ def _draw_mmoe(rng: np.random.Generator, first: bool) -> dict[str, Any]:
 def _mmoe_columns(frame: pd.DataFrame) -> dict[str, NDArray[Any]]:
     """Return a frame's columns as MMoE takes them.
 
-    Codes stay as they are. Numbers have 0 for what is missing, beside a flag, where some is
-    missing.
+    Codes are unchanged. Missing numbers become 0, with an indicator column where some are missing.
     """
     columns: dict[str, NDArray[Any]] = {}
     for name in frame:
@@ -244,9 +244,9 @@ def _try_mmoe(
     best, kept = np.inf, None
     labels = inputs.labels("early_stop")
     for _ in range(EPOCHS):
-        # A pass at a time, so that the weights of the best one are kept.
+        # One epoch per call, so that the weights of the best one are kept.
         with contextlib.redirect_stdout(io.StringIO()):
-            # It tells its device and sizes even so.
+            # It prints its device and sizes even so.
             model.fit(cache["train"], targets, batch_size=given["batch_size"], epochs=1, verbose=0)
         logits = raw("early_stop")
         loss = float(np.mean(np.logaddexp(0, logits) - labels * logits))
@@ -275,10 +275,10 @@ def tune(
 ) -> tuple[dict[str, Floats], dict[str, Any]]:
     """Tune a baseline and return its best raw scores.
 
-    Returns (raw scores, what was tried). The scores are of the parts that models are calibrated on
-    and of test, by the best of `trials`, or by given settings.
+    Returns (raw scores, trials). The scores are of the parts that models are calibrated on and of
+    test, by the best of `trials`, or by given settings.
 
-    Trials are written to `kept` one by one, and are not done again where it tells of them.
+    Trials are written to `kept` one by one, and those recorded there are not repeated.
     """
     rng = np.random.default_rng([seed, 19])
     content = content_features(inputs.table) if name in WITH_CONTENT else None
@@ -295,7 +295,7 @@ def tune(
         log(f"{name} trial {number + 1}/{len(drawn)}: {loss:.5f}, best {best_loss:.5f}, {tried[-1]['seconds']} s")
     found = drawn[int(np.argmin([trial["early_stop_log_loss"] for trial in tried]))]
     if best is None:
-        # The best trial was another process's.
+        # Another process ran the best trial.
         _, best = TRY[name](inputs, content, found, seed, threads)
     raw_scores = {split: best(split) for split in (*CALIBRATED_ON, "test")}
     return raw_scores, {"settings": found, "trials": tried, "early_stop_log_loss": best_loss}

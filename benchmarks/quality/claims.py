@@ -1,4 +1,4 @@
-"""Claims that the results hold up, or do not."""
+"""Claims about the results, and whether each holds."""
 
 import math
 import statistics
@@ -23,7 +23,7 @@ from benchmarks.quality.judge import content_efficiency
 from benchmarks.quality.variants import VARIANTS
 
 DEAD = 0.001
-"""Mean gate weight of an expert that nothing is sent to"""
+"""Mean gate weight below which an expert counts as dead"""
 NOTHING = 0.001
 """A difference of expected AUC that counts as none"""
 MISSING = "not measured"
@@ -42,8 +42,8 @@ def quick_claims(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
     }
     claims = {
         "CameNN ranks better than chance": expected("full") > 0.6,
-        # What noise teaches is a direction by chance, and truth lies along few of them:
-        # 0.5 holds for the mean of many seeds only (0.577 was seen).
+        # A model trained on noise learns a random direction, and truth lies along few of them: 0.5
+        # holds for the mean of many seeds only (0.577 was seen).
         "labels that mean nothing teach little": expected("full") - expected("permuted_labels") > 0.05,
         "no expert is dead": least_used(found["quick", "full"][0]) > DEAD,
     }
@@ -60,8 +60,8 @@ def quick_claims(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
 class Claim(NamedTuple):
     """A claim with its outcome.
 
-    `holds` is None where results are missing. `seeds` is the number of results that the figure is
-    of, one a seed but where all runs are looked at.
+    `holds` is None where results are missing. `seeds` is the number of results behind the figure:
+    one per seed, except where all runs are examined.
     """
 
     holds: bool | None
@@ -70,7 +70,7 @@ class Claim(NamedTuple):
 
 
 class _Claims(dict[str, Claim]):
-    """Claims by name, in the order of their telling."""
+    """Claims by name, in the order of their definition."""
 
     def judge(
         self,
@@ -87,12 +87,12 @@ class _Claims(dict[str, Claim]):
 
 
 def at_least(bar: float) -> Callable[[list[float]], bool]:
-    """Make a test that tells whether a mean reaches `bar`."""
+    """Make a test of whether a mean reaches `bar`."""
     return lambda values: statistics.mean(values) >= bar
 
 
 def nothing(differences: list[float]) -> bool:
-    """Tell whether their mean counts as none."""
+    """Return whether their mean counts as none."""
     return abs(statistics.mean(differences)) < NOTHING
 
 
@@ -116,7 +116,7 @@ def city_claims(found: Results) -> dict[str, Claim]:
             lambda values: f"{shown(values)}, {min(values):.4f} to {max(values):.4f}",
         )
     for where, suffix in (("", ""), (", on a user's first click on a listing", "_first_click")):
-        # A result of which either stratum is too small has none to give.
+        # A result in which either stratum is too small has no difference.
         strata = [[over_truth([result], name + suffix) for name in ("warm", "cold_start")] for result in full]
         claims.judge(
             f"cold-start listings within 0.02 of warm ones{where}",
@@ -174,8 +174,8 @@ def _content_claim(claims: _Claims, found: Results) -> None:
         [content_efficiency(*(column[seed]["auc"] for column in columns)) for seed in seeds],
         lambda values: statistics.mean(values) >= 0.65 and statistics.mean(shares) >= 0.5,
         lambda values: (
-            f"{shown(values, 3)}; told what is displayed, the model reaches {shown(shares, 3)} of the attainable gap "
-            f"({min(shares):.3f} to {max(shares):.3f}), 0.5 is asked for"
+            f"{shown(values, 3)}; with the displayed content, the model has {shown(shares, 3)} of the attainable gap "
+            f"({min(shares):.3f} to {max(shares):.3f}), 0.5 is required"
         ),
     )
 
@@ -239,8 +239,8 @@ def _representation_claims(claims: _Claims, found: Results) -> None:
 def _alignment_claims(claims: _Claims, found: Results) -> None:
     """Add claims about alignment and representation, in the smaller city.
 
-    They are about what alignment does for what the model compares by, and for its `[IMG]` and
-    `[TXT]` compared by a map that is fitted to them.
+    They are about the effect of alignment on the model's own vectors, and on its `[IMG]` and
+    `[TXT]` states compared by a map that is fitted to them.
     """
     judged = {
         key: [result for result in found.get(key, []) if "states" in result.get("representation", {})]
@@ -279,8 +279,8 @@ def _real_claims(claims: _Claims, found: Results) -> None:
 def _bar(found: Results, other: str, figure: str, differences: list[float]) -> float:
     """Return twice the standard error of a difference.
 
-    The difference is between CameNN and a baseline. The error is of seeds, and of the users that
-    were there.
+    The difference is between CameNN and a baseline. The error covers the choice of seeds, and of
+    users.
     """
     drawn = [
         {r["seed"]: np.array(r["test"][f"{figure}_of_draws"]) for r in found["real", model]}
@@ -297,7 +297,7 @@ def _control_claims(claims: _Claims, found: Results) -> None:
     def compare(claim: str, kind: str, one: str, other: str, holds: Callable[[list[float]], bool]) -> None:
         claims.judge(f"control: {claim}", paired(found, kind, one, other, "expected", "auc"), holds)
 
-    # It may cost something: a model that learns chance from it loses.
+    # A loss is allowed: a model that fits its noise loses.
     compare(
         "content that is worth nothing wins nothing",
         "worthless",
@@ -307,8 +307,8 @@ def _control_claims(claims: _Claims, found: Results) -> None:
     )
     compare("without corruption, alignment adds nothing", "clean", "full", "no_alignment", nothing)
     compare("photos of other listings cost AUC", "small", "full", "shuffled_patches", lambda d: min(d) > NOTHING)
-    # What noise teaches is a direction by chance, and truth lies along few of them:
-    # 0.5 holds for the mean of many seeds only.
+    # A model trained on noise learns a random direction, and truth lies along few of them: 0.5
+    # holds for the mean of many seeds only.
     compare("permuted labels teach little", "small", "full", "permuted_labels", lambda d: min(d) > 0.05)
     compare("shuffled alignment adds nothing", "small", "shuffled_alignment", "no_alignment", nothing)
     claims.judge(

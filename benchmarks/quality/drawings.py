@@ -2,8 +2,7 @@
 
     python -m benchmarks.quality.drawings --image_weights FILE
 
-This is the precondition of any claim on images in a city, whose photos are the simulator's
-drawings.
+It is a precondition of any claim about images in a city, whose photos are the simulator's drawings.
 
 Ridge regression runs from the mean patch features of drawn, unspoilt photos to each visual factor,
 for the given weights and for random ones. Three quarters of the photos are to fit (the penalty is
@@ -39,7 +38,7 @@ log = progress_log("drawings")
 
 GRID, PATCH = 4, 75
 PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-"""Times the mean eigenvalue of the features' covariance"""
+"""Penalties, in units of the mean eigenvalue of the features' covariance"""
 SHEET, COLUMNS = 48, 8
 
 
@@ -104,7 +103,7 @@ def pooled_features(weights: str, photos: NDArray[np.uint8]) -> NDArray[np.float
 def colours(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return colour histograms of photos, float32 [n, 512].
 
-    They have 8 × 8 × 8 colours: what can be read without an encoder.
+    They have 8 × 8 × 8 colours. They are the reference without an encoder.
     """
     codes = (photos[..., 0] // 32).astype(np.int64) * 64 + (photos[..., 1] // 32) * 8 + photos[..., 2] // 32
     return np.stack([np.bincount(code.ravel(), minlength=512) / code.size for code in codes]).astype(np.float32)

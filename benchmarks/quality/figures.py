@@ -60,9 +60,9 @@ def over_truth(results: list[Result], stratum: str) -> list[float]:
 
 
 def surely_above(differences: list[float], errors: float = 3.0) -> bool:
-    """Tell whether differences are surely above 0.
+    """Return whether differences are significantly above 0.
 
-    All have one sign, and their mean is more than some standard errors above 0.
+    They are where all have one sign, and their mean is more than some standard errors above 0.
     """
     mean, error = mean_and_error(differences)
     return len(differences) > 1 and min(differences) > 0 and mean > errors * error

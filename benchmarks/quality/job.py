@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.job JOB
 
-JOB is a JSON job. Writes RESULT.json.
+JOB is a JSON job. The command writes RESULT.json.
 """
 
 import json
@@ -49,10 +49,10 @@ FROZEN = "frozen"
 """No model of clicks: maps between the frozen encoders' features, for representation"""
 GATE_SAMPLE = 2_048
 VERSION = 2
-"""Raised by a change that changes all figures: of the city, of shards, of the baselines or of how
-figures are computed. Results of an earlier one are not done."""
+"""Raised by one whenever a change alters all figures: of the city, of shards, of the baselines or
+of the figures' computation. Results of an earlier version are not reused."""
 MODEL_VERSION = 3
-"""The same, of a change that changes CameNN's figures alone: of the model or of how it is trained."""
+"""The same for a change that alters CameNN's figures alone: of the model or its training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Job:
     `model` is a variant, a baseline, `popularity` or `frozen`. `results` is the directory of
     RESULT.json, or '' for the world's own.
 
-    A baseline is tuned on seed 0. Other seeds have the settings that were found there.
+    A baseline is tuned on seed 0. Other seeds use the settings found there.
     """
 
     world: World
@@ -90,7 +90,7 @@ class Job:
     def scratch(self) -> Path:
         """Return the directory of a killed job's work.
 
-        It holds what the job had done.
+        It holds the job's partial work.
         """
         return Path(self.world.work) / "jobs" / self.name
 
@@ -131,14 +131,14 @@ class Job:
         return settings
 
     def asked(self) -> dict[str, Any]:
-        """Return all that the result depends on."""
+        """Return everything that the result depends on."""
         given = {name: value for name, value in asdict(self).items() if name not in ("threads", "results")}
         encoders = {name: Path(getattr(self.world, name)).name for name in ("image_weights", "text_encoder")}
         of_world = {name: getattr(self.world, name) for name in ("name", "preset", "city", "flags")}
         return given | encoders | {"world": of_world, "version": MODEL_VERSION if self.model in VARIANTS else VERSION}
 
     def done(self) -> bool:
-        """Tell whether the result of this very job is there."""
+        """Return whether the result of this very job exists."""
         return self.result().exists() and json.loads(self.result().read_text())["asked"] == self.asked()
 
     @classmethod
@@ -180,7 +180,7 @@ def held_out(world: World, corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[n
 def _dense(gate: GateOutput, experts: int) -> NDArray[np.float64]:
     """Return the weight of each expert, [n, experts].
 
-    All experts have one, chosen or not.
+    All experts have a weight, chosen or not.
     """
     return torch.zeros(len(gate.chosen), experts).scatter(1, gate.chosen, gate.weights).double().numpy()
 
@@ -190,7 +190,7 @@ def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, An
     """Return the use of experts by each task.
 
     `gates` has the mean weight of each expert in the gate of each task, on some test examples and
-    some alignment pairs. `gates_apart` is what that function returns, if it can be told.
+    some alignment pairs. `gates_apart` is that function's result, if it is defined.
     """
     experts, table = model.config.experts, corpus.table
     rows = concat_rows([corpus.reader.read(path) for path, _ in corpus.files("test")])
@@ -210,12 +210,12 @@ def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, An
 def gates_apart(model: CameNN, table: ItemTable, rows: Rows, rng: np.random.Generator) -> dict[str, float] | None:
     """Return the difference of tasks' weights on the same listings.
 
-    Means over listings do not tell this: the balance of experts makes those even for each task.
+    Means over listings do not show this: the balance of experts equalizes those for each task.
 
     The figures are means over listings of the total variation between CVR's and ITA's, ITA's and
-    TIA's, and CVR's of two users (what is not the task's doing). They are None where no listing is
-    shown to two users. `rows` are examples in an order by chance, of which a listing's first and
-    last are taken.
+    TIA's, and CVR's of two users (a reference that is independent of the task). They are None where
+    no listing is shown to two users. `rows` are examples in random order, of which a listing's
+    first and last are taken.
     """
     rows = rows.take(np.flatnonzero(table.with_content()[rows.item]))
     _, first = np.unique(rows.item, return_index=True)
@@ -245,8 +245,7 @@ def gates_apart(model: CameNN, table: ItemTable, rows: Rows, rng: np.random.Gene
 def run_camenn(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict[str, Any]]:
     """Train CameNN and return its predictions.
 
-    Returns (predictions of the parts that it is calibrated on and of test, what else there is to
-    tell).
+    Returns (predictions of the parts that it is calibrated on and of test, further figures).
     """
     variant = VARIANTS[job.model]
     options = TrainOptions(
@@ -332,7 +331,7 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train, judge, and write and return the result."""
+    """Train, evaluate, and write and return the result."""
     started = time.monotonic()
     torch.set_num_threads(job.threads)
     corpus = open_corpus(TrainOptions(shards=job.world.shards, out=""))

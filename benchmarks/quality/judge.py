@@ -1,6 +1,6 @@
 """Figures of predictions.
 
-They are the usual ones, those under known truth, and how sure they are.
+They are the usual ones, those under known truth, and their standard errors.
 
 Shapes: n examples of the test part.
 """
@@ -17,14 +17,14 @@ from camenn_model.evaluation.predictions import Predictions, cvr_metrics
 from simulator.truth import expected_auc
 
 LEAST_GAP = 1e-6
-"""Of two expected AUCs. Less is rounding."""
+"""Least difference of two expected AUCs. Less is rounding."""
 
 Floats = NDArray[np.float64]
 BINS = 15
 FEW_CLICKS = 10
-"""Up to so many clicks before the session a listing counts as hardly known."""
+"""Most clicks before the session at which a listing counts as hardly known."""
 FEWEST = 100
-"""Examples of a stratum that has an AUC"""
+"""Least examples of a stratum with an AUC"""
 
 
 class Prior(NamedTuple):
@@ -34,7 +34,7 @@ class Prior(NamedTuple):
     """
 
     of_listing: Floats
-    """Clicks by anybody"""
+    """Clicks by all users"""
     of_pair: Floats
     """Clicks by this user on this listing"""
     orders_of_pair: Floats
@@ -71,12 +71,12 @@ def strata(truth: Truth, prior: Prior) -> dict[str, NDArray[np.bool_]]:
         "uncorrupted": uncorrupted,
         "corrupted": ~uncorrupted,
         "mismatched": truth.mismatched,
-        # What a new listing does not show, nobody knows yet. Of an old one its clicks and orders have told.
+        # Facts that a new listing does not display are still unknown. An old one has clicks and orders as evidence.
         "cold_start_uncorrupted": truth.cold & uncorrupted,
         "cold_start_corrupted": truth.cold & ~uncorrupted,
         "warm_uncorrupted": ~truth.cold & uncorrupted,
         "warm_corrupted": ~truth.cold & ~uncorrupted,
-        # Who has clicked a listing before has told what it is to them, which a new listing has had little time for.
+        # An earlier click on a listing is evidence of the preference for it, which a new listing rarely has.
         "cold_start_first_click": truth.cold & (prior.of_pair == 0),
         "warm_first_click": ~truth.cold & (prior.of_pair == 0),
     }
@@ -101,8 +101,8 @@ def known_strata(prior: Prior) -> dict[str, NDArray[np.bool_]]:
 def as_observed(found: Predictions, prior: Prior) -> dict[str, dict[str, Any]]:
     """Return rows, orders and AUC by stratum.
 
-    This is for a log of which nobody knows the truth. AUC is None where a stratum has fewer than
-    `FEWEST` examples or one class.
+    It is meant for a log without known truth. AUC is None where a stratum has fewer than `FEWEST`
+    examples or one class.
     """
     by_stratum = {}
     for name, rows in known_strata(prior).items():
@@ -145,20 +145,20 @@ def under_truth(found: Predictions, calibration: PlattScaling, truth: Truth, pri
 
 
 def attainable_share(auc: float, context: float, displayed: float) -> float | None:
-    """Return the share that a model finds of displayed content.
+    """Return the share of displayed content that a model uses.
 
-    It is the share of what displayed content adds to class and context. It is None where it adds
-    nothing, as in the control of worthless content.
+    It is the share of the gain of displayed content over class and context. It is None where there
+    is no gain, as in the control without effect of content.
     """
     gap = displayed - context
     return (auc - context) / gap if gap > LEAST_GAP else None
 
 
 def content_efficiency(model: float, without_content: float, displayed: float) -> float:
-    """Return the share of content's worth that a model takes.
+    """Return the model's share of the attainable gain from content.
 
-    The worth is what content is worth to the same model when it is told what is displayed. The
-    model takes its share from photos and titles. All are of expected AUCs.
+    The attainable gain is that of the same model when it is given the displayed content. The
+    model's own gain comes from photos and titles. All gains are in expected AUC.
     """
     return (model - without_content) / (displayed - without_content)
 
@@ -186,7 +186,7 @@ def of_draws(found: Predictions, draws: int = 200, seed: int = 0) -> dict[str, l
     2007).
 
     The draws are the same for all models: the standard deviation of two models' differences is the
-    standard error of their difference. Who is drawn twice has each session once, with twice its
+    standard error of their difference. A user drawn twice has each session once, with twice its
     examples.
     """
     rng = np.random.default_rng(seed)

@@ -2,16 +2,17 @@
 
     python -m benchmarks.quality.photos --photos DIR --image_weights FILE --text_encoder DIR
 
-It asks which description fits a photo, and which photo a description.
+It measures which description fits a photo, and which photo fits a description.
 
 DIR is laid out as the Grocery Store Dataset (Klasson et al., WACV 2019): `train.txt`, `val.txt`,
 `classes.csv`. Every photo is a listing whose title is the description of its class. CameNN is
 trained on the photos of `train.txt` as `camenn train` does for the listing quality: photos and
 titles alone, no clicks.
 
-Then each photo of `val.txt` looks for its description among those of all classes that `val.txt`
-has, and each description for a photo. A hit is of the same class. Beside it stand the best ridge
-and the best CCA map between mean patch features and mean token states, fitted on the same listings.
+Then each photo of `val.txt` is a query for its description among those of all classes that
+`val.txt` has, and each description a query for a photo. A hit is of the same class. For comparison
+there are the best ridge and the best CCA map between mean patch features and mean token states,
+fitted on the same listings.
 
 `--check` leaves `val.txt` closed and holds every tenth training photo of a class out instead. The
 last line of stdout is one JSON object.
@@ -51,9 +52,9 @@ log = progress_log("photos")
 
 KS = (1, 5)
 GRID = 8
-"""Patches of a side, as `camenn embed` has it by default"""
+"""Patches per side, the default of `camenn embed`"""
 EVERY = 10
-"""Of the training photos of a class, one is held out by --check"""
+"""One in so many training photos of a class is held out by --check"""
 CLICKS_MADE, SESSION_CLICKS, DAYS = 2_000, 10, 20
 
 
@@ -91,7 +92,7 @@ def read_catalog(photos: Path) -> tuple[pa.Table, dict[str, bool]]:
 def write_data(catalog: pa.Table, data: Path) -> None:
     """Write the tables.
 
-    Clicks and orders are of chance: shards cannot be without them, and nothing here looks at them.
+    Clicks and orders are random: shards require them, and nothing here uses them.
     """
     data.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -134,7 +135,7 @@ def hold_out(corpus: Corpus, of_val: dict[str, bool], *, check: bool) -> None:
 def recalls(similarities: NDArray[np.float32], classes: Ints) -> dict[str, dict[str, float]]:
     """Return R@k both ways from similarities.
 
-    The similarities are [photos, titles] of the same listings. Each description stands once,
+    The similarities are [photos, titles] of the same listings. Each description is included once,
     whatever the number of its photos.
     """
     named, once = np.unique(classes, return_index=True)
@@ -149,7 +150,7 @@ def train_aligner(corpus: Corpus, options: TrainOptions) -> CameNN:
     """
     torch.manual_seed(options.seed)
     model = CameNN(corpus.config)
-    # Of the listings that are not held out here: the corpus was opened before it was told which are.
+    # Restrict to the listings that are not held out here: the corpus was opened before those were chosen.
     fit_inputs(model, corpus.table, options.seed, penalty=corpus.table.fit_agreement().penalty)
     train_alignment(model, AlignmentSampler(corpus.table), options, sys.maxsize)
     return model.eval()
@@ -191,12 +192,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--photos", type=Path, required=True, help="directory with train.txt, val.txt and classes.csv")
     parser.add_argument("--image_weights", required=True, help="InceptionV4, as for camenn embed")
     parser.add_argument("--text_encoder", required=True, help="BERT, as for camenn embed")
-    parser.add_argument("--max_tokens", type=int, default=64, help="of a description (default %(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=64, help="tokens of a description (default %(default)s)")
     parser.add_argument(
         "--passes",
         type=int,
         default=TrainOptions.alignment_passes,
-        help="times that each photo is seen (default %(default)s)",
+        help="epochs over the photos (default %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="models trained (default %(default)s)")
     parser.add_argument("--check", action="store_true", help="leave val.txt closed, hold out a part of train.txt")

@@ -1,6 +1,6 @@
 """The plan of models and their training logs.
 
-It has an order: seed 0 of everything comes first, so that a table is whole early.
+It is ordered: seed 0 of everything comes first, so that a table is complete early.
 """
 
 import argparse
@@ -40,13 +40,14 @@ WORTHLESS: dict[str, Any] = {
     "click_bad_text": 0.0,
     "classes": 42,
 }
-"""What photos and titles show or spoil changes no click and no order, and a class is a subcategory,
-which every model knows: of more classes, photos and titles would tell which."""
+"""The control in which content has no effect: photos and titles change no click and no order. A
+class is a subcategory, which every model knows: with more classes, photos and titles would identify
+the class."""
 HISTORY = 50
-"""Entries of a history, for all models: people have more than a hundred clicks each"""
+"""Entries of a history, for all models: users have more than a hundred clicks each"""
 QUICK_CITY: dict[str, Any] = {}
 QUICK_EPOCHS = 3
-"""Of the demo's city: with fewer steps nothing is learned yet"""
+"""Epochs in the demo's city: with fewer steps nothing is learned yet"""
 QUICK_MODELS = ("full", "permuted_labels", POPULARITY, "lightgbm")
 QUICK_TRIALS = 3
 
@@ -68,7 +69,7 @@ def world(arguments: argparse.Namespace, name: str, city: dict[str, Any] | None,
 
 
 def list_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """List all jobs that were asked for, in order."""
+    """List all requested jobs, in order."""
     if arguments.quick:
         jobs = [
             Job(world=world(arguments, "quick", QUICK_CITY, "demo"), model=model, seed=0, epochs=QUICK_EPOCHS)

@@ -1,6 +1,6 @@
 """The results as one picture.
 
-It shows what is compared, each seed a dot, the mean a bar.
+It shows the comparisons, each seed as a dot, the mean as a bar.
 """
 
 import io
@@ -31,7 +31,7 @@ STRATA_MODELS = {"full": OURS, "no_content": LEFT_OUT, "lightgbm_content": OTHER
 LABELS = {
     "full": "CameNN",
     "no_content": "without content",
-    "displayed": "told what is displayed",
+    "displayed": "given displayed content",
     "no_alignment": "without alignment",
     "no_ids": "without ids",
     "no_history": "without history",
@@ -142,7 +142,7 @@ def _ablations(axes: Axes, found: Results) -> None:
         for (kind, model), results in found.items()
         if kind == "small"
         and model != "full"
-        # Permuted labels lose a hundred times as much as anything else: they have the table.
+        # Permuted labels lose a hundred times as much as anything else: they are in the table only.
         and model != "permuted_labels"
         and (values := [r["expected"]["auc"] - full[r["seed"]] for r in results if r["seed"] in full])
     }

@@ -1,4 +1,4 @@
-"""Results as tables, and what is published of them."""
+"""Results as tables, and their publication."""
 
 import math
 from pathlib import Path

@@ -26,9 +26,9 @@ Scores = NDArray[np.floating[Any]]
 """float32 of similarities, float64 of probabilities"""
 KS = (1, 5, 10)
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Of the maps: times the mean eigenvalue of the features' covariance"""
+"""Penalties of the maps, in units of the mean eigenvalue of the features' covariance"""
 DIMENSIONS = (16, 32, 64, 128)
-"""Of the correlation analysis"""
+"""Numbers of directions of the correlation analysis"""
 VALIDATION = 0.2
 
 
@@ -39,7 +39,7 @@ class Held:
     rows: Ints
     classes: Ints
     mismatched: NDArray[np.bool_] | None
-    """Whether photo or title is another class's, None where nobody knows"""
+    """True where photo or title is another class's, None where unknown"""
     corrupted: NDArray[np.bool_] | None
 
 
@@ -67,7 +67,7 @@ def cca(images: Floats, titles: Floats, penalty: float, dimensions: int) -> tupl
 def ridge(images: Floats, titles: Floats, penalty: float) -> Floats:
     """Fit ridge regression from images to titles.
 
-    It is least squares with a penalty on the squared weights.
+    It is least squares with an L2 penalty.
     """
     gram = images.T @ images
     return np.linalg.solve(
@@ -80,7 +80,7 @@ def _similarities(
 ) -> Floats:
     """Return similarities [photos, titles] of the listings of `test`.
 
-    They are by a map that was fitted on `train`.
+    The map is fitted on `train`.
     """
     if kind == "ridge":
         weights = ridge(*train, setting[0])
@@ -139,7 +139,7 @@ def frozen_similarities(table: ItemTable, train: Ints, train_classes: Ints, test
 def swapped_pairs(held: Held, seed: int) -> tuple[Ints, Ints]:
     """Return places (photos, titles) of mismatched pairs.
 
-    The pairs are of other classes, of listings that are right themselves.
+    The pairs are of different classes, of listings that are correct themselves.
     """
     right = np.arange(len(held.rows)) if held.corrupted is None else np.flatnonzero(~held.corrupted)
     other = np.random.default_rng([seed, 17]).permutation(right)
@@ -164,8 +164,8 @@ def both_ways(
 def figures(similarities: Floats, belongs: Scores, swaps: Scores, held: Held) -> dict[str, Any]:
     """Return R@k both ways and mismatch AUC.
 
-    R@k is from similarities [n, n]. Mismatch AUC is from how well own photos and titles belong
-    together [n], and swapped ones [m].
+    R@k is from similarities [n, n]. Mismatch AUC is from the alignment scores of own photos and
+    titles [n], and of swapped ones [m].
     """
     to_text, to_image = both_ways(similarities, held.classes, held.classes, KS)
     found: dict[str, Any] = {"image_to_text": to_text, "text_to_image": to_image}
@@ -196,9 +196,9 @@ def of_model(
 
     The probes are of the subcategory.
 
-    `states` are the same figures of what the shared bottom says of a photo and of a title, `[IMG]`
+    `states` are the same figures of the shared bottom's states of a photo and of a title, `[IMG]`
     and `[TXT]`, by the best CCA map between them that is fitted on the training listings. A model
-    that was never taught to compare has these.
+    that was trained without alignment has these too.
     """
 
     def embed(by: Callable[[CameNN, ItemTable, Ints], tuple[Tensor, Tensor]], rows: Ints) -> tuple[Floats, Floats]:
@@ -230,10 +230,10 @@ def _probes(
 def of_listing_quality(table: ItemTable, agreement: Agreement, held: Held) -> dict[str, float] | None:
     """Measure how well published listing quality finds mismatches.
 
-    The figures are None where nobody knows the mismatches, or nothing is judged.
+    The figures are None where the mismatches are unknown, or nothing is judged.
 
     `mismatch_auc` is over the held-out listings. `worst_twentieth` is the share of mismatched ones
-    in the twentieth of them that is judged worst.
+    in the twentieth of them with the worst judgement.
     """
     if held.mismatched is None or not held.mismatched.any() or not agreement.folds:
         return None

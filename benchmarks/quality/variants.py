@@ -1,6 +1,6 @@
 """The differences between the models that are compared.
 
-There is one change each, made to the corpus, to the configuration or to what is drawn.
+Each variant is one change, of the corpus, of the configuration or of the sampled pairs.
 """
 
 import copy
@@ -33,7 +33,7 @@ assert {*IMAGE_QUALITY, *TEXT_QUALITY} == {column.name for column in ITEM_QUALIT
 def hide(table: ItemTable, space: FeatureSpace, *, images: bool = False, titles: bool = False) -> ItemTable:
     """Return the items without photos or titles.
 
-    They are also without what was measured of them.
+    Their quality measures are removed as well.
     """
     hidden = copy.copy(table)
     if images:
@@ -61,7 +61,7 @@ def hide_ids(table: ItemTable, space: FeatureSpace) -> ItemTable:
 def without_agreement(corpus: Corpus) -> Corpus:
     """Return the corpus without knowledge of agreement.
 
-    Nobody knows in it whether photos and titles belong together.
+    The agreement of photos and titles is unknown in it.
     """
     agreement = replace(Agreement.none(), penalty=corpus.space.agreement.penalty)
     space = replace(corpus.space, agreement=agreement)
@@ -86,7 +86,7 @@ def with_shuffled_images(corpus: Corpus, seed: int) -> Corpus:
 
 
 class _Arrays:
-    """Vectors in the place of mapped embeddings.
+    """Vectors instead of mapped embeddings.
 
     There is one vector for each row.
     """
@@ -109,10 +109,10 @@ class _Arrays:
 def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
     """Return the corpus with the truth of displayed content.
 
-    The truth of what photos and titles display stands in the place of their embeddings, and of how
-    well these agree.
+    The truth of the displayed content replaces the embeddings of photos and titles, and their
+    agreement.
 
-    A photo has: whether it is right and clear, its visual factors if so, and the vector z of the
+    A photo has: whether it is correct and clear, its visual factors if so, and the vector z of the
     class that it shows. A title has the same with its attributes.
     """
     assert world.truth is not None
@@ -139,7 +139,8 @@ def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
         axis=1,
     )
     table = copy.copy(corpus.table)
-    table.images, table.titles = _Arrays(images), _Arrays(titles)  # type: ignore[assignment]  # they stand in for Contents
+    # They stand in for Contents.
+    table.images, table.titles = _Arrays(images), _Arrays(titles)  # type: ignore[assignment]
     table.image_row = table.title_row = np.arange(len(table))
     table.tokens = np.ones(len(table), dtype=np.int64)
     table.pooled_images, table.pooled_titles = images.astype(np.float16), titles.astype(np.float16)
@@ -160,7 +161,7 @@ def displayed_attributes(corpus: Corpus, world: World) -> Corpus:
 
 
 class _ChangedReader(ExampleReader):
-    """A reader that changes what it has read."""
+    """A reader that changes the rows that it has read."""
 
     def __init__(self, reader: ExampleReader, change: Callable[[Rows], Rows]) -> None:
         vars(self).update(vars(reader))
@@ -205,19 +206,19 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     hides: tuple[str, ...] = ()
-    """Of images, titles"""
+    """Change of images, titles"""
     hides_ids: bool = False
     hides_agreement: bool = False
     reader: Callable[[Rows], Rows] | None = None
-    """What changes the examples, in training and in the test part"""
+    """Change of the examples, in training and in the test part"""
     train_reader: Callable[[Rows], Rows] | None = None
     """The same, in training and early stop only"""
     displayed: bool = False
     gate_mask: bool = False
     shuffled_alignment: bool = False
-    """Whether alignment is taught other listings' photos"""
+    """True where alignment is trained on other listings' photos"""
     shuffled_images: bool = False
-    """Whether the test part sees other listings' photos"""
+    """True where the test part has other listings' photos"""
 
 
 def _loss(**values: Any) -> dict[str, Any]:
@@ -239,8 +240,8 @@ VARIANTS: dict[str, Variant] = {
     "no_ita": Variant(about="without image-to-text alignment", options=_loss(ita=0.0)),
     "no_tia": Variant(about="without text-to-image alignment", options=_loss(tia=0.0)),
     "no_contrastive": Variant(about="without the contrastive loss", options=_loss(contrastive=0.0)),
-    "no_agreement": Variant(about="orders are not told how well photo and title agree", hides_agreement=True),
-    "no_choice": Variant(about="clicks teach no tastes", options=_loss(choice=0.0)),
+    "no_agreement": Variant(about="orders do not use the agreement of photo and title", hides_agreement=True),
+    "no_choice": Variant(about="clicks train no preferences", options=_loss(choice=0.0)),
     "no_images": Variant(about="titles only", options={"alignment": False}, hides=("images",)),
     "no_text": Variant(about="photos only", options={"alignment": False}, hides=("titles",)),
     "dense_gate": Variant(about="every expert for every pair", config={"top_k": 4}),
@@ -262,7 +263,7 @@ VARIANTS: dict[str, Variant] = {
 def _mask_gate(trainer: Trainer) -> None:
     """Hide `[TXT]` and the mean patch from the CVR gate.
 
-    The columns of its weights for `[TXT]` and the mean of patches stay 0, where they begin.
+    The columns of its weights for `[TXT]` and the mean of patches stay 0, their initial value.
     """
     width = trainer.model.config.width
     for layers in (trainer.model.cvr_gate.weights, trainer.model.cvr_gate.noise):
@@ -279,15 +280,17 @@ def _mask_gate(trainer: Trainer) -> None:
 def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world: World) -> tuple[Trainer, Corpus]:
     """Return (a variant's trainer, the corpus of its test part).
 
-    Frozen features are standardised before anything is hidden: a model needs some to be made.
+    Frozen features are standardised before anything is hidden: a model requires some at
+    construction.
     """
     if variant.displayed:
         corpus = displayed_attributes(corpus, world)
     elif not options.alignment or variant.hides_agreement:
         corpus = without_agreement(corpus)
     corpus = replace(corpus, config=replace(corpus.config, attention=options.attention, **variant.config))
-    # Whose photo is whose is what alignment learns from. The control has it of shuffled photos,
-    # the start of the projections too. Orders, and all that is measured, see each listing's own.
+    # Alignment learns from the assignment of photos to listings. In the control the photos are
+    # shuffled for it, and for the initial projections. Orders and all measurements use each
+    # listing's own photo.
     aligned = with_shuffled_images(corpus, options.seed) if variant.shuffled_alignment else corpus
     trainer = Trainer(aligned, options, lambda *_: None)
     if variant.hides:

@@ -30,7 +30,7 @@ class World:
     """One log.
 
     `city` has the fields of the simulator's configuration that differ from the preset's. None means
-    a data directory that is there.
+    an existing data directory.
     """
 
     name: str
@@ -42,7 +42,7 @@ class World:
     image_weights: str = ""
     text_encoder: str = ""
     flags: dict[str, list[str]] = field(default_factory=dict)
-    """More flags of a stage"""
+    """Additional flags of a stage"""
 
     @property
     def directory(self) -> Path:
@@ -120,15 +120,14 @@ class Truth:
     p_order: np.ndarray
     """Probability of an order after the click, float64"""
     uniform: np.ndarray
-    """Whether the session was shown listings at random, bool"""
+    """True where the session was shown listings at random, bool"""
     cold: np.ndarray
-    """Whether the listing first appears in the test days, bool"""
+    """True where the listing first appears in the test days, bool"""
     image_ok: np.ndarray
     text_ok: np.ndarray
     mismatched: np.ndarray
     ladder: dict[str, dict[str, float]]
-    """Expected AUC of what can be known of an order, of these examples and of all of the simulator's
-    strata"""
+    """Expected AUC ladder (`simulator.truth`), of these examples and of all of the simulator's strata"""
 
 
 KEY = ["user_id", "session_id", "item_id"]
@@ -143,7 +142,7 @@ def read_truth(world: World, keys: pd.DataFrame) -> Truth:
     """Read the truth of examples.
 
     Raises:
-        ValueError: an example that the simulator knows nothing of.
+        ValueError: an example that is unknown to the simulator.
     """
     assert world.truth is not None
     clicks = pq.read_table(

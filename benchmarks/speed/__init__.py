@@ -1,1 +1,1 @@
-"""Speed and memory: ratios in one run, in turns."""
+"""Speed and memory: ratios from alternating measurements of one run."""

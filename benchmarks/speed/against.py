@@ -3,12 +3,11 @@
     git worktree add /tmp/before COMMIT
     python -m benchmarks.speed.against --before /tmp/before --work WORK
 
-Stages of both trees run in turns on one machine. Both trees read the same city, and each has a
-store, shard set and model of its own making. Runs alternate. A run is a process of its own, with
-one worker.
+Stages of both trees run alternately on one machine. Both trees read the same city, and each builds
+its own store, shard set and model. A run is a process of its own, with one worker.
 
 `cpu_ratio` and `wall_ratio` are medians over the turns of this tree's seconds over the other's.
-`same_rows` tells whether the rows of both are equal to the bit. The last line of stdout is one JSON
+`same_rows` is true where the rows of both are bitwise equal. The last line of stdout is one JSON
 object.
 """
 
@@ -33,7 +32,7 @@ CLICKS_PER_USER = 50
 STAGES = ("shards", "score")
 HERE = Path(__file__).resolve().parents[2]
 PROCESSES = ("benchmarks.support.stage_process", "benchmarks.plant_stage")
-"""Module that runs one stage, and its name in checkouts of before the move into rooms"""
+"""Module that runs one stage, and its name in checkouts older than the move into rooms"""
 
 
 def run_stage(tree: Path, place: Path, stage: str, out: str, *, rebuild: bool = False) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for stage in arguments.stages:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
         for turn in range(arguments.repeats):
-            # Who begins changes, as the second of two finds the files in memory.
+            # The order alternates, as the second of two runs finds the files in memory.
             for name in sorted(trees, reverse=turn % 2 == 1):
                 out = "shards" if stage == "shards" else f"scores-{turn}"
                 result = run_stage(trees[name], work / name, stage, out, rebuild=stage == "shards")
@@ -107,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", type=names_of(STAGES), default=list(STAGES), help="of shards,score (default: all)")
     parser.add_argument("--items", type=int, default=20_000, help="listings (default %(default)s)")
     parser.add_argument("--clicks", type=int, default=2_000_000, help="clicks, about (default %(default)s)")
-    parser.add_argument("--copies", type=int, default=10, help="times that the people are taken (default %(default)s)")
+    parser.add_argument("--copies", type=int, default=10, help="copies of the users (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each (default %(default)s)")
     parser.add_argument("--work", type=Path, help="directory kept for the next time (default: a temporary one)")
     return parser
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     with work_directory(arguments.work, "against") as work:
         found = measure(work, arguments)
-    print(json.dumps(found | {"stub_encoders": "embeddings of real sizes that say nothing", **machine()}), flush=True)
+    print(json.dumps(found | {"stub_encoders": "meaningless embeddings of real sizes", **machine()}), flush=True)
     return 0
 
 

@@ -9,7 +9,7 @@ night against the first.
 That pace covers reading, decoding, cutting, encoding photo and title, writing and publishing.
 Start-up, a run over one listing, is kept apart. It is given over the pace of a bare torch loop on
 the same photos and titles, and over that of a RunInference pipeline as Beam's documentation would
-write it. Both are measured against the bare loop while they run: the clock of the one stands while
+write it. Both are measured against the bare loop while they run: the clock of one is stopped while
 the other encodes the same contents.
 
 `nights` is a whole run, then the same catalog again, then 1 % of it changed. `memory` is peak
@@ -57,8 +57,8 @@ def run_job(job: Job, timeout: float) -> tuple[dict[str, Any], float]:
 def matmul_ceilings() -> dict[str, float]:
     """Return the GFLOP/s of a matrix product by dtype.
 
-    The product is of 2048 × 2048, and the best of some counts: what the machine has to give at the
-    moment.
+    The product is of 2048 × 2048, and the best of several measurements counts, as the machine's
+    present capacity.
     """
     import torch
 
@@ -108,8 +108,8 @@ def measure_speed(work: Path, arguments: argparse.Namespace, common: dict[str, A
                     f"{result['images']} photos and {result['titles']} titles of {arguments.items} were encoded"
                 )
     whole = [run["bare_seconds"] / run["seconds"] for run in runs["whole"]]
-    # What the bare loop takes for a listing beside `plain`:
-    # its photo there, its title by the share that it had beside `whole`.
+    # Seconds of the bare loop for a listing beside `plain`: its photo as measured there, its title
+    # by its share beside `whole`.
     title_share = statistics.median(run["bare_seconds"] / run["bare_by_encoder"]["images"] for run in runs["whole"])
     plain = [run["bare_image_seconds"] * title_share / run["seconds"] for run in runs["plain"]]
     pace = {way: statistics.median(run["images"] / run["seconds"] for run in found) for way, found in runs.items()}
@@ -137,7 +137,7 @@ def measure_nights(work: Path, arguments: argparse.Namespace, common: dict[str, 
     """Measure a first night and the nights after it.
 
     There is a whole run once. Then, from its store each time, the same catalog again and 1 % of it
-    changed. Whether to compile is left to the product: it pays on the first night alone.
+    changed. The product decides whether to compile, which pays on the first night alone.
     """
     common = common | {"compile": "auto"}
     data = work / f"listings-{arguments.night_items}"
@@ -150,13 +150,13 @@ def measure_nights(work: Path, arguments: argparse.Namespace, common: dict[str, 
         shutil.rmtree(work / "nights", ignore_errors=True)
         found_first, _ = run_job(Job(way="whole", data=str(data), out=str(first), **common), arguments.timeout)
         record.write_text(json.dumps(found_first))
-    # An hour's work: kept with --work, with the time that it took.
+    # It takes an hour, so it is kept with --work, with its time.
     whole = json.loads(record.read_text())
     log(
         f"first night: {whole['seconds']:.1f} s for {whole['images']:,} photos, start-up {whole['start_seconds']:.1f} s"
     )
     found: dict[str, list[dict[str, Any]]] = {"unchanged": [], "changed": []}
-    # Photos of the second night lie in another directory, as links: moving the root is no change of theirs.
+    # Photos of the second night are links in another directory: moving the root does not change them.
     for number in range(arguments.repeats):
         for name, place in (("unchanged", data), ("changed", tomorrow)):
             shutil.rmtree(second.parent, ignore_errors=True)

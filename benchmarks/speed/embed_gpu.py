@@ -5,7 +5,7 @@
 It measures images a second, utilisation, and the share of the bf16 matrix ceiling measured in the
 same run.
 
-Where there is no CUDA device, it says so and measures nothing.
+Where there is no CUDA device, it reports so and measures nothing.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def watch_utilisation(samples: list[float]) -> Iterator[None]:
 def bare_pace(encoder: ImageEncoder, photos: int) -> float:
     """Return photos a second of the encoder alone.
 
-    It runs over patches that lie in memory.
+    It runs over patches in memory.
     """
     spec = encoder.spec
     patches = torch.randint(

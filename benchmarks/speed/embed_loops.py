@@ -6,12 +6,11 @@ JOB is a JSON job. It runs in a process of its own. The last line of stdout is t
 
 There are these ways. `whole` is `camenn embed`. `plain` is a RunInference pipeline as Beam's
 documentation would write it, one photo and one title an element, in fp32. `variants` finds the
-fastest bare torch loop over patches and token ids that lie in memory.
+fastest bare torch loop over patches and token ids in memory.
 
 A shared machine may be three times slower from one minute to the next. Where `whole` and `plain`
-are given a bare loop, they stop their clock now and then and let it encode the very same contents,
-so that each is compared with it within seconds. Start-up (imports, loading, compiling) is kept
-apart.
+are given a bare loop, they regularly stop their clock and let it encode the very same contents, so
+that each is compared with it within seconds. Start-up (imports, loading, compiling) is kept apart.
 """
 
 import json
@@ -55,7 +54,7 @@ class Job:
     limit: int | None = None
     """Listings, for the ways that need no whole catalog"""
     single: str = ""
-    """A catalog of one listing. What `whole` takes for it is start-up"""
+    """A catalog of one listing. The time of `whole` for it is start-up"""
     variants: dict[str, Any] = field(default_factory=dict)
     """The bare loops of `images` and `titles` to compare with ({} = none)"""
 
@@ -78,9 +77,10 @@ class Job:
 
 
 def _write(path: str, pair: tuple[float, float] | None, **seconds: float) -> None:
-    """Add figures to what a handler leaves for the submitter.
+    """Add figures to a handler's file for the submitter.
 
-    They are sums, and pairs of seconds. The runner copies handlers, and tells nothing.
+    They are sums, and pairs of seconds. A file is needed as the runner copies handlers, and returns
+    nothing.
     """
     found = json.loads(Path(path).read_text()) if Path(path).exists() else {"pairs": []}
     pairs = found["pairs"] + ([pair] if pair is not None else [])
@@ -129,7 +129,7 @@ class _Timed:
         stopped = time.monotonic()
         loading = stopped - begun
         if self.variant is not None:
-            # The chunk before may still be written.
+            # The previous chunk may still be being written.
             time.sleep(0.2)
         bare = self._bare_seconds(batch, encoder, ahead=True)
         resumed, ready = time.monotonic(), encoder.start_seconds
@@ -139,8 +139,8 @@ class _Timed:
         own = ended - resumed - compiling
         bare += self._bare_seconds(batch, encoder, ahead=False)
         contents = sum(len(chunk.keys) for chunk in batch) if bare else 0
-        # Around each other within seconds:
-        # a ratio that a machine which lends its cores elsewhere for minutes leaves alone.
+        # Both are measured within seconds of each other: a machine that lends its cores elsewhere
+        # for minutes does not distort the ratio.
         pair = (own, bare) if bare else None
         paused = resumed - stopped + time.monotonic() - ended
         _write(
@@ -187,11 +187,11 @@ def _load_patches(paths: list[str], spec: ImageSpec) -> NDArray[np.uint8]:
 def run_whole(job: Job) -> dict[str, Any]:
     """Time `camenn embed` without its start-up.
 
-    The time goes from its first look at the catalog to its publication, less the time in which its
-    clock stood, and less start-up.
+    The time goes from its first read of the catalog to its publication, less the time in which its
+    clock was stopped, and less start-up.
 
-    Start-up is imports, loading, compiling, and what a run over a single listing takes: building a
-    pipeline, starting its steps, publishing.
+    Start-up is imports, loading, compiling, and a run over a single listing: building a pipeline,
+    starting its steps, publishing.
     """
     imports = time.monotonic() - PROCESS_STARTED
     single = 0.0
@@ -231,7 +231,7 @@ def run_whole(job: Job) -> dict[str, Any]:
 def _timed_run(job: Job) -> tuple[float, dict[str, Any], dict[str, Any]]:
     """Run a job and time it.
 
-    Returns (seconds, closing table, what the handlers left).
+    Returns (seconds, closing table, the handlers' figures).
     """
     image, text = job.specs()
     out = Path(job.out)

@@ -2,15 +2,15 @@
 
     python -m benchmarks.speed.night --image_weights inception_v4_grocery.safetensors --text_encoder MINILM --work DIR
 
-On the second night a hundredth of the catalog has changed, photos as well as titles, and there is a
-day of logs more. It is measured stage by stage, each in a process of its own as `camenn nightly`
-starts it.
+On the second night a hundredth of the catalog has changed, photos as well as titles, and there is
+one more day of logs. It is measured stage by stage, each in a process of its own as `camenn
+nightly` starts it.
 
 The city is drawn, the encoders are real. Listings of a city share photos, so the changed ones are
-those that show every hundredth photo. Training is left out of both nights: the model has the
-weights that training would begin with, which score as fast as trained ones.
+those that show every hundredth photo. Training is left out of both nights: the model has initial
+weights, which score as fast as trained ones.
 
-Every second night begins from what the first one left (hard links). Seconds are a stage's wall time
+Every second night starts from the first one's outputs (hard links). Seconds are a stage's wall time
 with the start of its process. Scoring rescores every pair each night. The last line of stdout is
 one JSON object.
 """
@@ -58,7 +58,7 @@ def write_night(city: Path, data: Path, *, second: bool) -> dict[str, int]:
     last = pc.max(days)
     for name, column in (("clicks", "clicked_at"), ("orders", "ordered_at")):
         table = pq.read_table(city / f"{name}.parquet")
-        # Orders come in after their click: those of the log's last minutes lie behind its last day.
+        # Orders follow their click: those of the log's last minutes fall after its last day.
         table = table if second else table.filter(pc.less(table[column], last))
         rows[name] = table.num_rows
         pq.write_table(table, data / f"{name}.parquet", row_group_size=65_536)
@@ -82,7 +82,7 @@ def write_night(city: Path, data: Path, *, second: bool) -> dict[str, int]:
 def run_night(data: Path, work: Path, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Run embed, shards and score of one night.
 
-    Returns what each took, and its closing table. A model is written between, if there is none.
+    Returns each one's seconds and closing table. A model is written in between, if there is none.
     """
     found = {}
     for stage, flags in (

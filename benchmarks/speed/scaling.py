@@ -4,20 +4,20 @@
     python -m benchmarks.speed.scaling --runners fnapi,flink --flink "$(scripts/flink_local.sh flags)"
 
 It gives seconds of embed, shards and score at a parallelism of 1, 2 and more on FnApiRunner and
-Flink, the peak memory of each process, and what Beam costs against the plain functions called in a
+Flink, the peak memory of each process, and Beam's overhead over the plain functions called in a
 loop.
 
 The pipelines are measured without the networks of the encoders. There is a simulated city whose
-photos are a few unique bytes. StubImageHandler and StubTitleHandler stand in the place of
-InceptionV4 and BERT, with small embeddings. `score` runs a `small` CameNN with untrained weights,
-on one thread to a worker.
+photos are a few unique bytes. StubImageHandler and StubTitleHandler replace InceptionV4 and BERT,
+with small embeddings. `score` runs a `small` CameNN with untrained weights, on one thread to a
+worker.
 
-Every run is a process of its own. Variants take turns, so that a busy machine slows all of them.
+Every run is a process of its own. Variants alternate, so that a busy machine slows all of them.
 Medians are compared, and all outputs must be equal row by row.
 
 The overhead is seconds on FnApiRunner with one worker over seconds of the plain loop
-(benchmarks/support/loop_runner.py), minus 1. That of their processor seconds is given beside it,
-which a machine that lends its cores elsewhere disturbs less.
+(benchmarks/support/loop_runner.py), minus 1. The overhead in processor seconds is given as well,
+which is less affected by a machine that lends its cores elsewhere.
 """
 
 import argparse
@@ -43,11 +43,10 @@ from benchmarks.support.stage_process import PLAIN, STAGES, Job
 log = progress_log("scaling")
 
 LIMIT = 0.25
-"""The most that Beam may cost `shards` on FnApiRunner, as a share of the plain loop's seconds."""
+"""Largest overhead of Beam for `shards` on FnApiRunner, as a share of the plain loop's seconds."""
 RUNNERS = ("fnapi", "flink")
 READS = {"embed": (), "shards": ("store",), "score": ("store", "shards", "model")}
-"""What each stage needs to be prepared beside the tables. `score` itself reads no shards, but a model
-is made of them."""
+"""Stages to prepare for each stage, besides the tables. `score` itself reads no shards, but its model needs them."""
 LOOP = ("--runner=benchmarks.support.loop_runner.LoopRunner",)
 
 
@@ -74,7 +73,7 @@ class Runs:
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    """Of the submitting process, which is all of them where the worker is inside it"""
+    """Processor seconds of the submitting process, which are all where the worker is inside it"""
     peaks: list[dict[str, float] | None] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -103,11 +102,11 @@ def fnapi_flags(parallelism: int) -> tuple[str, ...]:
 
 
 def flink_answers(flags: list[str]) -> bool:
-    """Tell whether the JobManager of the flags answers."""
+    """Return whether the JobManager of the flags answers."""
     master = next((flag.split("=", 1)[1] for flag in flags if flag.startswith("--flink_master=")), "")
     if not master:
         return False
-    # A proxy of the environment has no business between this machine and its own cluster.
+    # A proxy of the environment must not be used between this machine and its own cluster.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://{master}/overview", timeout=5) as answer:
@@ -119,7 +118,7 @@ def flink_answers(flags: list[str]) -> bool:
 def list_variants(runners: list[str], parallelism: list[int], flink: list[str]) -> list[Variant]:
     """List the plain loop and every runner at every parallelism.
 
-    Only runners that are there are listed.
+    Only available runners are listed.
     """
     variants = [Variant(PLAIN, 1, LOOP)]
     if "fnapi" in runners:
@@ -150,9 +149,9 @@ def run_job(job: Job, variant: Variant, timeout: float) -> tuple[dict[str, Any],
 
 
 def prepare(work: Path, arguments: argparse.Namespace, jobs: dict[str, Any]) -> dict[str, int]:
-    """Make all that the stages read.
+    """Make all inputs of the stages.
 
-    Only what is not there yet is made. Returns the city's row counts.
+    Existing ones are reused. Returns the city's row counts.
     """
     started = time.monotonic()
     rows = make_city(work / "data", arguments.items, arguments.clicks, arguments.pairs)
@@ -176,7 +175,7 @@ def measure(
 ) -> dict[str, dict[str, Runs]]:
     """Run every variant of every stage `repeats` times.
 
-    They take turns.
+    Variants alternate.
 
     Raises:
         RuntimeError: two variants of a stage gave different rows.
@@ -208,7 +207,7 @@ def measure(
 
 
 def summarise(found: dict[str, dict[str, Runs]]) -> dict[str, Any]:
-    """Return ratios first, then what they were made of."""
+    """Return ratios first, then their components."""
     overhead = {
         stage: round(runs["fnapi-1"].median / runs[PLAIN].median - 1, 4)
         for stage, runs in found.items()
@@ -329,7 +328,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--work",
-        help="directory for the city and what is made of it, kept for the next time (default: a temporary one)",
+        help="directory for the city and its outputs, kept for the next time (default: a temporary one)",
     )
     parser.add_argument(
         "--timeout", type=float, default=7_200, help="seconds after which a run is ended (default %(default)s)"

@@ -6,13 +6,13 @@
 Cached states are measured against the plain forward pass and against the machine's own matrix
 product. Memory is measured by catalog.
 
-`speed` is measured for each profile, on one thread, in turns, with medians of the ratios.
+`speed` is measured for each profile, on one thread, alternately, with medians of the ratios.
 
 `vs_plain_forward` is the pairs/s of tiles of listings × audience rows (states of both sides and
 all) over those of the same model scored pair by pair in large batches, on a sample of the pairs.
 
-`vs_floor` takes the floating-point operations that the cached algorithm does, over those a second
-of a large matrix product of the same precision and threads, as a share of the time taken.
+`vs_floor` is a share of the time taken: the floating-point operations of the cached algorithm, over
+the operations per second of a large matrix product of the same precision and threads.
 
 `max_abs_diff` is the largest difference of the two paths' logits. Pairs whose K-th and next gate
 logits differ by less than 1e-5 are left out and counted.
@@ -20,8 +20,8 @@ logits differ by less than 1e-5 are left out and counted.
 `bf16` is about `--precision bf16` over the same tiles: pairs/s over float32's, share of rows whose
 ten best are the same in the same order, share of pairs computed in both precisions.
 
-Weights are those that training begins with. Gates are drawn at random so that all experts are
-chosen. Listings' embeddings are random numbers of the profile's own shape.
+Weights are initial ones. Gates are drawn at random so that all experts are chosen. Listings'
+embeddings are random numbers of the profile's own shape.
 
 `memory` is the peak resident memory of `camenn score` over two catalogs, one ten times the other,
 with as many pairs. The last line of stdout is one JSON object.
@@ -68,8 +68,8 @@ STUB_SHAPES = (1, 1536), (1, 384)
 def matmul_flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
     """Return floating-point operations a second of a matrix product.
 
-    The product is of 2048 × 2048 on this process's threads. The best of what fits into some seconds
-    is taken.
+    The product is of 2048 × 2048 on this process's threads. The best of the measurements within
+    some seconds is taken.
     """
     a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
     times: list[float] = []
@@ -116,7 +116,7 @@ class Sides:
         return model.eval()
 
     def items(self, first: int, count: int) -> ItemBatch:
-        """Return some listings, as a tile has them."""
+        """Return some listings, in a tile's form."""
         rows = self.item_rows[first : first + count]
         batch = self.corpus.table.batch(rows)
         c = self.config
@@ -145,7 +145,7 @@ class Sides:
 def take(batch: Any, rows: torch.Tensor) -> Any:
     """Return named rows of a batch.
 
-    The batch is of items or of audience rows. A row comes as often as it is named.
+    The batch is of items or of audience rows. A row occurs as often as it is named.
     """
     return replace(batch, **{name: value[rows] for name, value in vars(batch).items()})
 
@@ -155,7 +155,7 @@ def listed_pairs(
 ) -> Batch:
     """Return a batch without shared listings or audience rows.
 
-    Pair n has a listing and an audience row of its own, as a scorer without states gives them.
+    Pair n has a listing and an audience row of its own, as a scorer without states reads them.
     """
     every = torch.arange(len(places))
     pairs = PairBatch(

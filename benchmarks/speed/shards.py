@@ -2,24 +2,24 @@
 
     python -m benchmarks.speed.shards
 
-It gives clicks a second, against an expert's Polars, memory by click on FnApiRunner, and bytes of
-the shard set.
+It measures clicks per second, also against an expert's Polars, memory by click on FnApiRunner, and
+bytes of the shard set.
 
-The log is that of a simulated city whose people are taken several times under ids of their own.
+The log is that of a simulated city whose users are copied several times under ids of their own.
 Embeddings are those of the stub encoders, of real sizes.
 
 `vs_polars` is the seconds of the same labels and features in Polars
 (benchmarks/peers/polars_shards.py, the faster of its two engines) over the seconds of `camenn
 shards --rebuild`, whose embeddings were copied by a first run. Both write their examples, and the
-rows must be equal to the bit.
+rows must be bitwise equal.
 
-`rss_bytes_per_click` tells how peak memory grows from the log of the people taken once to all of
-it. `bytes_ratio` is the bytes of the shard set over those of the distinct embeddings and of the
-examples as one plain zstd Parquet table.
+`rss_bytes_per_click` is the growth of peak memory from the log of one copy of the users to the
+whole log. `bytes_ratio` is the bytes of the shard set over those of the distinct embeddings and of
+the examples as one plain zstd Parquet table.
 
 `skew` is seconds and peak memory where one listing has 30 % of all clicks and one user 5 %, over
-those of the same log without skew (the people once). Its rows must be Polars' too. Each run is a
-process of its own. The last line of stdout is one JSON object.
+those of the same log without skew (one copy of the users). Its rows must equal Polars' too. Each
+run is a process of its own. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -96,8 +96,8 @@ def run_polars(data: Path, out: Path, engine: str, timeout: float) -> dict[str, 
 def prepare(work: Path, items: int, clicks: int, copies: int, timeout: float) -> dict[str, dict[str, int]]:
     """Make the logs and the store.
 
-    They are a part of the log (the people once), the same with skew, the whole log, and one store,
-    unless they are there. Returns the rows of the tables.
+    They are a part of the log (one copy of the users), the same with skew, the whole log, and one
+    store. Existing ones are reused. Returns the rows of the tables.
     """
     make_city(work / "city", items, clicks // copies, 1, CLICKS_PER_USER)
     rows = {
@@ -118,7 +118,8 @@ def prepare(work: Path, items: int, clicks: int, copies: int, timeout: float) ->
 def bytes_ratio(manifest: Manifest, scratch: Path) -> float:
     """Return a shard set's bytes over the least possible.
 
-    The least is the raw bytes of its embeddings, and its examples as one zstd Parquet file.
+    The least possible is the raw bytes of its embeddings, and its examples as one zstd Parquet
+    file.
     """
     whole = sum(entry["bytes"] for table in manifest.tables.values() for entry in table["files"])
     plain = 0
@@ -143,7 +144,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for name, found in rows.items():
         log(f"{name}: {found}")
         if read_latest(str(work / name / "shards")) is None:
-            # Copies the embeddings. The runs that are measured find them there.
+            # Copies the embeddings, which the measured runs then reuse.
             run_stage(work / name, "shards", work / name / "shards", arguments.timeout, flags)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("part", "skew", "whole", *ENGINES)}
     peaks: dict[str, list[float]] = {"part": [], "skew": [], "whole": []}
@@ -193,9 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--items", type=int, default=100_000, help="listings (default %(default)s)")
     parser.add_argument("--clicks", type=int, default=10_000_000, help="clicks, about (default %(default)s)")
-    parser.add_argument(
-        "--copies", type=int, default=10, help="times that the simulated people are taken (default %(default)s)"
-    )
+    parser.add_argument("--copies", type=int, default=10, help="copies of the simulated users (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="worker processes of FnApiRunner (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default %(default)s)")
     parser.add_argument("--work", type=Path, help="directory kept for the next time (default: a temporary one)")
@@ -209,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     with work_directory(arguments.work, "shards") as work:
         found = measure(work, arguments)
     found |= {
-        "stub_encoders": "embeddings of real sizes that say nothing",
+        "stub_encoders": "meaningless embeddings of real sizes",
         "workers": arguments.workers,
         "repeats": arguments.repeats,
         **machine(),

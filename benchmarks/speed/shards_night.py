@@ -4,11 +4,11 @@
 
 It gives the seconds of the night after the first over those of the first, as the log grows.
 
-The log is that of a simulated city whose people are taken several times under ids of their own, a
+The log is that of a simulated city whose users are copied several times under ids of their own, a
 file a day. Embeddings are those of the stub encoders, of real sizes. The first night has the log
-without its last day, the second all of it. Every second night begins from what the first one left
-(hard links), and all must give the same rows. With `--check` they must be those of a build of the
-whole log at once.
+without its last day, the second all of it. Every second night starts from the first one's outputs
+(hard links), and all must give the same rows. With `--check` they must equal those of a build of
+the whole log at once.
 
 Seconds are the stage's own. The imports of a process (2 to 4 s) are not among them. Each run is a
 process of its own. The last line of stdout is one JSON object.
@@ -41,7 +41,7 @@ FLAGS = ["--direct_num_workers=1"]
 def write_nights(city: Path, first: Path, second: Path) -> dict[str, int]:
     """Write the data of both nights.
 
-    `first` and `second` are the same but for the last day of the logs, which `first` lacks. Returns
+    `first` and `second` are equal except for the last day of the logs, which `first` lacks. Returns
     the rows of the logs of `second`.
     """
     rows = {}
@@ -127,9 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clicks", type=int, default=10_000_000, help="clicks, about (default %(default)s)")
     parser.add_argument("--days", type=int, default=365, help="days of the log (default %(default)s)")
     parser.add_argument("--clicks_per_user", type=int, default=130, help="clicks of a user (default %(default)s)")
-    parser.add_argument(
-        "--copies", type=int, default=5, help="times that the simulated people are taken (default %(default)s)"
-    )
+    parser.add_argument("--copies", type=int, default=5, help="copies of the simulated users (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="second nights (default %(default)s)")
     parser.add_argument("--check", action="store_true", help="compare with a build of the whole log at once")
     parser.add_argument("--work", type=Path, help="directory kept for the next time (default: a temporary one)")
@@ -142,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     with work_directory(arguments.work, "shards_night") as work:
         found = measure(work, arguments)
-    found |= {"stub_encoders": "embeddings of real sizes that say nothing", "repeats": arguments.repeats, **machine()}
+    found |= {"stub_encoders": "meaningless embeddings of real sizes", "repeats": arguments.repeats, **machine()}
     print(json.dumps(found), flush=True)
     return 0
 

@@ -6,7 +6,7 @@
 The loader is measured against the same model fed from memory. Further ratios are of encoding each
 listing once, of `prefix` against `full` attention, and of mixing.
 
-`speed` is measured for each profile, all ways in turns within one process, with medians of their
+`speed` is measured for each profile, all ways alternately within one process, with medians of their
 ratios:
 
     loader_busy: examples/s of training (loader, steps, log)
@@ -23,8 +23,8 @@ ratios:
 batch draws from few stores, and what that costs in AUC.
 
 Without --shards the benchmarks' own city is simulated, with stub embeddings of real sizes. Their
-values say nothing, so AUC comes from the other features. The last line of stdout is one JSON
-object.
+values carry no information, so AUC comes from the other features. The last line of stdout is one
+JSON object.
 """
 
 import argparse
@@ -65,7 +65,7 @@ IMAGE_SHAPE, TEXT_SHAPE = (16, 1536), (32, 384)
 def prepare(work: Path, items: int, clicks: int) -> str:
     """Make a shard set of the benchmarks' own city.
 
-    Nothing is made where it is there.
+    An existing one is reused.
     """
     make_city(work / "data", items, clicks, 1)
     for stage, name in (("embed", "store"), ("shards", "shards")):
@@ -104,7 +104,7 @@ def repeat_sides(rows: Rows, table: ItemTable) -> Batch:
 def step_bare(trainer: Trainer, piece: MicroBatch) -> None:
     """Run forward, backward and optimiser.
 
-    This is what no loader and no log can do without.
+    It is the least work of a step, without loader and log.
     """
     trainer.model.train()
     trainer.optimizer.zero_grad(set_to_none=True)
@@ -145,7 +145,7 @@ def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: 
             with_model.step(share)
 
     def from_loader() -> float:
-        # What the loader has ready while other ways are measured does not count.
+        # Batches that the loader prepared while other ways were measured do not count.
         for share in itertools.islice(stream, 2 * options.workers + 2):
             trainer.step(share)
         chosen = 0

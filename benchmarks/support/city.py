@@ -1,7 +1,6 @@
 """A city of any size for measuring the pipelines.
 
-It has the simulator's own catalog, people and logs, with a few unique bytes in the place of each
-photo.
+It has the simulator's own catalog, people and logs, with a few unique bytes instead of each photo.
 
 Drawing photos would take hours at 100,000 listings, and stub encoders never decode them.
 """
@@ -35,11 +34,11 @@ CLICKS_PER_USER = 17
 DAYS = 28
 PHOTO_BYTES = 256
 FILES = 8
-"""Files of each log, so that there is something to be read side by side. A row group for each day."""
+"""Number of files of each log, so that they can be read in parallel. A row group for each day."""
 SKEW_ITEM, SKEW_USER = 0.30, 0.05
 """Shares of all clicks that fall on one listing and on one user"""
 MADE = "city.json"
-"""Written last: a directory without it was cut off and is made again."""
+"""Written last: a directory without it is incomplete and is made again."""
 
 
 def city_config(items: int, clicks: int, clicks_per_user: int = CLICKS_PER_USER, days: int = DAYS) -> CityConfig:
@@ -62,8 +61,8 @@ def make_city(
 ) -> dict[str, int]:
     """Write a city's tables and return its row counts.
 
-    The tables are `catalog`, `clicks`, `orders`, `users`, `stores` and `audience`. Nothing is
-    written where this very city is there.
+    The tables are `catalog`, `clicks`, `orders`, `users`, `stores` and `audience`. An existing
+    equal city is reused.
 
     `pairs` is the most pairs (audience row, listing) that scoring is to meet. The audience is whole
     stores, at every 4-hour bucket.
@@ -116,8 +115,8 @@ def multiply_city(source: Path, target: Path, copies: int) -> dict[str, int]:
     `target` has the same catalog and stores, and `copies` times the people and logs of `source`,
     under ids of their own. Returns its row counts.
 
-    Simulating ten million clicks takes more than an hour. People of a copy do what those of the
-    first do, which changes no cost.
+    Simulating ten million clicks takes more than an hour. Users of a copy behave as those of the
+    original, which does not affect the cost.
     """
     asked = {"copies": copies, "of": json.loads((source / MADE).read_text())["asked"]}
     record = target / MADE
@@ -194,7 +193,7 @@ def _there(path: Path, asked: dict[str, Any]) -> dict[str, int] | None:
 def _catalog(table: pa.Table) -> pa.Table:
     """Return the catalog with unique bytes instead of paths.
 
-    The bytes are of a photo's kind, not of its size.
+    The bytes resemble a photo's, but are fewer.
     """
     photos = [f"{item}-".encode() * (PHOTO_BYTES // (len(item) + 1)) for item in table["item_id"].to_pylist()]
     return conform(

@@ -1,6 +1,6 @@
 """Parts shared by the benchmarks' commands.
 
-These are lists of names, a place to work in, and what is said of the machine.
+These are lists of names, a working directory, and a description of the machine.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def machine() -> dict[str, Any]:
 def progress_log(name: str) -> Callable[[str], None]:
     """Return the function that logs a benchmark's progress.
 
-    Each line goes to stderr at once, as `NAME: text`, whatever other loggers are set to.
+    Each line goes to stderr at once, as `NAME: text`, whatever the settings of other loggers.
     """
     logger = logging.getLogger(f"benchmarks.{name}")
     if not logger.handlers:

@@ -1,7 +1,6 @@
 """A catalog of listings with their own photos and titles.
 
-Every listing has a photo and a title of its own: what `embed` has to encode, without clicks or
-stores.
+Every listing has a photo and a title of its own for `embed`. There are no clicks or stores.
 """
 
 import itertools
@@ -24,17 +23,17 @@ from simulator.config import MAX_PHOTOS, CityConfig
 from simulator.photos import write_photos
 
 MADE = "listings.json"
-"""Written last: a directory without it was cut off and is made again."""
+"""Written last: a directory without it is incomplete and is made again."""
 
 
 def make_listings(directory: Path, items: int, photos: Path | None) -> None:
     """Write `catalog.parquet` and `photos/` of some listings.
 
-    Nothing is written where these very listings are there.
+    Existing equal listings are reused.
 
     `photos` is a folder of real JPEGs. With None the simulator draws some. Where there are fewer of
-    them than listings, further ones get a few bytes after the end of the picture, which decoders
-    skip: another content, the same work.
+    them than listings, they are repeated with a few bytes after the end of the picture, which
+    decoders skip: another content key, the same work.
     """
     asked = {"items": items, "photos": str(photos) if photos else None}
     record = directory / MADE
@@ -50,7 +49,7 @@ def make_listings(directory: Path, items: int, photos: Path | None) -> None:
     table = conform(tables.catalog_table(catalog, config), CATALOG, "catalog").to_pylist()
     for row, data in zip(table, endless_photos(photos), strict=False):
         row["image_uri"] = f"photos/{row['item_id']}.jpg"
-        # The simulator's titles repeat. An article number keeps each a content of its own.
+        # The simulator's titles repeat. An article number makes each unique.
         row["title"] = f"{row['title']} {row['item_id'][-6:]}"
         (directory / row["image_uri"]).write_bytes(data)
     write_catalog(directory, table)
@@ -58,7 +57,7 @@ def make_listings(directory: Path, items: int, photos: Path | None) -> None:
 
 
 def endless_photos(folder: Path) -> Iterator[bytes]:
-    """Yield the folder's JPEGs, then again with other bytes behind.
+    """Yield the folder's JPEGs, then again with appended bytes.
 
     Raises:
         FileNotFoundError: there are none.

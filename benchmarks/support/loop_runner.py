@@ -1,11 +1,11 @@
 """The plain functions of a pipeline, called in a loop.
 
-Beam's overhead is measured against it.
+It is the reference for Beam's overhead.
 
-A runner in name only: it takes the same transforms from the same pipeline and calls their functions
-in one process, with lists for collections and a dictionary for each shuffle. Nothing is encoded:
-tables go through a shuffle as they are, not as Arrow IPC bytes, and there are no bundles, coders or
-workers. Only what this project's stages use is known.
+It is a runner in name only: it takes the same transforms from the same pipeline and calls their
+functions in one process, with lists for collections and a dictionary for each shuffle. Nothing is
+encoded: tables go through a shuffle unchanged, not as Arrow IPC bytes, and there are no bundles,
+coders or workers. Only the transforms of this project's stages are supported.
 """
 
 import time
@@ -40,7 +40,7 @@ class LoopRunner(PipelineRunner):
         self.made = time.monotonic()
 
     def run_pipeline(self, pipeline: beam.Pipeline, options: Any) -> "_Done":
-        """Call everything, here and now."""
+        """Call every step in this process."""
         global building_seconds
         building_seconds += time.monotonic() - self.made
         with (
@@ -84,7 +84,7 @@ class _Loop:
     def _collect(self, node: AppliedPTransform) -> None:
         """Collect the steps in the pipeline's own order.
 
-        That order is one that runs: a transform is applied to what is already there.
+        That order is executable: a transform is applied to existing collections.
         """
         kinds: list[tuple[type, Callable[[AppliedPTransform], None]]] = [
             (beam.Create, self._create),
@@ -112,7 +112,7 @@ class _Loop:
         return [source for source in read if isinstance(source, beam.PCollection)]
 
     def _keep(self, step: AppliedPTransform, elements: list[Any], tag: str | int | None = None) -> None:
-        # Nobody may want a tag's elements.
+        # A tag's elements may have no reader.
         if tag in step.outputs and self.readers[step.outputs[tag]]:
             self.elements[step.outputs[tag]] = elements
 
@@ -132,7 +132,7 @@ class _Loop:
     def _shuffle(self, step: AppliedPTransform) -> None:
         """Shuffle by bucket.
 
-        This is `split_by_bucket`, and the pieces put together again, as tables all the way.
+        This is `split_by_bucket` and concatenation of the pieces, as tables throughout.
         """
         shuffle: Any = step.transform
         buckets: dict[int, dict[str, list[pa.Table]]] = {}

@@ -1,7 +1,7 @@
-"""Commands in child processes, and the memory they took.
+"""Commands in child processes, and their peak memory.
 
-The memory is the most that one command and every process that worked for it held at a time (Linux,
-null elsewhere). Many commands can be run that end with their parent.
+The memory is the peak of one command and of every process that worked for it (Linux, null
+elsewhere). Many commands can be run that end with their parent.
 """
 
 import os
@@ -23,8 +23,7 @@ STANDING = {
     "TaskManagerRunner": "Flink TaskManager",
     "pipelines.runner.worker_pool": "worker pool",
 }
-"""Processes of a cluster that was there before: a part of the command line, and the name under which
-they are reported."""
+"""Processes of a running cluster: a part of the command line, and the name under which they are reported."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class _Process:
     pid: int
     parent: int
     started: int
-    """Clock ticks since the machine's start: tells a reused id apart."""
+    """Clock ticks since the machine's start, which identify a reused id."""
     command: str
 
 
@@ -88,11 +87,11 @@ def _name(process: _Process, root: int) -> str:
 
 @dataclass
 class Watch:
-    """Samples peaks until it is told to stop."""
+    """Samples peaks until it is stopped."""
 
     root: int
     standing: bool
-    """Whether the processes of a running cluster count as well."""
+    """True where the processes of a running cluster count as well."""
     peaks: dict[tuple[int, int], tuple[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,12 +100,12 @@ class Watch:
             processes = _processes()
             pools = {p.pid for p in processes.values() if any(part in p.command for part in STANDING)}
             for pid in pools:
-                # A standing process begins with what it holds now, not with the most that it ever held.
+                # A standing process starts with its present memory, not with its past peak.
                 try:
                     (PROC / str(pid) / "clear_refs").write_text("5")
                 except OSError:
                     continue
-            # Workers of the cluster's earlier jobs are somebody else's.
+            # Workers of the cluster's earlier jobs are not this command's.
             self._before = {(pid, processes[pid].started) for pid in _descendants(pools, processes) - pools}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -120,7 +119,7 @@ class Watch:
                 roots |= {p.pid for p in processes.values() if any(part in p.command for part in STANDING)}
             for pid in _descendants(roots, processes):
                 process = processes.get(pid)
-                # A shell that only waits for its command holds a megabyte or two: not worth a line.
+                # A shell that only waits for its command holds a megabyte or two: it is not reported.
                 if process is None or (pid, process.started) in self._before or process.command.startswith("/bin/sh "):
                     continue
                 key = (pid, process.started)
@@ -182,7 +181,7 @@ class Children:
 
     SIGTERM ends it as Ctrl-C does, and leaving the context ends what still runs.
 
-    To be entered in the main thread. Commands may be run by any thread.
+    Enter the context in the main thread. Any thread may run commands.
     """
 
     def __init__(self) -> None:

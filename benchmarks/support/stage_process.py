@@ -4,9 +4,9 @@
 
 JOB is a JSON job. The last line of stdout is the result.
 
-The seconds are the stage's own, from its first look at the tables to its publication. This
-process's start and imports are not among them, those of worker processes are. In the plain loop's
-seconds, building a pipeline of Beam's is left out.
+The seconds are the stage's own, from its first read of the tables to its publication. This
+process's start and imports are excluded, those of worker processes included. The plain loop's
+seconds exclude building Beam's pipeline.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ SORTED_BY = {
     "scores": ["audience_id", "rank"],
     "listing_quality": ["item_id"],
 }
-"""Tables of the outputs that are compared, and what orders their rows."""
+"""Compared tables of the outputs, and the sort order of their rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,13 @@ class Job:
     text_shape: Sequence[int]
     seed: int = 0
     rebuild: bool = False
-    """Whether `shards` builds days that were final again"""
+    """True where `shards` rebuilds final days"""
 
 
 def run_stage(job: Job) -> dict[str, Any]:
     """Run the stage and return its closing table.
 
-    Only what the stage itself does is imported, as memory is measured too.
+    Only the stage's own imports are made, as memory is measured too.
     """
     work, flags = Path(job.work), list(job.beam_flags)
     data = str(work / "data")
@@ -125,8 +125,8 @@ def run_stage(job: Job) -> dict[str, Any]:
 def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
     """Publish an untrained `small` model.
 
-    Its weights are those that training would begin with. It is as fast as a trained one, and good
-    for nothing else.
+    Its weights are initial ones. It is as fast as a trained one, but its predictions are
+    meaningless.
     """
     import torch
 
@@ -171,7 +171,7 @@ def digest(manifest: Manifest) -> str:
         paths = manifest.paths(name)
         if not paths:
             continue
-        # One day after another: all examples at once would not fit everywhere.
+        # Days are read one after another: all examples at once might not fit into memory.
         groups: dict[str, list[str]] = {}
         for record in manifest.records(name):
             groups.setdefault(f"{Path(record.path).parent.name} {record.split}", []).append(record.path)
@@ -187,7 +187,7 @@ def digest(manifest: Manifest) -> str:
 def _hash_contents(found: Any, manifest: Manifest) -> None:
     """Feed keys and embeddings to the hash.
 
-    They go in order of keys, some at a time.
+    They are hashed in order of keys, in blocks.
     """
     for kind in ("image", "title"):
         paths = manifest.paths(f"contents_{kind}s")
@@ -230,7 +230,7 @@ def _hash_values(found: Any, column: pa.ChunkedArray) -> None:
     array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     table = pa.table({"": array})
     sink = pa.BufferOutputStream()
-    # Parquet keeps values and not what lies under nulls.
+    # Parquet keeps values, but not the bytes under nulls.
     pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False, store_schema=False)
     found.update(sink.getvalue())
 
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     started, worked = time.monotonic(), time.process_time()
     summary = run_stage(job)
     worked = time.process_time() - worked
-    # Building the pipeline is Beam's business. A plain program has none.
+    # Building the pipeline is part of Beam's overhead. A plain program has none.
     seconds = time.monotonic() - started - loop_runner.building_seconds
     manifest = read_latest(job.out)
     assert manifest is not None

@@ -1,9 +1,9 @@
-"""Stub encoders, which compute cheap embeddings of no meaning.
+"""Stub encoders, which compute cheap, meaningless embeddings.
 
 An embedding is a cheap function of the content key, so that a benchmark measures the pipelines and
 not the networks.
 
-Never for anything else: their embeddings say nothing about a photo or a title.
+They serve nothing else: their embeddings carry no information about a photo or a title.
 """
 
 from collections.abc import Iterable, Sequence
@@ -81,7 +81,7 @@ def stub_specs(image_shape: Sequence[int], text_shape: Sequence[int]) -> tuple[S
 
 
 class StubImageHandler(ModelHandler[ImageChunk, EncodedImages, None]):
-    """A stub in the place of `ImageChunkHandler`.
+    """A stub of `ImageChunkHandler`.
 
     Nothing is read or decoded.
     """
@@ -122,7 +122,7 @@ class StubImageHandler(ModelHandler[ImageChunk, EncodedImages, None]):
 
 
 class StubTitleHandler(ModelHandler[TitleChunk, EncodedTitles, None]):
-    """A stub in the place of `TitleChunkHandler`."""
+    """A stub of `TitleChunkHandler`."""
 
     def __init__(self, spec: TextSpec) -> None:
         super().__init__(min_batch_size=1, max_batch_size=1)
@@ -165,6 +165,6 @@ class StubTitleHandler(ModelHandler[TitleChunk, EncodedTitles, None]):
 def stub_handler(spec: ImageSpec | TextSpec, threads: int | None) -> Any:
     """Make a stub handler.
 
-    It stands in the place of `pipelines.embed.handlers.chunk_handler`.
+    It replaces `pipelines.embed.handlers.chunk_handler`.
     """
     return StubImageHandler(spec) if isinstance(spec, ImageSpec) else StubTitleHandler(spec)

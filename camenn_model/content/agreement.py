@@ -1,18 +1,18 @@
 """Agreement of a listing's photo and title.
 
-It tells whether the two belong together, judged by the listings of other products. [ours;
+It estimates whether the two belong together, from the listings of other products. [ours;
 docs/decisions/0020-agreement-by-csls.md has the figures]
 
 Shapes: n listings that have both, p and q widths of the frozen encoders' mean features, k shared
 directions, B listings of a bank.
 
-The cosine of photo and title in the directions that the two share (`canonical_directions.py`) takes
-a vague photo for a wrong one: a dark photo is not like any title, a title that says "special offer"
-is not like any photo. So it is held against what the photo has with the ten titles of other
-listings that suit it best, and the title with the ten photos, as in cross-domain similarity local
-scaling (Conneau et al. 2018). A photo that suits many titles well and its own badly is another
-product's. What these three figures tell together is a logistic regression on them, their squares
-and products, of listings' own pairs against pairs of two listings.
+The cosine of photo and title in their shared directions (`canonical_directions.py`) mistakes a
+vague photo for a wrong one: a dark photo is similar to no title, and a title such as "special
+offer" to no photo. So it is compared with the photo's mean cosine to its ten nearest titles of
+other listings, and with the title's mean cosine to its ten nearest photos, as in cross-domain
+similarity local scaling (CSLS, Conneau et al. 2018). A photo that is close to many titles but far
+from its own is another product's. A logistic regression combines the three figures, their squares
+and products. Its classes are listings' own pairs and pairs of two listings.
 
 Everything is cross-fitted: products are in folds, and a listing's photo and title are judged by
 directions and a bank of the other folds' listings.
@@ -33,31 +33,31 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 FILE = "agreement.safetensors"
-"""In a package"""
+"""Its file in a package"""
 FOLDS = 5
-"""Parts of the products"""
+"""Number of folds of the products"""
 DIRECTIONS = 64
 NEIGHBOURS = 10
 LEAST_FITTED = 40
-"""With fewer there is no direction that they share, and nothing is judged."""
+"""With fewer listings no shared direction is found, and nothing is judged."""
 MOST_BANK = 4_096
-"""Listings that a photo and a title are held against"""
+"""Listings of a bank, which a photo and a title are compared with"""
 BLOCK = 1_024
-"""Listings that are judged at a time"""
+"""Listings that are judged in one block"""
 PENALTY = 1.0
-"""Half of it times the sum of squares of a regression's weights is added to its summed log loss."""
+"""L2 penalty λ of a regression: λ/2·‖w‖² is added to its summed log loss."""
 TINY = 1e-12
 COSINE, IMAGE_NEIGHBOURS, TEXT_NEIGHBOURS = range(3)
-"""Columns of the figures: of own photo and title; mean of the photo with the titles that suit it
-best; mean of the title with the photos
+"""Columns of the figures: cosine of own photo and title; mean top-k cosine of the photo with titles
+(CSLS); mean top-k cosine of the title with photos
 """
 HEADS = {
     "ita": (COSINE, IMAGE_NEIGHBOURS),
     "tia": (COSINE, TEXT_NEIGHBOURS),
     "both": (COSINE, IMAGE_NEIGHBOURS, TEXT_NEIGHBOURS),
 }
-"""Which figures a probability is read from: whether another title would suit the photo better,
-whether another photo the title, and both
+"""The figures of each probability: for whether another title would suit the photo better, whether
+another photo would suit the title better, and both
 """
 
 
@@ -70,11 +70,11 @@ class Judgement:
 
     cosine: NDArray[np.float32]
     ita: NDArray[np.float32]
-    """Probability that the title belongs to the photo, of pairs half of which do"""
+    """Probability that the title belongs to the photo, at a prior of one half"""
     tia: NDArray[np.float32]
-    """That the photo belongs to the title"""
+    """Probability that the photo belongs to the title"""
     agreement: NDArray[np.float32]
-    """Log-odds that they belong together, by all figures"""
+    """Log-odds that they belong together, from all figures"""
 
     @property
     def mismatch(self) -> NDArray[np.float32]:
@@ -86,7 +86,7 @@ class Judgement:
 class FoldJudge:
     """The judge of one fold's listings.
 
-    It is found on the listings of the other folds.
+    It is fitted on the listings of the other folds.
     """
 
     image_mean: Floats  # [p]
@@ -114,7 +114,8 @@ class FoldJudge:
     def figures(self, images: Floats, titles: Floats) -> Floats:
         """Compute the figures of pairs of photo and title.
 
-        From mean features [n, p] and [n, q] come cosine and reaches, float64 [n, 3].
+        Mean features [n, p] and [n, q] give the cosine and two mean top-k cosines (CSLS), float64
+        [n, 3].
         """
         photos = units_along(images, self.image_mean, self.image_map)
         said = units_along(titles, self.text_mean, self.text_map)
@@ -135,9 +136,9 @@ class Agreement:
     center: Floats  # [3], of the figures
     scale: Floats  # [3]
     weights: dict[str, Floats]
-    """Of each head: of its figures, of their products in pairs, of their squares; and the intercept"""
+    """Weights of each head: of its figures, of their pairwise products, of their squares; and the intercept"""
     penalty: float
-    """On the directions, see `choose_penalty`"""
+    """Penalty on the directions, see `choose_penalty`"""
 
     @classmethod
     def none(cls) -> "Agreement":
@@ -149,7 +150,7 @@ class Agreement:
         """Fit the judges of all folds.
 
         It takes listings' mean features [n, p] and [n, q], their products, and the folds that these
-        are in. A fold's bank is of the first of the others' listings.
+        are in. A fold's bank holds the first of the other folds' listings.
         """
         images, titles = (side.astype(np.float32) for side in (images, titles))
         enough = all((fold != place).sum() >= LEAST_FITTED for place in range(FOLDS))
@@ -179,7 +180,7 @@ class Agreement:
     def log_odds(self, figures: Floats, head: str) -> Floats:
         """Return log odds that photo and title belong together.
 
-        They are [n], for pairs half of which do.
+        They are [n], at a prior of one half.
         """
         standard = (figures - self.center) / self.scale
         return _expand(standard[:, HEADS[head]]) @ self.weights[head]
@@ -233,8 +234,8 @@ class Agreement:
 def fit_logistic(x: Floats, y: Floats, rounds: int = 50) -> Floats:
     """Fit a logistic regression by Newton's method.
 
-    Returns its weights [m] on x [n, m], the last column of which is 1. All weights but the last are
-    held back by `PENALTY`.
+    Returns its weights [m] on x [n, m], the last column of which is 1. All weights but the last
+    take the L2 penalty `PENALTY`.
     """
     held = np.full(x.shape[1], PENALTY)
     held[-1] = TINY
@@ -243,7 +244,7 @@ def fit_logistic(x: Floats, y: Floats, rounds: int = 50) -> Floats:
         p = sigmoid(x @ weights)
         slope = x.T @ (p - y) + held * weights
         step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + np.diag(held), slope)
-        # Far steps overshoot where classes are all but separable.
+        # Full steps overshoot where classes are nearly separable.
         weights = weights - step * min(1.0, 4.0 / (np.abs(step).max() + TINY))
         if np.abs(step).max() < 1e-10:
             break
@@ -253,7 +254,7 @@ def fit_logistic(x: Floats, y: Floats, rounds: int = 50) -> Floats:
 def _expand(x: Floats) -> Floats:
     """Expand figures [n, f] to the regression's columns.
 
-    They are the figures, their products in pairs, their squares, and 1.
+    They are the figures, their pairwise products, their squares, and 1.
     """
     pairs = [x[:, a] * x[:, b] for a, b in combinations(range(x.shape[1]), 2)]
     return np.stack([*x.T, *pairs, *np.square(x.T), np.ones(len(x))], axis=1)

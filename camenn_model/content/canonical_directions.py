@@ -1,21 +1,21 @@
-"""Directions that the projections of photos and titles start from.
+"""Directions that initialize the projections of photos and titles.
 
-They start on the directions that the two share, and on each one's own. [ours;
+They are the directions that the two share, and each one's own. [ours;
 docs/decisions/0019-canonical-directions.md has the figures]
 
 Shapes: n listings that have both, p and q widths of the frozen encoders' mean features, d width of
 the model.
 
-A random projection to a small width keeps little of what a photo tells, and contrastive learning on
-some thousands of listings finds in hours what a matrix decomposition finds in a second. So the
+A random projection to a small width loses most of a photo's information, and contrastive learning
+on some thousands of listings takes hours for what a matrix decomposition finds in a second. So the
 first half of the dimensions starts with the canonical directions (Hotelling 1936): those in which
-photos and titles of the same listings correlate most. What only one of them tells (how fresh
-something looks, whether it is organic) is not in these by construction. It is in the directions in
-which a modality varies most once the shared ones are taken out, and those fill the other half. Both
-are where training starts, not where it ends.
+photos and titles of the same listings correlate most. Information in only one of them (how fresh
+something looks, whether it is organic) is excluded from these by construction. It is in the
+directions in which a modality varies most once the shared ones are removed, and those fill the
+other half. Both are only initial values: training changes them.
 
-How far the canonical directions are held back from those of single listings is a penalty. Some
-hundred listings want a thousand times what some thousand want, so it is cross-validated.
+A penalty keeps the canonical directions from overfitting single listings. Some hundred listings
+need a thousand times the penalty of some thousand, so it is cross-validated.
 """
 
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 PENALTY = 0.001
-"""On the canonical directions, times the mean eigenvalue of the features' covariance: where it is
-not cross-validated.
+"""Default penalty on the canonical directions, in units of the mean eigenvalue of the features'
+covariance, where it is not cross-validated.
 """
 PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
-"""What cross-validation chooses from."""
+"""Candidates of the cross-validation."""
 PENALTY_FOLDS = 5
 LISTINGS_PER_DIRECTION = 8
-"""Fewer listings give fewer directions: they would be those of single listings."""
+"""Fewer listings give fewer directions, as more would overfit single listings."""
 SPREAD = 0.5
-"""Standard deviation over listings of what a projection gives in each dimension."""
+"""Standard deviation over listings of a projection's output in each dimension."""
 TINY = 1e-12
 NEGLIGIBLE = 1e-3
-"""Shared directions of less correlation, and own ones along which less than this share of a
-feature's usual spread is left, are left out.
+"""Shared directions with a smaller correlation are left out, and own ones along which less than
+this share of a feature's usual spread remains.
 """
 
 
@@ -48,8 +48,8 @@ feature's usual spread is left, are left out.
 class _Decomposed:
     """Centred features of n listings along their principal axes.
 
-    The axes are those of their photos, [r], and of their titles, [r']. That is all that directions
-    need, at any penalty.
+    The axes are those of their photos, [r], and of their titles, [r']. Directions of any penalty
+    are computed from them alone.
     """
 
     image_axes: Floats  # [p, r]
@@ -85,7 +85,7 @@ class _Decomposed:
     def shared(self, penalty: float, count: int) -> tuple[Floats, Floats, Floats]:
         """Return `directions` of standardised features.
 
-        They are as many as the listings allow, less negligible ones.
+        Their number is limited by the listings, and negligible ones are left out.
         """
         limit = self.listings // LISTINGS_PER_DIRECTION
         of_images, of_titles, correlations = self.directions(penalty, min(count, limit))
@@ -114,7 +114,7 @@ def canonical_directions(images: Floats, titles: Floats, penalty: float, count: 
     Args:
         images: centred features [n, p].
         titles: centred features [n, q].
-        penalty: times the mean eigenvalue of the features' covariance, on each of its eigenvalues.
+        penalty: added to each eigenvalue of the features' covariance, in units of their mean.
         count: most directions.
     """
     return _Decomposed.of(images, titles).directions(penalty, count)
@@ -123,18 +123,18 @@ def canonical_directions(images: Floats, titles: Floats, penalty: float, count: 
 def choose_penalty(images: Floats, titles: Floats, product: Ints, count: int) -> float:
     """Choose a penalty of `PENALTIES` by cross-validation.
 
-    Its directions, of four fifths of the products, best find titles of the other fifth's photos,
-    and photos of its titles.
+    Directions fitted on four fifths of the products are evaluated by retrieval on the other fifth,
+    from photos to titles and from titles to photos.
 
-    Found is judged by the reciprocal rank of a listing's own among those of other products. Several
-    penalties may be as good as the best, within a standard error of the difference. Of these it is
-    the largest (the one-standard-error rule of Breiman et al. 1984).
+    The measure is the mean reciprocal rank of a listing's own title or photo among those of other
+    products. Of the penalties within one standard error of the difference from the best, the
+    largest is returned (the one-standard-error rule of Breiman et al. 1984).
 
     Args:
         images: mean features [n, p] of the listings.
         titles: mean features [n, q] of the same listings.
-        product: of each listing, [n]. What other listings of a product tell must not count:
-            directions are to be good for products that are new.
+        product: of each listing, [n]. A product's listings stay in one fold, as directions must
+            generalize to new products.
         count: most directions.
     """
     _, number = np.unique(product, return_inverse=True)
@@ -169,7 +169,7 @@ def choose_penalty(images: Floats, titles: Floats, product: Ints, count: int) ->
 def _reciprocal_ranks(similar: Floats, rivals: NDArray[np.bool_]) -> Floats:
     """Return the reciprocal rank of each row's own column.
 
-    It is ranked among the row's rivals, [n]. One that is exactly as similar counts half.
+    It is ranked among the row's rivals, [n]. A tie counts half.
     """
     own = np.diag(similar)[:, None]
     ahead = ((similar > own) & rivals).sum(axis=1) + ((similar == own) & rivals).sum(axis=1) / 2
@@ -180,9 +180,8 @@ def _reciprocal_ranks(similar: Floats, rivals: NDArray[np.bool_]) -> Floats:
 def own_directions(features: Floats, shared: Floats, count: int) -> Floats:
     """Find the principal directions that a modality does not share.
 
-    Returns [p, k], k ≤ `count`, of centred features [n, p] once what follows from their values
-    along `shared` [p, s] is taken out of them. Values along them are not correlated with those
-    along `shared`.
+    Returns [p, k], k ≤ `count`, of centred features [n, p] after regressing out their values along
+    `shared` [p, s]. Values along them are not correlated with those along `shared`.
     """
     residual, follows = features, np.zeros((0, features.shape[1]), features.dtype)
     if shared.shape[1]:
@@ -213,7 +212,7 @@ def principal_directions(features: Floats, count: int) -> Floats:
 class Start:
     """Maps of raw features less their means.
 
-    Along each of their columns the listings that they were found on have mean 0 and standard
+    Along each of their columns the listings that they were fitted on have mean 0 and standard
     deviation `SPREAD`.
     """
 
@@ -227,15 +226,15 @@ class Start:
 def find_start(
     images: Floats, titles: Floats, width: int, size: int, *, aligned: bool, penalty: float = PENALTY
 ) -> Start:
-    """Find where the projections start.
+    """Compute the initial projections.
 
     Args:
         images: mean features [n, p] of the listings.
         titles: mean features [n, q] of the same listings.
         width: of the projections.
         size: of the projections that photos and titles are compared by.
-        aligned: without it nothing is taken from what photos tell of titles: all directions are own
-            ones.
+        aligned: whether to use shared directions. Without it all directions are each modality's
+            own.
         penalty: on the shared directions, see `choose_penalty`.
     """
     sides = [_standardise(features) for features in (images, titles)]
@@ -263,8 +262,8 @@ def find_shared(images: Floats, titles: Floats, count: int, penalty: float = PEN
 def units_along(features: Floats, mean: Floats, directions: Floats) -> Floats:
     """Return unit vectors of features along directions.
 
-    Features [n, p] along directions [p, k] give [n, k] float64: how many threads add up must not
-    tell.
+    Features [n, p] along directions [p, k] give [n, k] float64, so that the number of threads does
+    not affect the result.
     """
     along: Floats = (features.astype(np.float64) - mean) @ directions.astype(np.float64)
     return along / np.maximum(np.linalg.norm(along, axis=1, keepdims=True), TINY)

@@ -1,7 +1,7 @@
 """Listing quality of photos and titles.
 
-It tells whether photo and title belong together, and whether either of them is poor. Judged by what
-other listings tell (`agreement.py`).
+It flags photos and titles that do not belong together, and poor ones. Other listings are the
+reference (`agreement.py`).
 """
 
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ from numpy.typing import NDArray
 from camenn_model.content.agreement import Ints, Judgement
 
 MISMATCH_AT = 0.5
-"""A photo and a title that are more like a pair of two listings than like a pair of one ..."""
+"""A photo and a title that are more probably a pair of two listings than of one ..."""
 MISMATCH_PERCENTILE = 0.90
-"""... and among the tenth of the catalog that looks worst: where photos and titles tell little of
-each other, everything is in doubt.
+"""... and among the worst tenth of the catalog: where photos and titles carry little information
+about each other, every pair is uncertain.
 """
 VAGUE_PERCENTILE = 0.05
-"""Among the twentieth of photos with the least sharpness."""
+"""Among the least sharp twentieth of photos."""
 DARK_BELOW = 0.12
 """Mean luminance, 0 to 1."""
 SMALL_BELOW = 0.01
 """Megapixels: 100 × 100 px."""
 SHORT_TITLE = 3
-"""Tokens, [CLS] and [SEP] included: one word piece."""
+"""Tokens, [CLS] and [SEP] included, so one word piece."""
 UNKNOWN_ABOVE = 0.5
 """Share of words that the vocabulary does not know."""
 
 
 PRIOR_CLICKS = 20.0
-"""Clicks at which half of what seems lost is believed."""
+"""Clicks at which half of the apparent loss is counted."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def lost_orders(group: Ints, flagged: NDArray[np.bool_], activity: Activity) -> 
 
     c / (c + 20) · max(0, c · e - o), with c clicks and o orders of the listing, and e the
     conversion rate of the unflagged listings of its group, smoothed by 20 clicks of the catalog's
-    rate. Orders of people who did not even click are not in it.
+    rate. Orders lost before a click are not included.
 
     Args:
         group: number of each listing's subcategory, from 0; -1 = none.
@@ -75,7 +75,7 @@ def lost_orders(group: Ints, flagged: NDArray[np.bool_], activity: Activity) -> 
 def judge(items: pa.Table, found: Judgement, activity: Activity) -> pa.Table:
     """Compute the columns of the listing_quality table.
 
-    All but model_version, in the order of `items`.
+    These are all columns but model_version, in the order of `items`.
 
     Args:
         items: table under the contract `ITEMS`, N rows.

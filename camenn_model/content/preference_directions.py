@@ -5,12 +5,13 @@ docs/decisions/0014-preference-vectors-by-modality.md has the figures]
 
 Shapes: N listings, n clicks, p width of a frozen encoder's mean features, k directions.
 
-Most of what tells photos apart tells nothing of who clicks them. Fisher's discriminant (1936) finds
-the directions along which the clicks of one person are alike and those of different people are not:
-the variance of a person's mean over the variance of all, the largest first. Features are less their
-store's mean, as what a store sells is nobody's taste. Two clicks of a person on one listing say
-nothing of its looks. Directions that tell little are short: of Gaussian tastes the best estimate
-from m clicks weighs a direction of variance share r by m r / (m r + 1).
+Most differences between photos do not depend on who clicks them. Fisher's discriminant (1936) finds
+the directions along which the clicks of one person are similar and those of different people are
+not: the variance of persons' means over the total variance, the largest first. The store's mean is
+subtracted from features, as a store's assortment is no personal preference. Two clicks of a person
+on one listing carry no information about its photo or title. Directions with little information are
+short: for Gaussian preferences the best estimate from m clicks weights a direction of variance
+share r by m r / (m r + 1).
 """
 
 from collections.abc import Iterator
@@ -23,13 +24,13 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 PENALTY = 0.3
-"""Added to the diagonal of the total covariance, times its mean eigenvalue: features are many and clicks few."""
+"""Added to the diagonal of the total covariance, times its mean eigenvalue: there are many features and few clicks."""
 CLICKS = 100.0
-"""Of a person, that directions are weighed for"""
+"""Clicks of a person that the directions' weights assume"""
 SPREAD = 0.5
-"""Standard deviation over clicks along a direction that tells everything"""
+"""Standard deviation over clicks along a direction of variance share 1"""
 BLOCK = 16_384
-"""Rows of features that are in memory at a time"""
+"""Rows of features that are in memory at once"""
 TINY = 1e-12
 
 
@@ -45,7 +46,7 @@ class PreferenceSpace:
 def find_preferences(features: Floats, item: Ints, person: Ints, store: Ints, count: int) -> PreferenceSpace:
     """Find the directions in which people's clicks differ.
 
-    Returns directions [p, k], k ≤ `count`, and what part of the variance along each is between
+    Returns directions [p, k], k ≤ `count`, and the share of the variance along each that is between
     people.
 
     Args:

@@ -1,14 +1,14 @@
 """Prices against those of the most similar listings.
 
-Similar are those that look and read most like a listing. [ours;
-docs/decisions/0012-price-against-similar.md has the figures]
+Similarity is that of photos and titles. [ours; docs/decisions/0012-price-against-similar.md has the
+figures]
 
 Shapes: N listings, of which n have photo and title; p and q widths of the frozen encoders' mean
 features, k shared directions.
 
-What people find dear is dear for what it is, and a subcategory is coarser than that: among hot
-drinks all coffee is dear. Photo and title together tell what something is. So a price is compared
-with the prices of those listings of the subcategory that are most alike in the directions which
+People judge a price against those of comparable products, and a subcategory is too coarse for that:
+among hot drinks all coffee is expensive. Photo and title together identify the product. So a price
+is compared with those of the most similar listings of the subcategory, in the directions that
 photos and titles share (`canonical_directions.py`).
 """
 
@@ -25,11 +25,11 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 FILE = "likeness.safetensors"
-"""In a package"""
+"""Its file in a package"""
 DIRECTIONS = 64
 POWER = 2
-"""Of a direction's correlation: how much it counts in what is alike. Those that photos and titles
-hardly share are noise.
+"""Exponent of a direction's correlation in its weight in the similarity. Directions that photos and
+titles hardly share are noise.
 """
 NEIGHBOURS = 10
 MOST_REFERENCES = 2_048
@@ -37,9 +37,9 @@ MOST_REFERENCES = 2_048
 that a new listing changes few prices' neighbours.
 """
 BLOCK = 256
-"""Listings that are looked at at a time: what a block needs is beside what a catalog needs anyway"""
+"""Listings in a block: its memory comes on top of the catalog's"""
 DIGITS = 9
-"""Similarities are float64, rounded so far: how many threads added them up must not tell who is near."""
+"""Decimals that float64 similarities are rounded to, so that the number of threads does not affect the neighbours."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Likeness:
         return cls(*maps, *means)
 
     def vectors(self, images: Floats, titles: Floats, image_row: Ints, title_row: Ints) -> NDArray[np.float32]:
-        """Return vectors whose dot products tell likeness, [N, 2k].
+        """Return vectors whose dot products are similarities, [N, 2k].
 
         The dot product of two listings' is the cosine of their photos plus that of their titles,
         where both have one.
@@ -109,10 +109,10 @@ class Likeness:
 
 
 def alike_prices(vectors: Floats, price: Floats, group: Ints, rank: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """Compare each price with those of the most alike listings.
+    """Compare each price with those of the most similar listings.
 
-    Returns log(price / median price of the 10 listings of the same group that are most alike),
-    float32 [N].
+    Returns log(price / median price of the 10 most similar listings of the same group), float32
+    [N].
 
     NaN where the price is unknown or not positive, where a listing has neither photo nor title, and
     where no other of the group has both a price and one of them.
@@ -121,8 +121,8 @@ def alike_prices(vectors: Floats, price: Floats, group: Ints, rank: NDArray[np.u
         vectors: `Likeness.vectors`.
         price: currency units, NaN = unknown.
         group: subcategory.
-        rank: tells the listings that a large group is compared with, and which of two that are
-            equally alike comes first. The smallest do.
+        rank: selects the listings that a large group is compared with, and breaks ties of
+            similarity. The smallest come first.
     """
     found = np.full(len(price), np.nan, dtype=np.float32)
     usable = np.flatnonzero((price > 0) & vectors.any(axis=1))
@@ -139,7 +139,7 @@ def alike_prices(vectors: Floats, price: Floats, group: Ints, rank: NDArray[np.u
             alike -= np.arange(len(references)) * (0.1**DIGITS / (2 * MOST_REFERENCES))
             own = np.arange(start, min(start + len(block), len(references)))
             alike[own - start, own] = -np.inf
-            # A block is of references, or of none: MOST_REFERENCES is a multiple of BLOCK.
+            # A block holds only references or none: MOST_REFERENCES is a multiple of BLOCK.
             count = min(NEIGHBOURS, len(references) - (len(own) > 0))
             if count:
                 nearest = np.argpartition(-alike, count - 1, axis=1)[:, :count]

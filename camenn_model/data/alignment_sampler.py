@@ -33,8 +33,7 @@ class AlignmentSampler:
     def others(self, anchors: Ints, rng: np.random.Generator) -> Ints:
         """Draw a listing of another product for each anchor.
 
-        An anchor is a place in `rows`, and so is what is returned. It is -1 where ten draws found
-        none.
+        Anchors and results are indices into `rows`. A result is -1 where ten draws found none.
         """
         found = np.full(len(anchors), -1, dtype=np.int64)
         near = rng.random(len(anchors)) < 0.5
@@ -55,7 +54,8 @@ class AlignmentSampler:
                 | (table.title_row[a] == table.title_row[b])
             )
             found[open_] = np.where(same, -1, drawn)
-            # A subcategory of one product has no foreign listing: look anywhere from the sixth draw on.
+            # A subcategory of one product has no foreign listing: from the sixth draw on all
+            # subcategories are searched.
             near &= attempt < 5
         return found
 

@@ -72,7 +72,7 @@ def collate(rows: Rows, table: ItemTable) -> Batch:
 def concat_rows(pieces: list[Rows]) -> Rows:
     """Concatenate the rows of several files.
 
-    Sessions keep apart.
+    Sessions of different files stay distinct.
     """
     offset, sessions = 0, []
     for piece in pieces:
@@ -89,8 +89,8 @@ def concat_rows(pieces: list[Rows]) -> Rows:
 def list_units(files: list[tuple[str, int]], size: int = UNIT_ROWS) -> list[Unit]:
     """Cut example files into pieces of `size` rows, in order.
 
-    The last piece of a day is smaller. Pieces depend on a day's rows alone. In how many files they
-    lie, and where one ends, tells how the shard set came about, in one night or in many.
+    The last piece of a day is smaller. Pieces depend on a day's rows alone, not on the files'
+    number and boundaries, which depend on whether one night or many built the shard set.
 
     Args:
         files: (path, rows) as `ShardSet.examples` has them, those of a day one after another.
@@ -116,8 +116,7 @@ def stream_batches(
 ) -> Iterator[Rows]:
     """Stream random batches of about `batch_size` examples.
 
-    Whole sessions are together. The order is random, and depends on nothing but the generator's
-    state.
+    Sessions stay whole. The order is random, and depends only on the generator's state.
 
     Units of all days come in a random order, so that days are mixed. Sessions are mixed within a
     buffer of some 65,000 examples. With `by_store` a batch draws from few stores, so that it holds
@@ -146,7 +145,7 @@ def cut_batches(
 ) -> Iterator[Rows]:
     """Cut rows into batches of at most `batch_size`.
 
-    Whole sessions are together, in a random order of sessions, or in theirs.
+    Sessions stay whole, in a random order, or in their own.
     """
     count = int(rows.session.max()) + 1
     if rng is None:

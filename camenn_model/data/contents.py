@@ -9,24 +9,24 @@ from numpy.typing import NDArray
 from schemas.embeddings import embedding_shape
 
 MEANS_AT_A_TIME = 4_096
-"""Contents that are read at a time where the means of all are kept"""
+"""Contents that are read at once where the means of all are kept"""
 
 
 class Contents:
     """Embeddings of one kind, mapped.
 
-    `gather` reads only the rows asked for. Rows are in order of keys, wherever they lie: what is
-    computed from all of them must not depend on the files.
+    `gather` reads only the requested rows. Rows are in order of keys, whatever their file: results
+    computed from all rows must not depend on the files.
 
     Args:
-        paths: Arrow IPC files of (key, embedding), each with any keys in any order. One that stands
-            in two counts once.
+        paths: Arrow IPC files of (key, embedding), each with any keys in any order. A key in two
+            files counts once.
         key: name of the key column.
-        shape: (tokens, width) where there are no files that tell it.
-        wanted: keys that are of interest; None = all. Contents are only ever added: files may hold
-            those of listings that are gone.
-        keep: whether what was read stays in memory, for the next time. Otherwise it is given back as
-            soon as it is copied.
+        shape: (tokens, width), used where there are no files.
+        wanted: keys to use; None = all. Contents are only ever added: files may hold those of
+            listings that are gone.
+        keep: whether read pages stay in memory for later reads. Otherwise they are released as soon
+            as they are copied.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Contents:
         self.keys: pa.Array = ordered
         lengths = np.array([len(view) for view in self.views], dtype=np.int64)
         self.view_of: NDArray[np.int64] = np.repeat(np.arange(len(lengths)), lengths)[order]
-        """Where each row lies: number of the view, int64 [n] ..."""
+        """Location of each row: number of the view, int64 [n] ..."""
         self.place: NDArray[np.int64] = order.astype(np.int64) - (np.cumsum(lengths) - lengths)[self.view_of]
         """... and the row in it, int64 [n]"""
 
@@ -80,9 +80,9 @@ class Contents:
         return len(self.keys)
 
     def expect(self, shape: tuple[int, int]) -> None:
-        """Take a model's (tokens, width) where no files tell it.
+        """Set a model's (tokens, width) where there are no files.
 
-        That is so in a city without any photo, say.
+        A city without any photo is an example.
         """
         if not self.maps:
             self.shape = shape
@@ -90,7 +90,7 @@ class Contents:
     def rows_of(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """Return the row of each key, int64 [n].
 
-        It is -1 where the key is null or not there.
+        It is -1 where the key is null or absent.
         """
         import pyarrow.compute as pc
 
@@ -116,9 +116,9 @@ class Contents:
         return out
 
     def release(self) -> None:
-        """Give back the memory of what was read so far.
+        """Release the memory of the pages read so far.
 
-        The mapping stays, and reading goes on as before.
+        The mapping stays, and later reads work as before.
         """
         for mapped in self.maps:
             mapped.madvise(mmap.MADV_DONTNEED)
@@ -127,11 +127,11 @@ class Contents:
 class Means:
     """Means over tokens (or patches) of each content.
 
-    They are float16 [n, width], computed when rows are asked for: `means[rows]`.
+    They are float16 [n, width], computed when rows are requested: `means[rows]`.
 
     Args:
         contents: of n embeddings.
-        used: tokens of each that count, int64 [n]; None = all.
+        used: number of tokens of each to average, int64 [n]; None = all.
     """
 
     def __init__(self, contents: Contents, used: NDArray[np.int64] | None = None) -> None:

@@ -27,7 +27,7 @@ Unit = tuple[tuple[str, int, int], ...]
 class Rows:
     """Encoded examples, struct of arrays.
 
-    They hold everything but embeddings. [B] unless said.
+    They hold everything but embeddings. [B] unless noted.
     """
 
     item: Ints

@@ -1,7 +1,6 @@
 """Feature space: encoders of raw columns for the model.
 
-It turns them into what the model reads: vocabularies, hashed ids, quantile buckets and normalised
-values.
+It consists of vocabularies, hashed ids, quantile buckets and normalisers.
 
 It is fitted once on the training part, and written as `features.json`, `likeness.safetensors` and
 `agreement.safetensors`. The same object serves training, scoring and every service.
@@ -25,14 +24,15 @@ from schemas.errors import InputError
 from schemas.training import AUDIENCE_COUNTS, ITEM_COUNTS, ITEM_NUMBERS, ITEM_QUALITY, PAIR_COUNTS
 
 PRICE_ALIKE = "price_alike"
-"""What a listing costs against those that look and read most like it: no column of the items, as a
-model tells what is alike (`price_against_similar.py`)
+"""A listing's price against those of the most similar listings. It is no column of the items, as
+similarity is part of the model (`price_against_similar.py`)
 """
 AGREEMENT = "agreement"
 """Log-odds that photo and title belong together (`agreement.py`): no column of the items either"""
 FILE = "features.json"
 VERSION = 3
-"""Raised when the same columns would be encoded otherwise: a model reads what it was trained on."""
+"""Raised by one whenever the same columns would be encoded differently: a model must read the
+encoding that it was trained on."""
 NUMERIC_GROUPS = {
     "item_numeric": (*(column.name for column in ITEM_NUMBERS), PRICE_ALIKE),
     "item_quality": (*(column.name for column in ITEM_QUALITY), AGREEMENT),
@@ -43,7 +43,7 @@ NUMERIC_GROUPS = {
 
 
 class CatalogFeatures(NamedTuple):
-    """Features of each listing that all listings tell.
+    """Features of each listing computed from all listings.
 
     They are float32 [N] each; NaN = unknown.
     """
@@ -97,7 +97,7 @@ class FeatureSpace:
     ) -> "FeatureSpace":
         """Fit on items, users and training examples.
 
-        Items come with what is told of them. The examples are the training part's, of which a
+        Items come with their catalog features. The examples are the training part's, of which a
         sample of whole files is enough.
         """
         user_fields = tuple(f"user_{name}" for name in users.column_names if name != "user_id")
@@ -134,8 +134,9 @@ class FeatureSpace:
 
         Returns (cats [N, n], values [N, m], buckets [N, m]).
 
-        Ids that are rare in training were mostly offered all along and hardly wanted. One that is
-        offered since has no part in that: it looks like an id that was dropped out.
+        Ids that are rare in training mostly belong to listings that were always offered and hardly
+        clicked. This does not hold for a listing offered since training: it gets the code of a
+        dropped-out id.
         """
         cats = [self.vocabularies[name].encode(items[name]) for name in (CATEGORY, SUBCATEGORY, "brand")]
         new = pc.fill_null(pc.greater(items["listed_at"].cast(pa.int64()), self.trained_until), False)
@@ -166,7 +167,7 @@ class FeatureSpace:
             hour.astype(np.int64) + 1,
             weekday.astype(np.int64) + 1,
         ]
-        # Hours and weekdays are ordered by name in their vocabularies, as strings are. Their codes
+        # Vocabularies are ordered as strings, which would misorder hours and weekdays. Their codes
         # are the number + 1 instead.
         for name in self.user_fields:
             column = name.removeprefix("user_")

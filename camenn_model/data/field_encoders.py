@@ -14,7 +14,7 @@ MISSING, RARE = 0, 1
 QUANTILE_BUCKETS = 16
 MAX_VOCABULARY = 4_096
 MIN_ID_CLICKS = 5
-"""Clicks in training under which an id shares the bucket of rare ones: less cannot be told from noise."""
+"""Clicks in training below which an id shares the bucket of rare ones: fewer are indistinguishable from noise."""
 ID_TABLE = 65_536
 
 
@@ -36,7 +36,7 @@ class Vocabulary:
     def fit(cls, column: pa.ChunkedArray | pa.Array) -> "Vocabulary":
         """Fit on the most frequent values.
 
-        They are at most 4,096, ordered by name. Of values as frequent, the first by name are taken.
+        They are at most 4,096, ordered by name. Ties in frequency go to the first by name.
         """
         counts = column.to_pandas().value_counts().sort_index().sort_values(ascending=False, kind="stable")
         return cls(tuple(sorted(str(value) for value in counts.index[:MAX_VOCABULARY])))
@@ -91,11 +91,10 @@ class HashedIds:
 class Numeric:
     """Bucket boundaries, normaliser and range of a numeric column.
 
-    NaN is bucket 0. A common value has a bucket of its own, quantiles part the others.
+    NaN is bucket 0. A common value has a bucket of its own, and quantiles divide the others.
 
-    A value beyond the range that training has seen counts as its end. What a slope would say out
-    there nobody has observed, and some columns leave the range as the log goes on, as a listing's
-    age does.
+    A value beyond the training range is clipped to its end. A slope would extrapolate there without
+    data, and some columns leave the range as the log grows, such as a listing's age.
     """
 
     boundaries: tuple[float, ...]
@@ -117,15 +116,15 @@ class Numeric:
     def fit(cls, values: NDArray[np.float32]) -> "Numeric":
         """Fit buckets and normaliser on values.
 
-        There are at most 16 common values, and 16 quantiles of the others. log1p is taken where
-        values are non-negative and spread over more than a factor.
+        There are at most 16 common values, and 16 quantiles of the others. log1p is applied where
+        values are non-negative and span more than a fixed factor.
         """
         finite = values[np.isfinite(values)].astype(np.float64)
         if not len(finite):
             return cls((), False, 0.0, 1.0, 0.0, 0.0)
         distinct, counts = np.unique(finite, return_counts=True)
-        # Most counts are 0 most of the time: a value that alone fills buckets gets one of its own,
-        # and the others share the rest.
+        # Most counts are 0 most of the time: a value that alone would fill whole quantile buckets
+        # gets one of its own, and the others share the rest.
         common = distinct[counts > len(finite) / QUANTILE_BUCKETS]
         rest = finite[~np.isin(finite, common)]
         quantiles = (

@@ -1,6 +1,6 @@
 """All items, ready to be gathered.
 
-Codes are in memory, embeddings mapped. Serves training, validation and scoring.
+Codes are in memory, embeddings mapped. The table serves training, validation and scoring.
 
 Shapes: N items of the table, I items of a batch, T text tokens, P patches, G history items.
 """
@@ -23,10 +23,10 @@ from camenn_model.data.field_encoders import to_float
 from camenn_model.hashing import stable_hash
 
 HELD_OUT_SHARE = 0.1
-"""Share of products whose listings never enter an alignment loss: representation is measured on them."""
+"""Share of products whose listings never enter an alignment loss: the representation is measured on them."""
 
 MOST_FITTED = 8_192
-"""Listings that `Likeness` and `Agreement` are found on"""
+"""Listings that `Likeness` and `Agreement` are fitted on"""
 
 Ints = NDArray[np.int64]
 
@@ -34,15 +34,15 @@ Ints = NDArray[np.int64]
 class ItemTable:
     """The `items` table with its contents.
 
-    `encode` adds what a feature space makes of its columns.
+    `encode` adds its columns encoded by a feature space.
 
     Args:
         items: table under the contract `ITEMS`.
         images, titles: mapped embeddings. Their keys are the items' image_key and title_key.
         keep: keep the mean features of all photos and titles in memory, and the columns after they
-            are encoded. Scoring asks for few of them.
-        config: of the model that they are for, which has a shape for contents of which there are
-            none. None for a model that is still to be made.
+            are encoded. Scoring needs few of them.
+        config: of the model that will read them, which gives the shape of contents where there are
+            none. None for a model that does not exist yet.
     """
 
     cats: Ints
@@ -71,11 +71,11 @@ class ItemTable:
         used = np.ones(len(titles), dtype=np.int64)
         used[self.title_row[self.title_row >= 0]] = self.tokens[self.title_row >= 0]
         means = Means(images), Means(titles, used)
-        # What is not kept is asked for by rows, as an array is.
+        # Means that are not kept are computed by rows, with an array's interface.
         self.pooled_images, self.pooled_titles = (
             each.kept() if keep else cast("NDArray[np.float16]", each) for each in means
         )
-        # Listings of one product, or with the same photo or title, must not be taken for each other's mismatch.
+        # Listings of one product, or with the same photo or title, must not serve as each other's mismatch.
         product = stable_hash(items["product_key"])
         null = items["product_key"].is_null().to_numpy()
         self.product = np.where(null, stable_hash(items["item_id"]), product)
@@ -101,7 +101,7 @@ class ItemTable:
     def encode(self, space: FeatureSpace, catalog_features: CatalogFeatures | None = None) -> "ItemTable":
         """Encode the columns and return the table itself.
 
-        `told`: what `tell` finds by the space, where it is known already.
+        `catalog_features`: those of this space, where they are computed already.
         """
         catalog_features = (
             self.compute_catalog_features(space.likeness, space.agreement)
@@ -117,7 +117,7 @@ class ItemTable:
         return self
 
     def compute_catalog_features(self, likeness: Likeness, agreement: Agreement) -> CatalogFeatures:
-        """Compute the features that all listings tell of each.
+        """Compute each listing's features from all listings.
 
         They come from photos and titles.
         """
@@ -135,7 +135,7 @@ class ItemTable:
     def judge(self, agreement: Agreement) -> Judgement:
         """Judge the agreement of each listing's photo and title.
 
-        It tells how well the two belong together, [N] each.
+        It measures how well the two belong together, [N] each.
         """
         return agreement.judge(self.pooled_images, self.pooled_titles, self.image_row, self.title_row, self.fold)
 
@@ -147,16 +147,16 @@ class ItemTable:
     def _fitted(self) -> Ints:
         """Return rows of training listings with photo and title.
 
-        They are ordered by their hashes. Where there are many, those of the smallest are taken.
+        They are ordered by their hashes. Where there are many, those with the smallest hashes are
+        taken.
         """
         rows = np.flatnonzero(self.with_content() & ~self.held_out)
         return rows[np.argsort(stable_hash(self.ids)[rows])[:MOST_FITTED]]
 
     def alike_prices(self, likeness: Likeness) -> NDArray[np.float32]:
-        """Compare each listing's price with those most like it.
+        """Compare each price with those of the most similar listings.
 
-        That is what a listing costs against those that look and read most like it, float32 [N]; NaN
-        = unknown.
+        The result is float32 [N]; NaN = unknown.
         """
         vectors = likeness.vectors(self.pooled_images, self.pooled_titles, self.image_row, self.title_row)
         group = self.items[SUBCATEGORY].combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy()
@@ -168,7 +168,7 @@ class ItemTable:
     def batch(self, rows: Ints, *, content_only: bool = False) -> ItemBatch:
         """Gather an ItemBatch of table rows, int64 [I].
 
-        With `content_only`, fields are left empty (the alignment tasks never look at them).
+        With `content_only`, fields are left empty (the alignment tasks never read them).
         """
         image_row, title_row = self.image_row[rows], self.title_row[rows]
         text = self.titles.gather(title_row)
@@ -201,10 +201,7 @@ class ItemTable:
         )
 
     def with_content(self) -> NDArray[np.bool_]:
-        """Tell which items have both a photo and title.
-
-        Returns bool [N].
-        """
+        """Mark items with a photo and a title, bool [N]."""
         return (self.image_row >= 0) & (self.title_row >= 0)
 
 

@@ -20,9 +20,9 @@ from schemas.manifest import RUNS, remedy
 from schemas.training import EXAMPLE_ORDER
 
 UNIT_ROWS = 8_192
-"""Examples of a day that are read and mixed at a time. A row group of their files has as many"""
+"""Examples of a day that are read and mixed at once, which is a row group of their files"""
 BLOCK_ROWS = 262_144
-"""Examples of a day that are read at a time where all of them are wanted in order. A file has no more"""
+"""Examples of a day that are read at once where all are read in order. A file has no more"""
 
 
 def date_of(path: str) -> str:
@@ -31,7 +31,7 @@ def date_of(path: str) -> str:
 
 
 def first_row(path: str) -> tuple[Any, ...]:
-    """Read what an example file's first row has of `EXAMPLE_ORDER`."""
+    """Read the `EXAMPLE_ORDER` columns of an example file's first row."""
     with pq.ParquetFile(path) as file:
         row = file.read_row_group(0, columns=list(EXAMPLE_ORDER)).slice(0, 1).to_pylist()[0]
     return tuple(row[name] for name in EXAMPLE_ORDER)
@@ -42,7 +42,7 @@ class ShardSet:
     """A published shard set.
 
     Raises:
-        InputError: nothing is published at `root`, or something else than shards.
+        InputError: nothing is published at `root`, or another stage's output.
     """
 
     root: str
@@ -69,8 +69,8 @@ class ShardSet:
     def examples(self, split: str) -> list[tuple[str, int]]:
         """List the example files of one split, by time.
 
-        Returns (path, rows) of each. A day's rows are those of its files one after another,
-        whichever runs wrote them.
+        Returns (path, rows) of each. A day's rows are its files' rows concatenated, whichever runs
+        wrote them.
 
         Raises:
             InputError: the shard set was written by a version that filed splits by folder.
@@ -94,7 +94,7 @@ class ShardSet:
             days.setdefault((split, date_of(path)), []).append((path, rows))
         found: dict[str, list[tuple[str, int]]] = {}
         for (split, _), of_day in sorted(days.items()):
-            # Names tell runs and pieces: only the rows tell which file of a day comes first.
+            # Names contain runs and pieces: only the rows show which file of a day comes first.
             in_order = sorted(of_day, key=lambda file: first_row(file[0])) if len(of_day) > 1 else of_day
             found.setdefault(split, []).extend(in_order)
         return found
@@ -102,8 +102,8 @@ class ShardSet:
     def closed_before(self) -> str:
         """Return the first date that is not over yet.
 
-        Attribution windows are included: labels of earlier dates are complete, but for orders that
-        arrive late.
+        Attribution windows are included: labels of earlier dates are complete, except for orders
+        that arrive late.
         """
         options = self.manifest["options"]
         closed_us = int(options["days"]["as_of"]) - round(float(options["attribution_hours"]) * 3_600_000_000)

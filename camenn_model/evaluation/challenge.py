@@ -1,10 +1,10 @@
 """Trained models on days that they have not seen.
 
-Two questions are asked: is the published one still calibrated, and does a new one predict as well?
+Two questions are answered: is the published one still calibrated, and does a new one predict as
+well?
 
-Both questions are asked of the latest closed days of a shard set. All of them are in its test part,
-which no model was trained on that was trained on this shard set or on an earlier one of the same
-log.
+Both are evaluated on the latest closed days of a shard set. All of them are in its test part, which
+is unseen by every model trained on this shard set or on an earlier one of the same log.
 """
 
 import math
@@ -23,9 +23,10 @@ from camenn_model.evaluation.predictions import predict_rows
 from camenn_model.package import Package
 
 LEAST_EXAMPLES = 2_000
-"""So many examples are looked at, where there are as many: one quiet day says little."""
+"""Least number of evaluated examples, where there are as many: one quiet day is too noisy."""
 MOST_EXAMPLES = 20_000
-"""More would cost a night minutes and tell nothing more. Units are then taken at even distances."""
+"""Most evaluated examples: more would cost minutes a night without adding information. Units are
+then sampled at even distances."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +49,31 @@ class Calibration:
     pcoc: float | None
     """Predicted over observed orders; None where nothing was ordered"""
     standard_error: float | None
-    """Of `pcoc`, by chance alone: of these days' orders, sqrt(Σ p (1 - p)) / Σ y, and of the orders
-    that the model was calibrated on, pcoc / √n
+    """Standard error of `pcoc`, from the chance of these days' orders, sqrt(Σ p (1 - p)) / Σ y, and
+    of the orders that the model was calibrated on, pcoc / √n
     """
     log_loss: float
     expected: float = 0.0
     """Orders that the model predicts"""
     expected_error: float = 0.0
-    """Standard error of `expected` as a prediction of the orders: of these days' chance, and of the
-    orders that the model was calibrated on
+    """Standard error of `expected` as a prediction of the orders, from the chance of these days'
+    orders and of those that the model was calibrated on
     """
 
     @property
     def orders_are_missing(self) -> bool:
-        """Tell whether orders are missing from the days.
+        """Return whether orders are missing from the days.
 
-        Nothing was ordered although something should have been, by two standard errors: a fault of
-        the logs sooner than of the model.
+        They are where nothing was ordered although more than two standard errors of orders were
+        expected: that is more probably a fault of the logs than of the model.
         """
         return not self.orders and self.expected > 2 * self.expected_error
 
     def off_by(self) -> float:
         """Return the distance of `pcoc` from 1.
 
-        It is counted beyond two standard errors. 0 = no further than chance explains, infinite
-        where orders are missing.
+        The distance counts beyond two standard errors. 0 = no further than chance explains,
+        infinite where orders are missing.
         """
         if self.pcoc is None or self.standard_error is None:
             return math.inf if self.orders_are_missing else 0.0
@@ -91,7 +92,7 @@ class Calibration:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values as a manifest keeps them."""
+        """Return the values for a manifest."""
         return asdict(self)
 
 
@@ -108,16 +109,16 @@ class ModelComparison:
     champion_log_loss: float
     challenger_log_loss: float
     standard_error: float
-    """Of the difference of the two, paired by click"""
+    """Standard error of the losses' difference, paired by click"""
     champion_auc: float | None
     challenger_auc: float | None
 
     @property
     def passed(self) -> bool:
-        """Tell whether the challenger takes over.
+        """Return whether the challenger takes over.
 
-        It does unless it is worse by more than a standard error. Of two alike the one that knows
-        later days is to be had.
+        It does unless it is worse by more than a standard error. Of two equal models the one
+        trained on later days is preferred.
         """
         return self.challenger_log_loss - self.champion_log_loss <= self.standard_error
 
@@ -132,14 +133,15 @@ class ModelComparison:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values as a manifest keeps them."""
+        """Return the values for a manifest."""
         return asdict(self)
 
 
 def latest_closed_days(shards: ShardSet) -> Days | None:
     """Find the latest days whose labels are complete.
 
-    They are as many as give `LEAST_EXAMPLES`. None where the test part has no closed day.
+    Their number is the least that gives `LEAST_EXAMPLES`. None where the test part has no closed
+    day.
     """
     closed_before = shards.closed_before()
     by_date: dict[str, list[tuple[str, int]]] = {}
@@ -162,9 +164,9 @@ def latest_closed_days(shards: ShardSet) -> Days | None:
 
 
 def reads_embeddings_of(package: Package, shards: ShardSet) -> bool:
-    """Tell whether a model reads the shard set's embeddings.
+    """Return whether a model reads the shard set's embeddings.
 
-    It does if it was trained on embeddings of the encoders that the shard set's are of.
+    It does if it was trained on embeddings of the same encoders.
     """
     there = shards.manifest["options"]["encoders"]
     return all(package.encoders[kind]["fingerprint"] == there[kind]["fingerprint"] for kind in ("image", "text"))
@@ -233,5 +235,5 @@ def _predict(
     rows = [reader.read_unit(unit) for unit in days.units]
     labels = np.concatenate([piece.label.astype(np.float64) for piece in rows])
     logits = np.concatenate([predict_rows(model, table, piece) for piece in rows])
-    # Log losses are to be finite.
+    # Log losses must be finite.
     return labels, np.clip(package.calibration(logits), 1e-12, 1 - 1e-12), logits

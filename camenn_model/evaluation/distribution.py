@@ -1,13 +1,13 @@
 """Distributions of probabilities.
 
-They are histograms by log-odds, and there is a measure of how far one is from another.
+They are histograms by log-odds, compared by the population stability index.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 EDGES = np.linspace(-14.0, 14.0, 2801)
-"""Log-odds between which probabilities are counted: a step is 1 % of the odds, fine enough for deciles."""
+"""Edges of the bins in log-odds: a step is 1 % of the odds, fine enough for deciles."""
 
 Counts = NDArray[np.int64]
 
@@ -35,8 +35,8 @@ def decile_shares(now: NDArray[np.float64] | Counts, before: NDArray[np.float64]
 def population_stability_index(found: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
     """Compute the population stability index.
 
-    It is Σ (q - p) ln(q / p) over shares p, q: below 0.1 is read as stable, above 0.2 as shifted.
-    Empty cells count as 1e-4.
+    It is Σ (q - p) ln(q / p) over shares p, q: below 0.1 is interpreted as stable, above 0.2 as
+    shifted. Empty cells count as 1e-4.
     """
     q, p = np.maximum(found, 1e-4), np.maximum(expected, 1e-4)
     return float(np.sum((q - p) * np.log(q / p)))

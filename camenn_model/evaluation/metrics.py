@@ -31,7 +31,7 @@ class GroupedAuc:
     """AUC within groups, weighted by each group's examples (impressions)."""
 
     value: float  # NaN where no group has both classes
-    groups: int  # groups with both classes, which the value is made of
+    groups: int  # groups with both classes, from which the value is computed
     left_out: int  # groups with one class
 
 
@@ -90,7 +90,7 @@ def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
 def normalised_entropy(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Compute the normalised entropy (NE).
 
-    It is the log loss over that of always saying the labels' mean (He et al. 2014).
+    It is the log loss over that of always predicting the labels' mean (He et al. 2014).
 
     Raises:
         UndefinedMetricError: it does not exist on these labels.
@@ -121,8 +121,8 @@ def ece(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> float:
 
     It is over ``bins`` bins of equal mass, sorted by probability.
 
-    Equal probabilities are not told apart: each takes the mean label of its ties, so order of rows
-    does not matter.
+    Each row takes the mean label of all rows with an equal probability, so the order of rows does
+    not matter.
     """
     y, p = _pair(labels, probabilities)
     if len(y) == 0:
@@ -194,7 +194,7 @@ def recall_at_k(
     best.
 
     A query without any target of its group is left out. A foreign target that ties with the best
-    own one counts as ranked before it, so that constant vectors do not look good.
+    own one counts as ranked before it, so that constant vectors do not score well.
     """
     sim = np.asarray(similarities, dtype=np.float64)
     own = np.asarray(query_groups)[:, None] == np.asarray(target_groups)[None, :]

@@ -1,7 +1,6 @@
 """Evaluation of a trained model.
 
-It tells what a model is worth by predictions over a split, CVR metrics, and the representation on
-held-out listings.
+It covers predictions over a split, CVR metrics, and the representation on held-out listings.
 """
 
 import math
@@ -25,13 +24,13 @@ from camenn_model.scoring.scorer import Scorer
 EVALUATION_BATCH = 1_024
 CALIBRATED_ON = ("early_stop", "calibration")
 """Parts that the calibration is fitted on. Early stop only chose among a few states of the model,
-and a calibration of half as many orders is off by 1.4 times as much by chance.
+and a calibration on half as many orders has a standard error 1.4 times as large.
 """
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Raw logits and what is needed to judge them.
+    """Raw logits with the data to evaluate them.
 
     They are in order of time, [n] each.
     """
@@ -46,7 +45,7 @@ class Predictions:
         return float(np.mean(np.logaddexp(0.0, self.logits) - self.labels * self.logits))
 
     def with_logits(self, logits: NDArray[np.float64]) -> "Predictions":
-        """Return the same examples under another model."""
+        """Return the same examples with another model's logits."""
         return replace(self, logits=logits)
 
 

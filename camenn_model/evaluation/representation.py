@@ -1,4 +1,4 @@
-"""Measure what the shared bottom says of photos and titles."""
+"""Measure the shared bottom's representation of photos and titles."""
 
 from collections.abc import Callable
 from typing import Any

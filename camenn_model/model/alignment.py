@@ -23,20 +23,20 @@ SIZE = 2
 START_LENGTH = 16.0
 """Factor on the canonical directions.
 
-Lengths are divided out. But steps are of one size, and beside short vectors the states would soon
-be louder than what they add to.
+Vectors are normalised to unit length. But Adam's steps have one size, so if these vectors were
+short, the states' contribution would soon dominate them.
 """
 START_SLOPE, START_MIDDLE = 6.0, 0.35
-"""Of the logit over the cosine, and the cosine at which it is 0."""
+"""Initial slope of the logit over the cosine, and the cosine at which the logit is 0."""
 
 
 class ContrastiveHead(nn.Module):
     """Maps of photos and titles to comparable unit vectors.
 
     It holds the learned temperature of their similarities too. A vector is the sum of two maps. One
-    is of the ``[IMG]`` or ``[TXT]`` state out of the shared bottom. The other is of the frozen
-    encoder's mean feature. It starts as the canonical correlation analysis of the two and is as
-    good as that before the first step.
+    maps the ``[IMG]`` or ``[TXT]`` state out of the shared bottom. The other maps the frozen
+    encoder's mean feature. It is initialized by the canonical correlation analysis of photos and
+    titles, and equals that before the first step.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,26 +1,26 @@
 """Bilinear and direct parts of the CVR logit.
 
-They are the CVR task's direct ways to the two sides and to the numbers, beside the transformer's.
-[ours; docs/decisions/0010-direct-paths-to-cvr.md has the figures]
+They are the CVR task's direct paths from both sides and from the numeric features, beside the
+transformer. [ours; docs/decisions/0010-direct-paths-to-cvr.md has the figures]
 
 Shapes: R rows of a side (items or audience rows), d width.
 
 Two small networks, one a side, give each item and each audience row one vector, which serves twice.
 First, the dot product of the two vectors is added to the CVR logit, as in factorisation machines
-(Rendle 2010) and two-tower models. Tastes are products by nature (what someone likes times what a
-thing is), which attention and feed-forward layers must approximate by sums.
+(Rendle 2010) and two-tower models. A preference is a product by nature (of a user's and an item's
+vector), which attention and feed-forward layers must approximate by sums.
 
-Beside it stands the product of two things: how the item looks and reads, and a linear map of how
-that looked and read which the audience row bought and clicked. Of Gaussian tastes the best estimate
-is such a map of means that are shrunk by their number.
+A second product is added to it: of the item's image and text embeddings with a linear map of the
+mean image and text embeddings of items that the audience row bought and clicked. For Gaussian
+preferences the best estimate is such a map of means that are shrunk by their number of entries.
 
-Second, both vectors are told to the ``[CVR]`` token before the first layer, so that it looks for a
-given item in the history from there on. What the token then says by itself (both sides and all
-as-of numbers) is added to the logit too. That is the deep part of wide-and-deep models (Cheng et
-al. 2016).
+Second, both vectors are added to the ``[CVR]`` token before the first layer, so that every layer's
+attention to the history depends on the item. The logit of that token below the first layer (from
+both sides and all as-of numbers) is added too. That is the deep part of wide-and-deep models (Cheng
+et al. 2016).
 
-All of a side is computed once a row. The scorer has one matrix product more for a tile, and a small
-network for a pair.
+Each side is computed once per row. The scorer adds one matrix product per tile, and a small network
+per pair.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from camenn_model.config import ModelConfig
 from camenn_model.model.layers import FAST, MASKED, drop, init_linear
 
 ITEM_INPUTS, AUDIENCE_INPUTS = 3, 7
-"""Number of summaries that each side is read from.
+"""Number of summaries that each side's network reads.
 
-Of items: fields, mean looks (patches), mean words (tokens). Of the audience: fields, and of
-purchases and of clicks the means of identity, looks and words.
+For items: fields, mean image embedding (patches), mean text embedding (tokens). For the audience:
+fields, and for purchases and for clicks each the means of identity, image and text embeddings.
 """
 FACTORS = 3
-"""Pieces of a side's factor, each of width d: of all together, of looks, of words."""
+"""Pieces of a side's factor, each of width d: of all summaries, of image embeddings, of text embeddings."""
 LEAST_COEFFICIENT = 1.0
-"""Worth to an order of the product of the two vectors, where orders begin to teach.
+"""Least initial coefficient of the bilinear term in the order logit.
 
-Near 0 it would hand their gradients neither vector.
+Near 0 it would pass no gradient to either vector.
 """
 ENOUGH_COEFFICIENT = 0.25
-"""Worth of tastes that clicks taught, in the regression.
+"""Regression coefficient at which preferences learned from clicks are fully used.
 
-It takes them for less than they are: both vectors carry noise. Where they are worth less, the
-audience's vectors begin smaller.
+The regression underestimates the coefficient, as both vectors are noisy. Where it is smaller, the
+audience's vectors start smaller.
 """
 LIKENESS = 0.1
-"""Factor on the identity, where the maps from looks and words of the past to liked ones start.
+"""Factor on the identity, from which the maps of past to preferred embeddings start.
 
-Who clicked something likes what is like it.
+Users prefer items similar to those that they clicked.
 """
 
 
@@ -75,7 +75,7 @@ class SideVector(nn.Module):
     def forward(self, summary: Tensor) -> Tensor:
         """Return the side's vectors in float32.
 
-        They are float32 because the product goes into the logit as it is.
+        They are float32 because the product is added to the logit directly.
         """
         hidden = F.gelu(self.hidden(drop(self.norm(summary), self.dropout, self.training)))
         with torch.autocast(summary.device.type, enabled=False):
@@ -86,7 +86,7 @@ class SideVector(nn.Module):
 class Affinity(nn.Module):
     """The bilinear part of the CVR logit.
 
-    It also gives what the ``[CVR]`` token is told of both sides before the first layer.
+    It also computes both sides' input to the ``[CVR]`` token before the first layer.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -104,8 +104,8 @@ class Affinity(nn.Module):
         self.sought = nn.Linear(FACTORS * config.width, 1)
         self.worth = nn.Parameter(torch.full((FACTORS * config.width,), 1 / FAST))
         self.log_sharpness = nn.Parameter(torch.zeros(()))
-        # One factor starts near 0, so that logits start near the base rate. The other starts as torch
-        # has it, as both near 0 would leave both without gradients.
+        # One factor starts near 0, so that logits start near the base rate. The other has torch's
+        # default initialization, as both near 0 would leave both without gradients.
         for part in (self.item_task, self.audience_task, self.audience.out, self.deep_hidden, self.deep, self.sought):
             init_linear(part)
         eye = LIKENESS * torch.eye(config.width)
@@ -115,8 +115,8 @@ class Affinity(nn.Module):
     def vectors(self, summary: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """Return a side's factor and task part.
 
-        The factor of the product, with its scale, is [R, 3 d]. What is added to the ``[CVR]`` token
-        is [R, d].
+        The factor of the product, with its scale, is [R, 3 d]. The part added to the ``[CVR]``
+        token is [R, d].
 
         Args:
             summary: the side's summaries.
@@ -137,9 +137,9 @@ class Affinity(nn.Module):
         return torch.cat([vector * self.scale**0.5, image_vectors, text_vectors], dim=-1), task
 
     def of_orders(self, ours: Tensor) -> Tensor:
-        """Weigh the items' factors [I, 3 d] as orders do.
+        """Weight the items' factors [I, 3 d] for orders.
 
-        What draws a click need not be what sells.
+        Features that attract clicks need not lead to orders.
         """
         return ours * (FAST * self.worth)
 
@@ -153,14 +153,14 @@ class Affinity(nn.Module):
 
     @torch.no_grad()
     def start_coefficients(self, coefficients: Tensor) -> Tensor:
-        """Start the weights of the pieces from a regression's.
+        """Initialize the pieces' weights from regression coefficients.
 
-        Looks and words become worth what the regression says, of worth [3], and tastes become worth
-        ``LEAST_COEFFICIENT`` or more. Where tastes are not worth ``ENOUGH_COEFFICIENT``, the audience's vectors
-        are made smaller.
+        Image and text pieces take their coefficients, of [3], and preferences take at least
+        ``LEAST_COEFFICIENT``. Where the coefficient of preferences is below ``ENOUGH_COEFFICIENT``,
+        the audience's vectors are scaled down.
 
         Returns:
-            Share of ``ENOUGH_COEFFICIENT`` that tastes are worth, [] float32 in [0, 1].
+            Coefficient of preferences as a share of ``ENOUGH_COEFFICIENT``, [] float32 in [0, 1].
         """
         smaller = (coefficients[0] / ENOUGH_COEFFICIENT).clamp(0, 1)
         for weight in self.audience.out.parameters():
@@ -175,10 +175,10 @@ class Affinity(nn.Module):
         They are [B] float32: the log-odds that an audience row clicks the item that it clicked
         rather than others that were clicked in the same store.
 
-        A click tells more often what someone likes than an order does, and does not wait for one,
-        so the product learns from both. What draws everybody to an item is no taste: it has its own
-        term. Nor is what another store sells, or what the same row clicked too: neither is compared
-        with.
+        Clicks are more frequent evidence of preferences than orders, and available earlier, so the
+        product learns from both. General popularity of an item is no preference: it has its own
+        term. Items of other stores, and other items that the same row clicked, are excluded from
+        the comparison.
 
         Args:
             ours: factors of the product, items [I, 3 d].

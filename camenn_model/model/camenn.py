@@ -3,7 +3,8 @@
 Three tasks share the bottom and the mixture of experts.
 
 Source: "Cross-Modal Alignment with Mixture Experts Neural Network for Intral-City Retail
-Recommendation" (arXiv 2009.09926). ``docs/explanation/model.md`` tells which parts come from it and which are
+Recommendation" (arXiv 2009.09926). ``docs/explanation/model.md`` lists the parts that come from it
+and the
 choices of this project.
 
 Shapes: B pairs, I items, S audience rows, A alignment pairs, C items of the contrastive loss, E
@@ -32,7 +33,7 @@ from camenn_model.model.wide import Wide
 
 @dataclass(frozen=True)
 class CvrOutput:
-    """The CVR task's answer."""
+    """The output of the CVR task."""
 
     logits: Tensor  # [B] float32, raw (before calibration)
     gate: GateOutput
@@ -42,7 +43,7 @@ class CvrOutput:
 
 @dataclass(frozen=True)
 class AlignOutput:
-    """The alignment tasks' answers."""
+    """The output of the alignment tasks."""
 
     ita: Tensor  # [A_ita] float32 logits
     tia: Tensor  # [A_tia] float32 logits
@@ -94,8 +95,8 @@ class CameNN(nn.Module):
     def fit_features(self, items: ItemBatch) -> None:
         """Set the standardisation of the frozen features.
 
-        It is taken from a sample of training items (some hundred will do). Call it once, before
-        training. Without it the features enter as they are.
+        It is computed from a sample of training items (some hundred are enough). Call it once,
+        before training. Without it the features are not standardised.
 
         Raises:
             ValueError: the sample holds no photo or no title.
@@ -176,14 +177,14 @@ class CameNN(nn.Module):
         return self.affinity.choice(ours, theirs, batch.pairs.item, batch.pairs.audience, self._stores(batch))
 
     def liked(self, batch: Batch) -> Tensor:
-        """Return the pieces of the product of tastes.
+        """Return the pieces of the preference product.
 
         They are [B, 3] float32. No layer is computed for them.
         """
         return self.affinity.pieces(*self._tastes(batch), batch.pairs.item, batch.pairs.audience)
 
     def _tastes(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the factors of the product of tastes.
+        """Return the factors of the preference product.
 
         They are items' [I, 3 d] and audience rows' [S, 3 d].
         """
@@ -204,7 +205,7 @@ class CameNN(nn.Module):
     def align(self, batch: AlignmentBatch) -> AlignOutput:
         """Return ITA and TIA logits and the contrastive similarities.
 
-        Fields are hidden. Photos and titles are all there is.
+        Fields are hidden. Photos and titles are the only inputs.
 
         Raises:
             ValueError: an ITA or TIA pair lacks a photo or a title.
@@ -238,7 +239,7 @@ class CameNN(nn.Module):
 
         They are two [I, e] float32, each from its own modality alone. Their dot product is the
         cosine used for retrieval. Where a modality is absent its vector is that of ``no image`` or
-        ``no text``: mind ``has_image`` and ``has_text``.
+        ``no text``: check ``has_image`` and ``has_text``.
         """
         return self._states(items, self.item_tokens.content(items))
 

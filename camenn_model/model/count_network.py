@@ -1,19 +1,18 @@
 """A small network over the as-of counts.
 
-It finds what the counts say together. It is fitted before the linear part and kept. [ours;
-docs/decisions/0023-count-network.md has the figures]
+It learns interactions between the counts. It is fitted before the linear part and kept fixed.
+[ours; docs/decisions/0023-count-network.md has the figures]
 
 Shapes: S audience rows, B pairs or examples, n numeric fields, h ``HIDDEN``.
 
-How often something was bought, how long ago, by someone who buys how often: such numbers tell
-together what none of them tells alone, as trees find and a linear part cannot. A network of some
-26,000 weights finds it too, but not in the single epoch over the log that ids and tokens bear
-before they are overfitted. Counts of a listing, an audience row and the two are no identity, so
-they bear as many epochs as they need.
+How often a listing was bought, how long ago, and how often the user buys: such counts interact,
+which trees can learn and a linear part cannot. A network of some 26,000 weights learns it too, but
+not in the single epoch over the log after which ids and tokens overfit. Counts of a listing, an
+audience row and the pair do not identify one, so they can be trained for as many epochs as needed.
 
-Each enters as its value, as its rank among training values, and as being missing or lowest. A
-weight for each bucket would be overfitted again. Of the epochs, the one with the least log loss on
-the early-stop part is kept.
+Each count enters as its value, as its rank among training values, and as indicators of being
+missing or lowest. A weight for each bucket would overfit again. Of the epochs, the one with the
+least log loss on the early-stop part is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from camenn_model.model.layers import drop
 
 HIDDEN = 128
 MEASURES = 4
-"""Numbers that each field enters as"""
+"""Number of inputs for each field"""
 
 
 class Measures(nn.Module):
@@ -67,8 +66,8 @@ class Measures(nn.Module):
 class Counts(nn.Module):
     """A network of two hidden layers over counts.
 
-    The counts are of an audience row, of an item and of the pair. It says 0 until ``fit_counts``.
-    No other optimiser moves it.
+    The counts are of an audience row, of an item and of the pair. It predicts 0 until
+    ``fit_counts``. No other optimiser changes it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,7 +79,7 @@ class Counts(nn.Module):
         self.hidden = nn.Linear(HIDDEN, HIDDEN)
         self.out = nn.Linear(HIDDEN, 1)
         for part in (self.audience, self.pairs):
-            # As torch begins a linear map of all inputs.
+            # Torch's default initialization of a linear map of all inputs.
             nn.init.uniform_(part.weight, -(max(1, inputs) ** -0.5), max(1, inputs) ** -0.5)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -109,6 +108,6 @@ class Counts(nn.Module):
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
-        """Multiply what the network says by ``worth``."""
+        """Multiply the network's logits by ``factor``."""
         self.out.weight.mul_(factor)
         self.out.bias.mul_(factor)

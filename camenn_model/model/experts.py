@@ -24,7 +24,7 @@ class GateOutput:
     """A gate's decision for B pairs."""
 
     logits: Tensor  # [B, E] float32, with noise in training
-    quiet: Tensor  # [B, E] float32, without it: what scoring goes by
+    quiet: Tensor  # [B, E] float32, without it, as in scoring
     chosen: Tensor  # [B, K] int64, best first
     weights: Tensor  # [B, K] float32, sum 1
 
@@ -40,7 +40,7 @@ class GateOutput:
 def choose(logits: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Choose the ``keep`` best experts and their softmax weights.
 
-    Logits [..., E] give two [..., K]. Of ties the lowest index comes first.
+    Logits [..., E] give two [..., K]. Ties go to the lowest index.
     """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     return order[..., :keep], ordered[..., :keep].softmax(dim=-1)
@@ -97,7 +97,7 @@ class Gate(nn.Module):
 class Mixed:
     """The experts' normalised outputs, mixed for each pair.
 
-    The pair's gate weighs them. They are what a tower attends to.
+    The pair's gate weighs them. A tower attends to them.
     """
 
     x: Tensor  # [B, X, d], the task token first
@@ -121,7 +121,7 @@ class Mixture(nn.Module):
     def forward(self, sides: tuple[Side, ...], x: Tensor, x_mask: Tensor | None, gate: GateOutput) -> Mixed:
         """Run the chosen experts and mix their outputs.
 
-        Sides and x [B, X, d] are as they leave the shared bottom. No expert is run on a pair that
+        Sides and x [B, X, d] are the outputs of the shared bottom. No expert is run on a pair that
         did not choose it.
         """
         slots = torch.zeros_like(gate.chosen)  # row of each (pair, slot) in the concatenated outputs

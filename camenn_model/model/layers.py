@@ -1,4 +1,4 @@
-"""The transformer layer that everything is made of.
+"""The transformer layer of all parts of the model.
 
 It works on sides that are shared between pairs.
 
@@ -25,9 +25,9 @@ from camenn_model.config import ModelConfig
 INIT_STD = 0.02
 """Standard deviation of the truncated normal that weights start from."""
 FAST = 5.0
-"""Factor on parameters that are to move faster than the others.
+"""Factor on parameters that should change faster than the others.
 
-Adam moves each by the learning rate, whatever its gradient.
+Adam changes each by about the learning rate, whatever its gradient.
 """
 MASKED = -1e9
 """Added to the score of a masked key: its weight underflows to exactly 0 in float32 and bfloat16."""
@@ -44,7 +44,7 @@ class Side:
     def keep(self, pairs: Tensor) -> Side:
         """Keep the rows that the given pairs use, each once.
 
-        The pairs are [b] int64. The side is returned as they see it.
+        The pairs are [b] int64. Returns the side indexed by these pairs.
         """
         rows, index = torch.unique(self.index[pairs], return_inverse=True)
         if rows.shape[0] == self.tokens.shape[0]:
@@ -88,7 +88,7 @@ def drop(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def mask_bias(mask: Tensor) -> Tensor:
-    """Return what a mask adds to scores, float32.
+    """Convert a mask to its additive term of scores, float32.
 
     It has ``mask``'s shape: 0 where True, ``MASKED`` where False.
     """
@@ -99,7 +99,8 @@ def mask_bias(mask: Tensor) -> Tensor:
 class Keys:
     """Keys and values of R rows, and their mask.
 
-    The mask tells who may be looked at. ``index`` [B] maps queries to rows. None means row by row.
+    The mask marks the keys that may be attended to. ``index`` [B] maps queries to rows. None means
+    row by row.
     """
 
     kv: Tensor  # [R, N, 2, h, c]
@@ -178,7 +179,7 @@ class EncoderLayer(nn.Module):
     def own(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the layer on tokens that attend to themselves only.
 
-        The tokens are [R, N, d]. Returned are their output and their key-value [R, N, 2, h, c].
+        The tokens are [R, N, d]. Returns their output and their key-value [R, N, 2, h, c].
         """
         query, kv = self.project(tokens)
         attended = attend(query, [Keys(kv, mask, None)], self.attention_dropout, self.training)
@@ -209,7 +210,7 @@ def layers_of(modules: nn.ModuleList) -> list[EncoderLayer]:
 
 
 def init_linear(layer: nn.Linear, scale: float = 1.0) -> None:
-    """Start a linear layer from a truncated normal.
+    """Initialize a linear layer from a truncated normal.
 
     Its standard deviation is ``INIT_STD`` times ``scale``. The bias is 0.
     """
@@ -219,14 +220,14 @@ def init_linear(layer: nn.Linear, scale: float = 1.0) -> None:
 
 
 def init_embedding(weight: Tensor) -> None:
-    """Start a table from a truncated normal of ``INIT_STD``."""
+    """Initialize a table from a truncated normal of ``INIT_STD``."""
     nn.init.trunc_normal_(weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
 
 
 def wide_scale(inputs: int, width: int) -> float:
     """Return the starting scale of a wide feature's map.
 
-    It is for a map from a wide frozen feature: its output starts as large as that of a map from
+    It scales a map from a wide frozen feature: its output starts as large as that of a map from
     ``width``.
     """
     return math.sqrt(width / inputs)

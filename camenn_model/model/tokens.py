@@ -4,10 +4,10 @@ Shapes: I items, S audience rows, G history items, B pairs, T text tokens, P pat
 history, d width.
 
 Every token is (features → d) + type + position embedding, then LayerNorm. ``[TXT]`` and ``[IMG]``
-carry the mean of their modality's projected features beside a learned vector, so that they say
-something below the shared bottom too, where the gates read them. An absent modality leaves its
-summary token alone, with a learned ``no image`` / ``no text`` vector in place of the mean. Its
-other tokens are masked.
+carry the mean of their modality's projected features plus a learned vector, so that they are
+informative below the shared bottom too, where the gates read them. An absent modality keeps only
+its summary token, with a learned ``no image`` / ``no text`` vector instead of the mean. Its other
+tokens are masked.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from camenn_model.model.layers import drop, init_embedding, init_linear, wide_sc
 from schemas.training import CLICKED, PURCHASED
 
 DOUBT, GAIN = 3.0, 4.0
-"""Where the shrinkage of a history's means starts, and what they are multiplied by.
+"""Initial shrinkage of a history's means, and their factor.
 
-A mean of some entries is smaller than one of them.
+The mean of several entries is smaller than a single entry.
 """
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Average the tokens that are real.
+    """Average the real tokens.
 
     Tokens are x [R, N, d]. Real ones are those where mask [R, N] is True. The mean is 0 where there
     is none.
@@ -46,8 +46,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def forget_ids(ids: Tensor, rate: float, training: bool) -> Tensor:
     """Set a share of ids to unknown, in training only.
 
-    ``ids`` is [R] int64, ``rate`` the share that is set to 0 (unknown). New items then look
-    familiar.
+    ``ids`` is [R] int64, ``rate`` the share that is set to 0 (unknown). The model then generalizes
+    to new items.
     """
     if not training or rate == 0.0:
         return ids
@@ -55,7 +55,7 @@ def forget_ids(ids: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def init_tables(tables: Iterable[nn.Module]) -> None:
-    """Start the tables' rows from a truncated normal."""
+    """Initialize the tables' rows from a truncated normal."""
     for table in tables:
         for weight in table.parameters():
             init_embedding(weight)
@@ -79,7 +79,7 @@ class FrozenProjection(nn.Module):
         self.register_buffer("scale", torch.ones(inputs))
 
     def fit(self, sample: Tensor) -> None:
-        """Take mean and spread from a sample [n, inputs].
+        """Fit mean and spread on a sample [n, inputs].
 
         A tenth of the mean spread is added, for rare features.
         """
@@ -105,11 +105,11 @@ class FrozenProjection(nn.Module):
 
 
 class PreferenceMap(nn.Module):
-    """A map of listings to the space of tastes.
+    """A map of listings to the preference space.
 
-    It tells where a listing's photo and title lie in that space (``preference_directions.py``), whether
-    it is offered or in a history. The maps are found from clicks before training and stay. What
-    stands for an absent photo or title is learned.
+    It projects a listing's photo and title to that space (``preference_directions.py``), for
+    offered listings and for those of a history. The maps are fitted on clicks before training and
+    stay fixed. The vectors of an absent photo or title are learned.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -124,9 +124,9 @@ class PreferenceMap(nn.Module):
 
     @torch.no_grad()
     def start(self, image: PreferenceSpace | None, text: PreferenceSpace | None) -> None:
-        """Take over the directions that were found.
+        """Load the fitted directions.
 
-        Dimensions beyond them, and a modality that nobody has, are 0.
+        Dimensions beyond them, and a modality that no listing has, are 0.
         """
         for part, found in ((self.image, image), (self.text, text)):
             nn.init.zeros_(part.weight)
@@ -137,9 +137,9 @@ class PreferenceMap(nn.Module):
                 part.bias[:count] = torch.from_numpy(-found.center @ found.directions).to(part.bias)
 
     def forward(self, image: Tensor, has_image: Tensor, text: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (looks, words), [R, d] float32 each.
+        """Return (image, text) embeddings, [R, d] float32 each.
 
-        They are of mean features [R, image_width] and [R, text_width].
+        They map mean features [R, image_width] and [R, text_width].
         """
         with torch.autocast(image.device.type, enabled=False):
             image_vectors = torch.where(has_image[:, None], self.image(image.float()), self.no_image)
@@ -226,7 +226,7 @@ class SideTokens:
     tokens: Tensor  # [R, N, d]
     mask: Tensor  # [R, N] bool
     gate: Tensor  # [R, gate width]
-    summary: Tensor  # what ``Affinity`` reads: [I, 3 d] or [S, 7 d]
+    summary: Tensor  # input of ``Affinity``: [I, 3 d] or [S, 7 d]
 
 
 class ItemTokens(nn.Module):
@@ -263,7 +263,7 @@ class ItemTokens(nn.Module):
     def content(self, items: ItemBatch, modality_dropout: float = 0.0) -> Content:
         """Return the photo and title of each item.
 
-        In training a share ``modality_dropout`` of either is taken as absent.
+        In training a share ``modality_dropout`` of either is treated as absent.
         """
         text_mask, has_text, has_image = items.text_mask, items.has_text, items.has_image
         if self.training and modality_dropout > 0.0:
@@ -334,9 +334,9 @@ class ItemTokens(nn.Module):
         return item_table(hashes) + subcategory_table(cats[:, 1])
 
     def liked(self, history: HistoryItems) -> Tensor:
-        """Return the features that tastes know history items by.
+        """Return the history items' features for preferences.
 
-        They are identity, looks, words, [G, 3 d].
+        They are identity, image and text embedding, [G, 3 d].
         """
         places = self.tastes(history.image, history.has_image, history.text, history.has_text)
         return torch.cat([self.identity(history.cats), *places], dim=-1)
@@ -377,7 +377,7 @@ class AudienceTokens(nn.Module):
     def forward(self, audience: AudienceBatch, history: HistoryItems, liked: Tensor) -> SideTokens:
         """Return all audience tokens: fields and history.
 
-        ``liked`` [G, 3 d] is what ``ItemTokens.liked`` gives. The gate input is mean of fields ‖
+        ``liked`` [G, 3 d] is the output of ``ItemTokens.liked``. The gate input is mean of fields ‖
         mean of history, [S, 2 d].
         """
         fields = []
@@ -427,9 +427,9 @@ def _padded(known: Tensor, history: Tensor) -> Tensor:
 def _mean_of_kind(known: Tensor, audience: AudienceBatch, kind: int, doubt: Tensor) -> Tensor:
     """Average one kind of entries of each history, [S, n].
 
-    It is the mean of ``known`` [G, n] over those entries, drawn to 0 as by ``doubt`` more entries
-    that tell nothing. It is the posterior mean of a Gaussian taste of which each entry is a noisy
-    sight.
+    It is the mean of ``known`` [G, n] over those entries, shrunk towards 0 as if by ``doubt``
+    additional entries of 0. That is the posterior mean of a Gaussian preference of which each entry
+    is a noisy observation.
     """
     weight = ((audience.history >= 0) & (audience.history_kind == kind)).to(known.dtype)
     every = F.pad(known, (0, 0, 1, 0))  # row 0: padding
@@ -456,7 +456,7 @@ class PairTokens(nn.Module):
     def forward(self, pairs: PairBatch, context: Tensor) -> Tensor:
         """Return the pair tokens, [B, X, d].
 
-        ``told`` [B, d] is added to the task token. In training ``position_dropout`` of the
+        ``context`` [B, d] is added to the task token. In training ``position_dropout`` of the
         positions become unknown. In eval mode all are.
         """
         if self.training:
@@ -468,7 +468,7 @@ class PairTokens(nn.Module):
     def embed(self, values: Tensor, buckets: Tensor, position: Tensor, context: Tensor) -> Tensor:
         """Embed the pairs without any dropout, [..., X, d].
 
-        ``values`` and ``buckets`` are [..., n], ``position`` [...], ``told`` [..., d].
+        ``values`` and ``buckets`` are [..., n], ``position`` [...], ``context`` [..., d].
         """
         groups = self.groups(values, buckets)
         tokens = [sum(groups, self.task + context), *groups, self.position(position)]

@@ -1,6 +1,6 @@
 """A task's tower, from the mixed experts to one logit.
 
-It is one transformer layer of which only the task token is a query, then an MLP to one logit.
+It is one transformer layer with the task token as its only query, then an MLP to one logit.
 
 Shapes: B pairs, N tokens, h heads, c = d / h, d width.
 
@@ -60,7 +60,7 @@ class Tower(nn.Module):
     def answer(self, task: Tensor, attended: Tensor) -> Tensor:
         """Return the logits of the task tokens, [...] float32.
 
-        They are read from the task tokens [..., d] and what they attended to [..., d] (before
+        They are computed from the task tokens [..., d] and their attention output [..., d] (before
         ``out``).
         """
         task = task + drop(self.out(attended), self.dropout, self.training)
@@ -73,9 +73,9 @@ class Tower(nn.Module):
     def forward(self, mixed: Mixed) -> Tensor:
         """Return the logits [B] float32.
 
-        With one query for each pair it is cheaper to carry W_K over to the query, and W_V past the
-        sum, than to project every token: q·(W_K y) = (W_Kᵀ q)·y and Σ α (W_V y) = W_V Σ α y, head
-        by head.
+        With one query for each pair it is cheaper to apply W_K to the query, and W_V to the sum,
+        than to project every token: q·(W_K y) = (W_Kᵀ q)·y and Σ α (W_V y) = W_V Σ α y, head by
+        head.
         """
         task = mixed.x[:, 0]
         width = task.shape[-1]
@@ -99,7 +99,7 @@ class Tower(nn.Module):
 
 
 def init_tower(tower: Tower) -> None:
-    """Start a tower's weights and biases.
+    """Initialize a tower's weights and biases.
 
     Weights are truncated normal and biases zero. The head's bias is the base rate's logit.
     """

@@ -1,25 +1,25 @@
 """The linear part of the CVR logit: a logistic regression.
 
-It is fitted before the network and kept. The network learns what it leaves. [ours;
+It is fitted before the network and kept fixed. The network learns the residual. [ours;
 docs/decisions/0011-linear-part-fitted.md has the figures]
 
 Shapes: I items, S audience rows, B examples, C values of the crossed item field, k directions of
 content.
 
-What a price, a count, a store or a weekday does to everybody alike is a sum of numbers, and some
-hundred steps of Adam through LayerNorms and attention do not find it: a slope that every example
-tells of moves as slowly as a table's row that one example tells of moves fast. A penalised maximum
-likelihood has no such rates. So a wide part as in wide-and-deep models (Cheng et al. 2016) is
-fitted by L-BFGS in seconds.
+The effect of a price, a count, a store or a weekday that is equal for all users is additive, and
+some hundred steps of Adam through LayerNorms and attention do not learn it: Adam changes a slope
+with a gradient in every example no faster than a table's row with a gradient in a single one.
+Penalised maximum likelihood has no learning rates. So a wide part as in wide-and-deep models (Cheng
+et al. 2016) is fitted by L-BFGS in seconds.
 
-It has a number for each category, a slope for each numeric field and a number for each of its
-buckets. It has a number for each category of the item with each category of the audience (what
-sells at which hour, in which store), and slopes of the principal directions of photos and titles.
-It also tells what the three pieces of ``Affinity``'s product and the logit of ``Counts`` are worth
-to an order.
+It has a weight for each category, a slope for each numeric field and a weight for each of its
+buckets. It has a weight for each category of the item crossed with each category of the audience
+(such as what sells at which hour, in which store), and slopes of the principal directions of photos
+and titles. It also has coefficients for the three pieces of ``Affinity``'s product and the logit of
+``Counts``.
 
-Hashed ids have no number: they would be overfitted. The penalty is the one, of some, with the least
-log loss on the early-stop part.
+Hashed ids have no weight: they would overfit. Of several penalties, the one with the least log loss
+on the early-stop part is chosen.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from camenn_model.data.item_table import Ints, ItemTable
 from camenn_model.model.tokens import masked_mean
 
 DIRECTIONS = 64
-"""Of photos and of titles, the widest"""
+"""Number of widest directions, of photos and of titles each"""
 MOST_FITTED, BLOCK = 8_192, 65_536
-"""Photos, and titles, that the directions are found on (up to twice as many), and contents mapped at a time."""
+"""Photos, and titles, that the directions are fitted on (up to twice as many), and contents mapped at once."""
 MOST_CROSSED = 256
-"""Values of the item's field that is crossed: where it has more, nothing is."""
+"""Most values of the crossed item field: where it has more, there is no cross."""
 
 
 class Slopes(nn.Module):
-    """A slope for each numeric field, and numbers for buckets.
+    """A slope for each numeric field, and weights for buckets.
 
-    Each of a field's buckets has a number, 0 = missing among them.
+    Each of a field's buckets has a weight, including 0 = missing.
     """
 
     offsets: Tensor
@@ -62,7 +62,7 @@ class Slopes(nn.Module):
         self.number = _frozen(int(sizes.sum()))
 
     def forward(self, values: Tensor, buckets: Tensor) -> Tensor:
-        """Return the sum of what the numeric fields add, [...].
+        """Return the sum of the numeric fields' terms, [...].
 
         A value counts only where its bucket is not 0.
 
@@ -74,9 +74,9 @@ class Slopes(nn.Module):
 
 
 class Categories(nn.Module):
-    """A number for each value of each categorical field.
+    """A weight for each value of each categorical field.
 
-    A hashed id has none. The fields' numbers stand one after the other.
+    A hashed id has none. The fields' weights are concatenated.
     """
 
     offsets: Tensor
@@ -89,18 +89,18 @@ class Categories(nn.Module):
         self.number = _frozen(int(sizes.sum()))
 
     def places(self, cats: Tensor) -> Tensor:
-        """Turn codes [R, n] into places in ``number`` [R, m]."""
+        """Convert codes [R, n] to indices into ``number`` [R, m]."""
         return cats[:, self.columns] + self.offsets
 
     def forward(self, cats: Tensor) -> Tensor:
-        """Return the sum of the categories' numbers, [R]."""
+        """Return the sum of the categories' weights, [R]."""
         return self.number[self.places(cats)].sum(-1)
 
 
 class Content(nn.Module):
     """Slopes of a modality's mean features along some directions.
 
-    Where the modality is absent, a number stands instead.
+    An absent modality has one weight instead.
     """
 
     center: Tensor
@@ -115,7 +115,7 @@ class Content(nn.Module):
 
     @torch.no_grad()
     def start(self, features: NDArray[np.floating]) -> None:
-        """Take the widest directions of mean features [n, inputs].
+        """Fit the widest directions of mean features [n, inputs].
 
         Listings have mean 0 and spread 1 along each. Those that are missing are 0.
         """
@@ -143,14 +143,14 @@ class Content(nn.Module):
         return every[torch.from_numpy(row).to(device)]
 
     def forward(self, along: Tensor, present: Tensor) -> Tensor:
-        """Return what the modality adds, [R]."""
+        """Return the modality's term, [R]."""
         return torch.where(present, along @ self.slope, self.absent)
 
 
 class Wide(nn.Module):
     """The linear part.
 
-    All weights are 0 until ``fit_wide``, and no optimiser moves them.
+    All weights are 0 until ``fit_wide``, and no optimiser changes them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -172,8 +172,8 @@ class Wide(nn.Module):
     def item_factors(self, items: ItemBatch) -> Tensor:
         """Return the items' factors, [I, C + 2] float32.
 
-        They are which category, 1, and what the item adds. Their product with an audience row's
-        factors is all but the pair's numbers.
+        They are the one-hot category, 1, and the item's term. Their product with an audience row's
+        factors is the linear logit without the pair's numbers.
         """
         title = masked_mean(items.text.float(), items.text_mask & items.has_text[:, None])
         with torch.autocast(title.device.type, enabled=False):
@@ -190,7 +190,7 @@ class Wide(nn.Module):
     def audience_factors(self, audience: AudienceBatch) -> Tensor:
         """Return the audience rows' factors, [S, C + 2] float32.
 
-        They are what each category adds, what the row adds, and 1.
+        They are each category's term, the row's term, and 1.
         """
         with torch.autocast(audience.cats.device.type, enabled=False):
             own = self.audience(audience.cats) + self.audience_numbers(audience.values, audience.buckets) + self.bias
@@ -199,7 +199,7 @@ class Wide(nn.Module):
         return torch.cat([*crossed, own[:, None], torch.ones_like(own)[:, None]], dim=1)
 
     def of_pairs(self, values: Tensor, buckets: Tensor) -> Tensor:
-        """Return what the pair's numbers [..., n] add, [...] float32."""
+        """Return the term of pairs' numbers [..., n], [...] float32."""
         with torch.autocast(values.device.type, enabled=False):
             added: Tensor = self.pair_numbers(values, buckets)
         return added
@@ -211,9 +211,9 @@ class Wide(nn.Module):
 
     @torch.no_grad()
     def see(self, table: ItemTable) -> Catalog:
-        """Gather all items, and find the directions of their content.
+        """Gather all items, and fit the directions of their content.
 
-        The directions of photos and titles are found on the training listings that have any.
+        The directions of photos and titles are fitted on the training listings that have any.
         """
         sides = []
         for content, pooled, row in (
@@ -259,7 +259,7 @@ class Catalog:
 
 @dataclass(frozen=True)
 class WideRows:
-    """Examples as the linear part sees them, [B] each."""
+    """The linear part's input of examples, [B] each."""
 
     item: Tensor  # int64, row of the catalog
     audience_cats: Tensor
@@ -268,7 +268,7 @@ class WideRows:
     values: Tensor
     buckets: Tensor
     label: Tensor  # float32
-    part_logits: Tensor  # [B, p] float32: logits that other parts say, the pieces of the product of tastes first
+    part_logits: Tensor  # [B, p] float32: logits of other parts, the pieces of the preference product first
 
 
 def _frozen(*shape: int) -> nn.Parameter:

@@ -1,6 +1,6 @@
 """The one scoring path for all pairs.
 
-Validation, ``camenn score`` and any service go through here.
+Validation, ``camenn score`` and any service use it.
 
 Shapes: I items, S audience rows, N tokens of a side, X tokens of a pair, E experts, h heads, c = d
 / h, d width.
@@ -32,12 +32,12 @@ from camenn_model.model.tokens import SideTokens
 from camenn_model.scoring.tile_attention import Part, Places, divide, find_places, keys_values, read_part, run_layer
 
 TILE_PAIRS = 2048
-"""Pairs of a tile that are computed at a time: small enough that the X tokens stay in a core's cache (measured)."""
+"""Pairs of a tile that are computed at once: small enough that the X tokens stay in a core's cache (measured)."""
 
 
 @dataclass
 class SideStates:
-    """The states that a side leaves for its pairs.
+    """The states of a side that its pairs read.
 
     Experts are filled in when a pair first chooses them.
     """
@@ -48,7 +48,7 @@ class SideStates:
     tokens: Tensor  # [R, N, d] out of the shared bottom
     filled: Tensor  # [E, R] bool: expert computed for this row
     vector: Tensor  # [R, 3 d + C + 2] float32: factors of ``Affinity`` and of ``Wide``
-    task: Tensor  # [R, d]: the side's part of what ``[CVR]`` is told
+    task: Tensor  # [R, d]: the side's part of the ``[CVR]`` token's input
     counts: Tensor | None  # [R, h] float32, ``Counts.of_audience``; items have none
     experts: dict[int, Part] = field(default_factory=dict)  # rows not filled are 0
     tower: Part | None = None  # of all experts: keys [R, h, E c, N], values [R, h, N, E c + 1]; not filled: 0
@@ -106,7 +106,7 @@ class Scorer:
 
         ``values`` float32 and ``buckets`` int64 are [S, I, n_pair_num]. Only pairs where ``wanted``
         [S, I] is True are computed, the others are -inf. None means all. The display position is
-        unknown. The states are completed on the way (experts that a pair is first to choose).
+        unknown. Experts that a pair is the first to choose are added to the states.
         """
         count_s, count_i = len(audience), len(items)
         if values.shape[:2] != (count_s, count_i) or buckets.shape != values.shape:
@@ -136,8 +136,8 @@ class Scorer:
     def margin(self, items: SideStates, audience: SideStates) -> Tensor:
         """Return each pair's K-th minus next gate logit.
 
-        It is [S, I] float32. Below 1e-5 the choice of experts is a matter of rounding. It is
-        infinite where all experts are kept.
+        It is [S, I] float32. Below 1e-5 the choice of experts depends on rounding. It is infinite
+        where all experts are kept.
         """
         logits = audience.gate[:, None] + items.gate[None, :]
         keep = self.model.config.top_k
@@ -274,7 +274,7 @@ class _Rows:
 
     @property
     def counts(self) -> Tensor:
-        assert self.states.counts is not None  # asked of audience rows alone
+        assert self.states.counts is not None  # computed for audience rows alone
         return self.states.counts[self.rows]
 
     def shared(self, number: int) -> Part:
@@ -292,7 +292,7 @@ class _Rows:
 
     def tower(self) -> Part:
         """Return the tower's part of all experts."""
-        assert self.states.tower is not None  # the tower is asked after the experts
+        assert self.states.tower is not None  # the tower runs after the experts
         return self._of(self.states.tower)
 
     def _of(self, part: Part) -> Part:

@@ -9,8 +9,8 @@ again in float32. With errors of at most s, a pair among the K best of a row has
 the row's K-th best logit so far less s, and of at least the K-th best draft of the tile less 2 s. s
 is `SAFETY` times the largest error seen, of pairs drawn evenly from the first tile and of all that
 were computed twice since. A tile in which one is larger is computed again as a whole. So published
-numbers are float32 ones, and a row's K best are float32's, unless a pair that was computed once has
-more than `SAFETY` times the error of all that were computed twice.
+values are float32, and a row's K best equal those of float32, unless a pair that was computed once
+has an error above `SAFETY` times the largest error of all that were computed twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from camenn_model.scoring.scorer import Scorer, SideStates
 
 SAFETY = 3.0
 PROBED_PAIRS = 1_024
-"""Pairs of the first tile that errors are first known from"""
+"""Pairs of the first tile from which errors are first estimated"""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class ListedStates:
 
     draft: SideStates
     exact: SideStates
-    best: Tensor  # [R, K] float32: each audience row's largest logits so far; of items nothing
+    best: Tensor  # [R, K] float32: each audience row's largest logits so far; none for items
 
     def __len__(self) -> int:
         return len(self.exact)
@@ -60,7 +60,7 @@ class Shortlist:
         self.drafts, self.exact = Scorer(model, draft=True), Scorer(model)
         self.slack: float | None = None
         self.pairs = self.twice = 0
-        """Pairs computed, and those of them that were computed in both precisions"""
+        """Number of pairs computed, and of those computed in both precisions"""
 
     def item_states(self, items: ItemBatch) -> ListedStates:
         """Compute the items' states, as ``Scorer.item_states`` does."""
@@ -70,8 +70,8 @@ class Shortlist:
     def audience_states(self, audience: AudienceBatch, history: HistoryItems) -> ListedStates:
         """Compute the audience rows' states.
 
-        They are as of ``Scorer.audience_states``. They remember the best of the tiles that they
-        were scored in.
+        They extend ``Scorer.audience_states`` with each row's best logits of the tiles scored so
+        far.
         """
         exact = self.exact.audience_states(audience, history)
         best = exact.gate.new_full((len(exact), self.keep), -torch.inf)

@@ -1,13 +1,13 @@
 """Attention of a tile's pairs to keys of their rows.
 
-An item and an audience row hold the keys of their pairs, which are not gathered.
+The keys of an item and an audience row serve all their pairs, without being gathered per pair.
 
 Shapes: n pairs of a tile, I items, S audience rows, R rows of a side (I or S), N tokens of a side,
 M places of a row, Q queries of a pair, X tokens of a pair, h heads, c = d / h, d width.
 
 For each side the pairs' queries are laid out row by row (all pairs of one item beside each other,
 padded to the largest number M), so that attention is one batched matrix product per side. Weights
-are exp(score) as it is, without taking off the largest score first, which would be a pass over all
+are exp(score), without subtracting the largest score first, which would take another read of all
 scores. Values carry a column of ones, so that the same product gives the sum of weights. Masked
 tokens have keys and values of 0, ones included. The parts' sums are added and divided. Where a sum
 of weights comes near the limits of float32 (scores beyond about 57), all is computed again in
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Places:
-    """The places of pairs in the layout of one side."""
+    """The positions of pairs in the layout of one side."""
 
     shape: tuple[int, int]  # (I, S)
     side: int  # 0: laid out by item, 1: by audience row
@@ -70,12 +70,12 @@ class Places:
             order = (0, 3, 1, 2, 4) if self.side == 0 else (1, 3, 0, 2, 4)
             laid_out = query.unflatten(0, self.shape).permute(order).contiguous()
         else:
-            laid_out = query.new_zeros(rows * heads * self.size, queries * width)  # places that no pair takes
+            laid_out = query.new_zeros(rows * heads * self.size, queries * width)  # places without a pair
             laid_out.index_copy_(0, self.index, query.transpose(1, 2).reshape(count * heads, queries * width))
         return laid_out.view(rows, heads, self.size * queries, width)
 
     def take(self, answer: Tensor, queries: int) -> Tensor:
-        """Take the pairs' answers out of the layout.
+        """Take the pairs' results out of the layout.
 
         [R, h, M Q, c] gives a view or copy [n, Q, h, c] (dense: [I, S, Q, h, c]).
         """
@@ -110,7 +110,7 @@ def find_places(some: Tensor, heads: int) -> tuple[Places, Places]:
 def read_part(query: Tensor, part: Part, places: Places) -> Tensor:
     """Sum the weighted values of the pairs' rows.
 
-    A pair's row is the one that its place lies in. The sums are [n, Q, h, c + 1] (dense: [I, S, Q,
+    A pair's row is the one that contains its place. The sums are [n, Q, h, c + 1] (dense: [I, S, Q,
     h, c + 1]), of queries [n, Q, h, c].
     """
     weights = (places.lay_out(query) @ part.keys).exp_()
@@ -121,7 +121,7 @@ def read_own(query: Tensor, kv: Tensor) -> Tensor:
     """Sum the weighted values of the pairs' own tokens.
 
     The sums are [n, X, h, c + 1], of queries [n, X, h, c] and kv [n, X, 2, h, c]. ``BLOCK`` pairs
-    go through one matrix product, with each other's tokens masked: products of 4 x 4 are all
+    go through one matrix product, with each other's tokens masked: products of 4 x 4 are mostly
     overhead.
     """
     count, length, heads, width = query.shape

@@ -26,9 +26,9 @@ Progress = Callable[[str, int, int, str], None]
 """(phase, examples done, examples in all, note): called after every step."""
 
 FIT_ROWS = 1_000_000
-"""Training examples that vocabularies and quantiles are fitted on, from whole blocks, the latest ones."""
+"""Training examples that vocabularies and quantiles are fitted on: the latest whole blocks."""
 LATEST_ROWS = 500_000
-"""Training examples that the space of tastes and the linear part are found from, from whole blocks, the latest ones."""
+"""Training examples that the preference space and the linear part are fitted on: the latest whole blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class TrainOptions:
     micro_batches: int = 1
     """Pieces that a step's batch is cut into. The number of processes divides it."""
     by_store: bool = False
-    """Whether a batch draws from few stores, and so holds fewer distinct listings"""
+    """True where a batch draws from few stores, and so holds fewer distinct listings"""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3, ema_decay=0.99))
     evaluations: int = 4
     patience: int = 4
@@ -55,14 +55,14 @@ class TrainOptions:
     loss: LossConfig = field(default_factory=LossConfig)
     alignment: bool = True
     alignment_passes: int = 8
-    """Times that each listing is seen in the steps of alignment alone, before the clicks.
+    """Epochs over the listings in the steps of alignment alone, before the clicks.
 
-    It is seen at most as often again in the steps with clicks. 0 = never.
+    The steps with clicks use each listing at most as often again. 0 = never.
     """
     choice_passes: int = 4
-    """Times that each click is seen in the steps that learn who clicks what.
+    """Epochs over the clicks in the steps that learn preferences from clicks.
 
-    They come before what is ordered. 0 = no such steps.
+    They come before orders are predicted. 0 = no such steps.
     """
     checkpoint_seconds: float = 60.0
     workers: int = 1
@@ -71,7 +71,7 @@ class TrainOptions:
     def request(self) -> dict[str, Any]:
         """Return the options that the result depends on.
 
-        It does not depend on how often it is saved, nor on the threads that gather.
+        It does not depend on the interval of checkpoints, nor on the number of gathering threads.
         """
         return {name: value for name, value in asdict(self).items() if name not in ("workers", "checkpoint_seconds")}
 

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 WAIT = timedelta(hours=2)
-"""How long a process waits for another: the first one alone writes checkpoints and measures the split parts."""
+"""Time that a process waits for another: the first one alone writes checkpoints and evaluates the split parts."""
 
 MEETING = "CAMENN_MEETING"
 """Environment variable: file over which the processes of one machine find each other.
 
-Without it they meet as torchrun says.
+Without it they use torchrun's rendezvous.
 """
 
 
@@ -33,7 +33,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Tell whether this process writes what is written."""
+        """Return whether this process writes the outputs."""
         return self.rank == 0
 
     def sums(self, values: Sequence[float]) -> list[float]:
@@ -65,7 +65,7 @@ def started_processes() -> tuple[int, int]:
 def processes_here() -> int:
     """Return the number of processes started on this machine.
 
-    It is 1 where nobody says.
+    It is 1 where the environment does not set it.
     """
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

@@ -15,16 +15,16 @@ from camenn_model.training.optimizer import OptimizerConfig, build_schedule
 
 DROPOUT = 0.2
 EPOCHS = 12
-"""Over the training examples"""
+"""Epochs over the training examples"""
 BATCH_SIZE = 128
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 EVALUATED = 65_536
-"""Examples at a time without gradients"""
+"""Examples computed at once without gradients"""
 
 
 @dataclass(frozen=True)
 class CountRows:
-    """Examples as ``Counts`` sees them, [B] each."""
+    """The input of ``Counts``, [B] each."""
 
     audience_values: Tensor
     audience_buckets: Tensor
@@ -34,7 +34,7 @@ class CountRows:
 
     @classmethod
     def of(cls, rows: WideRows) -> CountRows:
-        """Take the same examples as the linear part sees."""
+        """Take the same examples from the linear part's input."""
         return cls(rows.audience_values, rows.audience_buckets, rows.values, rows.buckets, rows.label)
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class CountRows:
 
 @torch.no_grad()
 def predict_logits(counts: Counts, rows: CountRows) -> Tensor:
-    """Return the logits [B], computed some at a time."""
+    """Return the logits [B], computed in blocks."""
     blocks = [rows.take(slice(start, start + EVALUATED)) for start in range(0, len(rows), EVALUATED)]
     return torch.cat([block.said_by(counts) for block in blocks])
 
@@ -66,15 +66,15 @@ def fit_counts(
 ) -> float:
     """Fit all weights, in place, by AdamW.
 
-    Where no epoch lowers the log loss of the early-stop part, the network goes on saying 0.
+    Where no epoch lowers the log loss of the early-stop part, the network still predicts 0.
 
     Args:
         counts: the network that is fitted.
-        base: logit that everything else says.
+        base: logit of all other parts.
         train: rows to fit on.
         stop: rows to choose the epoch by.
         seed: seed of torch's random numbers.
-        progress: called on the way.
+        progress: called during the fit.
 
     Returns:
         Mean log loss on the early-stop part.

@@ -12,27 +12,28 @@ from torch import Tensor
 from camenn_model.model.wide import Catalog, Wide, WideRows
 
 PENALTIES = (10_000.0, 3_000.0, 1_000.0, 300.0, 100.0, 30.0, 10.0)
-"""Penalties on the numbers of categories, crosses and content.
+"""L2 penalties λ on the weights of categories, crosses and content.
 
-Half of it times their sum of squares is added to the summed log loss. They are tried from the
-largest on, as long as the early-stop part gains.
+λ/2·‖w‖² is added to the summed log loss. They are tried from the largest on, as long as the
+early-stop log loss falls.
 """
 SLOPE_PENALTY, BUCKET_PENALTY = 10.0, 300.0
-"""The penalties of slopes and of buckets.
+"""The L2 penalties of slopes and of buckets.
 
-Every example tells of slopes. Buckets of numeric fields tell how a field differs from its slope.
+Every example determines the slopes. Buckets of numeric fields model a field's deviation from its
+slope.
 """
 ITERATIONS = 40
-"""Of L-BFGS for each penalty. Each begins where the one before ended."""
+"""Most steps of L-BFGS for each penalty. Each fit starts from the previous one's weights."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The penalty, loss and worths that were found."""
+    """The fitted penalty, loss and coefficients."""
 
     penalty: float
     loss: float  # mean log loss on the early-stop part
-    coefficients: tuple[float, ...]  # of each of the other parts' logits
+    coefficients: tuple[float, ...]  # coefficient of each of the other parts' logits
 
 
 def fit_wide(
@@ -47,11 +48,11 @@ def fit_wide(
 
     Args:
         wide: the linear part that is fitted.
-        base: what the rest of the model says, a logit, which the linear part's is added to.
+        base: logit of the rest of the model, which the linear part's is added to.
         catalog: all items.
         train: rows to fit on.
         stop: rows to choose the penalty by.
-        progress: called on the way.
+        progress: called during the fit.
     """
     coefficients = torch.zeros(train.part_logits.shape[1], requires_grad=True, device=train.part_logits.device)
     weights = [*wide.parameters(), coefficients]

@@ -1,6 +1,6 @@
 """The loss and its parts.
 
-Parts come back as values, nothing is stored on the model.
+Parts are returned as values, and nothing is stored on the model.
 
 Shapes: B pairs, A alignment pairs, C items of the contrastive loss, E experts, K kept experts.
 """
@@ -39,10 +39,10 @@ def balance_loss(gate: GateOutput) -> Tensor:
     """Return the load-balancing loss of a gate's experts.
 
     It is E · Σ f_i · P_i (Fedus et al. 2021): f_i is the share of assignments, P_i the mean
-    probability of expert i. It is 1 when all are used alike.
+    probability of expert i. It is 1 when all are used equally.
 
-    It is of the choice without noise. With noise, gates that lean a little to some experts look
-    balanced, and send nothing to the others when there is none.
+    It is computed on the choice without noise. With noise, gates that slightly prefer some experts
+    look balanced, although without it they send nothing to the others.
     """
     experts = gate.quiet.shape[-1]
     chosen, _ = choose(gate.quiet, gate.chosen.shape[1])
@@ -61,7 +61,7 @@ def z_loss(gate: GateOutput) -> Tensor:
 def contrastive_loss(similarities: Tensor, group: Tensor) -> Tensor:
     """Return the symmetric InfoNCE of similarities.
 
-    Similarities are [C, C], group is [C]. Other items of the same group are not taken as negatives.
+    Similarities are [C, C], group is [C]. Other items of the same group are not used as negatives.
     The loss is 0 where no row has a negative left.
     """
     count = len(group)
@@ -76,7 +76,7 @@ def contrastive_loss(similarities: Tensor, group: Tensor) -> Tensor:
 def smoothed_bce(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Return the mean binary cross-entropy with smoothed labels.
 
-    Labels are drawn towards a half: y(1 - s) + s/2. The mean is 0 for no rows.
+    Labels are shrunk towards a half: y(1 - s) + s/2. The mean is 0 for no rows.
     """
     if len(labels) == 0:
         return logits.sum()
@@ -114,8 +114,8 @@ class MultiTaskLoss(nn.Module):
     ) -> Losses:
         """Return the losses of a step.
 
-        ``label`` is [B] float32. ``align`` comes with its labels [A] each. Without it only the CVR
-        task counts in this step.
+        ``label`` is [B] float32. ``align`` comes with its labels [A] each. Without it this step has
+        the CVR task only.
         """
         config = self.config
         gates = [cvr.gate]

@@ -1,6 +1,6 @@
 """AdamW, the learning rate's schedule, and averaged weights.
 
-The decay of AdamW is where it belongs (see `decayed_names`).
+Weight decay is limited to linear maps (see `decayed_names`).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Take in the module's present weights."""
+        """Update the average with the module's present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for name, parameter in module.named_parameters():
@@ -132,7 +132,7 @@ class WeightAverage:
     def applied_to(self, module: nn.Module) -> Iterator[None]:
         """Give the module its averaged weights inside the block.
 
-        It has its own again after the block.
+        Its own weights are restored after the block.
         """
         own = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
         self.copy_to(module)
@@ -151,7 +151,7 @@ class WeightAverage:
         return {"updates": torch.tensor(self.updates)} | {f"average.{k}": v for k, v in self.average.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what ``state_dict`` gave.
+        """Load the output of ``state_dict``.
 
         Raises:
             ValueError: names or shapes differ.

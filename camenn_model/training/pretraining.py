@@ -1,7 +1,7 @@
-"""The phases that come before training proper.
+"""The phases before training proper.
 
-They come before the first order is predicted. Photos and titles find each other, clicks tell
-tastes, and what counts and the linear part say of orders is fitted.
+They come before the first order is predicted. Photos and titles are aligned, preferences are
+learned from clicks, and the count network and the linear part are fitted to orders.
 """
 
 import math
@@ -33,17 +33,17 @@ FIT_ITEMS = 512
 START_ITEMS = 8_192
 """Listings whose mean embeddings the projections' first directions are computed from."""
 CHOICE_CLICKS = 512
-"""Clicks of a step that learns who clicks what: each is told from the other listings of its batch."""
+"""Clicks of a step that learns preferences: each clicked listing is contrasted with the other listings of its batch."""
 ALIGNMENT_PAIRS = 64
 """ITA pairs, and as many TIA pairs, of a step of alignment alone ..."""
 ALIGNMENT_LISTINGS = 256
-"""... and listings whose photos and titles are told apart in it."""
+"""... and listings of its contrastive loss."""
 
 
 def fit_inputs(model: CameNN, table: ItemTable, seed: int, *, aligned: bool = True, penalty: float = PENALTY) -> None:
     """Standardise the frozen features and start their projections.
 
-    It is done on a sample of the training listings (see `start_projections`).
+    Both are fitted on a sample of the training listings (see `start_projections`).
     """
     rng = np.random.default_rng([seed, 3])
     usable = np.flatnonzero(~table.held_out & ((table.image_row >= 0) | (table.title_row >= 0)))
@@ -66,7 +66,7 @@ class Pretraining:
     """The phases before training proper.
 
     They change `model` and `loss` in place. `sampler` is None where nothing is aligned. `steps` is
-    how many steps training proper has: alignment alone takes no more.
+    the number of steps of training proper: alignment alone takes no more.
     """
 
     model: CameNN
@@ -97,7 +97,7 @@ class Pretraining:
         self._fit_direct()
 
     def _find_preferences(self) -> None:
-        """Find the space of tastes, from the latest training clicks."""
+        """Fit the preference space on the latest training clicks."""
         table = self.corpus.table
         pieces = [(rows.item, rows.user, rows.store) for rows in self.corpus.latest("train")]
         item, user, store = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
@@ -110,9 +110,10 @@ class Pretraining:
         self.model.item_tokens.tastes.start(*spaces)
 
     def _learn_choices(self) -> None:
-        """Take steps that learn who clicks what, and nothing else.
+        """Take steps that learn preferences from clicks alone.
 
-        Many more clicks than orders tell of tastes, and they cost no layer.
+        Clicks are much more frequent evidence of preferences than orders, and these steps compute
+        no layer.
         """
         options = self.options
         if not options.loss.choice:
@@ -137,8 +138,8 @@ class Pretraining:
     def _fit_direct(self) -> None:
         """Fit the count network and the linear part.
 
-        The linear part is fitted with what the counts' logit and tastes are worth to an order. Both
-        are fitted on the latest training examples.
+        The linear part's fit includes the coefficients of the counts' logit and of the preferences.
+        Both are fitted on the latest training examples.
         """
         wide, counts, rate = self.model.wide, self.model.counts, self.corpus.config.base_rate
         base = math.log(rate / (1 - rate))
@@ -161,7 +162,7 @@ class Pretraining:
         )
         *preferences, of_counts = fitted.coefficients
         counts.scale(of_counts)
-        # Where choices tell little of orders, they should not count much beside them.
+        # Where clicks predict little of orders, their loss should have little weight.
         self.loss.choices_count.copy_(self.model.affinity.start_coefficients(torch.tensor(preferences)))
 
     def wide_rows(self, split: str) -> WideRows:
@@ -196,7 +197,7 @@ def _descend(
 ) -> float:
     """Take one step of an optimiser, and return the loss.
 
-    The share `done` of its phase is behind.
+    `done` is the completed share of its phase.
 
     Raises:
         InputError: the loss or its gradient is not finite.
@@ -219,10 +220,10 @@ def train_alignment(
     steps_limit: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Train photos and titles to find each other, without clicks.
+    """Train the alignment tasks alone, without clicks.
 
-    The losses are ITA, TIA and the contrastive loss, on batches as large as the latter wants them.
-    `steps_limit` is the most steps, whatever `alignment_passes` asks for.
+    The losses are ITA, TIA and the contrastive loss, on batches as large as the latter needs.
+    `steps_limit` is the most steps, whatever `alignment_passes` requests.
     """
     listings = min(ALIGNMENT_LISTINGS, len(sampler))
     steps = min(steps_limit, math.ceil(options.alignment_passes * len(sampler) / listings))

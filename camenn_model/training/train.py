@@ -27,8 +27,8 @@ def train(
 ) -> dict[str, Any]:
     """Train CameNN and write the package into `directory`.
 
-    It trains, calibrates, measures, and writes. Of several processes the first one does so. The
-    others take part in the steps, and return {}.
+    It trains, calibrates, measures, and writes. Of several processes only the first one does all of
+    it. The others take part in the steps, and return {}.
 
     Returns:
         The metrics.
@@ -102,7 +102,7 @@ def train(
 def popularity(corpus: Corpus, split: str) -> NDArray[np.float64]:
     """Return the popularity logit of each example, [n].
 
-    It is log(1 + orders of the listing before the session), of the examples of a split.
+    It is log(1 + orders of the listing before the session), for the examples of a split.
     """
     files = [pq.ParquetFile(path).read(columns=["item_orders"]) for path, _ in corpus.files(split)]
     return np.log1p(np.concatenate([table["item_orders"].to_numpy() for table in files]).astype(np.float64))

@@ -1,11 +1,11 @@
 """The trainer, from a shard set to a model package.
 
-It streams, resumes from a checkpoint to the same bits, and never opens the test part before the
-end.
+It streams, resumes from a checkpoint with bitwise equal results, and never opens the test part
+before the end.
 
 A step's batch is cut into micro-batches, which are computed one after another, or by several
-processes at once, and whose gradients are summed. The result is that of one process, but for the
-order of sums, with any number of processes that divides the number of micro-batches.
+processes at once, and whose gradients are summed. The result equals that of one process, except for
+the order of sums, with any number of processes that divides the number of micro-batches.
 """
 
 import itertools
@@ -39,17 +39,17 @@ from camenn_model.training.pretraining import Pretraining, fit_inputs
 from schemas.errors import InputError
 
 LISTINGS_PER_PAIR = 4
-"""Listings whose photos and titles are told apart in a step with clicks, for each ITA pair of it"""
+"""Listings of the contrastive loss in a step with clicks, for each of its ITA pairs"""
 PIECE_SEED = 2_654_435_769
-"""Between the seeds of a step's pieces: 2³² by the golden ratio, so that they lie far apart in the low 32 bits, which
-are all that the CPU's generator takes of a seed."""
+"""Distance between the seeds of a step's pieces: 2³² over the golden ratio, so that they lie far
+apart in the low 32 bits, which are all that the CPU's generator uses of a seed."""
 
 
 @dataclass
 class State:
     """The state of training.
 
-    It is enough to go on to the same result.
+    It is sufficient to resume to the same result.
     """
 
     step: int = 0
@@ -70,7 +70,7 @@ class MicroBatch:
     number: int
     rows: Rows
     weight: float
-    """Its share of the step's examples. It is 0 for a row that stands in where a process has none."""
+    """Its share of the step's examples. It is 0 for a placeholder row where a process has none."""
     batch: Batch
     alignment: AlignmentBatch | None
 
@@ -80,14 +80,14 @@ class Share:
     """One process's share of a step."""
 
     examples: int
-    """Of the whole step"""
+    """Examples of the whole step"""
     pieces: list[MicroBatch]
 
 
 class Objective(nn.Module):
     """Model and loss as one module.
 
-    DistributedDataParallel wants them so.
+    DistributedDataParallel requires it.
     """
 
     def __init__(self, model: CameNN, loss: MultiTaskLoss, bf16: bool) -> None:
@@ -165,7 +165,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the end or to early stop.
 
-        It goes on from a checkpoint where there is one.
+        It resumes from a checkpoint where there is one.
         """
         options = self.options
         if not self._restore():
@@ -198,10 +198,10 @@ class Trainer:
         self.model.eval()
 
     def _align_every(self) -> int:
-        """Return the interval of steps that alignment takes part in.
+        """Return the interval of steps that include alignment.
 
-        Alignment takes part in each of so many steps with clicks. 0 means in none. Clicks may be
-        many for few listings, whose photos and titles would then be overfitted.
+        Alignment is part of one in so many steps with clicks. 0 means none. Many clicks may fall on
+        few listings, whose photos and titles would otherwise be overfitted.
         """
         options = self.options
         if self.sampler is None or not options.alignment_passes:
@@ -213,8 +213,8 @@ class Trainer:
     def _begin(self) -> None:
         """Run the phases before training proper (see `Pretraining`).
 
-        They come before the first order is predicted. The first process does them, and the others
-        take its weights.
+        They come before the first order is predicted. The first process runs them, and the others
+        receive its weights.
         """
         if self.processes.first:
             self.pretraining().run()
@@ -240,8 +240,8 @@ class Trainer:
     def stream(self) -> Iterator[Share]:
         """Yield this process's share of each step.
 
-        It starts from where the epoch stands, and shares are gathered ahead. Every draw depends on
-        the seed and the step alone.
+        It starts from the epoch's current position, and shares are gathered ahead. Every draw
+        depends on the seed and the step alone.
         """
         options, state = self.options, self.state
         rng = np.random.default_rng([options.seed, 1, state.epoch])
@@ -281,7 +281,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         figures = torch.stack([self._backward(piece, piece is share.pieces[-1]) for piece in share.pieces]).sum(dim=0)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.optimizer.clip)
-        # One copy from the device for all that a step tells.
+        # One copy from the device for all of a step's figures.
         *values, length = torch.cat([figures, norm.reshape(1)]).tolist()
         losses = dict(zip(Losses._fields, values, strict=False))
         if not all(map(math.isfinite, [*losses.values(), length])):
@@ -349,7 +349,7 @@ class Trainer:
         """
         state = self.state
         self.model.eval()
-        # Each process takes some of the blocks.
+        # The blocks are divided among the processes.
         blocks = self.corpus.blocks("early_stop")[self.processes.rank :: self.processes.count]
         with self.ema.applied_to(self.model):
             found = predict(self.model, self.corpus.reader, self.corpus.table, blocks) if blocks else None
@@ -384,12 +384,12 @@ class Trainer:
     def _request(self) -> str:
         """Return the identity of the run a checkpoint belongs to.
 
-        Another shard run or other options begin again.
+        Another shard run or other options start again.
         """
         return json.dumps({"run": self.corpus.shards.manifest["run"], **self.options.request()}, sort_keys=True)
 
     def _restore(self) -> bool:
-        """Tell whether a checkpoint to go on from was restored."""
+        """Return whether a checkpoint was restored."""
         if not self.checkpoint_path.exists():
             return False
         tensors, metadata = load_tensors(self.checkpoint_path)
@@ -399,7 +399,7 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-        # Another version of the software may have been killed.
+        # The killed run may have been of another version of the software.
         if any(_shapes(part(f"{name}.")) != _shapes(getattr(self, name).state_dict()) for name in ("model", "loss")):
             return False
         self.model.load_state_dict(part("model."))

@@ -1,4 +1,4 @@
-"""Find, merge and drop the parts of a run's two generations.
+"""Find, merge and drop parts of two generations.
 
 A generation is the embeddings of one encoder: photos have one, titles another.
 """
@@ -39,7 +39,7 @@ class Generations:
         return cls(options.store, {kind: directory for kind, (directory, _) in places.items()}, contracts)
 
     def open(self) -> Parts:
-        """Make the directories where they are missing, and list the committed parts."""
+        """Make missing directories, and list the committed parts."""
         for directory in self.directories.values():
             files.make_directory(directory)
             files.mark_own(directory)
@@ -63,9 +63,10 @@ class Generations:
         return self.list_parts()
 
     def drop_replaced(self, new: Parts) -> None:
-        """Remove parts that were replaced and that no run to be published again lists.
+        """Remove replaced parts.
 
-        `new` are this run's: what was written and merged tonight was never listed.
+        Parts stay that a run lists which may be published again. `new` are this run's: what was
+        written and merged tonight was never listed.
         """
         listed = {
             path

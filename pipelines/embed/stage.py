@@ -90,7 +90,9 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
 def describe_run(
     options: EmbedOptions, contracts: dict[str, str], context: RunContext, parts: Parts, new: Parts
 ) -> Outcome:
-    """Compare the photos with those of the published run, and describe this one.
+    """Check the photos, and describe the run.
+
+    They are compared with those of the published run.
 
     `parts`: all of the store's generations. `new`: those that this run encoded.
     """

@@ -1,10 +1,10 @@
 """The features of user, listing and pair before a time.
 
-These as-of features tell what was known strictly before that time.
+These as-of features hold what was known strictly before that time.
 
 One set of functions serves training (the time is the session's first click) and scoring (the time
-is the score's own). They take events as arrays and queries as arrays, and never look at an event at
-or after a query's time. Times are int64 microseconds, UTC. Ids are int64 codes.
+is the score's own). They take events as arrays and queries as arrays, and never read an event at or
+after a query's time. Times are int64 microseconds, UTC. Ids are int64 codes.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from pipelines.features.time_index import DAY_US, NEVER, Ints, TimeIndex
 
 Floats = NDArray[np.float32]
 FEATURES_VERSION = 5
-"""Raised when the same events give other features or histories: days of one shard set are all of one version."""
+"""Raised by one whenever the same events yield other features or histories: all days of a shard set
+share one version."""
 PRIOR_CVR = 0.15
 PRIOR_CLICKS = 20.0
 """A new listing or user starts at a CVR of 0.15 with the weight of 20 clicks. Constants, not
@@ -46,7 +47,7 @@ class Events:
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """The users, listings, stores and times to describe.
+    """The point-in-time query keys: users, listings, stores and times.
 
     Each is int64 [n]. A user or store of -1 has no events.
     """
@@ -97,9 +98,9 @@ def user_features(events: Events, user: Ints, time: Ints) -> dict[str, Floats]:
 
     They are float32 [n].
 
-    Clicks and orders are told as rates. Counts grow with the log for everybody, so a model would
-    read its age from them, and take a new listing among users of long standing for an old one that
-    nobody wants.
+    Clicks and orders are expressed as rates. Counts grow with the log for every user, so a model
+    would read the log's age from them, and mistake a new listing among long-standing users for an
+    old one without demand.
     """
     clicks = TimeIndex(events.click_user, events.clicked_at)
     orders = TimeIndex(events.order_user, events.ordered_at)
@@ -135,7 +136,7 @@ def item_features(
 ) -> dict[str, Floats]:
     """Compute columns of `ITEM_COUNTS` for each query.
 
-    They are for each query's (item, store, time), float32 [n].
+    A query is (item, store, time). Each column is float32 [n].
 
     Args:
         click_item: item of each click.
@@ -146,13 +147,13 @@ def item_features(
         order_item: item of each order.
         order_store: store of each order.
         ordered_at: time of each order.
-        queries: what to describe, as of when.
-        listed_at: since when each query's listing is offered, int64 [n] microseconds, NEVER =
-            unknown. At or after the query's time it is not known yet.
+        queries: point-in-time query keys.
+        listed_at: when each query's listing was first offered, int64 [n] microseconds, NEVER =
+            unknown. A time at or after the query's time counts as unknown.
         n_stores: number of stores.
-        click_weight: how many clicks each of them stands for. None = one.
-        conversion_weight: how many conversions each of them stands for. None = one.
-        order_weight: how many orders each of them stands for. None = one.
+        click_weight: number of clicks that each row represents. None = one.
+        conversion_weight: number of conversions that each row represents. None = one.
+        order_weight: number of orders that each row represents. None = one.
     """
     clicks, first, _ = TimeIndex(click_item, clicked_at, click_weight).count_first_last(queries.item, queries.time)
     n_clicks = clicks.astype(np.float32)
@@ -197,7 +198,7 @@ class ItemAttributes:
 def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> dict[str, Floats]:
     """Compute columns of `PAIR_COUNTS` for each query.
 
-    They are for each query's (user, item, time), float32 [n].
+    A query is (user, item, time). Each column is float32 [n].
     """
     n_groups = 1 + int(max(items.subcategory.max(initial=-1), items.brand.max(initial=-1), 0))
     pair = _pair(queries.user, queries.item, items.size)
@@ -214,7 +215,7 @@ def pair_features(events: Events, queries: Queries, items: ItemAttributes) -> di
 
     def in_group(user: Ints, item: Ints, time: Ints, codes: Ints) -> Floats:
         group, asked = codes[item], codes[queries.item]
-        # Those of no group lie under a key that nobody has.
+        # Events of no group are stored under a key that no query has.
         key = np.where(group >= 0, _pair(user, group, n_groups), -1)
         wanted = np.where(asked >= 0, _pair(queries.user, asked, n_groups), -2)
         return _counts(TimeIndex.of_asked(wanted, key, time), wanted, queries.time)
@@ -256,7 +257,7 @@ def local_hour_weekday(
 
 
 ATTRIBUTES = ("subcategory", "brand", "listed_at")
-"""Columns of the items that features are made of."""
+"""Columns of the items from which features are computed."""
 
 
 def item_attributes(items: pa.Table) -> ItemAttributes:

@@ -23,8 +23,8 @@ class History:
 
 
 CLICKS_OF_HISTORY = 4
-"""The latest clicks without a known purchase keep one in so many places of a history. Older ones
-yield theirs to older purchases."""
+"""One in so many places of a history is reserved for the latest clicks without a known purchase.
+Older clicks yield their places to older purchases."""
 
 
 def user_history(events: Events, user: Ints, time: Ints, length: int) -> History:
@@ -35,7 +35,7 @@ def user_history(events: Events, user: Ints, time: Ints, length: int) -> History
 
     They are the last `length` of both, but a click that is not among the latest `length // 4`
     clicks yields its place to a purchase before all of them, if there is one. The reason: people
-    click several things for each that they buy, and what they bought tells more. A click whose
+    click several listings for each that they buy, and purchases are more informative. A click whose
     credited order came before `time` is left out, as the purchase itself stands in the list. Ties
     in time are ordered purchases first, then by item code, so that the result does not depend on
     the order of files.

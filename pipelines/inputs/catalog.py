@@ -15,14 +15,14 @@ from schemas.reasons import Reason
 from schemas.rejects import REJECTS
 
 FILE, ROW = "__file", "__row"
-"""Where a row came from: kept beside the rows until duplicates are decided, so that the decision
-does not depend on reading order."""
+"""A row's origin: kept beside the rows until duplicates are resolved, so that the choice does not
+depend on reading order."""
 
 
 def add_origin(where: Slice, table: pa.Table) -> pa.Table:
     """Add each row's file and row number to its columns.
 
-    Returned are the catalog's own columns with the file and the row number (from 0) beside them.
+    Returns the catalog's own columns, with the file and the row number (from 0) beside them.
     """
     rows = pa.array(np.arange(where.first_row, where.first_row + table.num_rows))
     files = pa.DictionaryArray.from_arrays(

@@ -20,7 +20,7 @@ from pipelines.runs.store import ROW_GROUP, chunk_name
 from schemas.embeddings import embedding_shape
 
 CONTENT_FILE_BYTES = 128 * 2**20
-"""Embeddings of a contents file, at most: they are in memory while it is written"""
+"""Most embeddings of a contents file: they are in memory while it is written"""
 
 
 _LOG = stage_logger("contents")
@@ -36,7 +36,7 @@ class ContentJob:
     wanted: str
     """Path of an Arrow IPC stream: the content keys to copy from there, ordered.
 
-    A job is part of the pipeline that is submitted: a name, not the keys.
+    A job is serialized into the submitted pipeline, so it holds the file's name, not the keys.
     """
 
 
@@ -45,9 +45,9 @@ def plan_contents(
 ) -> list[ContentJob]:
     """Plan how the embeddings of `wanted` keys are copied.
 
-    Keys that a file of `present` holds already are left out. All jobs together are one pass over
-    the store's parts: in order of keys, which are hashes and lie in all parts, they would be as
-    many passes as there are files. Each job's keys are written under `directory`.
+    Keys that a file of `present` holds already are left out. All jobs together read the store's
+    parts once. Jobs cut in order of keys, which are hashes and occur in all parts, would read every
+    part once for each contents file. Each job's keys are written under `directory`.
     """
     key, table = f"{kind[:-1]}_key", f"{kind[:-1]}_embeddings"
     stored = read_stored(store, table, [key])
@@ -91,7 +91,7 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
     a crash, writes the same file again.
 
     Raises:
-        RuntimeError: the store's parts no longer have all that was planned.
+        RuntimeError: the store's parts no longer hold all planned contents.
     """
     key = f"{job.kind[:-1]}_key"
     with files.open_read(job.wanted) as source:
@@ -133,7 +133,7 @@ def _read_batches(job: ContentJob, columns: list[str]) -> Iterator[pa.RecordBatc
     """
     for path, groups in job.groups:
         with files.open_read(path) as source:
-            # Read ahead, each of the reading threads would keep 33 MB for good.
+            # With read-ahead, each reading thread would hold 33 MB until the process ends.
             yield from pq.ParquetFile(source, pre_buffer=False).iter_batches(
                 ROW_GROUP, row_groups=list(groups), columns=columns, use_threads=False
             )
@@ -165,10 +165,10 @@ class CopyContents(beam.DoFn):
 def contents_jobs(
     store: Manifest, items: pa.Table, latest: Manifest | None, root: str, run_directory: str
 ) -> tuple[list[PlacedJob], list[FileRecord]]:
-    """List what is still to be copied into `contents/`.
+    """List the jobs that remain to be copied into `contents/`.
 
-    The directory is `root`/contents/KIND/FINGERPRINT/. Returned beside the jobs are the files of
-    the last run that stay in use.
+    The directory is `root`/contents/KIND/FINGERPRINT/. Returns the jobs and the files of the last
+    run that stay in use.
 
     Contents are only ever added. Those of another encoder lie in another directory and are not
     used.
@@ -200,9 +200,9 @@ def contents_jobs(
 
 
 def _is_whole(record: FileRecord) -> bool:
-    """Tell whether a contents file can stay in use.
+    """Return whether a contents file can stay in use.
 
-    The contents of one that cannot are copied from the store again.
+    Otherwise its contents are copied from the store again.
     """
     try:
         check_records([record], "Its embeddings are copied again from the store.")

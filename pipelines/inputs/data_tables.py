@@ -1,4 +1,4 @@
-"""Find the tables of a data directory that `shards` and `score` both read."""
+"""Find the tables that `shards` and `score` read."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,10 @@ from schemas.events import CLICKS, ORDERS
 
 @dataclass(frozen=True, kw_only=True)
 class DataTables:
-    """Catalog and logs, found but not read, and the small tables, read and checked."""
+    """The tables of a data directory.
+
+    Catalog and logs are found but not read. The small tables are read and checked.
+    """
 
     catalog: Source
     clicks: Source

@@ -95,7 +95,7 @@ def load_items(stage: str, source: Source, store: Manifest) -> tuple[pa.Table, p
     ):
         other = pc.not_equal(pc.fill_null(now, ""), pc.fill_null(then, "")).to_numpy(zero_copy_only=False)
         if other.any():
-            # What is published would stand beside another photo or title than it was computed from.
+            # Otherwise scores would be published beside another photo or title than they were computed from.
             raise InputError(
                 f"{source.files[0]}: column '{name}' of {other.sum():,} of "
                 f"{catalog.num_rows:,} listings is not what was embedded (item_id "

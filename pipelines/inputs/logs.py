@@ -1,6 +1,6 @@
 """Read click and order logs.
 
-Read are clean events, times in UTC, and codes instead of texts.
+The result is clean events, with times in UTC and codes instead of texts.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from schemas.rejects import REJECTS
 SLICE = "slice"
 """int32: number of the row group that a row was read from"""
 UNCODED = ("exposure_id", "order_id")
-"""Ids that hardly ever come again"""
+"""Ids that hardly ever repeat"""
 
 
 def time_column(contract: Contract) -> str:
@@ -38,11 +38,11 @@ def drop_impossible(
 ) -> tuple[pa.Table, pa.Table]:
     """Split off unusable events and those with an impossible time.
 
-    Returns (events to keep, rejects). Left out are those that `find_unusable` finds and those whose
-    time cannot be.
+    Returns (events to keep, rejects). Rejected are the events that `find_unusable` finds and those
+    with an impossible time.
 
-    One time in the future would end the log there: windows that are open would count as closed, and
-    days that are to come as final.
+    A single time in the future would move the end of the log there: open windows would count as
+    closed, and days to come as final.
     """
     name = time_column(contract)
     times = table[name].cast(pa.int64()).fill_null(EARLIEST).to_numpy()
@@ -62,8 +62,8 @@ def drop_impossible(
 class CleanEvents(beam.DoFn):
     """A step that drops unusable events from each slice.
 
-    (Slice, rows) → rows that have what is required and whose time can be (up to `latest`), with
-    SLICE. Rejects and counts are emitted beside.
+    (Slice, rows) → rows with all required values and a possible time (up to `latest`), with SLICE.
+    Rejects and counts go to side outputs.
     """
 
     def __init__(self, stage: str, contract: Contract, latest: int) -> None:
@@ -85,14 +85,14 @@ class CleanEvents(beam.DoFn):
 
 @dataclass(frozen=True)
 class CleanLog:
-    """The events of a log that count.
+    """The usable events of a log.
 
     Each user's are in order of time and key, and all are in order of time.
     """
 
     events: pd.DataFrame
-    """Columns of the contract but for those of its key alone. Times are int64 microseconds, texts
-    codes, int64, of the values in `texts`"""
+    """The contract's columns, except those that serve its key alone. Times are int64 microseconds.
+    Texts are int64 codes of the values in `texts`"""
     texts: dict[str, pa.Array]
     """Column → its values, string"""
     rejects: pa.Table
@@ -105,7 +105,7 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
 
     Of a user's clicks that share an exposure_id and differ, the first by time and values stays and
     the others are rejects. Those of two users are not compared, as users are read in buckets and
-    the answer must not depend on which share one.
+    the result must not depend on which users share a bucket.
     """
     time = time_column(contract)
     times = table[time].cast(pa.int64()).to_numpy()
@@ -130,8 +130,8 @@ def clean_log(stage: str, contract: Contract, table: pa.Table) -> CleanLog:
         rows = to_frame(table.take(pa.array(order)), ["user_id", "exposure_id", "item_id"])
         again = rows.duplicated(["user_id", "exposure_id"]).to_numpy()
         if again.any():
-            # Which file it came from is not known here: kept logs are of row groups, whichever file
-            # they lie in. User, item and time find the row.
+            # The file is not known here: kept logs are by row group, whichever file it lies in.
+            # User, item and time locate the row.
             left_out = rows[again].assign(at=times[order[again]].view("datetime64[us]"))
             details = [
                 f"table 'clicks': column 'exposure_id': '{row.exposure_id}' stands on "
@@ -168,8 +168,8 @@ def to_frame(table: pa.Table, names: list[str]) -> pd.DataFrame:
 def encode_texts(*columns: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.Array]:
     """Encode the texts of some columns as integer codes.
 
-    Returned are the code of each value of the columns, one after another, int64, and the values of
-    the codes. Codes are equal for equal strings. Texts may be dictionary-encoded.
+    Returns the code of each value, int64, the columns concatenated, and the values of the codes.
+    Codes are equal for equal strings. Texts may be dictionary-encoded.
     """
     chunks: list[pa.Array] = []
     for column in columns:
@@ -184,7 +184,7 @@ def encode_texts(*columns: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.A
 def share_codes(clicks: CleanLog, orders: CleanLog, name: str) -> tuple[np.ndarray, np.ndarray, pa.Array]:
     """Encode one column of both logs under the same codes.
 
-    Returned are the codes of each log's own codes, int64, and their values.
+    Returns the shared code of each of a log's own codes, int64, and the values of the shared codes.
     """
     both, values = encode_texts(clicks.texts[name], orders.texts[name])
     edge = len(clicks.texts[name])
@@ -194,7 +194,7 @@ def share_codes(clicks: CleanLog, orders: CleanLog, name: str) -> tuple[np.ndarr
 def first_of_each(codes: np.ndarray) -> np.ndarray:
     """Mark each code's first appearance, bool [n].
 
-    Codes are numbered as they come, from 0.
+    Codes are numbered from 0, in order of appearance.
     """
     return np.diff(np.maximum.accumulate(codes), prepend=-1) > 0
 
@@ -202,7 +202,7 @@ def first_of_each(codes: np.ndarray) -> np.ndarray:
 def item_codes(log: CleanLog, known: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """Find each event's listing in `known`.
 
-    Returned is its row, int64 [n], where -1 means that it is not there.
+    Returns its row, int64 [n], -1 = absent.
     """
     value_set = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
     found = pc.fill_null(pc.index_in(log.texts["item_id"], value_set=value_set), -1)
@@ -212,8 +212,8 @@ def item_codes(log: CleanLog, known: pa.ChunkedArray | pa.Array) -> np.ndarray:
 def usable_orders(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
     """Select the orders that feed labels and counts.
 
-    They come with their `item` code. They are known by `as_of`, of a listing of the catalog, and
-    not returned.
+    These are orders known by `as_of`, of a listing of the catalog, and not returned. Their `item`
+    code is added.
     """
     orders = log.events.assign(item=item_codes(log, known))
     orders = outcomes.keep(orders, (orders["ordered_at"] <= as_of).to_numpy(dtype=bool), "after_as_of")
@@ -224,8 +224,7 @@ def usable_orders(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, 
 def usable_clicks(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, outcomes: Outcomes) -> pd.DataFrame:
     """Select the clicks that feed counts and examples.
 
-    They come with their `item` code, their `session` and its start (its first click,
-    `session_start`).
+    Added are their `item` code, their `session` and its start (its first click, `session_start`).
     """
     clicks = log.events.assign(item=item_codes(log, known))
     clicks = outcomes.keep(clicks, (clicks["clicked_at"] <= as_of).to_numpy(dtype=bool), "after_as_of")
@@ -241,8 +240,7 @@ def usable_clicks(log: CleanLog, known: pa.ChunkedArray | pa.Array, as_of: int, 
 def read_times(source: Source, latest: int) -> np.ndarray:
     """Read the times of a log, int64 microseconds.
 
-    Nulls and those that cannot be are left out. It takes eight bytes a row in the submitting
-    process.
+    Nulls and impossible times are left out. It takes eight bytes a row in the submitting process.
 
     Raises:
         InputError: times finer than microseconds.

@@ -1,9 +1,9 @@
 """The only access to a catalog's photos.
 
-It decides which addresses are let in, and how what lies there is opened.
+The module decides which addresses are allowed, and how the files there are opened.
 
-`image_uri` comes with the catalog, from whoever writes listings. It reads nothing beyond
-`--image_root`, nothing that is no file, and no more than a photo's bytes.
+`image_uri` comes with the catalog, from whoever writes listings, so it is untrusted. Nothing beyond
+`--image_root` is read, nothing that is not a regular file, and no more than a photo's bytes.
 """
 
 import errno
@@ -44,7 +44,7 @@ RealDirectory = Callable[[str], str]
 
 
 class UriDefect(Defect):
-    """An address that is not read.
+    """An address that is refused.
 
     `reason`: unsupported_scheme, outside_root or malformed_uri. `detail`: column, value and remedy,
     for a person.
@@ -52,12 +52,12 @@ class UriDefect(Defect):
 
 
 class FileDefect(Defect):
-    """A defect of something that is no photo.
+    """A defect of a file that cannot be a photo.
 
-    It is none whatever its bytes are.
+    It cannot be one whatever its bytes are.
 
     `reason`: not_a_file or too_many_bytes. `detail`: what was found at the address and what to do,
-    for a person. The caller knows the address and puts it before.
+    for a person. The caller prefixes the address.
     """
 
 
@@ -66,9 +66,9 @@ def resolve_uri(uri: str, image_root: str, allow_absolute: bool, real_directory:
 
     The path lies under `image_root`.
 
-    An address of gs:// or s3:// is as it stands, and lies under an `image_root` of that scheme,
-    bucket and prefix, or nowhere. With `allow_absolute`, an address may lead out of `image_root`,
-    or have nothing to do with it. Whether the file is there is not asked.
+    An address of gs:// or s3:// is used unchanged, and must lie under an `image_root` of that
+    scheme, bucket and prefix. With `allow_absolute`, an address may lead out of `image_root`, or be
+    unrelated to it. Whether the file exists is not checked.
 
     Raises:
         UriDefect: another scheme, or one whose library is not installed. Also an address that
@@ -96,7 +96,7 @@ def resolve_uri(uri: str, image_root: str, allow_absolute: bool, real_directory:
     if not allow_absolute:
         real = real_directory or os.path.realpath
         directory, name = os.path.split(path)
-        # A directory holds many photos: what it is in truth is asked once, and of a photo only whether it is a link.
+        # A directory holds many photos: its real path is resolved once, and a photo is only checked for being a link.
         if name in ("", ".", "..") or os.path.islink(path):
             found = os.path.realpath(path)
         else:
@@ -109,7 +109,7 @@ def resolve_uri(uri: str, image_root: str, allow_absolute: bool, real_directory:
 def _resolve_object(uri: str, column: str, image_root: str, allow_absolute: bool) -> str:
     """Resolve an address in an object store.
 
-    It may also be one relative to a root that lies there.
+    The address may also be relative to a root there.
     """
     remedy = "Copy the photo under --image_root, or pass --allow_absolute."
     if os.path.isabs(uri):
@@ -127,7 +127,7 @@ def _resolve_object(uri: str, column: str, image_root: str, allow_absolute: bool
             Reason.MALFORMED_URI,
             f"{column} names no object. Give {scheme}://BUCKET/PATH, or a path under --image_root.",
         )
-    # A store takes names as they are, but not every client on the way to it does.
+    # A store takes names literally, but not every client on the way to it does.
     if any(urllib.parse.unquote(part) in (".", "..") for part in name.split("/")):
         raise UriDefect(
             Reason.OUTSIDE_ROOT,
@@ -172,10 +172,9 @@ def check_root_scheme(image_root: str) -> None:
 
 @functools.cache
 def missing_library(scheme: str) -> str | None:
-    """Tell which library an object store's scheme lacks here.
+    """Describe the library that an object store's scheme lacks here.
 
-    The text says what this installation lacks and how to install it. It is None where nothing is
-    lacking.
+    The text names what is missing and how to install it. It is None where nothing is missing.
     """
     if scheme == "s3" and importlib.util.find_spec("boto3") is None:
         return "boto3 is not installed, which reads s3://. Install it: pip install boto3"
@@ -195,7 +194,7 @@ class PhotoFiles:
 
     Args:
         image_root: directory or gs:// or s3:// prefix that addresses are relative to.
-        allow_absolute: whether an address may lead out of it.
+        allow_absolute: whether an address may lead out of `image_root`.
     """
 
     image_root: str
@@ -249,12 +248,12 @@ def photo_status(path: str) -> tuple[int, float]:
 def read_photo(path: str, within: str | None = None) -> bytes:
     """Read the bytes of a photo.
 
-    Of what is larger than a photo may be, one byte more than that is read and no more.
+    Of a file larger than the limit, one byte beyond the limit is read and no more.
 
     Args:
         path: of the photo.
-        within: where a directory lies, as the kernel knows it, that a local file must lie in once
-            it is open.
+        within: path, as the kernel knows it, of a directory that a local file must lie in once it
+            is open.
 
     Raises:
         UriDefect, FileDefect, OSError: see `PhotoFiles.read`.
@@ -264,7 +263,7 @@ def read_photo(path: str, within: str | None = None) -> bytes:
             data = handle.read(LIMITS.bytes + 1)
         _check_size(len(data))
         return data
-    # To open a device may do something to it.
+    # Opening a device may have side effects.
     _check_status(os.stat(path))
     # A FIFO that took the file's place would wait for a writer, for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -276,7 +275,7 @@ def read_photo(path: str, within: str | None = None) -> bytes:
                 Reason.OUTSIDE_ROOT, f"column 'image_uri': {path} leads out of {within}. Move the photo into it."
             )
         pieces, left = [], LIMITS.bytes + 1
-        # Whatever the file says of its size: it may grow meanwhile, and some of the kernel's have no end.
+        # The size of the open file is not trusted: it may grow meanwhile, and some of the kernel's files have no end.
         while left and (piece := os.read(descriptor, min(_READ, left))):
             pieces.append(piece)
             left -= len(piece)
@@ -289,7 +288,7 @@ def read_photo(path: str, within: str | None = None) -> bytes:
 def _check_status(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
-        raise FileDefect(Reason.NOT_A_FILE, f"is {kind}. Put the photo itself there, or mend the address.")
+        raise FileDefect(Reason.NOT_A_FILE, f"is {kind}. Put the photo itself there, or fix the address.")
     _check_size(status.st_size)
 
 
@@ -301,7 +300,7 @@ def _check_size(size: int) -> None:
 def _path_of(descriptor: int) -> str | None:
     """Return an open file's path as the kernel knows it.
 
-    It is None where the kernel does not tell.
+    It is None where the kernel does not report one.
     """
     get_path = getattr(fcntl, "F_GETPATH", None)
     if get_path is not None:

@@ -1,6 +1,6 @@
 """Photos as arrays: decoding, grid patches and quality.
 
-All are pure functions. What is wrong with a photo is a value with a reason.
+All are pure functions. A fault of a photo is a value with a reason.
 """
 
 import re
@@ -19,14 +19,15 @@ from schemas.reasons import Reason
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Formats that are tried. The rarer ones of Pillow are left closed."""
 
-# Pillow loads the decoders of WebP, TIFF and AVIF only when it is asked to, and does not know them by name before.
+# Pillow loads the decoders of WebP, TIFF and AVIF only on request, and does not know them by name before.
 Image.init()
 
 # Pillow warns of odd tags and large sizes, and names no photo: noise in the logs, and an exception
 # under python -W error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# First bytes that only photos have: who begins so and cannot be opened is a broken photo, not another kind of file.
+# First bytes that only photos have: a file that begins so and cannot be opened is a broken photo,
+# not another kind of file.
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|....ftypavi[fs]", re.DOTALL
 )
@@ -56,7 +57,7 @@ _OPAQUE = ("RGB", "L", "P", "1")
 """Modes of pixels that may have one transparent colour beside them."""
 
 _FOUND: dict[str, tuple[type, ...]] = {"transparency": (int, bytes, tuple), "xmp": (bytes,)}
-"""What is read of `Image.info`, and as what."""
+"""Keys that are read from `Image.info`, and their types."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -90,7 +91,7 @@ class ImageDefect(Defect):
 
     `reason`: empty_image, too_many_bytes, too_many_pixels, not_an_image, truncated_image,
     corrupt_image or unsupported_mode. `detail`: what was found and what to do, for a person. The
-    caller knows the address and puts it before.
+    caller prefixes the address.
     """
 
 
@@ -117,7 +118,7 @@ class DecodedImage(NamedTuple):
 
 
 class ImageQuality(NamedTuple):
-    """Figures of a photo's looks, without knowing what it shows."""
+    """Quality figures of a photo, independent of what it shows."""
 
     blur: float
     """variance of the Laplacian of the grey photo at 256 × 256 px, values 0 to 255. Low = blurred
@@ -140,7 +141,7 @@ def decode_image(data: bytes, side: int, limits: Limits = LIMITS) -> DecodedImag
     It is turned upright, converted to RGB and resized (bicubic, antialiased, without keeping the
     aspect).
 
-    Of an animation the first frame counts. Transparency becomes white. JPEGs are decoded at a
+    The first frame of an animation is used. Transparency becomes white. JPEGs are decoded at a
     reduced scale where that suffices.
 
     Raises:
@@ -178,7 +179,7 @@ def decode_image(data: bytes, side: int, limits: Limits = LIMITS) -> DecodedImag
 class _Tape(BytesIO):
     """A file that remembers reads beyond its end.
 
-    It tells whether more was asked of it than there is.
+    It records whether more bytes were requested than there are.
     """
 
     short = False
@@ -203,9 +204,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
                     Reason.NOT_AN_IMAGE,
                     f"the file starts with {start!r} and is none of {formats}. Upload the photo itself.",
                 ) from error
-            # Pillow's own words hold an address in memory, another in every run.
+            # Pillow's own message contains a memory address, which differs in every run.
             cause = "its header is broken or of a rare kind"
-        # A WebP is read in one piece; it says how long it is.
+        # A WebP is read in one piece; its header gives its length.
         cut = data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")
         raise _name_damage(cause, cut or tape.short) from error
 
@@ -232,7 +233,7 @@ def resize(image: Image.Image, side: int) -> np.ndarray:
     import torch
     from torch.nn.functional import interpolate
 
-    # As Pillow's `reducing_gap`: what is far too large is averaged down first, to three times the size and more.
+    # As Pillow's `reducing_gap`: a far larger photo is first averaged down to no less than three times the target size.
     factors = tuple(max(1, int(pixels / side / 3)) for pixels in image.size)
     if max(factors) > 1:
         image = image.reduce((factors[0], factors[1]))
@@ -243,7 +244,7 @@ def resize(image: Image.Image, side: int) -> np.ndarray:
 
 
 def _drop_texts(image: Image.Image) -> None:
-    # Text chunks of a PNG, under whatever name they have, lie beside what the decoders found out, and take its place.
+    # A PNG's text chunks, under whatever name, share a dict with the decoders' values and overwrite them.
     for name, types in _FOUND.items():
         if not isinstance(image.info.get(name, b""), types):
             del image.info[name]

@@ -63,14 +63,14 @@ RESERVED = frozenset(
     for name in (USER_HASH, *(column.name for column in (*AUDIENCE_COUNTS, *PAIR_COUNTS)))
     if name.startswith("user_")
 )
-"""Columns that a users table cannot have: with `user_` before them they are features already."""
+"""Columns that a users table cannot have: prefixed with `user_` they are features already."""
 
 
 def as_category(source: Source, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Cast a column to strings.
 
     Raises:
-        InputError: it is no category (a list, say).
+        InputError: it is no category (a list, for example).
     """
     try:
         return column.cast(pa.string())
@@ -89,8 +89,8 @@ def read_users(data: str) -> tuple[pa.Table, Source | None]:
     is returned.
 
     Raises:
-        InputError: a null, blank or repeated user_id, or a column that is no category (a list, say)
-            or has the name of a feature.
+        InputError: a null, blank or repeated user_id, or a column that is no category (a list, for
+            example) or has the name of a feature.
     """
     source = _find_optional(data, USERS)
     if source is None:
@@ -111,7 +111,7 @@ def read_users(data: str) -> tuple[pa.Table, Source | None]:
 def read_timezones(data: str, default: str) -> tuple[dict[str, str], Source | None]:
     """Read the IANA zone of each store.
 
-    The stores are those that the table `stores` names.
+    The stores are those of the table `stores`.
 
     Raises:
         InputError: a zone, or the default, is not in the time zone database, or a store_id is null,

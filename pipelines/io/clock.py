@@ -1,7 +1,7 @@
 """The one clock of the pipelines.
 
-It gives what is stamped on runs and publications, what their age is measured by, and which times an
-event can have.
+It supplies the timestamps of runs and publications, the time that their age is measured against,
+and the range of times that an event can have.
 """
 
 import datetime
@@ -9,7 +9,7 @@ import datetime
 import numpy as np
 
 EARLIEST = 946_684_800_000_000
-"""2000-01-01, int64 microseconds: an earlier time is one in other units, or the 0 of a missing value."""
+"""2000-01-01, int64 microseconds: an earlier time is in other units, or the 0 of a missing value."""
 
 
 def utc_now() -> datetime.datetime:
@@ -31,7 +31,7 @@ def latest_time() -> int:
 
 
 def can_be(times: np.ndarray, latest: int) -> np.ndarray:
-    """Tell which times events can have, bool [n].
+    """Mark the times that events can have, bool [n].
 
     Times are int64 microseconds.
     """

@@ -1,12 +1,12 @@
-"""Tell users of errors outside the program.
+"""Report errors outside the program to users.
 
-They are damaged files, full disks and missing rights, told so that a user can fix them.
+They are damaged files, full disks and missing rights, reported so that a user can fix them.
 
-Two places use it. `reading` stands around the opening and reading of a file that a user handed in,
-so that whatever Arrow, a parser or the system says of it names the file. `input_error_behind` looks
-at what ended a command: an InputError, or an error of the system with a number that a user can act
-on, wherever it comes from, also through a Beam worker, which may hand over no more than a
-traceback's text. Errors of the program itself stay what they are.
+Two places use it. `reading` wraps the opening and reading of a file that a user supplied, so that
+any error of Arrow, a parser or the system names the file. `input_error_behind` examines the error
+that ended a command: an InputError, or an error of the system with a number that a user can act on,
+wherever it comes from, also through a Beam worker, which may hand over no more than a traceback's
+text. Errors of the program itself stay what they are.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ REMEDIES = {
     errno.EMFILE: "Allow more open files (`ulimit -n 4096`), or give fewer workers.",
     errno.ENFILE: "The machine has too many files open: end other programs, or raise its limit (fs.file-max).",
     errno.ENAMETOOLONG: "Name a shorter path.",
-    errno.ELOOP: "Its symbolic links lead in a circle: mend them.",
+    errno.ELOOP: "Its symbolic links lead in a circle: fix them.",
     errno.ENOLCK: "The file system has no locks: name a place on a local disk, or mount it with locks.",
     errno.EIO: "The disk or its connection fails: look at the system's log, then run again.",
     errno.ESTALE: "The server of the file system has lost it: mount it again, then run again.",
@@ -35,7 +35,7 @@ REMEDIES = {
     errno.ENOSPC: "",
     errno.EDQUOT: "",
 }
-"""By error number: what to do about it, wherever it comes from. Of full disks see `_tell`."""
+"""Remedy by error number, wherever the error comes from. For full disks see `_explain`."""
 
 REMEDIES_OF_PATHS = {
     errno.ENOENT: "Check the path, or make it.",
@@ -43,8 +43,8 @@ REMEDIES_OF_PATHS = {
     errno.EISDIR: "A file is needed there: check the path.",
     errno.EEXIST: "Something else is there already: remove it, or name another place.",
 }
-"""The same of errors that a user can fix where they gave the path. Of other paths they are the
-program's own."""
+"""Remedies for errors that a user can fix where they gave the path. On other paths these are the
+program's own errors."""
 
 PROGRAMMING = (
     ArithmeticError,
@@ -57,7 +57,7 @@ PROGRAMMING = (
     SyntaxError,
     TypeError,
 )
-"""Never the user's to fix, whatever was being handled when one of them was raised"""
+"""Never for the user to fix, whatever was being handled when one of them was raised"""
 
 _STEP = re.compile(r" ?\[while running [^\n]*")
 _RAISED = re.compile(r"(?:[\w.<>]+\.)?(\w+)(?=:|\s|$)")
@@ -73,8 +73,8 @@ def reading(path: str, what: str, *, remedy: str = "Write it again.") -> Iterato
 
     Args:
         path: the file.
-        what: what is wrong then, as a message says it: "table 'clicks' cannot be read", "not JSON".
-        remedy: what to do where it is not.
+        what: the fault, in a message's words: "table 'clicks' cannot be read", "not JSON".
+        remedy: what to do about it, unless the file is encrypted.
 
     Raises:
         InputError: the system, Arrow or a parser refuses it. Errors of the program pass.
@@ -101,21 +101,21 @@ def _unencrypted(error: Exception) -> str | None:
 def one_line(error: BaseException) -> str:
     """Return an error's text on one line.
 
-    It is without a full stop, and cut where it is very long.
+    It has no full stop, and is truncated where it is very long.
     """
     text = " ".join(str(error).split()).removesuffix(".")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def input_error_behind(error: BaseException, given: Sequence[str] = ()) -> InputError | None:
-    """Find an error that the user can fix.
+    """Find the user's error behind a command's end.
 
-    It is returned if that is what ended a command.
+    Returns None where an error of the program ended it.
 
     Args:
         error: what ended it, perhaps wrapped by a Beam worker in its own exceptions, or flattened
             to text.
-        given: paths, and other words, of the command line and its config: see `REMEDIES_OF_PATHS`.
+        given: paths and other values of the command line and its config: see `REMEDIES_OF_PATHS`.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -137,10 +137,10 @@ def _explained_in_text(text: str, given: Sequence[str]) -> InputError | None:
 
     A runner may have flattened a worker's exception to text.
     """
-    # What was raised last stands below the last frames.
+    # The exception raised last stands below the last frames.
     lines = text.rpartition("Traceback (most recent call last):")[2].splitlines()
     raised = next((line for line in lines if line.strip() and not line.startswith(" ")), "")
-    # Beam's workers put what they cannot raise again into a RuntimeError.
+    # Beam's workers wrap an exception that they cannot raise again in a RuntimeError.
     raised = raised.removeprefix("RuntimeError: ")
     name = _RAISED.match(raised)
     if name and name[1] in _PROGRAMMING_NAMES:
@@ -162,9 +162,9 @@ _PROGRAMMING_NAMES = {"IndexError", "KeyError", "ModuleNotFoundError", "UnboundL
 
 
 def explain_system_error(error: OSError, given: Sequence[str] = ()) -> InputError | None:
-    """Return what a system error says to the user.
+    """Return the user's message about a system error.
 
-    It is None where it is none that they can fix.
+    It is None for an error that users cannot fix.
     """
     inner = getattr(error, "exception_details", None)
     if isinstance(inner, dict):
@@ -195,14 +195,14 @@ def _explain(number: int, path: str | None, words: str, given: Sequence[str]) ->
 
 
 def _is_given(path: str, given: Sequence[str]) -> bool:
-    """Tell whether a path is, or lies around, one given.
+    """Return whether a path belongs to a given one.
 
-    It is so for one of those given, for one below them, and for a directory that one of them lies
-    in.
+    It does where it equals one of the given paths, lies below one, or is a directory that contains
+    one.
     """
     path = os.path.abspath(path)
     for word in given:
-        # A flag and its value may be one word.
+        # A flag and its value may be one argument.
         for part in (word, word.partition("=")[2]):
             place = os.path.abspath(os.path.expanduser(part)) if part else ""
             if place and (f"{path}/".startswith(f"{place}/") or f"{place}/".startswith(f"{path}/")):

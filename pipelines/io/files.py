@@ -1,7 +1,7 @@
 """Read and write files through Beam's FileSystems.
 
-Local paths, gs:// and s3:// are treated alike. Every write is atomic: a unique temporary name, then
-the final one.
+Local paths, gs:// and s3:// are treated the same. Every write is atomic: a unique temporary name,
+then the final one.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from schemas.errors import InputError
 def join(*parts: str) -> str:
     """Join path parts.
 
-    They are joined as on the file system that the first part names.
+    The separator is that of the first part's file system.
     """
     return FileSystems.join(*parts)
 
 
 def is_local(path: str) -> bool:
-    """Tell whether `path` is on this machine's own file system."""
+    """Return whether `path` is on this machine's own file system."""
     return "://" not in path
 
 
@@ -50,7 +50,7 @@ def absolute(path: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Tell whether a file or directory exists."""
+    """Return whether a file or directory exists."""
     return FileSystems.exists(path)
 
 
@@ -85,16 +85,16 @@ class Found:
 def match(directory: str, pattern: str) -> list[Found]:
     """List the files below a directory whose paths match.
 
-    They come in no order. `*` matches no slash, `**` does. The directory is taken as it is,
-    whatever its name has of `[*?`.
+    They come in no order. `*` matches no slash, `**` does. The directory's name is taken literally,
+    even with any of `[*?` in it.
     """
     return _match([join(_literal(directory), pattern)])
 
 
 def find(paths: Iterable[str]) -> list[Found]:
-    """Find those of some files that are there.
+    """Find the files among some paths that exist.
 
-    Their names are taken as they are.
+    Their names are taken literally.
     """
     found, remote = [], []
     for path in paths:
@@ -117,8 +117,8 @@ def _match(patterns: list[str]) -> list[Found]:
 def _literal(path: str) -> str:
     """Return a pattern that matches this path alone.
 
-    Beam knows no quoting, but sets of one character. `[` may not begin one, and no path has a
-    backslash before it.
+    Beam has no quoting, but character sets, so a special character becomes a set of one. `[` may
+    not begin a set, and no path has a backslash before it.
     """
     return re.sub(r"[*?[]", lambda found: r"[\[]" if found[0] == "[" else f"[{found[0]}]", path)
 
@@ -135,7 +135,7 @@ def make_directory(path: str) -> None:
 def delete_directory(path: str) -> None:
     """Remove a directory with all that is in it.
 
-    Object stores know names only. There, a last slash means all that begin so.
+    Object stores know names only. There, a trailing slash means all names with that prefix.
     """
     if is_local(path):
         shutil.rmtree(path)
@@ -144,7 +144,7 @@ def delete_directory(path: str) -> None:
 
 
 def delete(paths: Sequence[str]) -> None:
-    """Remove files. Beam would take their names for patterns."""
+    """Remove files, escaping names that Beam would take for patterns."""
     for path in filter(is_local, paths):
         os.remove(path)
     remote = [_literal(path) for path in paths if not is_local(path)]
@@ -166,7 +166,7 @@ class Written:
 class Sink:
     """A binary handle that computes a checksum while writing.
 
-    The checksum is of what is written through it, from the first byte to the last.
+    The checksum covers everything written through it, from the first byte to the last.
     """
 
     closed = False
@@ -193,19 +193,19 @@ class Sink:
     def close(self) -> None:
         """Do nothing.
 
-        Who opened the file closes it (Arrow closes what it is given).
+        The opener of the file closes it (Arrow closes every handle that it is given).
         """
 
     def readable(self) -> bool:
-        """Say that nothing is read."""
+        """Return False: nothing is read."""
         return False
 
     def writable(self) -> bool:
-        """Say that bytes are written."""
+        """Return True: bytes are written."""
         return True
 
     def seekable(self) -> bool:
-        """Say that bytes are written in order."""
+        """Return False: bytes are written in order."""
         return False
 
     @property
@@ -216,7 +216,7 @@ class Sink:
 
 @contextlib.contextmanager
 def atomic_write(path: str, *, durable: bool = False) -> Iterator[Sink]:
-    """Yield a sink to a file that appears whole.
+    """Yield a sink to a file that appears atomically.
 
     `path` appears when the block ends without an error.
 
@@ -263,7 +263,7 @@ def _sync(descriptor: int) -> None:
 def sync_file(path: str) -> None:
     """Wait until a local file's bytes are on the disk.
 
-    It does not matter who wrote them.
+    Any process may have written them.
     """
     if not is_local(path):
         return
@@ -277,7 +277,7 @@ def sync_file(path: str) -> None:
 def sync_directory(path: str) -> None:
     """Wait until a local directory's names are on the disk.
 
-    A new file's name is none of its bytes.
+    Syncing a new file's bytes does not sync its name.
     """
     if not is_local(path):
         return
@@ -285,7 +285,7 @@ def sync_directory(path: str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot sync a directory, and need not: a name is on the server when it is given.
+        # Some network file systems cannot sync a directory, and need not: a name is on the server once it is created.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -306,7 +306,7 @@ def sync_tree(root: str, paths: Iterable[str]) -> None:
         while directory.startswith(root) and directory not in directories:
             directories.add(directory)
             directory = os.path.dirname(directory)
-    # Deepest first: a name is worth nothing before what it names.
+    # Deepest first: a name is useless before the file that it names is on disk.
     for directory in sorted(directories, key=len, reverse=True):
         sync_directory(directory)
 
@@ -332,7 +332,7 @@ def read_document(path: str, fields: Collection[str], remedy: str) -> dict[str, 
     Args:
         path: of the file.
         fields: every key that it may have.
-        remedy: sentence for the message: what to do where it cannot be used.
+        remedy: sentence of the message with what to do where the file cannot be used.
 
     Raises:
         DamagedError: it is not what was written.
@@ -365,15 +365,14 @@ def list_parquet(path: str, table: str) -> list[str]:
 
     It is given as `DIR/table.parquet`, a directory `DIR/table` of Parquet files, or a file itself.
 
-    Below the table's own directory, names that begin with `_` or `.` are passed over: see
-    `is_hidden`.
+    Below the table's own directory, names that begin with `_` or `.` are skipped: see `is_hidden`.
 
     Raises:
-        InputError: nothing is there (the message names both places that were tried), or what is
-            there cannot be opened.
+        InputError: the table does not exist (the message names both places that were tried), or
+            cannot be opened.
     """
     names = [path] if path.endswith(".parquet") else [f"{path}.parquet", path]
-    # A directory of the table's name goes before a file.
+    # A directory of the table's name takes precedence over a file.
     names.sort(key=lambda name: name != path or not (is_local(name) and os.path.isdir(name)))
     for name in names:
         with reading(name, f"table '{table}' cannot be listed", remedy="Look at its files."):
@@ -390,9 +389,9 @@ def list_parquet(path: str, table: str) -> list[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a name is none of a table's data.
+    """Return whether a name is outside a table's data.
 
-    Writers have such files under way in a table's directory, or keep them beside: `_temporary`,
+    Writers keep such files in a table's directory while they write, or as metadata: `_temporary`,
     `.spark-staging-1`, `_delta_log`. The rule is Spark's
     (InMemoryFileIndex.shouldFilterOutPathName): `_x=1`, a partition by a column `_x`, is data.
     """
@@ -400,7 +399,7 @@ def is_hidden(name: str) -> bool:
 
 
 def _list_remote(name: str) -> list[str]:
-    # Object stores list what begins with the directory's name as it was given.
+    # Object stores list every name that has the given directory's name as a prefix.
     below = len(name.rstrip("/")) + 1
     found = find([name]) if name.endswith(".parquet") else []
     return [
@@ -416,7 +415,7 @@ def _list_local(name: str, table: str) -> list[str]:
     elif os.path.lexists(name):
         found = [_plain_file(name, table)]
     else:
-        # Of a place that may not be looked at nobody knows whether it is there.
+        # Whether a path exists is unknown where it may not be read.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(name)
         found = []
@@ -430,7 +429,7 @@ def _list_local(name: str, table: str) -> list[str]:
 def _walk(directory: str, table: str, above: frozenset[str]) -> Iterator[str]:
     """List the Parquet files below a directory.
 
-    Beam's listing would leave out, unsaid, what may not be read and what links lead to.
+    Beam's listing would silently leave out unreadable files and the targets of links.
     """
     real = os.path.realpath(directory)
     if real in above:
@@ -486,15 +485,16 @@ def single_writer(root: str) -> Iterator[None]:
         InputError: nothing can be written there, or its file system has no locks.
     """
     if not is_local(root):
-        # An object store offers no lock to hold; two writers make two runs, and the later latest.json wins whole.
+        # An object store offers no lock; two writers make two runs, and the later latest.json
+        # replaces the earlier one whole.
         yield
         return
     try:
         make_directory(root)
-        handle = open(os.path.join(root, LOCK), "w")  # noqa: SIM115 - closed below, after the lock is given back
+        handle = open(os.path.join(root, LOCK), "w")  # noqa: SIM115 - closed below, after the lock is released
     except OSError as error:
         raise InputError(
-            f"{root}: cannot be written to ({error.strerror}). Give another output, or mend its permissions."
+            f"{root}: cannot be written to ({error.strerror}). Give another output, or fix its permissions."
         ) from error
     with handle:
         try:
@@ -512,17 +512,17 @@ def single_writer(root: str) -> Iterator[None]:
 
 
 READING = ".reading"
-"""Name of the file in an output that readers hold locked together, and `camenn gc` alone"""
+"""Name of the file in an output that readers lock shared, and `camenn gc` locks exclusively"""
 
 
 @contextlib.contextmanager
 def shared_reader(*roots: str) -> Iterator[None]:
     """Keep `camenn gc` off some outputs while reading.
 
-    It removes no files of them while the block reads them.
+    It removes none of their files while the block runs.
 
-    An output that cannot be written to is read without: nothing can be removed from it by this user
-    either.
+    An output that cannot be written to is read without a lock: this user cannot remove anything
+    from it either.
     """
     with contextlib.ExitStack() as stack:
         for root in filter(is_local, roots):
@@ -557,7 +557,7 @@ OWN = ".camenn"
 def mark_own(directory: str) -> None:
     """Record in a directory that camenn made it.
 
-    `camenn gc` removes nothing from others.
+    `camenn gc` removes nothing from other directories.
     """
     path = join(directory, OWN)
     if not exists(path):
@@ -565,14 +565,14 @@ def mark_own(directory: str) -> None:
 
 
 def is_own(directory: str) -> bool:
-    """Tell whether a directory says that camenn made it."""
+    """Return whether a directory records that camenn made it."""
     return exists(join(directory, OWN))
 
 
 def ipc_bytes(table: pa.Table, compression: str = "lz4") -> bytes:
     """Write a table as an Arrow IPC stream.
 
-    It is what travels through a shuffle.
+    Tables travel through a shuffle in this form.
     """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:

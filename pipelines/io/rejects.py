@@ -1,4 +1,4 @@
-"""Split off unusable rows, and tell each one's reason."""
+"""Split off unusable rows, each with its reason."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def make_rejects(stage: str, keys: list[str], reason: Reason, details: list[str]
 class Fault:
     """A fault that makes rows of a table unusable.
 
-    `rows`: bool [n]. `told`: of one of them, column, value and remedy.
+    `rows`: bool [n]. `describe`: text of one of them, with column, value and remedy.
     """
 
     reason: Reason

@@ -1,6 +1,6 @@
 """Shuffle tables by bucket.
 
-They are spilled to files of the run on the local runner, and sent as bytes elsewhere.
+On the local runner tables are spilled to files of the run. On other runners they are sent as bytes.
 """
 
 import os
@@ -17,13 +17,13 @@ from camenn_model.hashing import stable_hash
 from pipelines.io import files
 
 SpilledPartition = bytes | tuple[str, int, int]
-"""Arrow IPC bytes, or (path, offset, length) of them. A tuple, as Beam codes those of plain values quickly."""
+"""Arrow IPC bytes, or their (path, offset, length): a tuple, as Beam encodes tuples of plain values quickly."""
 
 
 class Packer:
     """A packer of tables into partitions.
 
-    It travels to workers, and opens its file there.
+    It is serialized to workers, and opens its file there.
 
     Args:
         scratch: directory of the files, on a disk that all workers share. None = partitions are bytes.
@@ -40,15 +40,15 @@ class Packer:
     def pack(self, table: pa.Table) -> SpilledPartition:
         """Pack a table into a partition.
 
-        It can be unpacked at once.
+        The partition can be unpacked immediately.
         """
         data = files.ipc_bytes(table, self.compression)
         if self.scratch is None:
             return data
         if self._file is None:
             os.makedirs(self.scratch, exist_ok=True)
-            # A name of its own: a bundle that is tried again leaves the first attempt's file alone.
-            # It is closed by `close`.
+            # A unique name: a retried bundle leaves the first attempt's file alone. It is closed by
+            # `close`.
             self._file = open(os.path.join(self.scratch, f"{uuid.uuid4().hex}.arrows"), "ab")  # noqa: SIM115
         start = self._file.tell()
         self._file.write(data)
@@ -124,15 +124,15 @@ class ShuffleByBucket(beam.PTransform[Any, beam.PCollection[Any]]):
 
     Takes a dict kind -> (PCollection of Arrow tables, column). Yields (bucket, {kind: Arrow table
     or None}). Batches travel as Arrow IPC bytes: a shuffle costs by element, so rows never travel
-    alone. Row order within a bucket is not defined: sort before you depend on it.
+    alone. Row order within a bucket is not defined: sort before depending on it.
 
     `compression`: lz4 is the faster one. zstd takes half of the memory where FnApiRunner holds the
     shuffle, above all of content keys.
 
-    `scratch`: directory in which the batches stay, so that only their places travel (see
+    `scratch`: directory into which batches are spilled, so that only their locations travel (see
     pipelines/io/shuffle.py).
 
-    `placed`: (bucket, (kind, partition)) of what lies in files by its bucket already.
+    `placed`: (bucket, (kind, partition)) of tables that are stored by bucket already.
     """
 
     kinds: dict[str, str]

@@ -1,6 +1,6 @@
 """Read and write tables in Beam.
 
-There is one pair of transforms, bound to a contract. Elements are Arrow tables, not rows.
+One pair of transforms is bound to a contract. Elements are Arrow tables, not rows.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ ROWS_PER_FILE = 262_144
 class Source:
     """One table's files and their row count.
 
-    The row count is that of their footers. A fingerprint of what they hold is kept with them.
+    The row count is that of their footers. A fingerprint of their contents is kept with them.
     """
 
     contract: Contract
@@ -39,8 +39,8 @@ class Source:
     def find(cls, directory: str, contract: Contract, *, name: str | None = None) -> "Source":
         """Find a table's files and check their columns.
 
-        The files are `DIR/name.parquet` or `DIR/name/`. Every file's columns and types are held to
-        the contract before any work starts.
+        The files are `DIR/name.parquet` or `DIR/name/`. Every file's columns and types are checked
+        against the contract before any work starts.
 
         Raises:
             InputError: the table is missing, or a file's columns cannot be read under the contract.
@@ -86,24 +86,24 @@ class Source:
 class Slice:
     """One row group of a file.
 
-    It has the number of its first row (from 0): where a reject says that it was found.
+    It has the number of its first row (from 0), from which a reject's row number is computed.
     """
 
     file: str
     row_group: int
     first_row: int
     number: int = 0
-    """Within the shard set, of a log's: see pipelines/shards/log_cache.py"""
+    """Within the shard set, for a log: see pipelines/shards/log_cache.py"""
 
 
 @contextlib.contextmanager
 def open_table(path: str, contract: Contract) -> Iterator[tuple[BinaryIO, pq.ParquetFile]]:
     """Open one of a table's files.
 
-    Yields (its bytes, what Arrow reads of them).
+    Yields (its byte stream, Arrow's Parquet reader on it).
 
     Raises:
-        InputError: naming the file, for whatever goes wrong in the block.
+        InputError: naming the file, for any error in the block.
     """
     with reading(path, f"table '{contract.name}' cannot be read"), open_read(path) as handle:
         yield handle, open_parquet(handle)
@@ -112,7 +112,7 @@ def open_table(path: str, contract: Contract) -> Iterator[tuple[BinaryIO, pq.Par
 def open_parquet(handle: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
     """Open a Parquet file and check its pages.
 
-    Pages are held to their checksums where there are any.
+    Pages are verified against their checksums where they have any.
 
     `texts`: columns to read as dictionaries of strings.
     """
@@ -124,17 +124,17 @@ def read_groups(
 ) -> pa.Table:
     """Read row groups and columns of a file.
 
-    Some of either, or all, are read and conformed to the contract.
+    The chosen row groups and columns, or all, are read and conformed to the contract.
 
     Raises:
-        InputError: naming file, row group and column of what cannot be read.
+        InputError: naming file, row group and column that cannot be read.
     """
     with open_table(path, contract) as (handle, parquet):
         wanted = list(range(parquet.num_row_groups) if groups is None else groups)
         try:
             table = parquet.read_row_groups(wanted, columns=columns)
         except (pa.ArrowException, OSError) as error:
-            # Of most dictionaries Arrow checks the values while it reads, and does not say which one is wrong.
+            # Arrow checks the values of most dictionaries while it reads, and does not report which one is wrong.
             texts = [field.name for field in parquet.schema_arrow if _is_coded_text(field.type)]
             parquet = open_parquet(handle, texts)
             table = _read_columns(path, contract, parquet, wanted, columns, error)
@@ -153,9 +153,9 @@ def _read_columns(
     columns: list[str] | None,
     error: Exception,
 ) -> pa.Table:
-    """Read again after `error` and find where it is.
+    """Read again after `error` to locate it.
 
-    `error` ended the reading before.
+    `error` ended the first reading.
     """
     tables = []
     for group in groups:
@@ -186,7 +186,7 @@ def list_slices(source: Source) -> list[Slice]:
 def read_slice(where: Slice, contract: Contract, columns: list[str] | None = None) -> pa.Table:
     """Read one row group, conformed to its contract.
 
-    It may be some of its columns only.
+    It may have only some of the columns.
     """
     return read_groups(where.file, contract, [where.row_group], columns)
 
@@ -213,7 +213,7 @@ class ReadTable(beam.PTransform[beam.Pipeline, beam.PCollection[Any]]):
     It yields (Slice, Arrow table) per row group, conformed to its contract. Row groups are spread
     over the workers.
 
-    `slices`: those of its row groups that are wanted. None = all.
+    `slices`: the row groups to read. None = all.
     """
 
     source: Source
@@ -230,7 +230,7 @@ class ReadTable(beam.PTransform[beam.Pipeline, beam.PCollection[Any]]):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A finished file: what the manifest lists."""
+    """A finished file, as the manifest lists it."""
 
     table: str
     path: str
@@ -239,7 +239,7 @@ class FileRecord:
     split: str = ""
     """Part of the log, of example files"""
     sha256: str = ""
-    """64 hex digits over its bytes, '' where an earlier version of camenn wrote it"""
+    """SHA-256 of its bytes, 64 hex digits, '' where an earlier version of camenn wrote it"""
 
     @classmethod
     def of(cls, table: str, path: str, rows: int, written: Written, split: str = "") -> "FileRecord":
@@ -250,7 +250,7 @@ class FileRecord:
 class _WriteTables(beam.DoFn):
     """A step that writes buffered Arrow tables to files.
 
-    It buffers up to a file's worth of rows, then writes one file with a unique name.
+    It buffers up to a file's number of rows, then writes one file with a unique name.
     """
 
     def __init__(self, contract: Contract, directory: str, rows_per_file: int) -> None:
@@ -309,7 +309,7 @@ def write_table(directory: str, name: str, table: pa.Table) -> FileRecord:
 def describe_not_utf8(name: str, text: pa.StringScalar) -> str:
     r"""Describe a text that is not UTF-8.
 
-    Given are column, value (foreign bytes as \xe9) and remedy.
+    The text has column, value (undecodable bytes as \xe9) and remedy.
     """
     return (
         f"column '{name}' is not UTF-8: '{show_text(text)}'. Convert the text to UTF-8 (from "

@@ -13,9 +13,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="camenn nightly",
         description="Run embed, shards, train where it is due, score and report in order; each does only what changed.",
-        epilog="exit codes: 0 all is well; 1 something unforeseen (a traceback tells); 2 something "
-        "to mend: input, config, a full disk; 3 tonight's embeddings or scores were held "
-        "back by a gate; "
+        epilog="exit codes: 0 all is well; 1 something unforeseen (see the traceback); 2 something "
+        "to fix: input, config, a full disk; 3 a gate kept tonight's embeddings or "
+        "scores from readers; "
         "4 another night is running; 5 the published scores are older than they may be. "
         "After each of them readers see tonight's scores whole, or those of before.",
         allow_abbrev=False,

@@ -1,7 +1,7 @@
 """Read and write the config file of `camenn nightly`.
 
-It is told everything by this one file. It is read, checked key by key, and written out with every
-default by `--init`.
+This one file holds every setting of a night. It is read, checked key by key, and written out with
+every default by `--init`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pipelines.stages import STAGES
 from schemas.errors import InputError
 
 LARGEST = 2**20
-"""Bytes of a config"""
+"""Most bytes of a config"""
 _LONGEST_NAME = 100
 
 OWN = frozenset(
@@ -90,7 +90,7 @@ class NightlyConfig:
     retrain: Retrain = field(default_factory=Retrain)
     keep: Keep = field(default_factory=Keep)
     flags: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By stage: flags beyond those that a night sets by itself"""
+    """By stage: flags other than those that a night sets by itself"""
 
     def output(self, name: str) -> str:
         """Return the path of an output in the working directory.
@@ -131,8 +131,8 @@ def stage_actions(stage: str) -> dict[str, argparse.Action]:
 def read_config(path: str) -> NightlyConfig:
     """Read and check the config.
 
-    Relative paths of data, work and the photos are those beside the file: cron starts in another
-    directory.
+    Relative paths of data, work and the photos are resolved against the file's directory: cron
+    starts in another one.
 
     Raises:
         InputError: not there, too large, not TOML, an unknown or missing key, or a value of the
@@ -187,7 +187,7 @@ def _parse(path: str) -> dict[str, Any]:
     remedy = "`camenn nightly --init` prints a config to start from."
     with reading(path, "not TOML", remedy=remedy), open(path, "rb") as handle:
         data = handle.read(LARGEST + 1)
-        # Of a table of keys that nobody knows the parser alone would take minutes.
+        # The parser alone would take minutes on a large table of unknown keys.
         if len(data) > LARGEST:
             raise InputError(f"--config {path}: larger than {LARGEST:,} bytes, so not a config. {remedy}")
         return tomllib.loads(data.decode())
@@ -199,7 +199,7 @@ _KINDS: dict[Any, str] = {str: "a text", list: "a list", dict: "a table", bool: 
 def show(value: Any) -> str:
     """Return a value as it would be written.
 
-    It is cut where it is long or deep.
+    It is truncated where it is long or deep.
     """
     return reprlib.repr(value)
 
@@ -262,7 +262,7 @@ def _words(kind: type[Any]) -> str:
 def example() -> str:
     """Write a config with every key and its default.
 
-    It tells what each does. Only `data` and `work` must be changed.
+    A comment describes each. Only `data` and `work` must be changed.
     """
     lines = [
         "# camenn nightly --config city.toml",
@@ -273,7 +273,7 @@ def example() -> str:
         "beam = []              # flags for Apache Beam, for example "
         '["--direct_num_workers=2", "--direct_running_mode=multi_processing"]',
         "on_failure = []        # a command and its arguments, run where the exit code is "
-        "not 0; CAMENN_EXIT_CODE, CAMENN_MESSAGE and CAMENN_RECORD tell why",
+        "not 0; CAMENN_EXIT_CODE, CAMENN_MESSAGE and CAMENN_RECORD give the cause",
     ]
     for table, kind in (("retrain", Retrain), ("keep", Keep)):
         lines += ["", f"[{table}]"]
@@ -307,7 +307,7 @@ def _help(action: argparse.Action) -> str:
 def describe(config: NightlyConfig) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) of all settings.
 
-    They are for the record of a night.
+    The record of a night lists them.
     """
     yield from (("data", config.data), ("work", config.work), ("beam", list(config.beam)))
     for name, settings in (("retrain", config.retrain), ("keep", config.keep)):

@@ -8,7 +8,7 @@ simply run again. Exit codes:
 * 0 all is well
 * 1 something unforeseen
 * 2 something to fix (input, config, a full disk)
-* 3 tonight's embeddings or scores were gated by a gate
+* 3 a gate kept tonight's embeddings or scores from readers
 * 4 another night is running
 * 5 the published scores are older than they may be
 
@@ -56,9 +56,9 @@ def stage_command(config: NightlyConfig, stage: str) -> list[str]:
 
 
 def summarise(stage: str, summary: dict[str, Any]) -> str:
-    """Say what a stage changed and what it left out.
+    """Summarize what a stage changed and what it left out.
 
-    It is said in a sentence.
+    The summary is one sentence.
     """
     s = summary
     if stage == "embed":
@@ -101,7 +101,7 @@ class _Nightly:
     def stage(self, stage: str, work: Callable[[StageRecord], None]) -> bool:
         """Run one stage and record how it went.
 
-        Returned is whether it did what it is for.
+        Returns whether it succeeded.
         """
         record = StageRecord(stage)
         self.night.stages.append(record)
@@ -113,7 +113,7 @@ class _Nightly:
         except GatesFailed as held:
             record.status, record.words = GATED, str(held)
             if stage != "train":
-                # A challenger that lost is an answer, not a failure.
+                # A challenger that lost is a result, not a failure.
                 self.fail(ExitCode.GATED, stage, record.words)
         except Exception as error:
             user_error = input_error_behind(error, self.config.words)
@@ -123,7 +123,7 @@ class _Nightly:
                 self.night.log(f"{stage}: {traceback.format_exc()}")
             self.fail(ExitCode.INPUT_ERROR if user_error else ExitCode.UNEXPECTED_ERROR, stage, record.words)
         except SystemExit as refused:
-            # What argparse does with flags; it has told which.
+            # argparse exits so on wrong flags, and has printed which.
             record.status, record.words = (
                 FAILED,
                 f"camenn {stage} refused its flags, see above (exit code {refused.code})",
@@ -135,14 +135,14 @@ class _Nightly:
         return record.status in (DONE, UNCHANGED, NOT_DUE)
 
     def fail(self, code: int, stage: str, words: str) -> None:
-        """Remember what went wrong first."""
+        """Record the first failure."""
         if not self.code:
             self.code, self.night.message = code, f"{stage}: {words}"
 
     def run_stage(self, record: StageRecord) -> None:
         """Call a stage's command.
 
-        What it published goes into the record.
+        The run that it published goes into the record.
         """
         stage = record.stage
         root = self.config.output(OUTPUT_FOLDERS[stage]) if stage in OUTPUT_FOLDERS else None
@@ -186,7 +186,7 @@ class _Nightly:
     def run(self) -> None:
         """Run the stages in order.
 
-        A training that fails leaves the model of before, and the night goes on with it.
+        A failed training leaves the previous model, and the night goes on with it.
         """
         for stage in ("embed", "shards"):
             if not self.stage(stage, self.run_stage):
@@ -200,7 +200,7 @@ class _Nightly:
     def finish(self) -> int:
         """Write the record and return the exit code.
 
-        Before that it looks at what readers see now.
+        Before that it reads which scores are published now.
         """
         night = self.night
         night.published = published_scores(self.config)
@@ -238,7 +238,7 @@ def published_scores(config: NightlyConfig) -> dict[str, Any] | None:
 def call_on_failure(config: NightlyConfig, code: int, message: str, record: str, log: Callable[[str], None]) -> None:
     """Run the config's `on_failure` command.
 
-    Whatever becomes of it, the night's own exit code stands.
+    Its outcome does not change the night's own exit code.
     """
     if not config.on_failure or not code:
         return
@@ -251,19 +251,18 @@ def call_on_failure(config: NightlyConfig, code: int, message: str, record: str,
 
 
 class Terminated(BaseException):
-    """A request to end the process.
+    """A request to end the process (SIGTERM).
 
-    Somebody asked it to end, as a service manager does. The night's record is written, and
-    `on_failure` is called.
+    A service manager sends it, for example. The night's record is written, and `on_failure` is
+    called.
     """
 
 
 @contextlib.contextmanager
 def sigterm_handler() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM.
+    """Install a SIGTERM handler that raises `Terminated`.
 
-    It is raised in this process instead of ending it on the spot. Forked children end as they
-    would.
+    Without it SIGTERM would end this process at once. Forked children keep the default.
     """
     own = os.getpid()
 

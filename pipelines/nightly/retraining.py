@@ -1,7 +1,7 @@
 """Decide whether tonight is a night to train.
 
-It is decided by the days that the logs have grown since the last training, or because the published
-model drifts.
+Two criteria decide: the days that the logs have grown since the last training, and the published
+model's drift.
 """
 
 import datetime
@@ -14,18 +14,18 @@ from schemas.errors import InputError
 from schemas.manifest import MANIFEST
 
 AS_OF = "shards_as_of"
-"""Where a training's summary says up to when its shards had read the logs"""
+"""Key of a training's summary: the time up to which its shards had read the logs"""
 ONCE_A_DAY = 0.9
-"""Days of log that must have come since the last training before drift starts another."""
+"""Least days of new log since the last training before drift starts another."""
 SLACK = 0.1
-"""Days: a log that ends a little earlier tonight than it did a week ago is a week later all the same."""
+"""Tolerance in days: a log that ends at a slightly earlier time of day than a week ago counts as a week later."""
 
 
 @dataclass(frozen=True)
 class Decision:
     """A decision whether to train.
 
-    It tells why or why not, in words for the log.
+    It gives the reason in words for the log.
     """
 
     due: bool
@@ -35,11 +35,11 @@ class Decision:
 def decide(config: NightlyConfig) -> Decision:
     """Decide whether to train tonight.
 
-    It looks at the published model, the trainings since, and the shard set of tonight.
+    The inputs are the published model, the trainings since, and tonight's shard set.
     """
     shards, model = read_latest(config.output("shards")), read_latest(config.output("model"))
     if shards is None:
-        raise RuntimeError("shards must be built before training is thought of")
+        raise RuntimeError("shards must be built before training")
     if model is None:
         return Decision(True, "there is no model yet")
     from camenn_model.data.shard_set import ShardSet
@@ -49,11 +49,12 @@ def decide(config: NightlyConfig) -> Decision:
     try:
         package = open_package(config.output("model"))
     except InputError as error:
-        # As after an upgrade that encodes features otherwise: no night could score until somebody trained by hand.
+        # For example after an upgrade that encodes features differently: without this no night
+        # could score until a manual training.
         return Decision(True, f"the published model cannot be read ({error})")
     last = last_training(config.output("model"), model)
     if AS_OF not in last.summary:
-        return Decision(True, "the published model does not tell which days it was trained on")
+        return Decision(True, "the published model does not record which days it was trained on")
     if last.inputs["shards"] == shards.request:
         return Decision(False, "the shards are those of the last training")
     shard_set = ShardSet(config.output("shards"))
@@ -69,9 +70,9 @@ def decide(config: NightlyConfig) -> Decision:
         return Decision(False, plan)
     calibration = judge_calibration(package, shard_set)
     if calibration is None:
-        return Decision(False, f"{plan}; calibration cannot be told: the test part has no closed day")
+        return Decision(False, f"{plan}; calibration cannot be computed: the test part has no closed day")
     if calibration.orders_are_missing:
-        return Decision(False, f"{calibration.words()}: nothing is to be learned from a log that lacks its orders")
+        return Decision(False, f"{calibration.words()}: a log that lacks its orders is not trained on")
     if calibration.off_by() > config.retrain.drift:
         words = f"{calibration.words()}, further from 1 than {config.retrain.drift:g} beyond chance"
         if days >= ONCE_A_DAY:

@@ -1,7 +1,6 @@
 """Check this machine: `camenn doctor`.
 
-It looks at this machine and says what is there, what is not, and what to do about each. It
-downloads nothing.
+It reports what this machine has, what is missing, and what to do about each. It downloads nothing.
 """
 
 import argparse
@@ -51,7 +50,7 @@ JAR_PATTERN = "*flink*job-server*.jar"
 class Check:
     """One line of the check.
 
-    It has what was looked at, how it stands, what was found, and what to do ('' = nothing).
+    It has the name of the check, its status, what was found, and the remedy ('' = none).
     """
 
     name: str
@@ -88,7 +87,7 @@ def installed_version(name: str) -> str | None:
 def check_packages(requirements: list[str] | None = None) -> list[Check]:
     """Check required packages and useful extras.
 
-    They are held against the lower bounds of setup.py.
+    Versions are compared with the lower bounds of setup.py.
 
     Args:
         requirements: requirement lines as package metadata has them. None = those of the installed
@@ -155,7 +154,7 @@ def _check_extra(requirement: Requirement, extra: str) -> Check:
 def check_processor(cpuinfo: str | None = None) -> Check:
     """Check the processor.
 
-    Checked are its cores, and the instructions that make bf16 worth while. `cpuinfo` is the text of
+    Checked are its cores, and the instructions that make bf16 worthwhile. `cpuinfo` is the text of
     /proc/cpuinfo.
     """
     path = Path("/proc/cpuinfo")
@@ -206,9 +205,9 @@ def check_compiler() -> Check:
 
 @contextmanager
 def hub_offline() -> Iterator[None]:
-    """Let the hub's client look into its cache only.
+    """Limit the hub's client to its local cache.
 
-    The cache is local: a check must not fetch gigabytes.
+    A check must not fetch gigabytes.
     """
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -222,9 +221,9 @@ def hub_offline() -> Iterator[None]:
 
 
 def check_encoders(image_weights: str, text_encoder: str) -> list[Check]:
-    """Check that both encoders can be had offline.
+    """Check that both encoders are available offline.
 
-    They must be there from here without a network.
+    This machine must have them without a network.
     """
     defaults = argparse.ArgumentParser()
     add_encoder_flags(defaults)
@@ -279,7 +278,7 @@ def check_java() -> Check:
         return Check(
             name="java",
             status=WARN,
-            found=f"{program} does not tell its version: {need}",
+            found=f"{program} does not report its version: {need}",
             remedy="Install a Java runtime, 11 or 17.",
         )
     return Check(name="java", status=OK, found=version[1] + version[2])
@@ -288,7 +287,7 @@ def check_java() -> Check:
 def check_flink_jar(caches: tuple[Path, ...] = JAR_CACHES) -> Check:
     """Check Flink's job server.
 
-    It is looked for where scripts/flink_local.sh or Beam put it.
+    It is searched where scripts/flink_local.sh or Beam put it.
     """
     jars = [str(path) for cache in caches for path in sorted(cache.expanduser().glob(JAR_PATTERN))]
     if jars:
@@ -305,7 +304,7 @@ def check_flink_jar(caches: tuple[Path, ...] = JAR_CACHES) -> Check:
 def check_disk(out: str) -> Check:
     """Check the free bytes where output would go.
 
-    A directory that is not made yet counts as its nearest parent.
+    A directory that does not exist yet counts as its nearest parent.
     """
     place = Path(out).absolute()
     while not place.exists():

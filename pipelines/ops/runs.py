@@ -1,4 +1,4 @@
-"""`camenn runs`: which runs readers see, and which they saw before."""
+"""`camenn runs`: list published runs."""
 
 import argparse
 import sys

@@ -1,6 +1,6 @@
-"""Read what the report shows.
+"""Read the report's sources.
 
-It is the manifests, metrics, curves and tables of a working directory. Every one of them may be
+They are the manifests, metrics, curves and tables of a working directory. Each of them may be
 absent.
 """
 
@@ -84,10 +84,10 @@ class Reason:
 
 
 def read_work(root: str) -> Work:
-    """Read what a working directory has, tables excepted.
+    """Read a working directory's contents, except tables.
 
     Raises:
-        InputError: it is no directory, or one of its files is not what it should be.
+        InputError: it is no directory, or one of its files is malformed.
     """
     if files.is_local(root) and not files.exists(root):
         raise InputError(
@@ -150,8 +150,8 @@ def read_columns(paths: list[str], columns: list[str]) -> Iterator[pa.Table]:
 def read_items(work: Work, wanted: set[str]) -> dict[str, Item]:
     """Read the listings of some ids.
 
-    They are from the scored catalog, and those that it no longer has from the shards' one. Unknown
-    ids are left out.
+    They come from the scored catalog, or from the shards' one where the scored catalog no longer
+    has them. Unknown ids are left out.
     """
     found: dict[str, Item] = {}
     for stage in ("score", "shards"):
@@ -166,7 +166,7 @@ def read_items(work: Work, wanted: set[str]) -> dict[str, Item]:
 def count_reasons(manifests: dict[str, Manifest], table: str, examples: int) -> list[Reason]:
     """Count the rows of `rejects` or `defects` by reason.
 
-    They are by stage and reason, most frequent first, with the first few of each.
+    Counts are by stage and reason, most frequent first, with the first few rows of each.
     """
     rows: dict[tuple[str, str], int] = {}
     first: dict[tuple[str, str], list[dict[str, str]]] = {}

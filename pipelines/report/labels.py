@@ -1,13 +1,13 @@
-"""The report's words.
+"""The report's labels and number formats.
 
-They tell what counts and metrics mean, in plain English, and how numbers are written.
+The labels explain counts and metrics in plain English.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 DIGITS = 4
-"""Decimals of a metric, where nothing else is asked for"""
+"""Default number of decimals of a metric"""
 OUTCOMES = {
     "rejected": "cannot be used: a required value is missing or contradicts another",
     "duplicates": "exact copies of another row",
@@ -18,10 +18,10 @@ OUTCOMES = {
     "returns": "quantity of zero or less",
     "unknown_id": "names an audience row or a listing that is not there",
     "other_store": "the listing is of another store than the audience row's",
-    "no_listing": "no listing to score: none of its store, or none that was asked for",
+    "no_listing": "no listing to score: none of its store, or none that was requested",
     "after_as_of": "later than the moment up to which the logs are read",
 }
-"""Why rows of a table fell out."""
+"""Reasons why rows of a table were left out."""
 
 SPLIT_WORDS = {
     "train": "the model learns from these",
@@ -38,7 +38,7 @@ FLAG_WORDS = {
     "no_image": "no photo",
     "no_text": "no title",
     "vague_image": "photo is blurred, dark or small",
-    "poor_title": "title says little",
+    "poor_title": "title has little information",
 }
 
 
@@ -70,7 +70,7 @@ GATE_WORDS = {
     "photos_kept": "Photos since the run before",
     "challenge": "The new model against the one before",
 }
-"""What a gate looks at"""
+"""Quantity that a gate checks"""
 
 
 def gate_title(name: str) -> str:
@@ -118,7 +118,7 @@ METRICS = (
     Metric(
         name="ne",
         title="Normalised entropy",
-        meaning="log loss over that of always saying the average; below 1 is better than that",
+        meaning="log loss over that of always predicting the average; below 1 is better than that",
         best="low",
     ),
     Metric(
@@ -128,7 +128,7 @@ METRICS = (
         best="low",
     ),
     Metric(
-        name="pcoc", title="Predicted / bought", meaning="1 is right on average, above 1 promises too much", best="one"
+        name="pcoc", title="Predicted / bought", meaning="1 is right on average, above 1 predicts too much", best="one"
     ),
 )
 
@@ -157,7 +157,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Write seconds as people say them.
+    """Write a duration in readable units.
 
     For example 8.2 s, 3 min 20 s, 2 h 5 min.
     """

@@ -1,6 +1,6 @@
 """The report's look at single listings and stores.
 
-It shows when a listing sells, what is known of its photo and title, and how a store stands.
+It shows when a listing sells, the facts about its photo and title, and a store's figures.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class Detail:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFigures:
-    """Figures of how a store stands.
+    """A store's figures.
 
     They are listings scored, their mean predicted rate over that of all stores less one, and
     listings to fix (None = not known).
@@ -58,8 +58,8 @@ class StoreFigures:
 def read_details(work: Work, wanted: set[str]) -> dict[str, Detail]:
     """Read details of scored listings, by item id.
 
-    They are of the listings that the scores have. It is one more pass over the scores, of which
-    only these rows are kept.
+    Listings without scores are left out. The scores are read once more, and only these rows are
+    kept.
     """
     manifest = work.manifests.get("score")
     if manifest is None or not manifest.paths("audience") or not wanted:
@@ -124,7 +124,7 @@ def _words(row: dict[str, Any]) -> list[tuple[str, str]]:
     if row["mismatch_percentile"] is not None:
         facts.append(("fits better than", f"{1 - row['mismatch_percentile']:.0%} of listings"))
     if row["flags"]:
-        facts.append(("to mend", ", ".join(FLAG_WORDS.get(flag, flag) for flag in row["flags"])))
+        facts.append(("to fix", ", ".join(FLAG_WORDS.get(flag, flag) for flag in row["flags"])))
         facts.append(("orders lost", f"{row['lost_orders']:.1f}"))
     return facts
 

@@ -46,7 +46,7 @@ class ReportOptions:
 
 
 def missing_commands(root: str) -> dict[str, str]:
-    """Return the commands that make what sections lack."""
+    """Return the commands that produce the sections' missing sources."""
     store, shards, model, scores = (files.join(root, folder) for folder in OUTPUT_FOLDERS.values())
     return {
         "embed": f"camenn embed --data DATA --store {store}",
@@ -130,7 +130,7 @@ def headline(work: Work, context: dict[str, Any], digest: ScoreDigest | None) ->
         share = flagged / max(context["quality_flags"]["listings"], 1)
         found.append(
             {
-                "label": "Listings to mend",
+                "label": "Listings to fix",
                 "value": count(flagged),
                 "note": f"{percent(share)} of the catalog",
                 "tone": "",
@@ -152,7 +152,7 @@ def headline(work: Work, context: dict[str, Any], digest: ScoreDigest | None) ->
 def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]]:
     """Build everything that the template shows.
 
-    Returned beside it are the names of the sections that lack their source.
+    Returns it with the names of the sections that lack their source.
     """
     scores = work.manifests.get("score")
     digest = digest_scores(scores, with_stores=True) if scores and scores.paths("scores") else None
@@ -247,7 +247,7 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
 
 
 def trend_plots(nights: list[section_nights.Published]) -> list[dict[str, str]]:
-    """Plot each figure that is followed over the nights.
+    """Plot each figure that is tracked over the nights.
 
     Each has title and plot. There are none before the second night.
     """
@@ -284,8 +284,8 @@ def _list_stores(chosen: tuple[Any, list[str], list[str]], items: dict[str, Item
 def render(context: dict[str, Any]) -> str:
     """Render the page.
 
-    Whatever comes from a table is escaped. The page's own policy lets nothing but its own script
-    run.
+    Every value from a table is escaped. The page's content security policy allows only its own
+    script.
     """
     templates = jinja2.PackageLoader("pipelines.report")
     environment = jinja2.Environment(

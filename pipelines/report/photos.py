@@ -23,7 +23,7 @@ _QUALITY = 80
 class Photo:
     """A thumbnail as a data URI.
 
-    It may be '' instead, and then `reason` tells why in a few words.
+    Where it is '', `reason` gives the cause in a few words.
     """
 
     source: str = ""

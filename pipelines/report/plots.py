@@ -1,6 +1,7 @@
 """The report's plots.
 
-They are inline SVG that takes its colours from the page, so that it reads in light and in dark.
+They are inline SVG that takes its colours from the page, so that it is legible in light and dark
+mode.
 """
 
 import io
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 CHANCE_LOSS = float(np.log(2))
-"""Binary cross-entropy of always saying 0.5."""
+"""Binary cross-entropy of always predicting 0.5."""
 
 _MOST_POINTS = 300
 _SMOOTHING = 15
@@ -99,7 +100,7 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _draw(axis: Axes, curves: pd.DataFrame, column: str, colour: str, label: str) -> None:
     """Draw a noisy series.
 
-    It is faint as it was, and strong as a running mean.
+    The raw series is faint, its running mean strong.
     """
     known = curves[["step", column]].dropna()
     if known.empty:
@@ -217,9 +218,9 @@ def plot_alignment_loss(curves: pd.DataFrame) -> str:
 
 
 def plot_total_loss(curves: pd.DataFrame) -> str:
-    """Plot what the optimiser minimised.
+    """Plot the total loss that the optimiser minimised.
 
-    It is shown with its contrastive term and the two that keep the gates in order, on a logarithmic
+    It is shown with its contrastive term and the gates' balance and z losses, on a logarithmic
     scale.
     """
     with matplotlib.rc_context(_STYLE):
@@ -238,9 +239,9 @@ def plot_total_loss(curves: pd.DataFrame) -> str:
 
 
 def plot_expert_use(curves: pd.DataFrame, experts: Sequence[str]) -> str:
-    """Plot how much each expert received.
+    """Plot each expert's share of the routed pairs.
 
-    It is its share of the routed pairs, stacked to one.
+    Shares are stacked to one.
 
     Args:
         curves: has the columns `step` and those of the experts.
@@ -300,10 +301,9 @@ def plot_reliability(predicted: np.ndarray, observed: np.ndarray, rows: np.ndarr
 
 
 def plot_deciles(shares: np.ndarray) -> str:
-    """Plot how tonight's scores fall into last night's deciles.
+    """Plot the share of tonight's scores in last night's deciles.
 
-    It is the share of tonight's scores within each tenth of the previous night's, float64 [10]. 10
-    % each = no drift.
+    The shares are float64 [10]. 10 % each = no drift.
     """
     with matplotlib.rc_context(_STYLE):
         figure, (axis,) = _new_axes()

@@ -1,4 +1,4 @@
-"""The report's one pass over the score table.
+"""The report's single read of the score table.
 
 It takes bounded memory, and finds the distribution, each store's best listings and the top ten.
 """
@@ -25,7 +25,7 @@ _BATCH = 262_144
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreDigest:
-    """A score table in small.
+    """A summary of a score table.
 
     `histogram`: int64 [2802], counts by log-odds. `stores`: store_id, item_id, total (sum of cvr),
     rows. `top`: audience_id and item_id of the first `TOP` ranks.

@@ -1,6 +1,6 @@
 """The report's row-count reconciliation.
 
-It shows what became of the rows of every table, and why they fell out.
+It shows how many rows of every table were kept or left out, and why.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ EXAMPLES_PER_REASON = 3
 class Step:
     """One step of a funnel.
 
-    It has the rows that remain before it, and those that it takes. Shares are of the rows that came
-    in.
+    It has the rows that remain before it, and those that it removes. Shares are of the rows that
+    came in.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class TableAccounting:
-    """The account of one table of one stage."""
+    """The row counts of one table of one stage."""
 
     stage: str
     table: str
@@ -39,7 +39,7 @@ class TableAccounting:
 
     @property
     def balances(self) -> bool:
-        """Tell whether every row that came in is accounted for."""
+        """Return whether every row that came in is accounted for."""
         return self.rows_in == self.rows_out + sum(self.exclusions.values())
 
 
@@ -67,7 +67,7 @@ def table_accounting(work: Work) -> list[TableAccounting]:
 def click_funnel(work: Work) -> list[Step] | None:
     """Follow the clicks down to training examples.
 
-    Shown are what came in, what each reason took, and what was left.
+    Shown are the rows that came in, those that each reason removed, and those left.
     """
     manifest = work.manifests.get("shards")
     if manifest is None or "clicks" not in manifest.counts:
@@ -113,10 +113,7 @@ def click_funnel(work: Work) -> list[Step] | None:
 
 
 def splits(work: Work) -> list[Step]:
-    """List the examples by part of time, in order.
-
-    The order is that of time.
-    """
+    """List the examples by split, in order of time."""
     manifest = work.manifests.get("shards")
     found: dict[str, int] = manifest.summary.get("examples", {}) if manifest else {}
     total = max(sum(found.values()), 1)

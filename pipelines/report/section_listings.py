@@ -29,7 +29,7 @@ NAMES_PER_STORE = 3
 class Card:
     """A listing as the page shows it.
 
-    `note` and `good` belong to where it stands: a figure, and whether to mark it as right.
+    `note` and `good` depend on the section: a figure, and whether to mark it as right.
     """
 
     item: Item
@@ -107,7 +107,7 @@ def read_flagged(work: Work) -> tuple[pd.DataFrame, dict[str, int], int] | None:
         for entry in pc.value_counts(pc.list_flatten(flags)).to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
         frame = table.filter(pc.greater(pc.list_value_length(table["flags"]), 0)).to_pandas()
-        # An absent photo is known to whoever left it out.
+        # Listings that merely lack a photo or a title are left out: whoever listed them knows.
         frame = frame[[not {"no_image", "no_text"} >= set(names) for names in frame["flags"]]]
         worst.append(_worst(frame))
     frame = _worst(pd.concat(worst))
@@ -145,8 +145,8 @@ def flagged_cards(frame: pd.DataFrame, card: Callable[..., Card]) -> list[Card]:
 def choose_stores(digest: ScoreDigest) -> tuple[pd.DataFrame, list[str], list[str]]:
     """Choose the stores to show.
 
-    Returned are the best listings of all stores, the stores shown with photos (those with the most
-    scored pairs), and those only listed.
+    Returns the best listings of all stores, the stores shown with photos (those with the most
+    scored pairs), and the stores only listed.
     """
     best = top_by_store(digest, ITEMS_PER_STORE)
     pairs = digest.stores.groupby("store_id")["rows"].sum().sort_index().sort_values(ascending=False, kind="stable")

@@ -17,7 +17,7 @@ from pipelines.report.scores import Drift
 from pipelines.runs.gate import MOST_PSI
 
 _CALM_PSI = 0.1
-"""Below it a distribution is read as unchanged. Above MOST_PSI a night is gated."""
+"""Below it a distribution counts as unchanged. Above MOST_PSI a night is gated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def _best(metric: Metric, values: list[float | None]) -> int | None:
 def quality(work: Work) -> dict[str, Any] | None:
     """Compare the model with its baselines.
 
-    Returned are the metrics, the AUCs to draw, and the calibration plot.
+    Returns the metrics, the AUCs to draw, and the calibration plot.
     """
     if work.metrics is None or "test" not in work.metrics:
         return None
@@ -96,7 +96,7 @@ def quality(work: Work) -> dict[str, Any] | None:
 
 
 def quality_words(aucs: list[tuple[str, float]], rows: list[MetricRow], test: dict[str, Any]) -> list[str]:
-    """Say the figures in sentences."""
+    """Describe the figures in sentences."""
     found = []
     if aucs:
         ours = dict(aucs).get("CameNN")
@@ -123,7 +123,7 @@ def quality_words(aucs: list[tuple[str, float]], rows: list[MetricRow], test: di
 def training(work: Work) -> dict[str, Any] | None:
     """Plot the training run.
 
-    Experts that hardly anything is routed to are named beside the plots.
+    Experts that receive hardly any routed pairs are named beside the plots.
     """
     if work.curves is None or work.curves.empty:
         return None
@@ -145,7 +145,7 @@ def training(work: Work) -> dict[str, Any] | None:
 
 
 def drift_words(drift: Drift) -> tuple[str, str]:
-    """Say in words what the stability index tells.
+    """Describe the population stability index in words.
 
     Returns ('ok' | 'warn' | 'bad', words).
     """

@@ -1,6 +1,6 @@
 """The report's trends.
 
-They show what was published night after night, and how the nights themselves went.
+They show the runs published night after night, and the outcome of each night.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ EXIT_WORDS = {
     None: "running, or cut off",
     0: "all is well",
     1: "something unforeseen",
-    2: "something to mend",
+    2: "something to fix",
     3: "gated",
     4: "another night was running",
     5: "published scores too old",
@@ -48,7 +48,7 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class NightRow:
-    """One night as its record has it."""
+    """One night, as recorded."""
 
     number: int
     started: str
@@ -61,7 +61,7 @@ class NightRow:
 
 @dataclass(frozen=True, kw_only=True)
 class GateRow:
-    """One gate that a published run was held against."""
+    """One gate that a published run was checked by."""
 
     stage: str
     title: str
@@ -85,7 +85,7 @@ def gate_rows(work: Work) -> list[GateRow]:
 def published_nights(work: Work) -> list[Published]:
     """List the published nights of scores, oldest first.
 
-    Those that were rolled back from are left out.
+    Nights that were rolled back are left out.
     """
     if "score" not in work.manifests:
         return []

@@ -21,7 +21,8 @@ REPEAT_FLAGS = {
         "score": "data store model out score_date top_k audience timezone max_reject_rate shards",
     }.items()
 }
-"""Flags of each stage that a manifest's options give back. A test holds them to the stages' own parsers."""
+"""Flags of each stage that can be restored from a manifest's options. A test compares them with the
+stages' own parsers."""
 
 
 def timings(work: Work) -> list[dict[str, Any]]:
@@ -34,7 +35,7 @@ def timings(work: Work) -> list[dict[str, Any]]:
     found = []
     for stage, manifest in work.manifests.items():
         unit = {"train": "examples", "score": "pairs"}.get(stage, "rows")
-        # A stage's work: the examples that were trained on, the pairs that were scored, else the rows that were read.
+        # A stage's work is counted in examples trained on, in pairs scored, or else in rows read.
         rows = {"train": trained.get("examples"), "score": manifest.summary.get("pairs")}.get(
             stage, manifest.summary.get("rows_in")
         )
@@ -85,7 +86,8 @@ def encoders(work: Work) -> list[dict[str, Any]]:
 def version_sets(work: Work) -> list[tuple[str, str]]:
     """List the sets of versions that stages ran with.
 
-    Returns (stages, versions in one line), once for all stages that ran with the same ones.
+    Returns (stages, versions in one line), one entry for all stages that ran with the same
+    versions.
     """
     found: dict[str, list[str]] = {}
     for stage, manifest in work.manifests.items():

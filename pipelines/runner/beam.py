@@ -1,6 +1,6 @@
 """Open Beam pipelines.
 
-Here are the runners, their options, and how many workers they have.
+The module chooses the runner, its options and its number of workers.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ FLINK_RUNNERS = ("flink", "flinkrunner")
 DIRECT_RUNNERS = ("direct", "directrunner", "switchingdirectrunner")
 """Names of the runner that tries Prism, a downloaded binary, before FnApiRunner"""
 OPEN_RUNNERS = ("prism", "prismrunner", "spark", "sparkrunner", "kafkastreams", "kafkastreamsrunner")
-"""Runners for which Beam starts a server of its own that listens on every interface and cannot be told otherwise"""
+"""Runners for which Beam starts a server of its own that listens on every interface and cannot be
+configured otherwise"""
 JAVA_OPENS = tuple(
     f"--add-opens=java.base/{package}=ALL-UNNAMED"
     for package in (
@@ -55,10 +56,10 @@ JAVA_OPENS = tuple(
 def check_runner(beam_flags: list[str]) -> None:
     """Refuse flags that the runner would refuse late.
 
-    This is done before any work is. What the runner would guess or ignore is refused too.
+    This is done before any work is. Flags that the runner would guess or ignore are refused too.
 
     Raises:
-        InputError: Dataflow lacks a flag or Google's libraries, a dry run is asked of another
+        InputError: Dataflow lacks a flag or Google's libraries, a dry run is requested of another
             runner, or the runner's ports would be open to other machines.
     """
     parsed = pipeline_options(beam_flags)
@@ -113,11 +114,11 @@ def _check_ports(options: dict[str, Any]) -> None:
 def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
     """Build Beam's options.
 
-    FnApiRunner is taken where no runner or DirectRunner is named: that one may try a downloaded
+    FnApiRunner is used where no runner or DirectRunner is named: DirectRunner may try a downloaded
     binary first, whose results differ.
 
-    Flink's job server gets the `--add-opens` that Java 17 asks for, beside what
-    `--job_server_jvm_properties` says.
+    Flink's job server gets the `--add-opens` that Java 17 requires, in addition to
+    `--job_server_jvm_properties`.
     """
     named = any(flag.split("=")[0] == "--runner" for flag in beam_flags)
     flags = list(beam_flags) if named else ["--runner=FnApiRunner", *beam_flags]
@@ -138,8 +139,8 @@ def pipeline_options(beam_flags: list[str]) -> PipelineOptions:
 def open_pipeline(beam_flags: list[str]) -> Iterator[beam.Pipeline]:
     """Yield a pipeline to build, then run it.
 
-    When the block ends without an error, it runs to its end, on workers whose package is this
-    one's.
+    When the block ends without an error, the pipeline runs to its end, on workers with this
+    installation's package.
 
     Raises:
         InputError: Beam refuses its flags.
@@ -149,7 +150,7 @@ def open_pipeline(beam_flags: list[str]) -> Iterator[beam.Pipeline]:
     try:
         pipeline = beam.Pipeline(options=options)
     except ValueError as error:
-        # Beam's own check of its flags: its text names each and says what is wrong.
+        # Beam's own check of its flags: its text names each flag and its fault.
         raise InputError(f"Apache Beam refuses its flags: {error}") from error
     yield pipeline
     guard(pipeline)
@@ -161,13 +162,13 @@ def open_pipeline(beam_flags: list[str]) -> Iterator[beam.Pipeline]:
 
 
 def is_dataflow(beam_flags: list[str]) -> bool:
-    """Tell whether the workers are Google Cloud Dataflow's."""
+    """Return whether the workers are Google Cloud Dataflow's."""
     runner = pipeline_options(beam_flags).get_all_options()["runner"]
     return str(runner).rpartition(".")[2].lower() in DATAFLOW_RUNNERS
 
 
 def is_local_run(beam_flags: list[str]) -> bool:
-    """Tell whether the workers are on this machine."""
+    """Return whether the workers are on this machine."""
     runner = pipeline_options(beam_flags).get_all_options()["runner"]
     return runner is None or runner in LOCAL_RUNNERS
 
@@ -175,7 +176,7 @@ def is_local_run(beam_flags: list[str]) -> bool:
 def use_all_cores(beam_flags: list[str]) -> list[str]:
     """Add flags for a process on each core.
 
-    It is for long work on the local runner, and nothing is added where flags say how many.
+    Long work on the local runner uses it. Nothing is added where flags set the number of workers.
     FnApiRunner's own default is one thread.
     """
     cores = os.cpu_count() or 1
@@ -198,8 +199,7 @@ def local_workers(beam_flags: list[str]) -> int:
 def worker_threads(beam_flags: list[str]) -> int | None:
     """Return how many threads a local worker may use.
 
-    All workers together then compute with each core once. None = unknown machines, let torch
-    decide.
+    All workers together then use each core once. None = unknown machines, let torch decide.
     """
     if not is_local_run(beam_flags):
         return None

@@ -1,6 +1,6 @@
 """Declare the flags that stages share.
 
-The rest go to Beam unchanged.
+All other flags go to Beam unchanged.
 """
 
 import argparse
@@ -19,7 +19,7 @@ JOB_SERVER_OPTIONS = (
 
 
 def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
-    """Add flags for the encoders and what they see.
+    """Add flags for the encoders and their inputs.
 
     `embed` runs them, `doctor` looks for them.
     """
@@ -79,8 +79,7 @@ def new_parser(stage: str, description: str) -> argparse.ArgumentParser:
 def parse_with_beam(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Parse a stage's flags.
 
-    Returned are they and the flags for Beam. A flag that neither knows ends the program with a
-    suggestion.
+    Returns them and the flags for Beam. A flag unknown to both ends the program with a suggestion.
     """
     arguments, rest = parser.parse_known_args(argv)
     # Beam takes seconds to import: not for `--help`, nor for a flag of ours that is wrong.

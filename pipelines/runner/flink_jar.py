@@ -80,9 +80,9 @@ def _read_pool(data: bytes) -> _Pool:
 
 
 def listens_on_loopback(data: bytes) -> bool:
-    """Tell whether a class file gives gRPC an address.
+    """Return whether a class file passes an address to gRPC.
 
-    The class is `CLASS`. It may give a port alone instead.
+    The class is `CLASS`. An unpatched one passes a port alone.
     """
     return not _read_pool(data).methods("NettyServerBuilder", "forPort")
 
@@ -90,7 +90,7 @@ def listens_on_loopback(data: bytes) -> bool:
 def give_address(data: bytes) -> bytes:
     """Rewrite the class file to give gRPC an address.
 
-    Returned is the class file of `CLASS` with `forAddress(address)` in place of
+    Returns the class file of `CLASS` with `forAddress(address)` in place of
     `forPort(address.getPort())`.
 
     Raises:
@@ -102,7 +102,7 @@ def give_address(data: bytes) -> bytes:
     if len(calls) != 1 or len(ports) != 1:
         raise ValueError("it does not call NettyServerBuilder.forPort and InetSocketAddress.getPort")
     call, port = struct.pack(">H", calls[0]), struct.pack(">H", ports[0])
-    # The address is the method's second argument; of its port nothing is asked any more.
+    # The address is the method's second argument; its port is no longer read.
     before = _ALOAD_1 + _INVOKEVIRTUAL + port + _INVOKESTATIC + call
     after = _ALOAD_1 + _NOP * 3 + _INVOKESTATIC + call
     what = struct.unpack(">H", pool.entries[calls[0]][2][2:])[0]
@@ -137,7 +137,7 @@ def check_jar(path: str) -> None:
         ) from error
     if not local:
         raise InputError(
-            f"--flink_job_server_jar {path}: its servers listen on every interface and ask nobody who they are. "
+            f"--flink_job_server_jar {path}: its servers listen on every interface and authenticate nobody. "
             f"Run once: python -m pipelines.runner.flink_jar {path}"
         )
 
@@ -145,10 +145,10 @@ def check_jar(path: str) -> None:
 def patch_jar(path: str) -> bool:
     """Change the jar, in one step.
 
-    Returned is whether there was anything to change.
+    Returns whether there was anything to change.
 
     Raises:
-        InputError: it is no job server's jar that is known here. It is left as it was.
+        InputError: the file is not a known job server jar. It is left unchanged.
     """
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -160,7 +160,7 @@ def patch_jar(path: str) -> bool:
         shutil.copyfile(path, temporary)
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as jar:
             # The old entry's bytes stay, and the directory at the jar's end names the new one
-            # alone: nothing else is packed again.
+            # alone: nothing else is recompressed.
             jar.filelist.remove(jar.NameToInfo.pop(CLASS))
             jar.writestr(CLASS, patched)
         os.replace(temporary, path)

@@ -12,7 +12,7 @@ ROOT = "camenn"
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """A handler that writes to what stderr is at the moment.
+    """A handler that writes to the present stderr.
 
     A program may have replaced `sys.stderr` since the handler was made. `layout`: of a line, as
     `logging.Formatter` reads it.
@@ -29,7 +29,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 class _StageFormatter(logging.Formatter):
-    """A format that names the stage and nothing else of the logger.
+    """A format that names the stage alone.
 
     A record with `at` begins with it: nights are read with the times of their lines.
     """
@@ -40,9 +40,10 @@ class _StageFormatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Log camenn's own lines from INFO on, other libraries' from WARNING on.
+    """Send log lines to stderr.
 
-    Calling it again changes nothing.
+    They are camenn's own from INFO on, and other libraries' from WARNING on. Calling it again
+    changes nothing.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for handler in logging.getLogger().handlers:

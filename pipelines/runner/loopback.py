@@ -1,9 +1,9 @@
 """Keep Beam's own servers to this machine and user.
 
 FnApiRunner with several workers, and runners whose workers are this machine's, open gRPC ports for
-the workers. Beam binds them to every interface and asks nobody who they are, though whoever
-connects may read the job's data and any file of the user. Here they listen on loopback, and answer
-the user alone.
+the workers. Beam binds them to every interface and authenticates nobody, though whoever connects
+may read the job's data and any file of the user. Here they listen on loopback, and answer the user
+alone.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from schemas.errors import InputError
 _LOG = logging.getLogger(__name__)
 
 HOST = "localhost"
-"""What workers are told to connect to. It may mean either of `loopback_addresses`, so servers listen on both."""
+"""Address to which workers connect. It may mean either of `loopback_addresses`, so servers listen on both."""
 
 EVERYWHERE = ("", "*", "0.0.0.0", "[::]")
 
@@ -51,7 +51,7 @@ _new_async_server = grpc.aio.server
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host is this machine alone.
+    """Return whether a host is this machine alone.
 
     An IPv6 address may have `[...]` around it or not.
     """
@@ -81,7 +81,7 @@ def read_address(entry: str) -> tuple[str, int]:
 def peer_users(peer: str, ports: Iterable[int], tables: Iterable[str] = TABLES) -> set[int] | None:
     """Find the users at the other end of a connection.
 
-    Theirs are the sockets that are the other end of a connection to one of `ports`.
+    They own the sockets that are connected from `peer` to one of `ports`.
 
     Args:
         peer: gRPC's name of the other end, such as `ipv4:127.0.0.1:4711`.
@@ -108,8 +108,7 @@ def peer_users(peer: str, ports: Iterable[int], tables: Iterable[str] = TABLES) 
     users = set()
     for line in lines:
         _, local, remote, state, _, _, _, user, *_ = line.split()
-        # A socket that was closed on the other end, its call still on the way, is nobody's: the
-        # kernel shows it as root's.
+        # A socket that the other end closed while its call was in flight has no owner: the kernel shows it as root's.
         if state == ESTABLISHED and read_address(local) == wanted and read_address(remote)[1] in ports:
             users.add(int(user))
     return users
@@ -118,7 +117,7 @@ def peer_users(peer: str, ports: Iterable[int], tables: Iterable[str] = TABLES) 
 def served_users() -> set[int]:
     """Return the users who may connect.
 
-    They are this user, and root, who may do everything anyway.
+    They are this user, and root, who has every right anyway.
     """
     return {os.getuid(), 0}
 
@@ -126,11 +125,11 @@ def served_users() -> set[int]:
 class SameUser(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no annotations
     """An interceptor that refuses this machine's other users.
 
-    It refuses their calls where the system tells whose a connection is (Linux).
+    It refuses their calls where the system reports the owner of a connection (Linux).
 
     Args:
-        ports: those that the server listens on, also later.
-        remote: serve other machines too, of which nobody can tell the user.
+        ports: those that the server listens on, including ports added later.
+        remote: serve other machines too, whose users cannot be identified.
     """
 
     def __init__(self, ports: set[int], remote: bool = False) -> None:
@@ -178,7 +177,7 @@ def loopback_addresses() -> list[str]:
 class _LocalServer:
     """A gRPC server whose ports are on loopback.
 
-    It is so whatever address was asked for.
+    The requested address is ignored.
     """
 
     def __init__(self, server: Any, ports: set[int]) -> None:
@@ -204,7 +203,7 @@ class _LocalServer:
                 for other in others:
                     listen(f"{other}:{port}")
             except RuntimeError:
-                # Whoever has the port on the other address would be taken for us.
+                # A process with the port on the other address would be mistaken for this server.
                 if int(wanted) or attempt + 1 == _TRIES:
                     raise
             else:
@@ -242,22 +241,22 @@ def _unknown(what: str) -> InputError:
 def keep_servers_local() -> None:
     """Make Beam's gRPC servers listen on loopback.
 
-    Those that Beam makes in this process, from now on, listen there and answer this user alone.
+    Servers that Beam makes in this process from now on listen there and answer this user alone.
 
-    Not for a pipeline's time only: a pipeline that fails leaves threads of Beam's behind, which may
-    be about to make one.
+    The change outlasts the pipeline: a pipeline that fails leaves threads of Beam's behind, which
+    may be about to make one.
 
     Raises:
-        InputError: this Beam makes them in a way that is not known here. Nothing was opened.
+        InputError: this Beam version makes them in an unknown way. Nothing was opened.
     """
     handlers = importlib.import_module(_WORKER_HANDLERS)
     external = getattr(handlers, "ExternalWorkerHandler", None)
     if external is None or "host_from_worker" not in vars(external):
-        raise _unknown("it tells workers their server's address in another way")
+        raise _unknown("it passes workers their server's address in another way")
     for name, module in list(sys.modules.items()):
         if name.startswith("apache_beam.") and any(found is _new_server for found in vars(module).values()):
             raise _unknown(f"{name} makes them by itself")
     grpc.server = local_server
     grpc.aio.server = _refuse_async
-    # Beam tells a worker of its own machine that machine's name on the network.
+    # Beam gives a worker on its own machine that machine's network name.
     external.host_from_worker = lambda _: HOST

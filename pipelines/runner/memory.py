@@ -1,7 +1,6 @@
-"""Give freed memory back to the system.
+"""Release freed memory to the system.
 
-It was freed, but allocators keep it for later: between the stages of a long-lived process there is
-no later.
+Allocators keep freed memory for reuse, but the next stage of a long-lived process may not reuse it.
 """
 
 import ctypes
@@ -11,10 +10,10 @@ import pyarrow as pa
 
 
 def release_memory() -> None:
-    """Give unused memory back to the system.
+    """Release unused memory to the system.
 
-    It is what Arrow and, on Linux, the C library hold unused. It takes milliseconds, and values are
-    not touched.
+    Arrow and, on Linux, the C library hold it unused. Releasing takes milliseconds and touches no
+    values.
     """
     pa.default_memory_pool().release_unused()
     if sys.platform == "linux":

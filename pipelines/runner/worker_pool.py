@@ -6,12 +6,11 @@ They are for runners that ask for them (environment type EXTERNAL).
 
 Beam's own `apache_beam.runners.worker.worker_pool_main` listens on every interface, starts PATH's
 `python`, and never reads what its workers print, so that one which prints much hangs. This one
-listens on loopback unless told otherwise, starts its own interpreter, and gives each worker a log
-file.
+listens on loopback by default, starts its own interpreter, and gives each worker a log file.
 
-A worker runs whatever code its runner sends, as the user who started the pool: who may ask for one
-may be that user. On Linux the pool answers no other user of its machine. Other machines, which
-reach it with --host only, it cannot tell apart.
+A worker runs whatever code its runner sends, as the user who started the pool: whoever may request
+a worker can act as that user. On Linux the pool answers no other user of its machine. It cannot
+distinguish the users of other machines, which reach it with --host only.
 """
 
 import argparse
@@ -51,9 +50,9 @@ SdkHarness(sys.argv[1], worker_id=sys.argv[2], data_buffer_time_limit_ms=-1).run
 
 @dataclass(frozen=True)
 class _Worker:
-    """One started process and its runner's address.
+    """One worker process and its runner's address.
 
-    The address is that of the runner's process that it works for.
+    The address is that of the runner process that it serves.
     """
 
     name: str
@@ -62,7 +61,7 @@ class _Worker:
     port: int
 
     def is_wanted(self) -> bool:
-        """Tell whether somebody listens at the runner's side."""
+        """Return whether the runner's server still listens."""
         try:
             socket.create_connection((self.host, self.port), timeout=5).close()
         except OSError:
@@ -73,12 +72,12 @@ class _Worker:
 class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
     """A service that starts and ends workers for runners.
 
-    It starts a Python process for each worker that a runner asks for, and ends it when the runner
+    It starts a Python process for each worker that a runner requests, and ends it when the runner
     is done with it.
 
-    Several TaskManagers of one machine share a pool, and each numbers its workers from 1-1 on: what
-    a `StopWorker` means cannot be told from the name that it carries. So a worker is ended when the
-    server that it was started for is gone, which is what becomes of it in every case.
+    Several TaskManagers of one machine share a pool, and each numbers its workers from 1-1 on: the
+    name in a `StopWorker` request does not identify one worker. So a worker is ended when the
+    server that it was started for is gone, which happens in every case.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -120,7 +119,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
     def StopWorker(self, request: Any, context: Any) -> Any:
         """Answer Beam's call to stop a worker.
 
-        A worker of that name is not needed any more. See the class for why nothing is done here.
+        It does nothing, as the name is ambiguous: see the class.
         """
         return beam_fn_api_pb2.StopWorkerResponse()
 
@@ -133,7 +132,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
                     missed.discard(worker)
                     continue
                 if code is None and worker not in missed:
-                    # It notices by itself, as a rule, and ends.
+                    # Usually the worker notices by itself, and ends.
                     missed.add(worker)
                     continue
                 if code is None:

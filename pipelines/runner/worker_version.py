@@ -1,7 +1,7 @@
 """Compare a worker's installation with the submitter's.
 
-What is installed is told as a fingerprint. A worker whose camenn is not the submitter's must refuse
-the job, not answer it differently.
+An installation is identified by a fingerprint. A worker whose camenn differs from the submitter's
+must refuse the job rather than return other results.
 """
 
 import functools
@@ -25,7 +25,7 @@ _LIBRARIES = ("apache-beam", "torch", "transformers", "timm", "pyarrow", "pandas
 def library_versions() -> dict[str, str]:
     """Return the versions that results depend on.
 
-    They are without the part after `+`, which only tells a library's builds (CPU, CUDA) apart.
+    The part after `+` is dropped, which only distinguishes a library's builds (CPU, CUDA).
     """
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in _LIBRARIES:
@@ -47,7 +47,7 @@ def package_fingerprint() -> str:
     for package in _PACKAGES:
         sources = sorted((root / package).rglob("*.py"))
         if not sources:
-            raise RuntimeError(f"{root / package}: no source is there, so workers cannot be told from others")
+            raise RuntimeError(f"{root / package}: no source is there, so workers' versions cannot be compared")
         for path in sources:
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     for name, version in library_versions().items():
@@ -56,7 +56,7 @@ def package_fingerprint() -> str:
 
 
 def check_package(submitted: str) -> None:
-    """Hold this process's installation to the submitter's.
+    """Check this process's installation against the submitter's.
 
     Raises:
         InputError: they differ. It names the host and what to do.
@@ -68,17 +68,17 @@ def check_package(submitted: str) -> None:
             f"worker on {socket.gethostname()} has camenn package {mine} ({versions}), the "
             f"job was submitted with {submitted}. "
             "Install the same camenn and constraints.txt on every worker (or build the "
-            "worker image again), and start the workers anew."
+            "worker image again), and restart the workers."
         )
 
 
 class _Guarded:
     """A stand-in for a DoFn's `setup` and `start_bundle`.
 
-    The check comes before the first, and what fails there is raised by the second.
+    The check runs before the first, and the second raises its error.
 
-    Until a bundle starts the worker has not opened its data channel, for which Flink waits three
-    minutes before it hears of any error.
+    Until a bundle starts, the worker has not opened its data channel, and Flink waits three minutes
+    for that before it receives any error.
     """
 
     def __init__(self, fn: beam.DoFn) -> None:
@@ -110,6 +110,6 @@ class _Guard(PipelineVisitor):
 def guard(pipeline: beam.Pipeline) -> None:
     """Make every DoFn of a built pipeline check its worker.
 
-    It checks, before it does anything on a worker, that the worker's package is this process's.
+    Before any other work on a worker, it checks that the worker's package equals this process's.
     """
     pipeline.visit(_Guard())

@@ -1,4 +1,4 @@
-"""Carry a run of a stage from its lock to its publication.
+"""Carry a run from its lock to its publication.
 
 Every stage that publishes does the same twelve steps around its own work. They are here, once:
 
@@ -28,7 +28,7 @@ from pipelines.runs.publication import publish
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a run is to do, known before it begins."""
+    """The work of a run, known before it begins."""
 
     stage: str
     out: str
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a stage's own work made, for its manifest.
+    """The result of a stage's own work, for its manifest.
 
     `contracts`: table -> fingerprint of its contract. `summarise` returns the closing table.
     """
@@ -87,7 +87,10 @@ class RunContext:
 
     @functools.cached_property
     def place(self) -> tuple[str, str]:
-        """Name and directory of the run, made when first asked for."""
+        """Make the run's directory when first used.
+
+        Returns (name, directory).
+        """
         return new_run(self.request.out)
 
     @property
@@ -106,7 +109,7 @@ class RunContext:
         return time.monotonic() - self.started
 
     def paths(self, table: str) -> list[str]:
-        """Return the paths of a table's files that the job wrote."""
+        """Return a table's files, as the job wrote them."""
         return [record.path for record in self.records if record.table == table]
 
     def rows(self, table: str) -> int:
@@ -114,7 +117,7 @@ class RunContext:
         return sum(record.rows for record in self.records if record.table == table)
 
     def run_job(self, beam_flags: list[str], steps: beam.PTransform[Any, Any], scratch: str | None = None) -> None:
-        """Run a Beam job to its end and check its counts.
+        """Run a Beam job and check its counts.
 
         Args:
             beam_flags: Beam's own flags.
@@ -133,7 +136,10 @@ class RunContext:
         check_reject_rate(self.counts, self.request.max_reject_rate, read_rejects(self.records))
 
     def repeat_summary(self) -> dict[str, Any]:
-        """Return the published run's closing table, and log that nothing is to be done."""
+        """Return the published run's closing table.
+
+        It is logged that there is nothing to do.
+        """
         if self.latest is None:
             raise RuntimeError("nothing is published")
         stage_logger(self.request.stage).info(

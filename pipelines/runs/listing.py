@@ -1,4 +1,4 @@
-"""List the runs of an output: what is published, and what was before."""
+"""List the published runs of an output."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from schemas.manifest import KEEP, LATEST, MANIFEST, RUNS
 
 
 def list_runs(out: str, last: int = KEEP) -> dict[str, Any]:
-    """Describe the published run of an output, and the publications before it.
+    """Describe an output's published run and earlier publications.
 
     The keys are `out`, `stage`, `run`, `directory`, `published_at`, `tables` (rows and files by
     table), `gates`, `summary` (the closing table) and `publications` (the `last` ones, oldest

@@ -25,7 +25,7 @@ BUCKET_HOURS = 4
 def by_store(stores: list[str]) -> pa.Table:
     """Make one row per store and 4-hour bucket.
 
-    The row stands at the bucket's middle hour, and is for anybody.
+    The row has the bucket's middle hour, and no user.
     """
     rows = [
         (f"{store}@{start:02d}h", store, start + BUCKET_HOURS // 2)
@@ -159,7 +159,7 @@ def score_time(score_date: str) -> tuple[int, int]:
     except ValueError:
         date = None
     # The flag becomes a directory's name, score_date=YYYY-MM-DD: other spellings of a date would
-    # stand beside it as other days.
+    # become other directories.
     if date is None or date.isoformat() != score_date:
         raise InputError(f"--score_date {score_date}: not a date. Write it as 2026-01-31.")
     midnight = datetime.datetime(date.year, date.month, date.day, tzinfo=datetime.UTC)

@@ -1,4 +1,4 @@
-"""Hold the audience rows of a run as arrays."""
+"""Encode the audience rows of a run as arrays."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any

@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--shards",
         help=(
             "shard set that `camenn shards` wrote: the model must be calibrated on its latest closed days, or "
-            "the night is gated (default: not asked)"
+            "the night is gated (default: not checked)"
         ),
     )
     parser.add_argument(

@@ -1,8 +1,7 @@
-"""Count how much of tonight's input meets.
+"""Count how much of tonight's input is covered.
 
-This is counted of ids that join tables, pairs, photos, titles, and values that the model knows.
-
-It is counted before anything is scored.
+Counted are ids that join tables, pairs, photos, titles, and values that the model knows, before
+anything is scored.
 """
 
 from dataclasses import replace
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
 def check_ids(joins: dict[str, Join]) -> None:
     """Stop where ids of two tables are written differently.
 
-    This is where hardly a row joins, and most of them would join if they were written alike on both
-    sides.
+    That is the case where hardly a row joins, and most would join if both sides wrote ids the same
+    way.
 
     Raises:
         InputError: naming both files and columns, an example of each, and the change of form.
@@ -71,8 +70,8 @@ def id_joins(
     """Look up the ids by which the tables join.
 
     The tables are audience, candidates, users, stores, catalog and logs. Returns the joins by their
-    gates' names. What is missing tonight is looked up too, and not found: nights before may have
-    had it.
+    gates' names. A table that is missing tonight is looked up too, and counted as not found:
+    earlier nights may have had it.
     """
     sources = inputs.sources
 
@@ -93,7 +92,7 @@ def id_joins(
     )
     found["user_in_logs"] = join_ids(side("user_id"), seen)
     if "stores" in sources and "audience" not in sources:
-        # The table tells the local hour of who was active: an audience that is given has its own.
+        # The table `stores` gives the local hour of active users: a given audience has its own hours.
         zones = pa.array(list(inputs.tables.timezones), pa.string())
         found["store_in_stores"] = join_ids(side("store_id"), column_of(sources["stores"], "store_id", zones))
     found["logged_item"] = _logged_items(inputs.tables.clicks, listed("item_id"), log_counts)
@@ -106,8 +105,8 @@ def id_joins(
 def _logged_items(clicks: Source, listed: Side, counts: list[Count]) -> Join:
     """Count how many of the logs' events are of listings.
 
-    The listings are the catalog's. All events are counted. How the others' ids are written is told
-    from the clicks' last row group.
+    The listings are the catalog's. All events are counted. The written form of the other ids is
+    sampled from the clicks' last row group.
     """
     known, unknown = (sum(count.rows for count in counts if count.where == where) for where in ("out", "unknown_item"))
     asked = known + unknown
@@ -132,17 +131,17 @@ ROWS = {
     "candidate_audience": "rows of table 'candidates' have an audience_id of the audience",
     "candidate_item": "rows of table 'candidates' have an item_id of the catalog",
 }
-"""What a join counts, by the gate's name"""
+"""The quantity that a join counts, by the gate's name"""
 SAMPLES = ("user_in_logs", "user_in_users")
 SHARES = ("logged_item", "candidate_audience", "candidate_item")
 STRICT = ("store_id", "store_in_stores")
 PLAUSIBLE = ("user_in_logs", "user_in_users", "logged_item")
-"""Others may join few rows in good order: candidates of a whole city for a trial's audience, a catalog without
-stores"""
+"""Other joins may legitimately join few rows: candidates of a whole city for a trial's audience, a
+catalog without stores"""
 
 
 def cover_ids(joins: dict[str, Join]) -> list[Coverage]:
-    """Return what the gates are asked of each id join."""
+    """Return the coverage of each id join for the gates."""
     return [
         Coverage(
             name=name,
@@ -162,9 +161,9 @@ def cover_ids(joins: dict[str, Join]) -> list[Coverage]:
 
 
 def cover_night(inputs: "ScoreInputs", pairs: "Pairs") -> list[Coverage]:
-    """Return all that the gates ask of tonight's input.
+    """Return the coverage of tonight's input for the gates.
 
-    It is in order.
+    It is in the gates' order.
 
     Args:
         inputs: the run's inputs.
@@ -221,7 +220,7 @@ def cover_night(inputs: "ScoreInputs", pairs: "Pairs") -> list[Coverage]:
             asked=pc.sum(named).as_py() or 0,
             counted="listings that name a photo have an embedding of it",
             lacking=(
-                "see the table 'defects' of the embedding store: camenn embed tells there what is wrong with each photo"
+                "see the table 'defects' of the embedding store: camenn embed gives there the reason of each photo"
             ),
             least=LEAST_FOUND,
             plausible=True,
@@ -236,7 +235,7 @@ def cover_night(inputs: "ScoreInputs", pairs: "Pairs") -> list[Coverage]:
     known.append(("audience rows", "store", pairs.audience["store_id"], space.vocabularies["store"], LEAST_COVERAGE))
     for name in space.user_fields:
         column = name.removeprefix("user_")
-        # A column that is gone is one without values.
+        # A column that is gone counts as one without values.
         values = (
             pairs.fields[column]
             if column in pairs.fields.column_names
@@ -253,7 +252,7 @@ def _number(name: str, found: int, asked: int, counted: str) -> Coverage:
 def _cover_values(rows: str, name: str, column: pa.ChunkedArray, vocabulary: Vocabulary, least: float) -> Coverage:
     """Count the rows whose value the model knows.
 
-    The values are of one column. All others look alike to the model.
+    The values are of one column. The model cannot distinguish unknown values.
     """
     place = f"'{name.removeprefix('user_')}'" if name != "store" else "'store_id'"
     side = Side(ids=column, where=f"column {place} of the {rows}")
@@ -268,6 +267,6 @@ def _cover_values(rows: str, name: str, column: pa.ChunkedArray, vocabulary: Voc
         lacking=join.lacking,
         least=least,
         chance=name != "store" and rows == "audience rows",
-        # A vocabulary that is full holds the most frequent values of very many.
+        # A full vocabulary holds only the most frequent of very many values.
         plausible=len(vocabulary.values) < MAX_VOCABULARY,
     )

@@ -27,13 +27,12 @@ if TYPE_CHECKING:
 
 
 def find_pairs(options: ScoreOptions, inputs: ScoreInputs) -> Pairs:
-    """Find which pairs there are to score.
+    """Find the pairs to score.
 
     Catalog, logs and audience are read for it.
 
     Raises:
-        InputError: nothing is there to score, or ids are written otherwise in one table than in
-            another.
+        InputError: there is nothing to score, or two tables write ids differently.
     """
     tables = inputs.tables
     score_date = options.score_date or default_date(tables.clicks, tables.orders)

@@ -1,6 +1,6 @@
 """Gates that a night passes before readers see it.
 
-A night is held against nights published before, and against what makes sense on any night.
+A night is compared with nights published before, and with limits that hold on any night.
 """
 
 import math
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 NIGHTS = 7
 LEAST_COVERAGE = 0.98
-"""Of what a city has from night to night: listings, audience rows, and which of them meet."""
+"""Least share of the median that a night must reach in listings, audience rows and the pairs of both that meet."""
 MOST_RECODED = 0.02
-"""Ids that join once they are written alike are the same ids: more of them than listings may be lacking are no
-chance."""
+"""Ids that join after a change of form are the same ids: a share of them above the share of
+listings that may be missing is not chance."""
 OPTIONAL_TABLES = ("audience", "candidates", "users", "stores")
 MOST_MEAN_CHANGE = 0.20
 MOST_OFF = 0.20
@@ -39,46 +39,43 @@ as the mean CVR may move."""
 class Coverage:
     """The share of tonight's input found where it belongs.
 
-    These are `found` of `asked`.
+    The share is `found` of `asked`.
     """
 
     name: str
-    """The gate's name, and under which later nights look for it"""
+    """The gate's name, under which later nights look it up"""
     found: int
     asked: int
     counted: str
-    """What was found, as in '12 of 12 audience rows meet a listing'"""
+    """The finding in words, as in '12 of 12 audience rows meet a listing'"""
     least: float
-    """Share of the usual number that is due"""
+    """Least share of the usual number"""
     recoded: int = 0
-    """Further ones that would be found if their ids were written alike on both sides"""
+    """Further rows that would be found if both sides wrote their ids the same way"""
     most_recoded: float = 1.0
     """Share of `asked` that may be recoded, beyond what is usual"""
     lacking: str = ""
-    """Which were not found, an example of both sides, and what would fix it"""
+    """The rows not found, an example of both sides, and a remedy"""
     by_share: bool = False
-    """Compare found over asked: how many are asked is another night's business"""
+    """Compare the ratio of found to asked, as the number asked varies from night to night"""
     chance: bool = False
-    """The rows are a sample, other ones each night: two standard errors of it are allowed for"""
+    """The rows are a sample that differs each night: a tolerance of two standard errors is allowed"""
     plausible: bool = False
-    """Whether nearly none is a fault on a first night, too"""
+    """True where nearly none found is a fault on a first night, too"""
 
     @property
     def nearly_none(self) -> bool:
-        """Tell whether nearly none of those asked for was found."""
+        """Return whether nearly none of the requested rows was found."""
         return self.found < NEARLY_NONE * self.asked
 
     def counts(self) -> tuple[int, int, int]:
-        """Return the counts as a night keeps them."""
+        """Return the counts in the form that a night stores."""
         return self.found, self.asked, self.recoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Night:
-    """The facts kept of a night's scores for later nights.
-
-    Later nights are held against them.
-    """
+    """The figures of a night that later nights compare with."""
 
     listings: int
     audience_rows: int
@@ -89,7 +86,7 @@ class Night:
     model: str = ""
     """Version of the model that scored it"""
     coverage: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    """(found, asked, recoded) of each `Coverage` by name. Nights of an earlier camenn have none"""
+    """(found, asked, recoded) of each `Coverage` by name. Nights written by an earlier camenn have none"""
     tables: tuple[str, ...] = ()
     """Optional tables that were read"""
     overridden: tuple[str, ...] = ()
@@ -104,9 +101,9 @@ class Night:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Night":
-        """Return the night that `asdict` gave.
+        """Return the night from its `asdict`.
 
-        The `asdict` may be of this camenn or an earlier one.
+        This camenn or an earlier one may have written it.
         """
         read = {
             "histogram": tuple((int(place), int(count)) for place, count in value["histogram"]),
@@ -120,7 +117,7 @@ class Night:
     def of_manifest(cls, manifest: "Manifest") -> "Night | None":
         """Return the night of a published run.
 
-        The result is None where its camenn kept none.
+        The result is None where its camenn recorded none.
         """
         if "night" not in manifest.options:
             return None
@@ -136,26 +133,25 @@ def check_night(
     calibration: "Calibration | None" = None,
     coverage: Sequence[Coverage] = (),
 ) -> list[Gate]:
-    """Hold tonight against up to seven published nights.
+    """Compare tonight with up to seven published nights.
 
-    Tonight is held against their median.
+    Tonight is compared with their median.
 
     - Listings and audience rows: each at least 0.98 of the median.
     - Optional tables: those that most nights had.
     - `coverage`: each at least its `least` of the median of the nights that have it, and ids that
-      are merely written otherwise not above what is usual. Where no night has it, nearly none found
-      is a fault where that is `plausible` to say.
-    - Of the nights that the same model scored: mean CVR, within 20 % of the median, and PSI over
-      the deciles of the bin-wise median of their distributions, at most 0.2.
+      differ in form only not above the usual share. Where no night has it, nearly none found is a
+      fault where `plausible` is set.
+    - Against the nights that the same model scored: mean CVR, within 20 % of the median, and PSI
+      over the deciles of the bin-wise median of their distributions, at most 0.2.
     - `calibration`: predicted over observed orders on the latest closed days, within 20 % of 1
       beyond what chance explains.
 
-    On a new model's first night `calibration` is the only figure of its scores: another model's
-    distribution is another one, and says nothing of faults. The first night is held against nothing
-    but `coverage`.
+    On a new model's first night only `calibration` checks its scores: another model's distribution
+    differs without any fault. The first night is checked by `coverage` alone.
 
-    A gate compares with no night before one that was published by force although this gate had
-    failed: what somebody said is right is what is usual from then on.
+    Where a night was published by force although a gate had failed, that gate ignores all earlier
+    nights: the forced night defines what is usual from then on.
     """
     before = before[-NIGHTS:]
     gates = [gate for one in coverage for gate in _check_coverage(one, _since_forced(before, one.name))]
@@ -245,7 +241,7 @@ def _usual(values: Sequence[float]) -> tuple[float, str]:
 
     The latest value stands last.
 
-    Where most nights had none, the latest alone tells whether there is something to lose.
+    Where most nights had none, the latest night alone is the reference.
     """
     median = statistics.median(values)
     return (median, _median_of(len(values))) if median else (values[-1], _median_of(1))
@@ -254,8 +250,8 @@ def _usual(values: Sequence[float]) -> tuple[float, str]:
 def _since_forced(before: Sequence[Night], gate: str) -> Sequence[Night]:
     """Return the nights since one was forced through `gate`.
 
-    These are the nights from the latest one on that was published although `gate` had failed. They
-    are all nights where there is none.
+    They begin with the latest night that was published although `gate` had failed. Where there is
+    none, all nights are returned.
     """
     forced = [place for place, night in enumerate(before) if gate in night.overridden]
     return before[forced[-1] :] if forced else before

@@ -1,6 +1,6 @@
 """Read the inputs of the submitter of `camenn score`.
 
-The module also tells which pairs there are to score. It is shared by the run and by `--plan`.
+The run and `--plan` share the module.
 """
 
 import datetime
@@ -41,9 +41,9 @@ class ScoreOptions:
     timezone: str
     max_reject_rate: float
     precision: str = "fp32"
-    """"fp32", or "bf16" where only what can be among a row's best is computed in fp32"""
+    """"fp32", or "bf16" where only listings that can be among a row's best are computed in fp32"""
     shards: str | None = None
-    """Shard set on whose latest closed days the model must be calibrated, None = not asked"""
+    """Shard set on whose latest closed days the model must be calibrated, None = not checked"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +55,22 @@ class ScoreInputs:
 
     tables: DataTables
     audience: pa.Table | None
-    """The table `audience`, where it is there and asked for"""
+    """The table `audience`, where it exists and is requested"""
     candidates: Source | None
-    """The table `candidates`, where it is there"""
+    """The table `candidates`, where it exists"""
     store: Manifest
     package: "Package"
     sources: dict[str, Source]
-    """The tables that are there, by name"""
+    """The existing tables, by name"""
     fingerprints: dict[str, str]
-    """Of each input: those of one run and the next tell whether there is anything to do"""
+    """By input: equal fingerprints in two runs mean that nothing changed"""
     request: str
 
 
 def open_inputs(options: ScoreOptions) -> ScoreInputs:
     """Find the tables, the store and the model.
 
-    It is checked that they fit together.
+    It also checks that they fit together.
 
     Raises:
         InputError: one is missing or of the wrong kind, or the model was trained on other
@@ -111,10 +111,10 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
 def user_fields(users: pa.Table, audience: pa.Table) -> pa.Table:
     """Return the users' columns, a row for each audience row.
 
-    They come from the users table. The audience's own go before.
+    They come from the users table. The audience's own columns take precedence.
     """
     place = pc.index_in(audience["user_id"], value_set=users["user_id"].combine_chunks()).combine_chunks()
-    # A null user must not be found as a null key.
+    # A null user must not match a null key.
     place = pc.if_else(pc.is_null(audience["user_id"]).combine_chunks(), pa.scalar(None, pa.int32()), place)
     fields = users.take(place)
     for name in audience.column_names:
@@ -145,7 +145,7 @@ def check_encoders(store: Manifest, encoders: dict[str, Any], model: str) -> Non
 def default_date(clicks: Source, orders: Source) -> str:
     """Return the day after the smaller of both logs' ends.
 
-    Everything known is then read.
+    All known events are then read.
     """
     latest = latest_time()
     ends = [times.max() for times in (read_times(clicks, latest), read_times(orders, latest)) if len(times)]

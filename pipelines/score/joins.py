@@ -1,6 +1,6 @@
-"""Check that ids joining two tables are written alike.
+"""Check that two tables write ids the same way.
 
-If they are not, the module tells which change of form would make them so.
+Where they do not, the module finds the change of form that makes them equal.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +18,13 @@ FORMS: dict[str, Callable[[pa.Array], pa.Array]] = {
     "a '.0' at their end": lambda ids: pc.replace_substring_regex(ids, r"^(\d+)\.0$", r"\1"),
     "composed and decomposed letters": lambda ids: pc.utf8_normalize(ids, form="NFC"),
 }
-"""What programs do to ids on their way, by what then makes the difference. Each gives ids of which only that is left
-out."""
+"""Changes that programs make to ids, by a description of the difference. Each function returns ids
+with that difference removed."""
 SEARCHED_FROM = 0.02
-"""Share of rows that are not found, from which a change of form is looked for: some are always new"""
+"""Least share of rows not found from which a change of form is searched for: some ids are always new"""
 LEAST_DISTINCT = 0.99
-"""Of ids that a change of form must leave distinct: ids of which case, say, is a part are not the same without it."""
+"""Least share of ids that must stay distinct under a change of form: ids in which case matters, for
+example, are not the same without it."""
 AFFIXES_TRIED = 3
 
 
@@ -31,7 +32,7 @@ AFFIXES_TRIED = 3
 class Side:
     """One side of a join.
 
-    It has the ids, a row each, and where they stand.
+    It has the ids, one per row, and their location.
     """
 
     ids: pa.Array | pa.ChunkedArray
@@ -54,11 +55,11 @@ class Join:
     recoded: int = 0
     """Further rows that a change of form would join"""
     lacking: str = ""
-    """Which are not found, with an example of both sides, and what would fix it. '' where all are"""
+    """The rows not found, with an example of both sides, and a remedy. '' where all are found"""
 
 
 def join_ids(left: Side, right: Side) -> Join:
-    """Look the left ids up among the right ones.
+    """Count the left ids that the right side has.
 
     Nulls are left out.
     """
@@ -75,7 +76,7 @@ def join_ids(left: Side, right: Side) -> Join:
     if change and 2 * recoded > len(others):
         words += (
             f" ('{change.one}' here is '{change.other}' there). {recoded:,} of them would join if {change.words}: "
-            "write them alike in both"
+            "write them the same way in both"
         )
         return Join(asked=len(ids), found=found, recoded=recoded, lacking=words)
     there_are = f"values there are like '{known[0]}'" if len(known) else "it has none"
@@ -85,7 +86,7 @@ def join_ids(left: Side, right: Side) -> Join:
 
 @dataclass(frozen=True, kw_only=True)
 class _Change:
-    """A change of form, and what it makes equal."""
+    """A change of form and the ids made equal."""
 
     words: str
     same: pa.Array
@@ -119,8 +120,8 @@ def _distinct(ids: pa.Array) -> int:
 def _forms(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.Array]]:
     """Yield both ids without each difference of form.
 
-    Yields (words, lost ids, known ids) without each difference of form, and without all of them
-    that there are.
+    Yields (words, lost ids, known ids), with each difference of form removed in turn, and then with
+    all of them removed.
     """
     here, there, met = lost, known, []
     for words, change in FORMS.items():
@@ -134,11 +135,12 @@ def _forms(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.
 
 
 def _affixes(lost: pa.Array, known: pa.Array) -> Iterator[tuple[str, pa.Array, pa.Array]]:
-    """Yield both ids without what one side always has.
+    """Yield both ids without one side's common affix.
 
-    Yields (words, lost ids, known ids) without what stands before or after all ids of one side.
+    Yields (words, lost ids, known ids), with the prefix or suffix that all ids of one side share
+    removed.
 
-    Digits alone are none: they make other numbers.
+    Digits alone do not count as an affix: removing them would make other numbers.
     """
     if min(len(lost), len(known)) < 2:
         return

@@ -1,6 +1,6 @@
 """Cut audience rows and listings into work to score.
 
-The pieces are the pairs, chunks and tiles that are scored.
+The units are pairs, chunks and tiles.
 """
 
 from dataclasses import dataclass
@@ -33,10 +33,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """The pairs to score, and their features' sources.
-
-    It has all that their features come from.
-    """
+    """The pairs to score, and their features' sources."""
 
     score_date: str
     weekday: int
@@ -47,16 +44,16 @@ class Pairs:
     """What is known of each audience row's user, a column each"""
     log: Log
     candidates: Ints | None
-    """Rows of (audience, item) that were asked for, int64 [n, 2], None = all"""
+    """Rows of (audience, item) that were requested, int64 [n, 2], None = all"""
     candidates_unknown: int
     chunks: list[Chunk]
     rejects: pa.Table
     counts: list[Count]
     joins: dict[str, Join]
-    """How the ids of the tables join, by the gate's name"""
+    """Joins of the tables' ids, by the gate's name"""
 
     met: Ints
-    """How many listings each audience row is scored against, int64 [S]"""
+    """Number of listings that each audience row is scored against, int64 [S]"""
 
     @property
     def count(self) -> int:
@@ -66,7 +63,7 @@ class Pairs:
     def rows(self, top_k: int) -> int:
         """Count the rows that scores must have.
 
-        This is per audience row the smaller of top_k (0 = all) and the listings it meets.
+        Each audience row has the smaller of top_k (0 = all) and the number of listings it meets.
         """
         return int(np.minimum(self.met, top_k).sum() if top_k else self.met.sum())
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What workers read, under the run's directory.
+    """The files that workers read, under the run's directory.
 
     `records`: the files of it that are published. `images`, `titles`: the files of `contents/`.
     """

@@ -1,10 +1,10 @@
 """The as-of features at the score's own time.
 
-They are the features of every listing, and of every user, store and pair that has any.
+They are the features of every listing, and of every user, store and pair with events.
 
-Built by training's functions with the score's time as every query's time. Pairs without events are
-not stored: they have what a query without events gets (no counts, no last time). Written once per
-run and read by every worker.
+Training's functions build them, with the score's time as every query's time. Pairs without events
+are not stored: they get the values of a query without events (no counts, no last time). The
+snapshot is written once per run and read by every worker.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ ACTIVE_DAYS = 28
 def empty_value(name: str) -> float:
     """Return a feature's value without any event.
 
-    That is a count of 0, or a time since never.
+    The value is a count of 0, or NaN for the time since an event.
     """
     return np.nan if "days_since" in name else 0.0
 
@@ -174,7 +174,7 @@ def build_log(
 
     def codes(name: str) -> tuple[Ints, pd.Index]:
         of_clicks, of_orders, values = share_codes(click_log, order_log, name)
-        # Of users and stores, those count whose events do.
+        # Only users and stores of usable events get a code.
         code, met = pd.factorize(np.concatenate([of_clicks[click_frame[name]], of_orders[order_frame[name]]]))
         return code.astype(np.int64), pd.Index(values.take(pa.array(met)).to_pandas(), dtype=object)
 
@@ -316,7 +316,7 @@ class Snapshot:
         columns: dict[str, Floats] = {name: self.items[name][rows][None, :] for name in ITEM}
         distinct, place = np.unique(stores, return_inverse=True)
         columns |= {name: values[place] for name, values in self.store_item.dense(distinct, rows).items()}
-        # Rows without a user all look the same: one row stands for them.
+        # Rows without a user are identical: one row represents them.
         who, back = np.unique(users, return_inverse=True)
         for sparse, keys in ((self.pair, rows), (self.user_subcategory, subcategory), (self.user_brand, brand)):
             columns |= {

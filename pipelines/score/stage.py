@@ -82,9 +82,9 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
 def score_pairs(
     context: RunContext, inputs: ScoreInputs, pairs: Pairs, top_k: int, precision: str, beam_flags: list[str]
 ) -> dict[str, Any]:
-    """Score the pairs in a Beam job, and check that each has its score.
+    """Score the pairs in a Beam job.
 
-    Returns the scores' `score_statistics`.
+    It is checked that each has its score. Returns the scores' `score_statistics`.
     """
     prepared = prepare(inputs, pairs, context.latest, context.request.out, context.directory)
     local = is_local_run(beam_flags)
@@ -115,7 +115,7 @@ def describe_night(
     statistics: dict[str, Any],
     calibration: "Calibration | None",
 ) -> Outcome:
-    """Compare the scores with those of nights before, and describe them."""
+    """Compare the scores with earlier nights, and describe them."""
     night = Night(
         listings=pairs.items.num_rows,
         audience_rows=pairs.audience.num_rows,

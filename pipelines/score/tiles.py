@@ -1,6 +1,7 @@
-"""The workers' side of scoring.
+"""Score tiles on the workers.
 
-One tile of listings is scored against a chunk of audience rows. Then each row's best are ranked.
+One tile of listings is scored against a chunk of audience rows. Then each row's best listings are
+ranked.
 """
 
 import time
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 TIMED = 256
 """Listings and audience rows of the tile that `--plan` times."""
 ITEMS_READ = [name for name in ITEMS.names if name not in ("title", "image_uri")]
-"""Columns of the items that workers look at"""
+"""Columns of the items that workers read"""
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInput:
-    """The places where a worker finds what it needs.
+    """The locations of a worker's inputs.
 
-    All is written by the submitter under the run's directory.
+    The submitter writes them all under the run's directory.
     """
 
     directory: str
@@ -71,11 +72,11 @@ class WorkerInput:
     precision: str
     progress: str | None
     shared: Shared = field(default_factory=Shared)
-    """Holds what a process has read for all DoFns that this goes to"""
+    """Caches a process's inputs for all DoFns that share it"""
 
 
 def make_scorer(package: "Package", precision: str, top_k: int) -> "Scorer | Shortlist":
-    """Make what scores tiles in ``--precision``."""
+    """Make the scorer for `--precision`."""
     from camenn_model.scoring.scorer import Scorer
     from camenn_model.scoring.shortlist import Shortlist
 
@@ -187,8 +188,8 @@ class ScoreTile(_ModelDoFn):
         yield tile.chunk, files.ipc_bytes(best_of(cvr, np.arange(first, last), rows, self.given.top_k, allowed))
 
     def _audience(self, tile: Tile) -> Any:
-        # Only the chunk of the tile before is kept: a chunk's states are large (0.15 MB a row in
-        # `small`), and against a whole tile they cost a hundredth of its time.
+        # Only the previous tile's chunk is cached: a chunk's states are large (0.15 MB a row in
+        # `small`), and recomputing them costs a hundredth of a whole tile's time.
         if self.latest is None or self.latest[0] != tile.chunk:
             batch, history = self.audience.batch(slice(*tile.audience))
             self.latest = tile.chunk, self.scorer.audience_states(batch, self.table.history(history))
@@ -202,8 +203,8 @@ def measure_pace(
 
     The thread is of this machine.
 
-    A tile is scored of real audience rows and of real listings (`met`: their rows) without
-    embeddings and counts, which change nothing in its time.
+    The scored tile has real audience rows and real listings (`met`: their rows) without embeddings
+    and counts, which do not affect its time.
     """
     import torch
 
@@ -317,7 +318,8 @@ class RankChunk(beam.DoFn):
 class JudgeListings(beam.DoFn):
     """A step that makes the whole catalog's listing_quality table.
 
-    It takes any element. Percentiles need all of the catalog.
+    The input element is ignored. One step makes the whole table, as percentiles need all of the
+    catalog.
     """
 
     def __init__(self, directory: str, model_version: str) -> None:

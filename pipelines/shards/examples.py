@@ -1,11 +1,12 @@
 """Make examples in two passes: by user and by listing.
 
-The user pass makes sessions, labels and tastes. The listing pass makes the listing's counts. The
-module also puts their results together.
+The user pass makes sessions, labels, user and pair features, and histories. The listing pass makes
+the listing's counts. The module also joins their results.
 
-The user pass makes whole rows but for the listing's counts, and these rows go straight to their
-day. Only `QUERIES`, a few bytes of each, are shuffled by listing, and the counts meet the rows
-again under the row's number. Until then listings are codes, not ids. Pure table in, table out.
+The user pass makes complete rows except for the listing's counts, and these rows go straight to
+their day. Only `_QUERIES`, a few bytes of each, are shuffled by listing, and the counts are joined
+to the rows by row number. Until then listings are codes, not ids. All functions are pure, from
+table to table.
 """
 
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ _ITEM_EVENTS = pa.schema(
         ("store_id", pa.string()),
         ("kind", pa.int8()),
         ("time", pa.int64()),
-        # how many events of that listing, store and kind the row stands for
+        # number of events of that listing, store and kind that the row represents
         ("weight", pa.int64()),
     ]
 )
@@ -62,7 +63,7 @@ class UserResult:
     examples: pa.Table
     """`EXAMPLES` without the listing's counts, with ROW. item_id and history_item are codes, int32."""
     queries: pa.Table
-    """What to ask the listings: `_QUERIES`."""
+    """The queries to the listing pass: `_QUERIES`."""
     item_events: pa.Table
     rejects: list[pa.Table] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
@@ -91,7 +92,7 @@ def build_user_examples(
         clicks_table: all clicks of these users.
         orders_table: all orders of these users.
         item_ids: ids of the catalog in code order.
-        attributes: of each item code.
+        attributes: attributes of each item code.
         stage: name of the stage, for rejects.
         as_of: nothing after it is read, int64 microseconds. Clicks whose window ends after it are
             `open_window`.
@@ -150,7 +151,7 @@ def build_user_examples(
         ]
     )
     clicks = clicks.assign(user=click_user, label=happened.astype(np.int8))
-    # They count in the features of later sessions like any others.
+    # They count in the features of later sessions like all others.
     clicks = click_outcomes.keep(clicks, (clicks["session_start"] >= frozen_before).to_numpy(dtype=bool), "final_day")
     clicked_at = clicks["clicked_at"].to_numpy(np.int64)
     closed = click_outcomes.keep(clicks, (clicked_at + window <= as_of), "open_window")
@@ -188,9 +189,9 @@ def _item_events(
 ) -> pa.Table:
     """Make the events of one kind for `_ITEM_EVENTS`.
 
-    Every query is of a session that starts at `frozen_before` or later, for which all that was
-    earlier was before. Of such events of a listing in a store one row is left, at the first click,
-    or at the last order.
+    Every query is of a session that starts at `frozen_before` or later, so all earlier events
+    precede it. Such events of a listing in a store are reduced to one row, at the first click, or
+    at the last order.
     """
     early = time < frozen_before
     pair = item[early] * np.int64(max(1, len(store_ids))) + store[early]
@@ -263,7 +264,7 @@ def _describe(
 def _distinct_sessions(user: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the distinct (user, start), in that order.
 
-    Returned too is the place of each row's own among them.
+    Also returns each row's index among them.
     """
     order = np.lexsort((start, user))
     new = np.ones(len(order), dtype=bool)
@@ -302,8 +303,7 @@ def build_item_features(queries: pa.Table, item_events: pa.Table) -> pa.Table:
     clicks, orders, conversions = (
         np.flatnonzero(kind == value) for value in (CLICK_EVENT, ORDER_EVENT, CONVERSION_EVENT)
     )
-    # Which click converted does not matter to a listing's counts, only when: conversions stand as
-    # clicks of their own index.
+    # A listing's counts depend on when a click converted, not on which one: conversions have an index of their own.
     start = queries["session_start"].to_numpy()
     asked = Queries(
         user=np.zeros(len(start), dtype=np.int64),
@@ -331,9 +331,9 @@ def build_item_features(queries: pa.Table, item_events: pa.Table) -> pa.Table:
 
 
 def finish_examples(examples: pa.Table, counts: pa.Table, item_ids: pa.Array) -> pa.Table:
-    """Put whole rows together under `EXAMPLES`.
+    """Assemble complete rows under `EXAMPLES`.
 
-    A row has the user pass's columns, the counts of the same row, and ids in the place of codes.
+    A row has the user pass's columns, the counts of the same row, and ids instead of codes.
 
     Args:
         examples: rows of the user pass, in any order.
@@ -352,14 +352,14 @@ def finish_examples(examples: pa.Table, counts: pa.Table, item_ids: pa.Array) ->
 
 
 def cut_long_days(clicked_at: np.ndarray, rows: int) -> np.ndarray:
-    """Find where days of very many clicks are cut.
+    """Find the times at which large days are cut.
 
     Pieces are cut by time, not by users. One after another they are the day in order, however many
     there are.
 
     Args:
-        clicked_at: int64 microseconds [n], of the clicks that become examples, about.
-        rows: clicks that a piece has, about.
+        clicked_at: int64 microseconds [n], of approximately the clicks that become examples.
+        rows: approximate number of clicks of a piece.
 
     Returns:
         The first time of each piece but a day's first, int64 microseconds, in order.

@@ -1,12 +1,12 @@
-"""Tell a shard set's final days from its open days.
+"""Distinguish a shard set's final days from its open days.
 
-The module says which days are final, what a run keeps of the run before, and which part of the log
-each file belongs to.
+The module determines which days are final, which files a run keeps of the previous run, and which
+part of the log each file belongs to.
 
 A day is that of a session's start, UTC. It may change until attribution and late orders are over.
-Then it is final, and the next run takes its files as they are, whatever the logs say by then. Of a
-day that is still open, labels are computed again. Features stay what they were when a row was first
-built.
+Then it is final, and the next run keeps its files unchanged, whatever the logs contain by then. The
+labels of a day that is still open are computed again. Features keep the values from when a row was
+first built.
 """
 
 import datetime
@@ -33,9 +33,9 @@ from schemas.errors import InputError
 from schemas.training import EXAMPLES
 
 SAMPLE_SIZE = 16
-"""Exposures of each day that are remembered: the next run finds them again in a log that only grew."""
+"""Exposures of each day that are sampled and kept: the next run finds them again in a log that only grew."""
 ROW_SETTINGS = ("attribution_hours", "history", "timezone")
-"""Flags that rows depend on: under others, days do not fit together."""
+"""Flags that rows depend on: days built under different values cannot be combined."""
 
 
 def start_of(date: str) -> int:
@@ -80,9 +80,9 @@ class Kept:
 
 
 def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, late: int, out: str) -> Kept:
-    """Return what stays of the published run.
+    """Return the part of the published run that stays.
 
-    Nothing stays where there is no published run.
+    It is empty where there is no published run.
 
     Args:
         latest: manifest of the published run.
@@ -113,7 +113,7 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
             f"--as_of {np.datetime64(as_of, 'us')}: the days in {out} were built as of "
             f"{np.datetime64(before, 'us')}, which is later. {remedy}"
         )
-    # All of them, also those that this run does not read: it publishes them again.
+    # All of them are checked, also those that this run does not read: it publishes them again.
     latest.check("examples")
     frozen_before = (before - late) // DAY_US * DAY_US
     final: list[FileRecord] = []
@@ -135,19 +135,19 @@ def keep_days(latest: Manifest | None, settings: dict[str, object], as_of: int, 
 def sample_days(
     contract: Contract, slices: Iterable[Slice], latest: int, known: dict[str, list[int]] | None = None
 ) -> dict[str, list[int]]:
-    """Take a sample of each day of the click log.
+    """Take a bottom-k sample of each day's clicks.
 
-    Growth by late clicks leaves the sample nearly as it was. It has, of the numbers of the day's
-    clicks, uint64, the `SAMPLE_SIZE` least.
+    The sample (KMV) holds the `SAMPLE_SIZE` smallest of the numbers, uint64, of the day's clicks.
+    Late clicks hardly change it.
 
     A click's number begins with 32 bits of its time's hash and ends with 32 of its exposure's.
-    Exposures are hashed only where a time may be among the least.
+    Exposures are hashed only where a time may be among the smallest.
 
     Args:
         contract: of clicks.
-        slices: row groups to look at.
-        latest: clicks after it cannot be (`pipelines.io.clock.latest_time`).
-        known: the sample of the others.
+        slices: row groups to read.
+        latest: clicks after it are impossible (`pipelines.io.clock.latest_time`).
+        known: the sample of the other row groups.
     """
     found = {start_of(date) // DAY_US: np.array(numbers, dtype=np.uint64) for date, numbers in (known or {}).items()}
     names = ("exposure_id", "clicked_at")
@@ -171,8 +171,8 @@ def sample_days(
 def mix(time: np.ndarray) -> np.ndarray:
     """Mix each time into 32 bits.
 
-    Times that are near lie far apart in them. The result is uint64 [n]. This is the finalizer of
-    SplitMix64 (Steele et al. 2014).
+    Close times get distant values. The result is uint64 [n]. This is the finalizer of SplitMix64
+    (Steele et al. 2014).
     """
     bits = time.astype(np.uint64)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -181,9 +181,9 @@ def mix(time: np.ndarray) -> np.ndarray:
 
 
 def _least(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the least `count` distinct values in order.
+    """Return the `count` smallest distinct values in order.
 
-    All of them are returned where there are fewer.
+    All distinct values are returned where there are fewer.
     """
     size = 4 * count
     while size < len(values):
@@ -198,32 +198,32 @@ def _least(values: np.ndarray, count: int) -> np.ndarray:
 def check_same_log(kept: Kept, now: dict[str, list[int]], out: str) -> None:
     """Check that final days are still those that were built.
 
-    A log may grow, late clicks may come, and old days may leave it. But a final day must be the day
-    that was built.
+    A log may grow, late clicks may arrive, and old days may leave it. But a final day's clicks must
+    be those that it was built from.
 
     Raises:
         InputError: most exposures of a final day are not in the log any more.
     """
-    # Of the day at which the log begins a part may have left it.
+    # Part of the day at which the log begins may have left it.
     first = min(now, default="")
     for date in sorted((kept.dates & now.keys() & kept.samples.keys()) - {first}):
         known = kept.samples[date]
-        # Late clicks push some of the least hashes out of the sample, and none of those below its end.
+        # Late clicks push some of the smallest hashes out of the sample, and none of those below its end.
         end = now[date][-1] if len(now[date]) == SAMPLE_SIZE else np.inf
         expected = [value for value in known if value <= end]
         missing = len(set(expected) - set(now[date]))
         if expected and missing > len(expected) / 2:
             raise InputError(
                 f"table 'clicks': the clicks of {date} are not those that {out} was built from: {missing} of "
-                f"{len(expected)} exposures that were looked for are gone. "
+                f"{len(expected)} sampled exposures are gone. "
                 "Give --rebuild to build all days again, or another --out."
             )
 
 
 def keep_features(rows: pa.Table, paths: list[str]) -> pa.Table:
-    """Give an open day's examples the features of earlier runs.
+    """Restore the features of an open day's earlier examples.
 
-    Examples that earlier runs had keep the features that these gave them. Labels are the new ones.
+    Examples that earlier runs built keep those runs' features. Labels are the new ones.
     """
     if not paths or not rows.num_rows:
         return rows

@@ -10,7 +10,7 @@ from pipelines.shards.options import ShardOptions
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInputs:
-    """The tables and the store that a run reads, found and checked.
+    """The tables and the store that a run reads.
 
     No event has been read yet.
     """

@@ -1,15 +1,15 @@
 """The rows of the logs that a shard set keeps.
 
-They are kept so that the next run reads only what is new of the logs.
+They are kept so that the next run reads only new parts of the logs.
 
-A row group of a log file is known again by a hash of its bytes, wherever it lies by then. Its rows
-are kept as they came out of cleaning, in files of one bucket of users each, and go to the user pass
-from there. A row group that is new is read. One that is gone is forgotten with its rows. So the
-rows that a run sees are those of tonight's logs, row for row, whatever was known. A row group with
-a row that was rejected is read again each time, so that the reject names the file of tonight.
+A row group of a log file is identified by a hash of its bytes, wherever it lies by then. Its
+cleaned rows are kept in files of one bucket of users each, and go to the user pass from there. A
+new row group is read. The rows of one that is gone are dropped. So a run sees exactly the rows of
+tonight's logs, whatever was kept. A row group with a row that was rejected is read again each time,
+so that the reject names the file of tonight.
 
-Files are Arrow IPC streams, texts dictionary-encoded, in order of time. Their schema's metadata
-tells the bucket and how many rows are of which row group.
+Files are Arrow IPC streams, texts dictionary-encoded, in order of time. Their schema's metadata has
+the bucket and the number of rows of each row group.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from pipelines.runs.manifest import Manifest, check_records
 from schemas.contract import TIMESTAMP, Contract, without_dictionary
 
 MERGE = 8
-"""Files of a bucket from which on they are merged"""
+"""Number of a bucket's files from which on they are merged"""
 
 
 def kept_table(contract: Contract) -> str:
@@ -53,11 +53,11 @@ class Part:
     record: FileRecord
     bucket: int
     slices: dict[int, int]
-    """Number of a row group → rows that are of it"""
+    """Number of a row group → its rows"""
 
     @classmethod
     def read(cls, record: FileRecord) -> "Part":
-        """Read the part of a file that is there."""
+        """Read the file's record from its metadata."""
         with files.open_read(record.path) as handle:
             metadata = pa.ipc.open_stream(handle).schema.metadata
         slices = json.loads(metadata[b"slices"])
@@ -65,7 +65,7 @@ class Part:
 
     @property
     def partition(self) -> SpilledPartition:
-        """Return the file as what a shuffle brings."""
+        """Return the file as a partition of a shuffle."""
         return (self.record.path, 0, self.record.bytes)
 
 
@@ -78,15 +78,12 @@ class RowGroup:
     rows: int
     first: int | None = None
     last: int | None = None
-    """Its earliest and latest time, int64 microseconds, None where its file does not tell"""
+    """Its earliest and latest time, int64 microseconds, None where its file does not record them"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogPlan:
-    """The parts of one log to read and those kept.
-
-    It tells what is read tonight, and what is there already.
-    """
+    """The row groups of a log, read or kept."""
 
     contract: Contract
     groups: dict[str, RowGroup] = field(default_factory=dict)
@@ -97,10 +94,10 @@ class LogPlan:
     """Numbers of those whose rows are kept"""
     parts: tuple[Part, ...] = ()
     merged: frozenset[int] = frozenset()
-    """Buckets whose files become one tonight"""
+    """Buckets whose files are merged tonight"""
     next_number: int = 0
     forgotten: tuple[RowGroup, ...] = ()
-    """Those that were known and are gone"""
+    """Known row groups that are gone"""
 
     @property
     def fresh(self) -> tuple[Slice, ...]:
@@ -114,22 +111,22 @@ class LogPlan:
 
     @property
     def known_rows(self) -> int:
-        """Count the rows that are kept and count tonight."""
+        """Count the kept rows that are used tonight."""
         return sum(group.rows for group in self.groups.values() if group.number in self.known)
 
     @property
     def dropped(self) -> bool:
-        """Tell whether some kept rows no longer count.
+        """Return whether some kept rows are no longer used.
 
         Such rows are of row groups that are gone, or that are read again.
         """
         return any(not part.slices.keys() <= self.known for part in self.parts)
 
     def unsampled(self) -> tuple[list[Slice], set[str] | None]:
-        """Return what must be sampled again.
+        """Return the row groups and days to sample again.
 
-        The result is (row groups to look at for a sample of each day, the days whose sample of
-        before does not stand). None for the days means all.
+        The result is (row groups to read for a sample of each day, the days whose previous sample
+        is invalid). None for the days means all.
 
         A day from which rows have gone is sampled again, of all row groups that may have some of
         it.
@@ -153,8 +150,8 @@ def hash_row_groups(source: Source) -> list[tuple[str, Slice, RowGroup]]:
     """Hash every row group of a log.
 
     Returns (hash, place, the row group without its number) of every row group, in order. The hash
-    is SHA-256 of the bytes of the contract's columns and of their types. Row groups alike are told
-    apart by how many came before.
+    is SHA-256 of the bytes of the contract's columns and of their types. Identical row groups are
+    distinguished by their number of predecessors.
     """
     found: list[tuple[str, Slice, RowGroup]] = []
     time = time_column(source.contract)
@@ -194,12 +191,12 @@ def hash_row_groups(source: Source) -> list[tuple[str, Slice, RowGroup]]:
 def _span(statistics: pq.Statistics | None, kind: pa.DataType) -> tuple[int | None, int | None]:
     """Return the earliest and latest time of a column's statistics.
 
-    They are int64 microseconds. The result is (None, None) where the statistics do not tell, or
-    tell of times that cannot be.
+    They are int64 microseconds. The result is (None, None) where the statistics are missing or have
+    impossible times.
     """
     if statistics is None or not statistics.has_min_max or not pa.types.is_timestamp(kind):
         return None, None
-    # As Python's times they would end the run where they lie beyond its years.
+    # Converting times beyond Python's years to its datetime would end the run.
     raw = pa.array([statistics.min_raw, statistics.max_raw], pa.int64())
     try:
         first, last = (
@@ -217,9 +214,9 @@ def _name(metadata: pq.FileMetaData, place: int) -> str:
 def plan_logs(
     sources: Iterable[Source], latest: Manifest | None, rows_per_bucket: int
 ) -> tuple[dict[str, LogPlan], int]:
-    """Plan what is read of each log.
+    """Plan the reading of each log.
 
-    Returns ({table: what is read of it}, buckets of users). With `latest` None everything is new.
+    Returns ({table: its plan}, buckets of users). With `latest` None everything is new.
     """
     found = {source.contract.name: hash_row_groups(source) for source in sources}
     contracts = {source.contract.name: source.contract for source in sources}
@@ -234,7 +231,7 @@ def plan_logs(
         there = _count_rows(parts)
         now: dict[str, RowGroup] = {}
         for key, _, group in groups:
-            # Where rows were rejected, fewer are there than were read.
+            # Where rows were rejected, fewer are kept than were read.
             if key in before and there.get(before[key].number, 0) == group.rows:
                 now[key] = before[key]
             else:
@@ -259,7 +256,7 @@ def plan_logs(
 
 
 def _count_rows(parts: Iterable[Part]) -> dict[int, int]:
-    """Count the rows that are kept of each row group."""
+    """Count the kept rows of each row group."""
     there: dict[int, int] = {}
     for part in parts:
         for number, rows in part.slices.items():
@@ -268,7 +265,7 @@ def _count_rows(parts: Iterable[Part]) -> dict[int, int]:
 
 
 def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: int) -> dict[str, Any] | None:
-    """Return what the published run kept, where usable.
+    """Return the published run's kept rows, where usable.
 
     The result is {buckets, tables: {name: {groups, next, parts}}}.
     """
@@ -292,9 +289,9 @@ def _earlier(latest: Manifest | None, contracts: dict[str, Contract], needed: in
 
 
 def remember(plans: dict[str, LogPlan], buckets: int) -> tuple[dict[str, Any], list[FileRecord]]:
-    """Return what the manifest keeps of the logs.
+    """Return the manifest's entry for the logs.
 
-    The result is (what the manifest says of the logs, files of earlier runs that stay in use).
+    The result is (the manifest's entry, files of earlier runs that stay in use).
     """
     tables, kept = {}, []
     for name, plan in plans.items():
@@ -310,10 +307,10 @@ def remember(plans: dict[str, LogPlan], buckets: int) -> tuple[dict[str, Any], l
 def encode_rows(table: pa.Table) -> pa.Table:
     """Dictionary-encode the texts of a log's rows.
 
-    The rows, read just now or kept, come in one piece. Ids that hardly ever come again stay as they
-    are.
+    The rows, newly read or kept, come in one piece. Ids that hardly ever repeat stay plain strings.
     """
-    # First in one piece: dictionaries of thousands of pieces would be merged one by one, each time all their values.
+    # Combine the pieces first: the dictionaries of thousands of pieces would be merged one by one,
+    # each time with all values.
     table = table.combine_chunks()
     for place, column in enumerate(table.schema):
         if pa.types.is_string(column.type) and column.name not in UNCODED:
@@ -352,30 +349,30 @@ def write_rows(directory: str, contract: Contract, bucket: int, table: pa.Table)
 
 @dataclass(frozen=True, kw_only=True)
 class KeptRows:
-    """The facts of kept rows for the user pass.
+    """The user pass's facts about a log's kept rows.
 
-    They are what the user pass must know of one log's kept rows. The object travels to workers.
+    The object is serialized to workers.
     """
 
     contract: Contract
     directory: str
     """Of the run"""
     known: Ints
-    """Numbers of the row groups whose rows count, int64, in order"""
+    """Numbers of the row groups whose rows are used, int64, in order"""
     dropped: bool
     merged: frozenset[int]
 
     @classmethod
     def of(cls, plan: LogPlan, directory: str) -> "KeptRows":
-        """Make the kept rows' facts as planned."""
+        """Build from the log's plan."""
         known = np.array(sorted(plan.known), dtype=np.int64)
         return cls(contract=plan.contract, directory=directory, known=known, dropped=plan.dropped, merged=plan.merged)
 
     def join(self, bucket: int, kinds: dict[str, pa.Table]) -> tuple[pa.Table, list[FileRecord]]:
-        """Join a bucket's kept rows with those read just now.
+        """Join a bucket's kept rows with the newly read ones.
 
-        Returns (the log of a bucket of users, the files that keep what was read). The log has kept
-        rows and those read just now, texts dictionary-encoded.
+        Returns (the log of a bucket of users, the files that keep the newly read rows). The log has
+        both, texts dictionary-encoded.
         """
         pieces = []
         kept, fresh = kinds.get(kept_table(self.contract)), kinds.get(self.contract.name)

@@ -38,14 +38,14 @@ class Plan:
     clicks: Source
     orders: Source
     logs: dict[str, LogPlan]
-    """What is read of both"""
+    """The plans of both logs"""
     user_buckets: int
     item_rows: int
-    """About so many rows go from users to listings"""
+    """Approximate number of rows that go from users to listings"""
     items_path: str
     as_of: int
     latest: int
-    """Events after it cannot be"""
+    """Events after it are impossible"""
     window: int
     splits: SplitTimes
     timezones: dict[str, str]
@@ -58,14 +58,15 @@ class Plan:
     day_cuts: np.ndarray
     """See `cut_long_days`"""
     scratch: str | None = None
-    """Where shuffles lie, on the local runner (pipelines/io/shuffle.py)"""
+    """Directory of spilled partitions, on the local runner (pipelines/io/shuffle.py)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """The tables that need no worker, as the submitter wrote and counted them.
+    """The tables that need no worker.
 
-    `copies`: contents to copy from the store. `kept`: those that the published run has already.
+    The submitter wrote and counted them. `copies`: contents to copy from the store. `kept`: those
+    that the published run has already.
     """
 
     records: list[FileRecord]

@@ -54,14 +54,13 @@ class _ItemsDoFn(beam.DoFn):
 
 
 Day = tuple[str, int]
-"""(date of the session's start, piece of the day in order of time): what is written together."""
+"""(date of the session's start, piece of the day in order of time): the unit that is written together."""
 
 
 def cut_days(table: pa.Table, day_cuts: np.ndarray) -> Iterator[tuple[Day, pa.Table]]:
-    """Cut rows by the day that they are written with.
+    """Cut rows by day, or piece of a day.
 
-    The rows have `session_start`. They are cut by the day, or piece of a day, that they are written
-    with.
+    The rows have `session_start`.
     """
     if not table.num_rows:
         return
@@ -77,8 +76,8 @@ def cut_days(table: pa.Table, day_cuts: np.ndarray) -> Iterator[tuple[Day, pa.Ta
 class UserPass(_ItemsDoFn):
     """A step from a bucket of users to examples.
 
-    It yields (Day, examples without listing counts). Beside come what to ask the listings, their
-    events, and the files that keep what was read of the logs.
+    It yields (Day, examples without listing counts). Side outputs are the queries to the listing
+    pass, its events, and the files that keep the newly read rows of the logs.
     """
 
     def __init__(
@@ -236,7 +235,7 @@ class WriteDays(beam.DoFn):
 class BuildExamples(beam.PTransform[beam.Pipeline, Any]):
     """The composite from logs to examples.
 
-    Logs go in and examples come out. It yields what `FinishRun` wants.
+    It yields the inputs of `FinishRun`.
     """
 
     plan: Plan

@@ -1,4 +1,4 @@
-"""Plan a run of `camenn shards` from the times in the logs.
+"""Plan a run of `camenn shards`.
 
 The submitter reads both logs' times, and finds until when the log is known, which days are final,
 what must be read again, and where the test part begins.
@@ -46,7 +46,8 @@ _LOG = stage_logger(STAGE)
 class Prepared:
     """A plan, and what it was made from.
 
-    `due`: clicks whose window is closed, of the days that are not final. `samples`: of the days that
+    `due`: clicks whose window is closed, of the days that are not final. `samples`: of the days
+    that
     were read, see `sample_days`.
     """
 
@@ -82,7 +83,7 @@ def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndar
 
 
 def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, rebuild: bool, local: bool) -> Prepared:
-    """Read the logs' times, and plan what to read and build.
+    """Plan what to read and build.
 
     Args:
         context: the run.
@@ -159,9 +160,10 @@ def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, 
 
 
 def write_tables(context: RunContext, inputs: ShardInputs, kept: Kept) -> tuple[pa.Table, Tables]:
-    """Write the tables that need no worker: items, users, rejects of the catalog.
+    """Write the tables that need no worker.
 
-    Returns the items beside. Listings of final days that left the catalog are among them.
+    They are items, users and rejects of the catalog. Returns the items beside. Listings of final
+    days that left the catalog are among them.
     """
     latest, directory = context.latest, context.directory
     items, rejects, counts = load_items(STAGE, inputs.tables.catalog, inputs.store)

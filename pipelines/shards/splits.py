@@ -77,7 +77,7 @@ def split_times(clicked_at: np.ndarray, window: int, test_share: float) -> Split
 def split_records(records: list[FileRecord], splits: SplitTimes, directory: str) -> list[FileRecord]:
     """Enter final days under their present splits.
 
-    A file that a boundary runs through is written again, in pieces, under `directory`.
+    A file that a split boundary cuts is written again, in pieces, under `directory`.
     """
     found = []
     for number, record in enumerate(records):
@@ -86,7 +86,7 @@ def split_records(records: list[FileRecord], splits: SplitTimes, directory: str)
         if first == last:
             found.append(replace(record, split=str(splits.of(day)[0])))
             continue
-        # A boundary runs through the day: the sessions tell whether through the file.
+        # A boundary cuts the day: the session times show whether it cuts the file.
         with files.open_read(record.path) as handle:
             pieces = list(cut_splits(pq.read_table(handle), splits))
         if len(pieces) == 1:

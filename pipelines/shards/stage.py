@@ -101,7 +101,10 @@ def check_examples(built: int, due: int, kept: Kept, counts: dict[str, dict[str,
 
 
 def describe_shards(context: RunContext, inputs: ShardInputs, prepared: Prepared, *, rebuilt: bool) -> Outcome:
-    """Describe the shard set: new files, final days, and what the next run must know."""
+    """Describe the shard set for its manifest.
+
+    It has new files, final days, and what the next run must know.
+    """
     plan, tables = prepared.plan, prepared.tables
     kept_dates = plan.kept.dates
     log, log_files = remember(plan.logs, plan.user_buckets)

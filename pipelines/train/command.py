@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, train and print.
 
-    It is one of several processes where they were started.
+    With `--processes` this is one of several processes.
     """
     arguments = vars(build_parser().parse_args(argv))
     as_json = arguments.pop("json")

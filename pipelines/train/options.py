@@ -11,9 +11,9 @@ STAGE = "train"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags:
-    """One training, as its flags ask for it.
+    """One training run, as its flags describe it.
 
-    `camenn_model.training.corpus.TrainOptions` is what becomes of it on a machine.
+    `camenn_model.training.corpus.TrainOptions` is its resolved form on a machine.
     """
 
     shards: str

@@ -1,6 +1,6 @@
 """Train with several processes of one machine.
 
-They meet over a file and loopback: what torchrun opens listens on every interface.
+They meet over a file and loopback: torchrun's own ports listen on every interface.
 """
 
 import os
@@ -23,11 +23,12 @@ _LOOK_EVERY_S = 0.1
 def train_in_processes(count: int, argv: list[str]) -> None:
     """Run `camenn train` in several processes.
 
-    They are `count`, with `argv`, and run to their end. The first one prints what one alone would.
+    `count` processes run with `argv` to their end. The first one prints the output of a single
+    process.
 
     Raises:
-        InputError, GatesFailed, RuntimeError: one of them ended so. It has said why, and the others
-            are ended.
+        InputError, GatesFailed, RuntimeError: one of them ended so. It has printed why, and the
+            others are ended.
     """
     # The processes import torch, not this one.
     from camenn_model.training.distributed import MEETING
@@ -58,18 +59,18 @@ def train_in_processes(count: int, argv: list[str]) -> None:
             for process in started:
                 process.wait()
     if code == ExitCode.INPUT_ERROR:
-        raise InputError("a training process ended with what it says above.")
+        raise InputError("a training process ended with the error above.")
     if code == ExitCode.GATED:
         raise GatesFailed("the trained model, for the reason that stands above")
     if code:
-        raise RuntimeError(f"a training process ended with exit code {code}; it said why above")
+        raise RuntimeError(f"a training process ended with exit code {code}; see its message above")
 
 
 def _wait(started: list[subprocess.Popen[bytes]]) -> int:
     """Wait for the processes to end.
 
-    Returned is the first exit code that is not 0, as soon as a process ends with one. It is 0 when
-    all ended well.
+    Returns the first exit code that is not 0, as soon as a process ends with one. It is 0 when all
+    ended well.
     """
     while True:
         codes = [process.poll() for process in started]
@@ -82,5 +83,5 @@ def _wait(started: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    # As at a signal that nobody waits for, the others ended first.
+    # As after an unhandled signal: the other processes ended first.
     raise SystemExit(128 + number)

@@ -98,7 +98,7 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
 
 
 def resolve_training(options: TrainFlags, out: str, shards: str) -> "TrainOptions":
-    """Settle device, threads and pieces of a batch on this machine.
+    """Resolve device, threads and micro-batches on this machine.
 
     Raises:
         InputError: there is no such device.
@@ -139,7 +139,10 @@ def resolve_training(options: TrainFlags, out: str, shards: str) -> "TrainOption
 
 
 def describe_model(context: RunContext, metrics: dict[str, Any], shards: Manifest, challenge: bool) -> Outcome:
-    """Describe the package, and compare it with the published one if asked."""
+    """Describe the package for its manifest.
+
+    With `challenge`, it is compared with the published one.
+    """
     names = [name for name in sorted(os.listdir(context.directory)) if not name.startswith(".")]
     paths = {name: os.path.join(context.directory, name) for name in names}
     comparison = compare_with_published(context) if challenge else None
@@ -170,9 +173,10 @@ def is_readable(package: Path) -> bool:
 
 
 def compare_with_published(context: RunContext) -> "ModelComparison | None":
-    """Compare the new model with the published one on the latest closed days.
+    """Compare the new model with the published one.
 
-    None means that they cannot be compared, or that nothing is published.
+    The latest closed days are predicted. None means that they cannot be compared, or that nothing
+    is published.
     """
     if context.latest is None:
         return None

@@ -1,1 +1,1 @@
-"""Rules of the house: imports, docs, dependencies."""
+"""Rules of the project: imports, docs, dependencies."""

@@ -1,4 +1,4 @@
-"""Docstrings read easily: see scripts/language.py, whose counts are held to their limits here."""
+"""Docstrings are easy to read: the counts of scripts/language.py are within their limits."""
 
 from pathlib import Path
 

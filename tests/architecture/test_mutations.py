@@ -1,5 +1,5 @@
-"""The list of plausible bugs fits the code: a mutation whose snippet is gone would plant nothing, and count as if no
-test noticed it.
+"""The list of plausible bugs fits the code: a mutation whose snippet is gone would insert no bug,
+and count as if no test noticed it.
 """
 
 import dataclasses

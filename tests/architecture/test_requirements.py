@@ -1,4 +1,4 @@
-"""What setup.py asks for: nothing with a published vulnerability, and nothing that constraints.txt does not have."""
+"""The requirements of setup.py: none with a published vulnerability, and none that constraints.txt lacks."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The house's rules on who imports whom, read from the source: nothing is imported here."""
+"""The rules on imports between rooms, read from the source: nothing is imported here."""
 
 import ast
 import graphlib
@@ -42,8 +42,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "training": {"", "content", "data", "model", "evaluation"},
     },
 }
-"""Which rooms a room may import, besides itself; `""` = files beside the rooms. What is not listed is wrong: a stage
-never imports another."""
+"""Which rooms a room may import, besides itself; `""` = files beside the rooms. Imports that are
+not listed fail: a stage never imports another."""
 MOST_FILES = 14
 """In a room, `__init__.py` not counted"""
 

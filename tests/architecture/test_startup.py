@@ -1,6 +1,7 @@
 """Commands start at once.
 
-What `--help`, a wrong flag and a stage's own module import is seen in processes of their own.
+The imports of `--help`, of a wrong flag and of a stage's own module are checked in processes of
+their own.
 """
 
 import json

@@ -9,8 +9,8 @@ from benchmarks.quality.photos import over_seeds, recalls
 def test_each_description_stands_once() -> None:
     """Equal descriptions take no further place.
 
-    Of three photos of class 0 and one of class 1, all with the description of their class, two find
-    theirs first.
+    Of three photos of class 0 and one of class 1, all with the description of their class, two rank
+    it first.
     """
     classes = np.array([0, 0, 0, 1])
     of_photos = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], dtype=np.float32)

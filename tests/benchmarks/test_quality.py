@@ -1,7 +1,7 @@
 """The quality benchmark.
 
-Its statistics are held against slow references, its variants are tried one by one, and a small run
-does all of it.
+Its statistics are compared with slow references, its variants are tested one by one, and a small
+run covers everything.
 """
 
 import json
@@ -44,7 +44,7 @@ CITY = {"clicks": 3_000}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A tiny city, with stub embeddings (they say nothing: these tests are about the benchmark)."""
+    """A tiny city, with stub embeddings (they are meaningless: these tests are about the benchmark)."""
     found = World(name="quick", work=str(tmp_path_factory.mktemp("quality")), preset="tiny", city=CITY)
     found.directory.mkdir(parents=True)
     from simulator.config import preset_config
@@ -112,8 +112,8 @@ def test_what_is_hidden_is_hidden(world: World, corpus: Corpus, tmp_path: Path) 
     table = hide(corpus.table, corpus.space, images=True, titles=True)
     batch = table.batch(np.arange(len(table)))
     assert not batch.has_image.any() and not batch.has_text.any() and not batch.text_mask.any()
-    # Price stays, quality goes: columns are price, price_relative, price_alike (nothing is alike
-    # any more), then the five of quality and agreement.
+    # Price stays, quality goes: columns are price, price_relative, price_alike (no listing is
+    # similar any more), then the five of quality and agreement.
     assert (batch.buckets[:, 2:] == 0).all() and (batch.buckets[:, :2] > 0).any()
     assert (corpus.table.buckets[:, 2:] > 0).any(), "the corpus itself is as before"
     trainer, test = steps(world, corpus, "no_ids", tmp_path)
@@ -146,7 +146,8 @@ def test_displayed_attributes_are_the_truths(world: World, corpus: Corpus, tmp_p
             assert batch.text[place, 0, 1] == listing["organic"]
         if listing["image_corruption"] == "clean":
             assert batch.patches[place, 0, 1] == np.float16(listing["freshness"])
-    # It is told how well these agree, by buckets of its own: nothing is cut off at what embeddings ranged to.
+    # It has the agreement of these, in buckets of its own: values are not clipped to the range of
+    # the embeddings' agreement.
     reported = test.table.judge(test.space.agreement).agreement
     number = test.space.numbers["agreement"]
     known = reported[np.isfinite(reported)]
@@ -168,7 +169,7 @@ def test_gates_are_compared_on_the_same_listings(world: World, corpus: Corpus, t
             users_of[int(item)].add(int(user))
     begun = quality_job.gate_use(model, test, 0)["gates_apart"]
     # Gates start at 0: each sends everything to the same experts. Of two clicks of a listing, the
-    # first and the last of an order by chance, most are of two users.
+    # first and the last in random order, most are of two users.
     assert begun["cvr_ita"] == begun["ita_tia"] == begun["cvr_users"] == 0
     assert 0 < begun["listings"] <= sum(len(users) > 1 for users in users_of.values())
     with torch.no_grad():
@@ -254,7 +255,7 @@ def test_strata_by_hand() -> None:
 
 
 def test_strata_of_what_is_known_by_hand() -> None:
-    # Ordered with clicks and without any that the log knows, clicked, and neither; each with a photo and without.
+    # Ordered with clicks and without known clicks, clicked, and neither; each with a photo and without.
     orders, clicks = np.repeat([[2.0, 3], [1, 0], [0, 4], [0, 0]], 2, axis=0).T
     prior = judge.Prior(np.full(8, 9.0), clicks, orders, np.arange(8) % 2 == 0)
     rows = {name: np.flatnonzero(rows).tolist() for name, rows in judge.known_strata(prior).items()}
@@ -295,7 +296,7 @@ def test_draws_of_users_against_a_plain_bootstrap() -> None:
     for _ in range(300):
         chosen = rng.integers(0, 60, 60)
         rows = np.concatenate([np.flatnonzero(users == u) for u in chosen])
-        # Who is drawn twice is two people here, with sessions of their own.
+        # A user drawn twice is two users here, with sessions of their own.
         whose = np.repeat(np.arange(60), [np.count_nonzero(users == u) for u in chosen])
         apart = 1_000 * whose + sessions[rows]
         drawn["auc"].append(metrics.auc(labels[rows], one[rows]) - metrics.auc(labels[rows], other[rows]))
@@ -477,7 +478,7 @@ def test_jobs_run_after_what_they_need(tmp_path: Path, monkeypatch: pytest.Monke
     other_seed = threading.Event()
 
     def run_job(job: Job, _: Children) -> str:
-        # A tuning that takes longest: other seeds' baselines wait for it, other models do not.
+        # A slow tuning: other seeds' baselines wait for it, other models do not.
         if job.name == "small0-lightgbm-0":
             assert other_seed.wait(60)
         reported.append(job.name)
@@ -523,7 +524,7 @@ def test_what_a_failed_job_was_needed_for_is_left_out(
 
 
 def test_jobs_end_with_their_command(tmp_path: Path) -> None:
-    """SIGTERM to the command: what its threads run ends too, and what waits is not begun."""
+    """SIGTERM to the command: its threads' processes end too, and waiting jobs are not started."""
     script = tmp_path / "parent.py"
     script.write_text(
         """
@@ -554,7 +555,7 @@ with ThreadPoolExecutor(2) as pool, Children() as children:
 def test_tables_of_made_up_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole tables from results that are made up: `full` is the best by far, so claims hold; then it is not."""
+    """Complete tables from made-up results: `full` is the best by far, so claims hold; then it is not."""
 
     def expected(auc: float) -> dict[str, Any]:
         strata = {
@@ -646,7 +647,7 @@ def test_tables_of_made_up_results(
     ]
     publish(small, tmp_path, docs=False)
     reported = json.loads((tmp_path / "claims.json").read_text())
-    # States of both are made up to be alike.
+    # States of both are made equal.
     alike = {name for name in reported if name.endswith("states by a fitted map")}
     assert len(reported) >= 34 and all(claim["seeds"] >= 3 for claim in reported.values()), reported
     assert len(alike) == 3 and {name for name, claim in reported.items() if not claim["holds"]} == alike, reported
@@ -659,7 +660,7 @@ def test_tables_of_made_up_results(
         reported["no dead expert in any run"]["figure"]
         == "least mean gate weight 0.3000, city0-no_alignment-0 of 24 runs"
     )
-    assert "(0.450 to 0.600), 0.5 is asked for" in reported["content efficiency ≥ 0.65"]["figure"], "by their mean"
+    assert "(0.450 to 0.600), 0.5 is required" in reported["content efficiency ≥ 0.65"]["figure"], "by their mean"
     text = (tmp_path / "quality.md").read_text()
     assert "| no_alignment, states by a fitted map | 0.500" in text
     assert "| no_ids | 0.7400 | 0.7410 | 0.7420 |" in text, "seed by seed"

@@ -1,6 +1,6 @@
 """The quick variant of the quality benchmark.
 
-Its claims hold, on the demo's city and, where it is at hand, on the real log.
+Its claims hold, on the demo's city and, where available, on the real log.
 """
 
 import json

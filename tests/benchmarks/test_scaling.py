@@ -1,4 +1,4 @@
-"""The scaling benchmark end to end on a very small city: it measures, and what it compares is equal."""
+"""The scaling benchmark end to end on a very small city: it measures, and the compared outputs are equal."""
 
 import contextlib
 import io

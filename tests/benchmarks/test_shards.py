@@ -1,6 +1,6 @@
 """The benchmark of `camenn shards` against an expert's Polars.
 
-The examples are those that the Polars gives, to the bit, and the benchmark's figures are there.
+The examples are bitwise equal to those of Polars, and the benchmark's figures are present.
 """
 
 import contextlib

@@ -41,7 +41,7 @@ def test_fit_platt_survives_wild_logits() -> None:
 
 
 def platt_targets(labels: list[int]) -> list[float]:
-    """What each label is drawn to, by Platt (1999): a positive and a negative more than there are of each."""
+    """Smoothed targets of Platt (1999): one positive and one negative are added to the counts."""
     positives = sum(labels)
     negatives = len(labels) - positives
     return [(positives + 1) / (positives + 2) if label else 1 / (negatives + 2) for label in labels]
@@ -69,7 +69,9 @@ def test_fit_platt_meets_the_smoothed_targets(labels: list[int], logits: list[fl
 
 
 def test_fit_platt_of_a_separable_sample_is_a_known_line() -> None:
-    """By symmetry the intercept is 0, and the slope s solves σ(s) + 2 σ(2 s) = 3 · 3/4. Raw labels have no such end."""
+    """By symmetry the intercept is 0, and the slope s solves σ(s) + 2 σ(2 s) = 3 · 3/4. Raw labels
+    have no finite solution.
+    """
     low, high = 0.0, 10.0
     for _ in range(100):
         slope = (low + high) / 2
@@ -96,7 +98,7 @@ def test_fit_platt_never_turns_the_ranks() -> None:
     labels, logits = sample(-1.0, 0.0)
     found = fit_platt(labels, logits)
     assert (found.slope, found.intercept) == (1.0, 0.0)
-    assert "turn the ranks" in found.reason
+    assert "reverse the ranks" in found.reason
 
 
 def test_fit_platt_of_equal_logits_meets_the_base_rate() -> None:

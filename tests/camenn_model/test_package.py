@@ -1,4 +1,4 @@
-"""Files of tensors and packages: what a version depends on, what is refused, and that no file is ever half written."""
+"""Files of tensors and packages: the inputs of a version, refused files, and atomic writes."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ def package(tmp_path: Path) -> Package:
 
 
 def test_the_version_is_of_all_that_predictions_depend_on(package: Package) -> None:
-    """Scores of another calibration are other scores: they must not carry the same version."""
+    """Another calibration gives other scores, which must not carry the same version."""
     needed = {"config.json", "features.json", "likeness.safetensors", "agreement.safetensors", "calibration.json"}
     assert set(VERSIONED) == needed | {"model.safetensors"}
     versions = {package.version}

@@ -1,6 +1,6 @@
 """The whole way, once, on a tiny city.
 
-It runs the real encoders, Beam and CameNN. Then come what a consumer and a second run see.
+It runs the real encoders, Beam and CameNN. Then it checks the view of a consumer, and a second run.
 """
 
 import json
@@ -251,7 +251,7 @@ def test_second_run_encodes_nothing_and_changes_no_row(city: City, capfd: pytest
     assert embedded["encoded_images"] == embedded["encoded_titles"] == 0
     for again in (city.shards, city.train, city.score):
         assert again(capfd)["unchanged"] is True
-    # Done anew in earnest, every stage comes to the same rows, and the model to the same bits.
+    # Actually run again, every stage gives the same rows, and training a bitwise equal model.
     version = city.score(capfd)["model_version"]
     assert city.shards(capfd, "--rerun")["contents_copied"] == 0
     city.train(capfd, "--rerun")
@@ -290,7 +290,7 @@ def test_drafted_in_bf16_the_best_are_the_same_and_their_cvr_too(city: City, cap
 
 
 def test_a_night_that_lost_half_of_its_listings_is_gated(city: City, capfd: pytest.CaptureFixture[str]) -> None:
-    """Readers keep last night's scores, the exit code is 3, and what to do is said; then it is done."""
+    """Readers keep last night's scores, the exit code is 3, and the message gives the remedy, which then works."""
     scores = city.work / "scores"
     before = read_latest(str(scores))
     assert before is not None
@@ -305,7 +305,7 @@ def test_a_night_that_lost_half_of_its_listings_is_gated(city: City, capfd: pyte
         "--top_k",
         "10",
     ]
-    # The file itself comes back: one that was written anew would be another input for the tests below.
+    # The file itself is restored: a rewritten one would be another input for the tests below.
     aside = (city.data / "catalog.parquet").rename(city.work / "whole_catalog.parquet")
     try:
         pq.write_table(catalog.slice(0, catalog.num_rows // 2), city.data / "catalog.parquet")
@@ -363,7 +363,7 @@ def test_a_night_that_scored_a_tenth_is_gated_and_moves_no_bar(
         assert "2 of 12 audience rows meet a listing, 0.167 of the night published last" in said
         assert "36 of 36 different rows of table 'candidates' name an audience row and a listing, 0.100 of" in said
         assert read_latest(str(city.work / "by_candidates")) == before
-    # By force it is published, and is the usual one for what was overridden.
+    # By force it is published, and becomes the reference of the overridden gates.
     held = re.search(r"camenn publish (\S+) --force", said)
     assert held is not None and cli.main(["publish", held[1], "--force", "--reason", "a trial"]) == 0
     assert cut.score(capfd, "--rerun", out="by_candidates")["rows_out"] == 16
@@ -435,7 +435,7 @@ def test_nightly_runs_the_stages_and_changes_nothing_the_second_time(
     )
     before = table(city.work / "scores", "scores")
     night = city.run(capfd, "nightly", "--config", str(config))
-    # Scores are asked for the model's calibration now, which they were not by hand; all else is as it was.
+    # Scoring checks the model's calibration now, which it did not by hand; everything else is unchanged.
     assert night["encoded_images"] == 0
     assert night["stages"] == {
         "embed": "done",
@@ -455,7 +455,7 @@ def test_score_plan_counts_the_pairs_and_scores_nothing(city: City, capfd: pytes
     scored = city.run(capfd, "score", *city.score_flags("planned"), "--plan")
     assert before is not None and scored["pairs"] == before.summary["pairs"]
     assert scored["rows_out"] == before.rows("scores")
-    # Nothing was scored there yet: a tile tells how long it takes.
+    # Nothing was scored there yet: the time is estimated from a tile.
     assert scored["score_seconds"] > 0 and "tile" in scored["estimated_from"]
     assert not (city.work / "planned").exists()
     known = city.run(capfd, "score", *city.score_flags("scores"), "--plan")
@@ -556,7 +556,7 @@ DAMAGES = {
     "a manifest": ("scores/runs/*/manifest.json", "score", "fsck --out"),
     "published scores": ("scores/runs/*/scores/*/*", "report", "score --rerun"),
 }
-"""File → the command that reads it, and what it says is to be run"""
+"""File → the command that reads it, and the command that its message names"""
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

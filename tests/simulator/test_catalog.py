@@ -1,4 +1,4 @@
-"""Listings, their photos and titles, and what careless stores do to them."""
+"""Listings, their photos and titles, and their corruption by careless stores."""
 
 from dataclasses import replace
 

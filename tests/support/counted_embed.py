@@ -74,7 +74,7 @@ def main(data: str, store: str, log: str, chunk: str, weights: str) -> None:
 
 
 def run_quietly(errors: str, *arguments: str) -> None:
-    """`main`, with what it says in a file."""
+    """`main`, with its output in a file."""
     said = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)

@@ -1,4 +1,4 @@
-"""Edit the JSON documents of an output as a test wants them: with a checksum that fits again."""
+"""Edit the JSON documents of an output for a test, with a matching checksum."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ def edit_document(path: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 
 def vouch_for(path: Path) -> None:
-    """Let the manifest of the run that a file lies in vouch for what the file holds now."""
+    """Update the manifest of a file's run to the file's present content."""
     directory = next(parent for parent in path.parents if (parent / "manifest.json").exists())
 
     def change(manifest: dict[str, Any]) -> None:

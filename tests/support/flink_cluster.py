@@ -53,7 +53,7 @@ class FlinkCluster:
         )
 
     def up(self) -> None:
-        """Start what does not run; skips where the machine lacks what it takes."""
+        """Start the missing processes; skips where the machine lacks the requirements."""
         answer = self.script("up")
         if answer.returncode == LACKING:
             pytest.skip(f"no Flink here: {answer.stderr.strip().splitlines()[-1]}")

@@ -1,16 +1,16 @@
 """Kill commands between two system calls, and cut the power.
 
-What readers see must be the old run or the new one, whole.
+Readers must see the old run or the new one, whole.
 
     python -m tests.support.kill_lab --work WORK --data DATA --points 20 [--only publish,score] [--json]
 
 A command runs in a forked child, in which every call that changes a file is counted: open for
 writing, write, close, fsync, rename, remove, mkdir, rmdir. First it runs to its end to count them,
-then once for each chosen point, at which the child is killed by SIGKILL before that call. What lies
-on the disk is looked at four times: as it is, without the names that no fsync of their directory
-has made durable, with those names but without the bytes that no fsync of the file has made durable,
-and with a half of those names, drawn at random, and without the bytes. WORK is copied for each
-point, never changed. `--within publish` counts only calls inside of the publication.
+then once for each chosen point, at which the child is killed by SIGKILL before that call. The disk
+is examined in four states: as it is, without the names that no fsync of their directory has made
+durable, with those names but without the bytes that no fsync of the file has made durable, and with
+a half of those names, drawn at random, and without the bytes. WORK is copied for each point, never
+changed. `--within publish` counts only calls inside of the publication.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def _text(path: Any) -> str:
 
 @dataclass
 class Loss:
-    """What a power cut may take, after the calls of a process that was killed."""
+    """The possible losses in a power cut, after the calls of a killed process."""
 
     unsynced: set[str] = field(default_factory=set)
     """Files whose bytes may be gone"""
@@ -152,7 +152,7 @@ class Loss:
 
     @classmethod
     def of(cls, log: Path) -> "Loss":
-        """Of the calls that were recorded."""
+        """Build from the recorded calls."""
         loss = cls()
         for line in log.read_text().splitlines():
             call, *paths, _ = json.loads(line)
@@ -177,7 +177,7 @@ class Loss:
         return loss
 
     def lose_names(self, now: Path, before: Path, share: float, seed: int) -> None:
-        """Undo in `now` what was done to names, or to a share of them; what they named is in `before`."""
+        """Undo in `now` the changes of names, or of a share of them; the files that they named are in `before`."""
         draw = random.Random(seed)
         for path, (done, _) in sorted(self.names.items(), reverse=True):
             if draw.random() >= share:
@@ -202,7 +202,7 @@ class Loss:
 
 
 def seen(out: Path) -> str:
-    """What readers see of an output: the published run, whole; of a report its length."""
+    """The readers' view of an output: the published run, whole; for a report its length."""
     if (out / "index.html").exists():
         page = (out / "index.html").read_bytes()
         assert page.rstrip().endswith(b"</html>"), f"{len(page)} bytes of a page"
@@ -223,7 +223,7 @@ class Command:
 
 
 def commands() -> dict[str, Command]:
-    """The commands that publish, or change what is published."""
+    """The commands that publish, or change the published run."""
 
     def stage(name: str, out: str, *inputs: str) -> Command:
         def argv(data: Path, work: Path) -> list[str]:
@@ -270,7 +270,7 @@ def copy_tree(source: Path, target: Path) -> None:
 def try_points(
     name: str, command: Command, data: Path, work: Path, points: int, within: bool, scratch: Path
 ) -> Iterator[dict[str, Any]]:
-    """Kill a command at some points, spread evenly over all that it has; yields what was seen after each."""
+    """Kill a command at some points, spread evenly over all that it has; yields the readers' view after each."""
 
     def prepare(log: str) -> tuple[Path, Path]:
         root = scratch / "work"
@@ -287,7 +287,7 @@ def try_points(
     new = seen(root / command.out)
 
     def tell(found: str) -> str:
-        """Name what was seen. A stage's run, or a page, is another one each time that the command runs."""
+        """Name the readers' view. A stage's run, or a page, differs each time that the command runs."""
         if found in (old, new):
             return "old" if found == old else "new"
         fresh = found != "nothing" and not (work / command.out / "runs" / found).exists()
@@ -320,7 +320,7 @@ def try_points(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, kill, tell."""
+    """Parse, kill, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="with store, shards, model, scores (two runs), report")

@@ -45,7 +45,7 @@ def process_tree(root: int) -> set[int]:
 
 
 def listening(processes: set[int]) -> set[Socket]:
-    """What some processes listen on."""
+    """Sockets that some processes listen on."""
     owned = set()
     for process in processes:
         try:
@@ -71,7 +71,8 @@ def beyond_loopback(sockets: set[Socket]) -> set[Socket]:
 def listeners(process: int) -> Iterator[set[Socket]]:
     """Yield a set that fills while the block runs.
 
-    It fills with what the process, and those below it, listen on. What it had before is left out.
+    It receives the sockets that the process, and those below it, listen on. Earlier ones are left
+    out.
     """
     before, found, ended = listening(process_tree(process)), set[Socket](), threading.Event()
 
@@ -91,7 +92,7 @@ def listeners(process: int) -> Iterator[set[Socket]]:
 def every_command(root: Path) -> list[list[str]]:
     """Return all of camenn's commands, in a working order.
 
-    Each finds what it needs from those before. Those that run pipelines have two processes.
+    Each reads the outputs of the previous ones. Those that run pipelines have two processes.
     """
     encoders = {"image_weights": "random:0", "text_encoder": minilm(), "grid": "2", "max_tokens": "16"}
     data, places = (

@@ -62,10 +62,10 @@ def full_logits(model: CameNN, batch: Batch) -> Tensor:
 
 
 def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
-    """Return a pair's tokens, and its item times its tastes.
+    """Return a pair's tokens, and its preference product.
 
-    (tokens of one pair with both sides' vectors in the first, [X, d], and what the item is times
-    what the audience row likes)
+    (tokens of one pair with both sides' vectors in the first, [X, d], and the product of the item's
+    and the audience row's vectors)
     """
     i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
     items, history, sides = batch.items, batch.history, (model.item_tokens, model.audience_tokens)
@@ -107,7 +107,7 @@ def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
 
 
 def counts_logit(model: CameNN, batch: Batch, pair: int) -> Tensor:
-    """What the counts of one pair and its audience row say, number by number."""
+    """The count network's logit of one pair and its audience row, number by number."""
     counts, u = model.counts, int(batch.pairs.audience[pair])
     first = counts.bias.clone()
     for part, fields, values, buckets in (

@@ -138,7 +138,7 @@ def random_alignment(config: ModelConfig, *, items: int = 6, pairs: int = 8, see
 
 
 def awake(model: torch.nn.Module, seed: int = 0) -> None:
-    """Gives every parameter a size at which mistakes show: fresh gates are all zero and fresh weights tiny."""
+    """Scale every parameter so that mistakes show: initial gates are all zero and initial weights tiny."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

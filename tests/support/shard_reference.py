@@ -1,4 +1,5 @@
-"""What the shards stage must give, row by row: loops over dicts, nothing shared with the code under test.
+"""The expected output of the shards stage, row by row: loops over dicts, nothing shared with the
+code under test.
 
 Events are dicts with the columns of `clicks` and `orders`. Times are int microseconds, UTC. Slow on
 purpose, so that each rule can be read.
@@ -40,7 +41,7 @@ class Settings:
 
 @dataclass
 class Answer:
-    """Examples by (user, session, item), and what became of every row of a log: {outcome: rows}."""
+    """Examples by (user, session, item), and the outcome of every row of a log: {outcome: rows}."""
 
     examples: dict[tuple[str, str, str], Row]
     clicks: Counter[str]
@@ -160,7 +161,7 @@ def describe(
     catalog: dict[str, Row],
     history: int,
 ) -> Row:
-    """Every feature of (user, item, store) at `start`: from what lies before it, and nothing else."""
+    """Every feature of (user, item, store) at `start`, from earlier events alone."""
     clicks = [
         {**c, "known": c["ordered_at"] is not None and c["ordered_at"] < start}
         for c in clicks
@@ -237,7 +238,7 @@ def local_time(time: int, zone: str) -> datetime.datetime:
 
 
 def build(clicks: list[Row], orders: list[Row], catalog: list[Row], settings: Settings) -> Answer:
-    """Examples and books of two logs."""
+    """Examples and row counts of two logs."""
     listings = {row["item_id"]: row for row in catalog}
     counts: tuple[Counter[str], Counter[str]] = Counter(), Counter()
     usable, again = clean_clicks(clicks, set(listings), settings.as_of, counts[0])

@@ -78,7 +78,7 @@ _orders = st.fixed_dictionaries(
 def cities(draw: st.DrawFn, conflicts: bool = True) -> tuple[list[Row], list[Row], Settings]:
     """Draw (clicks, orders, settings) in no order.
 
-    There are copies of rows and, unless told otherwise, ids that stand on two different clicks.
+    There are copies of rows and, by default, ids on two different clicks.
     """
     clicks = draw(st.lists(_clicks, min_size=1, max_size=25))
     orders = draw(st.lists(_orders, max_size=12))
@@ -158,7 +158,7 @@ def event_table(rows: list[Row], contract: Contract) -> pa.Table:
 
 
 def items_table(rows: Iterable[Row]) -> pa.Table:
-    """What features are made of, of catalog rows."""
+    """The attributes of catalog rows from which features are computed."""
     return pa.Table.from_pylist(
         list(rows), schema=pa.schema([ITEMS_TABLE.schema.field(name) for name in ("item_id", *ATTRIBUTES)])
     )
@@ -194,7 +194,7 @@ def build_examples(
 
 
 def by_key(examples: pa.Table) -> dict[Any, Row]:
-    """Rows by (user, session, item), times as microseconds. Fails on a key that stands twice."""
+    """Rows by (user, session, item), times as microseconds. Fails on a duplicate key."""
     for name in ("session_start", "clicked_at"):
         examples = examples.set_column(examples.column_names.index(name), name, examples[name].cast(pa.int64()))
     rows = {(row["user_id"], row["session_id"], row["item_id"]): row for row in examples.to_pylist()}

@@ -237,7 +237,7 @@ def write_model(root: Path, run: str, names: list[str]) -> None:
 
 
 def make_metrics() -> dict[str, object]:
-    """What metrics.json holds."""
+    """The content of metrics.json."""
     edges = np.linspace(0.02, 0.44, 15)
     reliability = [
         {"predicted": float(p), "observed": float(p * 0.97 + 0.004 * (-1) ** k), "rows": 2100 + k}
@@ -313,7 +313,7 @@ def make_work(
             "reason": ["missing_image"],
             "detail": [
                 "item_id 'i000012': column 'image_uri': 'photos/gone.jpg' is not a file. "
-                "Upload the photo, or mend the address."
+                "Upload the photo, or fix the address."
             ],
         },
         schema=DEFECTS.schema,

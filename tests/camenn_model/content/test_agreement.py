@@ -1,4 +1,4 @@
-"""Photos and titles that belong together: against a slow reference, planted swaps, and what must not be known."""
+"""Photos and titles that belong together: against a slow reference, inserted swaps, and held-out information."""
 
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def test_figures_equal_a_slow_reference() -> None:
 
 
 def test_wrong_titles_are_told_from_vague_ones() -> None:
-    """A cosine takes the vague for wrong."""
+    """A cosine mistakes vague listings for wrong ones."""
     catalog = Catalog(3_000, vague=0.3, foreign=0.1)
     agreement = catalog.fit()
     found = agreement.judge(catalog.images, catalog.titles, catalog.rows, catalog.rows, catalog.fold)
@@ -96,7 +96,7 @@ def test_wrong_titles_are_told_from_vague_ones() -> None:
 
 
 def test_half_of_the_pairs_that_look_even_belong_together() -> None:
-    """Probabilities are of pairs half of which are own ones: they mean what they say."""
+    """Probabilities are for pairs half of which are own ones, and are calibrated."""
     catalog = Catalog(4_000, vague=0.2)
     agreement = catalog.fit()
     rng = np.random.default_rng(1)
@@ -113,7 +113,7 @@ def test_half_of_the_pairs_that_look_even_belong_together() -> None:
 
 @pytest.mark.parametrize("fold", [0, FOLDS - 2])
 def test_a_fold_s_judge_knows_nothing_of_its_pairs(fold: int) -> None:
-    """Other titles for the listings of a fold: what they are judged by does not see that."""
+    """Other titles for the listings of a fold do not change the fold's judge."""
     catalog = Catalog(300)
     mine = np.flatnonzero(catalog.fold == fold)
     swapped = Catalog(300)
@@ -194,7 +194,9 @@ def test_logistic_regression_is_where_its_gradient_is_0() -> None:
 
 
 def test_the_heads_read_what_they_are_named_for() -> None:
-    """ITA's photo stays: how well its title suits others is not asked; nor of TIA's title, how well its photo does."""
+    """ITA keeps the photo: the title's similarity to other photos is not used. TIA keeps the title:
+    the photo's similarity to other titles is not used.
+    """
     catalog = Catalog(300)
     agreement = catalog.fit()
     figures = np.array([[0.4, 0.5, 0.6], [0.4, 0.5, 0.1], [0.4, 0.1, 0.6]])

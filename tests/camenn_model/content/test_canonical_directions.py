@@ -24,7 +24,7 @@ LISTINGS, SHARED = 2_000, 5
 
 
 def views(seed: int, wide: int = 40, narrow: int = 24) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(features [n, wide], [n, narrow], what both tell [n, 5]): each view has as much of its own, and noise."""
+    """(features [n, wide], [n, narrow], shared latent [n, 5]): each view has as many latents of its own, and noise."""
     rng = np.random.default_rng(seed)
     common = rng.normal(size=(LISTINGS, SHARED))
     found = []
@@ -134,7 +134,7 @@ def test_the_penalty_is_that_of_the_slow_reference(listings: int, noise: float) 
 
 
 def test_few_listings_want_a_larger_penalty_than_many() -> None:
-    # What both tell is faint beside what each tells of its own: to hold back faint directions costs it.
+    # The shared latent is faint beside each view's own: a penalty on faint directions removes it.
     rng = np.random.default_rng(0)
     common = rng.normal(size=(500, SHARED))
     views = []
@@ -223,7 +223,7 @@ def test_a_started_model_finds_titles_of_photos_before_any_step() -> None:
     before = first()
     model.start_projections(torch.from_numpy(images), torch.from_numpy(titles))
     assert first() > max(0.5, 5 * before)
-    # The projection is the map: what it was computed from has mean 0 and the spread asked for.
+    # The projection is the map: the features it was computed from have mean 0 and the requested spread.
     with torch.no_grad():
         projected = model.item_tokens.patch(torch.from_numpy(images))[:, :SHARED]
         taste = model.audience_tokens.image(torch.from_numpy(images))[:, :SHARED]

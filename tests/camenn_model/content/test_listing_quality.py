@@ -1,4 +1,4 @@
-"""What flagged listings may have lost: by hand, and what must hold of any."""
+"""Lost orders of flagged listings: by hand, and properties of any input."""
 
 import numpy as np
 import pytest

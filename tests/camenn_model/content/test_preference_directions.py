@@ -1,4 +1,4 @@
-"""The space of tastes: against pairs of clicks taken one by one, and on clicks whose tastes are known."""
+"""The preference space: against pairs of clicks taken one by one, and on clicks with known preferences."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_it_finds_what_people_differ_in_and_not_what_stores_do() -> None:
     found = find_preferences(features, item, person, store, 4)
     first = found.directions[:, 0]
     assert np.abs(first).argmax() == 3
-    # 40 people are few: something of the others is in it.
+    # 40 people are few: the other directions contribute a little.
     assert np.abs(np.delete(first, 3)).max() < 0.4 * abs(first[3])
     assert found.shares[0] > 4 * found.shares[1]
-    # What tells little is short.
+    # Directions with little information are short.
     values = features[item] - np.stack([features[item[store == s]].mean(axis=0) for s in range(4)])[store]
     spread = (values @ found.directions).std(axis=0)
     expected = np.sqrt(found.shares / (found.shares + 1 / preference_directions.CLICKS)) * preference_directions.SPREAD

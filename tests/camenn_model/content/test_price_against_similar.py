@@ -1,4 +1,4 @@
-"""Prices against alike listings, against a slow obvious reference."""
+"""Prices against similar listings, compared with a slow obvious reference."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def test_rows_in_another_order_and_other_groups_change_no_bit() -> None:
 
 
 def shelf(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Photos and titles that tell which of two kinds a listing is of, among much else."""
+    """Photos and titles that identify which of two kinds a listing is of, among much else."""
     rng = np.random.default_rng(seed)
     kind = rng.integers(0, 2, count)
     images, titles = rng.standard_normal((count, 40)), rng.standard_normal((count, 30))
@@ -92,7 +92,7 @@ def test_vectors_are_cosines_of_what_there_is() -> None:
     rows = np.arange(400)
     vectors = found.vectors(images, titles, np.where(has_image, rows, -1), np.where(has_title, rows, -1))
     assert np.allclose((vectors**2).sum(axis=1), has_image.astype(int) + has_title)
-    # Whose photo and title they are does not matter, nor how many others there are.
+    # The rows of photo and title do not matter, nor the number of others.
     swapped = found.vectors(images[:50], titles, np.arange(50)[::-1], np.arange(50))
     assert np.array_equal(
         swapped[:, : vectors.shape[1] // 2][::-1][has_image[:50]], vectors[:50, : vectors.shape[1] // 2][has_image[:50]]

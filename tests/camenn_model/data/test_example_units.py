@@ -1,4 +1,4 @@
-"""What is read at a time depends on a day's rows, not on the files that they lie in."""
+"""The units of reading depend on a day's rows, not on their files."""
 
 import tempfile
 from pathlib import Path

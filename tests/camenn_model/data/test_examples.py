@@ -58,7 +58,7 @@ def test_half_of_the_foreign_listings_are_of_the_same_subcategory() -> None:
     found = np.stack([sampler.others(np.arange(rows), rng) for _ in range(20)])
     assert (found >= 0).all()
     near = (table.subcategory[sampler.rows[found]] == table.subcategory[None, :]).mean()
-    # Of those from anywhere a twentieth is near by chance.
+    # Of those from any subcategory a twentieth is near by chance.
     assert near == pytest.approx(0.5 + 0.5 / 20, abs=0.02)
 
 
@@ -119,7 +119,7 @@ def test_the_first_place_of_a_page_is_not_an_unknown_one() -> None:
 
 
 def test_a_session_that_goes_on_in_another_store_is_another_audience_row() -> None:
-    """Store and hour are told of the audience row: of two stores under one session, one would be told of both."""
+    """Store and hour are fields of the audience row: two stores under one session would share one store otherwise."""
     keys = [("u0", "a", "s"), ("u0", "a", "store"), ("u0", "b", "s"), ("u1", "a", "s"), ("u0", "a", "s")]
     found = reader().encode(
         examples([dict(zip(("user_id", "session_id", "store_id"), key, strict=True)) for key in keys])

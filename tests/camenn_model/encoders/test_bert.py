@@ -136,7 +136,7 @@ def test_text_encoder_refuses_a_model_that_lacks_weights(tmp_path: Path) -> None
 
 
 def test_encoders_load_and_run_on_threads_of_one_process() -> None:
-    """Runners load and run encoders so.
+    """Runners load and run encoders in this way.
 
     transformers sets torch's default dtype while it loads, and a tokenizer cannot be called twice
     at once.

@@ -1,4 +1,4 @@
-"""Models on days they have not seen: calibration and duels, against the figures worked out row by row."""
+"""Models on unseen days: calibration and comparison of champion and challenger, against figures computed row by row."""
 
 import json
 import re
@@ -145,7 +145,7 @@ def test_a_challenger_that_is_worse_is_kept_and_not_published(
     now = read_latest(str(city / "model"))
     assert now is not None and now.run == before.run
     monkeypatch.undo()
-    # The other way round: a model of one's own seed is no worse, so it takes over, and the duel is kept.
+    # The other way round: a model of the same seed is no worse, so it takes over, and the comparison is recorded.
     assert train(city, "--challenge", "--rerun") == 0
     after = read_latest(str(city / "model"))
     assert after is not None and after.run != before.run
@@ -157,7 +157,7 @@ def test_a_challenger_that_is_worse_is_kept_and_not_published(
 def test_a_city_without_photos_has_shards_and_is_scored_by_a_model_of_before(
     city: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No listing has a photo, or none that could be read. A model cannot be trained on it."""
+    """No listing has a readable photo. A model cannot be trained on it."""
     catalog = catalog_table()
     catalog = catalog.set_column(
         catalog.column_names.index("image_uri"), "image_uri", pa.nulls(len(catalog), pa.string())
@@ -198,7 +198,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def test_a_package_names_no_user_and_listings_in_one_file(city: Path) -> None:
-    """As docs/explanation/model.md says; stores are named among the features."""
+    """As in docs/explanation/model.md; stores are named among the features."""
     latest = read_latest(str(city / "model"))
     assert latest is not None
     package = city / "model" / "runs" / latest.run

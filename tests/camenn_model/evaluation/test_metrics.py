@@ -128,7 +128,7 @@ def plain_ece(y: np.ndarray, p: np.ndarray, bins: int) -> float:
 @given(examples, st.sampled_from([2, 3, 15]))
 def test_ece_equals_a_loop_over_bins_of_equal_mass(rows: Columns, bins: int) -> None:
     y, s, g = rows
-    # Squeezed, so that bins of equal width would hold most of them at once.
+    # Squeezed, so that a single bin of equal width would hold most of them.
     p = 1 / (1 + np.exp(-(s / 3 + g - 4)))
     assert metrics.ece(y, p, bins) == pytest.approx(plain_ece(y, p, bins))
 

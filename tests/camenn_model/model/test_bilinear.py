@@ -1,4 +1,4 @@
-"""The product of tastes: what its loss compares a click with, against loops."""
+"""The preference product: the alternatives in a click's loss, against loops."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_choice_is_the_log_odds_among_what_the_store_sells() -> None:
 def test_a_click_without_alternatives_costs_nothing() -> None:
     model = woken()
     ours, theirs = factors(2, FACTORS * model.config.width, 1), factors(2, FACTORS * model.config.width, 2)
-    # Two stores, one listing each: nothing says what else either of the two could have clicked.
+    # Two stores, one listing each: neither of the two clicks has an alternative.
     places = torch.tensor([0, 1])
     with torch.no_grad():
         choice = model.affinity.choice(ours, theirs, places, places, torch.tensor([1, 2]))
@@ -99,7 +99,7 @@ def test_tastes_start_as_large_as_they_are_worth_and_hand_both_sides_gradients(c
 
 
 def liked_by_orders(model: CameNN, batch: Batch) -> torch.Tensor:
-    """Pieces of the product [B, 3] as the CVR logit has them."""
+    """Pieces of the product [B, 3] as in the CVR logit."""
     items = model.item_tokens(batch.items)
     audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.liked(batch.history))
     ours, _ = model.affinity.vectors(items.summary, side=0)

@@ -119,7 +119,7 @@ def test_forward_ignores_what_padding_holds() -> None:
 
 
 def test_forward_takes_shorter_padding() -> None:
-    """Text and history cut to the longest present give the same answer."""
+    """Text and history cut to the longest present give the same result."""
     config = tiny_config()
     model = woken_model(config)
     batch = random_batch(config, seed=4)
@@ -176,7 +176,7 @@ def test_gradient_reaches_every_parameter() -> None:
     total = output.logits.square().sum() + aligned.ita.square().sum() + aligned.tia.square().sum()
     (total + aligned.similarities.diagonal().sum() + output.choice.square().sum()).backward()
     unreached = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
-    # What counts say, the linear part and the space of tastes are found before, and stay.
+    # The count network, the linear part and the preference space are fitted before, and stay fixed.
     found = ("wide.", "counts.", "item_tokens.tastes.image.", "item_tokens.tastes.text.")
     assert unreached == {name for name, _ in model.named_parameters() if name.startswith(found)}
 
@@ -223,7 +223,7 @@ def test_fit_features_standardises() -> None:
 
 @pytest.mark.slow
 def test_model_learns_a_rule_that_joins_photo_and_title() -> None:
-    """Ordered when the photo's sign equals the title's: neither alone tells anything."""
+    """Ordered when the photo's sign equals the title's: neither alone is informative."""
     torch.manual_seed(0)
     config = dataclasses.replace(
         tiny_config(shared_layers=1, width=32, heads=4), dropout=0.0, attention_dropout=0.0, modality_dropout=0.0

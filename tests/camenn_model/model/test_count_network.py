@@ -1,4 +1,4 @@
-"""What counts say together: fitted to what a sum of their parts cannot say; nothing where they say nothing."""
+"""Interactions of counts: fitted where a sum of their parts cannot represent them; 0 where there are none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_finds_what_two_counts_say_together_where_none_says_anything_alone() -> 
     found = fit(counts, train, stop, reported)
     assert len(reported) == EPOCHS
     logits = predict_logits(counts, test)
-    # The best that can be known are the two rates, half and half of the pairs.
+    # The best possible prediction is the two rates, each for half of the pairs.
     best = metrics.auc(test.label, (test.audience_buckets[:, 0] > 2) == (test.buckets[:, 0] > 2))
     assert metrics.auc(test.label, logits) > best - 0.02 > 0.65
     design = [
@@ -65,7 +65,7 @@ def test_finds_what_two_counts_say_together_where_none_says_anything_alone() -> 
 
 def test_says_nothing_where_counts_tell_nothing() -> None:
     train, stop = drawn(300, 4), drawn(300, 5)
-    # What is learned is wrong on the early-stop part: every pass is worse than none.
+    # The learned relation is wrong on the early-stop part: every epoch is worse than none.
     turned = dataclasses.replace(stop, label=1 - stop.label)
     counts = Counts(CONFIG)
     found = fit(counts, train, turned)

@@ -34,7 +34,7 @@ def test_gate_starts_at_zero_and_is_noisy_in_training_only() -> None:
 
 
 def test_in_training_pairs_go_where_the_noise_sends_them() -> None:
-    """Else experts that start out a little behind are never tried. What the balance is judged by has no noise."""
+    """Otherwise experts that start slightly behind are never tried. The balance is measured without noise."""
     torch.manual_seed(0)
     gate = Gate((4, 3), tiny_config())
     awake(gate)

@@ -48,7 +48,7 @@ def seen(wide: Wide, batch: Batch, liked: torch.Tensor | None = None) -> tuple[C
 
 
 def no_progress(done: int, total: int, note: str) -> None:
-    """Tells nobody."""
+    """Report nothing."""
 
 
 def one_hot(codes: torch.Tensor, size: int) -> np.ndarray:
@@ -83,7 +83,7 @@ def design_matrix(config: ModelConfig, catalog: Catalog, rows: WideRows) -> np.n
 
 
 def learnable(examples: int, seed: int) -> tuple[ModelConfig, Wide, Catalog, WideRows]:
-    """Examples whose labels follow from another linear part and from what is liked."""
+    """Examples whose labels follow from another linear part and from preferences."""
     config = tiny_config()
     batch = random_batch(config, items=60, audience=80, pairs=examples, seed=seed)
     torch.manual_seed(seed)
@@ -136,7 +136,7 @@ def test_the_penalty_is_the_one_with_the_least_loss_on_other_examples() -> None:
         logits = BASE + wide.of_examples(catalog, stop) + stop.part_logits @ torch.tensor(found.coefficients)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, stop.label)
     assert float(loss) == pytest.approx(found.loss, abs=1e-6)
-    # Labels that nothing explains are best left to the base rate.
+    # Unexplained labels are best predicted by the base rate.
     order = torch.randperm(half, generator=torch.Generator().manual_seed(0))
     noise = dataclasses.replace(train, label=train.label[order])
     assert fit_wide(wide, BASE, catalog, noise, stop, no_progress).penalty == PENALTIES[0]

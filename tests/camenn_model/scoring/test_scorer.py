@@ -69,7 +69,7 @@ def test_score_tile_equals_the_plain_forward(
 def test_score_tile_computes_only_chosen_experts() -> None:
     config = tiny_config(experts=4, top_k=1)
     model = woken(config)
-    with torch.no_grad():  # a gate that looks at items alone and is sure of itself
+    with torch.no_grad():  # a gate that depends on items alone, with large margins
         of_items, of_users = model.cvr_gate.weights
         assert isinstance(of_items, torch.nn.Linear) and isinstance(of_users, torch.nn.Linear)
         of_items.weight.mul_(50)

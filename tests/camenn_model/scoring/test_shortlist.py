@@ -77,7 +77,7 @@ def test_a_draft_that_errs_more_than_reckoned_with_is_not_believed(monkeypatch: 
 
     def wrong(*given: Any) -> torch.Tensor:
         asked.append(given)
-        # From the second tile on the ranks are turned.
+        # From the second tile on the ranks are reversed.
         return honest(*given) if len(asked) == 1 else -honest(*given)
 
     monkeypatch.setattr(shortlist.drafts, "score_tile", wrong)
@@ -92,7 +92,7 @@ def test_keeping_all_is_refused() -> None:
 
 @dataclass
 class Given:
-    """Logits in the place of a scorer's, and the pairs that were asked for."""
+    """Given logits instead of a scorer's, and the requested pairs."""
 
     logits: torch.Tensor
     asked: list[torch.Tensor] = field(default_factory=list)
@@ -109,8 +109,8 @@ MODEL = CameNN(tiny_config()).eval()
 def run_tiles(
     shortlist: Shortlist, tiles: list[tuple[torch.Tensor, torch.Tensor]], slack: float | None = None
 ) -> list[torch.Tensor]:
-    """What a shortlist makes of tiles of (drafts, exact logits) [S, I] of the same audience rows; with `slack`, that
-    one is given to it before each.
+    """A shortlist's result for tiles of (drafts, exact logits) [S, I] of the same audience rows;
+    `slack` is set on it before each.
     """
     rows = len(tiles[0][0])
     nothing: Any = None
@@ -160,8 +160,8 @@ def test_a_draft_may_be_two_slacks_behind_and_be_the_best(exact: list[float], dr
 
 
 def test_what_is_best_so_far_is_no_draft() -> None:
-    """The first tile's best has a draft a slack too high, the second one's a slack too low: held against a draft it
-    would be left out.
+    """The first tile's best has a draft a slack too high, the second one's a slack too low:
+    compared with a draft it would be left out.
     """
     tiles = [(torch.tensor([[6.0]]), torch.tensor([[4.0]])), (torch.tensor([[3.0]]), torch.tensor([[5.0]]))]
     assert torch.cat(run_tiles(Shortlist(MODEL, 1), tiles, slack=2.0), dim=1).tolist() == [[4.0, 5.0]]

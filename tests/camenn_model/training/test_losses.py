@@ -56,7 +56,7 @@ def test_contrastive_loss_masks_the_same_product() -> None:
 
 
 def test_contrastive_loss_looks_both_ways() -> None:
-    """A photo that draws every title is wrong for the titles, though each photo finds its own."""
+    """A photo that is nearest to every title is wrong for the titles, though each photo's nearest title is its own."""
     similarities = torch.tensor([[2.0, 0.0], [5.0, 6.0]])
     photos = [math.log(1 + math.exp(0.0 - 2.0)), math.log(1 + math.exp(5.0 - 6.0))]
     titles = [math.log(1 + math.exp(5.0 - 2.0)), math.log(1 + math.exp(0.0 - 6.0))]

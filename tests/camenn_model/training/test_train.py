@@ -1,7 +1,7 @@
 """Training over a small shard set.
 
-It resumes to the same bits, is the same however many processes share it, and writes a package that
-opens.
+It resumes with bitwise equal results, is equal with any number of processes, and writes a package
+that opens.
 """
 
 import itertools
@@ -87,7 +87,7 @@ class Killed(Exception):
 
 
 def same_to_the_bit(one: Trainer, other: Trainer) -> None:
-    """Averages and moments, where the best weights may have been found before the kill."""
+    """Averages and moments, where the best weights may be from before the kill."""
     for name, tensor in one.ema.state_dict().items():
         assert torch.equal(tensor, other.ema.state_dict()[name]), name
     moments = [trainer.optimizer.state_dict()["state"] for trainer in (one, other)]
@@ -207,8 +207,8 @@ def test_each_step_and_piece_draws_its_own_dropout(
     for _ in range(2):
         trainer = quick_trainer(trainers, shards, tmp_path, micro_batches=2)
         drawn.append([])
-        # Asked whenever a piece is computed, the generator tells by its next numbers which dropout the piece would
-        # have drawn.
+        # Read whenever a piece is computed, the generator's next numbers identify the dropout that
+        # the piece would draw.
         trainer.objective.register_forward_pre_hook(
             lambda *_: drawn[-1].append(tuple(torch.rand(4, generator=torch.default_generator.clone_state()).tolist()))
         )
@@ -219,7 +219,7 @@ def test_each_step_and_piece_draws_its_own_dropout(
 
 
 def test_patience_counts_evaluations_in_a_row(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is worse, then a better one, then two that are worse: two in a row end it, not three in all."""
+    """One worse, then a better one, then two worse: two in a row end it, not three in total."""
     trainers: list[Trainer] = []
     losses = iter([0.9, 0.8, 0.85, 0.7, 0.75, 0.7, 0.1, 0.1])
     steps = recorded_losses(monkeypatch, trainers, lambda step: next(losses))
@@ -420,7 +420,7 @@ def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(
         gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
     for name, whole in gradients[0].items():
-        # With one patch a photo its place says nothing: the gradient is nothing but rounding.
+        # With one patch a photo its position carries no information: the gradient is only rounding.
         if name not in ("item_tokens.row", "item_tokens.column"):
             torch.testing.assert_close(
                 gradients[1][name], whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()), msg=name
@@ -449,7 +449,7 @@ def test_with_clicks_each_listing_is_aligned_a_few_times_at_most(
             aligned.append(all(piece.alignment is not None for piece in share.pieces))
             assert aligned[-1] == any(piece.alignment is not None for piece in share.pieces)
             trainer.state.step += 1
-    # No more than was asked for and the step that reached it; at least half of it where there are steps enough.
+    # No more than requested and the step that reached it; at least half of it where there are enough steps.
     most, of_step = passes * len(trainer.sampler), pieces * len(trainer.sampler)
     assert min(most, of_step * len(aligned)) / 2 <= sum(drawn) <= most + of_step * (passes > 0)
     assert any(aligned) == (passes > 0)
@@ -556,8 +556,8 @@ def test_training_that_is_not_finite_stops_and_writes_the_batch(shards: str, tmp
     written = json.loads(path.read_text())
     assert len(written["item_id"]) == len(written["label"]) == len(written["session_start"]) > 0
     assert set(written["item_id"]) <= set(trainer.corpus.table.ids.to_pylist())
-    # No step was taken. The counts, the linear part, the tastes' worth that it finds, and their
-    # space come before the first.
+    # No step was taken. The count network, the linear part, its coefficient of the preferences, and
+    # the preference space come before the first.
     after = trainer.model.state_dict()
     found = ("wide.", "counts.", "item_tokens.tastes.", "affinity.audience.out.")
     fitted = {name, "affinity.worth", *(key for key in before if key.startswith(found))}
@@ -574,7 +574,7 @@ def test_collate_holds_each_item_and_session_once(shards: str, tmp_path: Path) -
     check_batch(batch, corpus.config)
     assert len(batch.items) == len(np.unique(rows.item))
     assert len(batch.audience) == len(np.unique(rows.session))
-    # Row by row, the batch says what the example said.
+    # Row by row, the batch equals the example.
     for place in range(len(rows)):
         assert batch.items.cats[batch.pairs.item[place]].tolist() == corpus.table.cats[rows.item[place]].tolist()
         assert batch.audience.cats[batch.pairs.audience[place]].tolist() == rows.audience_cats[place].tolist()
@@ -603,7 +603,7 @@ def test_alignment_draws_as_many_pairs_and_listings_as_asked(shards: str, tmp_pa
     assert batch is not None
     assert len(batch.ita.label) == len(batch.tia.label) == 4
     assert len(batch.index) == len(batch.group) == min(9, len(sampler))
-    # The pairs' anchors are among the listings that are told apart.
+    # The pairs' anchors are among the listings of the contrastive loss.
     assert set(batch.ita.image_of.tolist()) | set(batch.tia.text_of.tolist()) <= set(batch.index.tolist())
     everything = sampler.draw(10**6, 2, np.random.default_rng(0))
     assert everything is not None and len(everything.index) == len(everything.ita.label) == len(sampler)
@@ -633,8 +633,8 @@ def test_photos_titles_and_tastes_are_learnt_before_the_first_order(shards: str,
         max(d for p, d, _ in phases if p == name) == phases_total(phases, name)
         for name in ("align", "preferences", "counts", "wide")
     )
-    # The network was taught no order yet: what only orders teach is where it was. The linear part
-    # was, and stays what it is.
+    # The network has not been trained on orders yet: weights that only orders change are as before.
+    # The linear part was fitted, and stays fixed.
     assert all(torch.equal(dict(trainer.model.named_parameters())[name], p) for name, p in untouched.items())
     assert trainer.state.step == 0
 

@@ -44,7 +44,7 @@ class Store:
         write_catalog(self.data, rows)
 
     def embed(self, *, root: Path | None = None, allow_absolute: bool = False, plan: bool = False) -> tuple[int, str]:
-        """Run the stage: (exit code, what it said); `summary` is its closing table."""
+        """Run the stage: (exit code, its message); `summary` is its closing table."""
         options = self.options(root, allow_absolute)
 
         def main(_: list[str] | None) -> int:
@@ -90,16 +90,16 @@ def test_a_share_that_is_not_mounted_holds_the_run_back(store: Store) -> None:
     assert f"0 of {LISTINGS} listings that had a photo in the run published last have one now" in said
     assert f"--image_root {store.share}" in said and "'0.jpg' is not a file" in said and "item_id 'i00'" in said
     held = said.split("camenn publish ")[1].split()[0]
-    # A night later it is still not there, and is no more usual for that.
+    # A night later it is still missing, and does not count as usual.
     assert store.embed()[0] == 3 and store.run() == first
-    # Back again, nothing is encoded anew; and a run that was gated is published where somebody says so.
+    # When it is back, nothing is encoded again; and a gated run is published on request.
     store.share.rmdir()
     shutil.move(store.data / "aside", store.share)
     assert store.embed()[0] == 0
     assert [store.summary[name] for name in ("encoded_images", "encoded_titles", "defects")] == [0, 0, 0]
     assert cli.main(["publish", held, "--force", "--reason", "photos are given up"]) == 0
     assert publications(str(store.root))[-1]["reason"] == "photos are given up" and store.run() in held
-    # From then on nobody asks for them; those that come are welcome.
+    # From then on they are not required; those that return are used.
     shutil.rmtree(store.share)
     store.share.mkdir()
     for _ in range(2):
@@ -111,7 +111,8 @@ def test_some_photos_fewer_are_an_ordinary_night(store: Store) -> None:
     for number in range(2):
         (store.share / f"{number}.jpg").unlink()
     assert store.embed()[0] == 0 and store.summary["defects"] == 2
-    # Those two had none any more; of the others three are more than a tenth, one of them as its listing names none now.
+    # Those two had none any more; of the others three are more than a tenth, and the listing of one
+    # of the three names none now.
     for number in (2, 3):
         (store.share / f"{number}.jpg").unlink()
     store.list(lambda number: f"{number}.jpg" if number != 4 else None)
@@ -155,7 +156,7 @@ def test_a_first_run_without_any_photo_is_refused(store: Store) -> None:
     assert code == 2 and read_latest(str(store.root)) is None
     assert f"--image_root {store.share}: 0 of {LISTINGS} listings that name a photo have one that can be used" in said
     assert "'0.jpg' is not a file" in said
-    # A third of them missing is how catalogs are: the table of defects tells which.
+    # A third of them missing is normal for a catalog: the table of defects lists them.
     for number in range(16):
         shutil.copy(store.data / "aside" / f"{number}.jpg", store.share)
     assert store.embed()[0] == 0

@@ -36,7 +36,7 @@ DEAD, GONE = ("dead", "corrupt_image", "no photo"), ("gone", "missing_image", "n
 
 
 def bucket(wanted: list[str] | None, stored: list[str] | None) -> dict[str, pa.Table]:
-    """What a bucket's shuffle brings: of wanted titles, each beside its key, and of the stored ones' keys."""
+    """A bucket after the shuffle: wanted titles with their keys, and the keys of the stored ones."""
     kinds = {}
     if wanted is not None:
         kinds["wanted"] = pa.table(
@@ -84,7 +84,7 @@ def test_chunks_hold_every_pending_content_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_chunk_is_known_again_within_its_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of photos that were gone, a later run makes the same chunk once more: it must not be taken for done."""
+    """A later run makes the same chunk of photos that were gone once more: it must not count as done."""
     monkeypatch.setattr(encode, "CHUNK", 3)
     names = [chunk.chunk_id for chunk in cut("r1", [*"hgfedcba"])]
     assert names == [chunk.chunk_id for chunk in cut("r1", [*"abcdefgh", "a"])]
@@ -109,7 +109,7 @@ def encoded(chunk_id: str, keys: list[str]) -> EncodedImages:
 
 
 def commit(directory: Path, chunks: list[EncodedImages]) -> list[tuple[str, Any]]:
-    """What a bundle of encoded chunks tells: (tag, value)."""
+    """The outputs of a bundle of encoded chunks: (tag, value)."""
     step = CommitChunk(IMAGES, str(directory), CONTRACT, SHAPE, None)
     step.setup()
     step.start_bundle()
@@ -135,7 +135,7 @@ def test_photos_that_were_gone_are_told_and_not_remembered(tmp_path: Path) -> No
 
 
 def known(part: Part) -> list[str]:
-    """Keys that no later run asks for."""
+    """Keys that no later run requests."""
     (table,) = ReadKeys("image_key").process(part)
     return list(table["image_key"].to_pylist())
 

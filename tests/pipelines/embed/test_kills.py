@@ -24,13 +24,13 @@ PHOTOS, TITLES, CHUNK, KILLS = 384, 192, 64, 20
 KEYS = {"items": "item_id", "image_embeddings": "image_key", "title_embeddings": "title_key"}
 
 
-# Each run is a fork of a process that has imported all there is: imports would take longer than what is tested.
+# Each run is a fork of a process that has imported everything: imports would take longer than the tested work.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.support.counted_embed", "timm", "transformers", "camenn_model.encoders.bert"])
 
 
 def start(data: Path, store: Path, log: Path) -> BaseProcess:
-    """`camenn embed` in a process of its own; what it says goes to LOG.err."""
+    """`camenn embed` in a process of its own; its output goes to LOG.err."""
     weights = str(data / "weights.safetensors")
     arguments = (str(data), str(store), str(log), str(CHUNK), weights)
     process = FORKS.Process(target=counted_embed.run_quietly, args=(f"{log}.err", *arguments), daemon=True)
@@ -49,8 +49,8 @@ def ended(process: BaseProcess, log: Path, timeout: float = 600) -> str:
 def wait_for_moment(child: BaseProcess, log: Path, moments: random.Random, kills: int) -> None:
     """Wait until a random moment, or the run's end.
 
-    The moment is one of the first seconds, or some chunks on, as a busy machine is not to be told
-    the time.
+    The moment is one of the first seconds, or some chunks later, as a busy machine's seconds are
+    unreliable.
     """
     if kills == KILLS:
         child.join()
@@ -95,7 +95,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(PHOTOS):
         (data / f"{number}.jpg").write_bytes(jpeg(picture(number, (60, 60))))
         rows.append({"item_id": f"i{number}", "title": f"apples {number % TITLES}", "image_uri": f"{number}.jpg"})
-    # Read from a file: every process would draw random ones anew.
+    # Read from a file: every process would draw random ones again.
     spec = ImageSpec.resolve("random:0", grid=1, patch_size=75, device="cpu", precision="auto")
     save_file(dict(load_inception(spec).state_dict()), data / "weights.safetensors")
     # Two listings of one photo, whose bytes lie in two files.
@@ -136,7 +136,7 @@ def test_kill_9_at_twenty_random_moments(data: Path, tmp_path: Path) -> None:
             done,
             killed,
         )
-    # Otherwise the moments were all before or after the encoding, and nothing was shown.
+    # Otherwise all moments were before or after the encoding, and nothing was tested.
     assert midway >= KILLS // 4, midway
 
 

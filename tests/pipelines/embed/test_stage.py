@@ -295,8 +295,8 @@ def test_small_parts_of_earlier_runs_are_merged(
     rows = store.table("title_embeddings")
     assert len(rows) == manifest.rows("title_embeddings") == summary["titles_in_store"]
     assert {row["title_key"] for row in store.table("items").values()} - {None} <= set(rows)
-    # Readers of the run before still find its parts. What the third night wrote and merged at once
-    # nobody has ever read.
+    # Readers of the previous run still find its parts. Parts that the third night wrote and merged
+    # at once never had a reader.
     assert len(list(root.glob("titles/*/part-*.parquet"))) == 4
     # A night that encodes nothing merges nothing.
     monkeypatch.setattr(store_module, "SMALL_PARTS", 1)
@@ -352,7 +352,7 @@ def test_a_photo_that_comes_back_makes_another_request(tmp_path: Path, capfd: py
     store = Store(tmp_path / "store", data, capfd)
     store.embed()
     whole, status = photos[0].read_bytes(), photos[0].stat()
-    # The photo is known by size and time, and is opened when another encoder wants it: it is another one then.
+    # The photo is known by size and time, and is opened when another encoder needs it: it is another one by then.
     photos[0].write_bytes(bytes(len(whole)))
     os.utime(photos[0], ns=(status.st_atime_ns, status.st_mtime_ns))
     assert store.embed(seed=1)["defects"] == 1

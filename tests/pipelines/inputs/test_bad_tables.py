@@ -1,4 +1,4 @@
-"""Tables that are wrong, empty or odd: what is said, what is dropped, what is taken as it is."""
+"""Tables that are wrong, empty or odd: their messages, dropped rows, and accepted rows."""
 
 import datetime
 from collections.abc import Callable
@@ -460,7 +460,7 @@ def test_odd_events_are_counted_where_they_belong() -> None:
 
 
 def test_exposures_of_two_users_are_not_compared() -> None:
-    """Users are read in buckets: an answer that compared them would depend on who shares one."""
+    """Users are read in buckets: a comparison between users would depend on which share one."""
     clicks = [a_click(0, START, user_id="u0"), a_click(0, START, user_id="u1")]
     together = build_examples(clicks, [], CATALOG_ROWS, LATER)[0]
     apart = [build_examples([click], [], CATALOG_ROWS, LATER)[0] for click in clicks]
@@ -501,7 +501,7 @@ def test_a_row_group_of_rejects_only_and_buckets_without_examples(data: Data, mo
     """
     clicks, orders = plain_events()
     late = [a_click(100 + n, START + DAYS * DAY, user_id=f"late{n}") for n in range(6)]
-    # Both logs reach the moment that is asked for.
+    # Both logs reach the requested time.
     orders = [*orders, an_order(100, START + DAYS * DAY, user_id="u0", item_id="i0")]
     for name, rows, contract in (("clicks", [*clicks, *late], CLICKS), ("orders", orders, ORDERS)):
         nothing = put(event_table(rows[:3], contract), "user_id", pa.nulls(3, pa.string()))
@@ -662,7 +662,7 @@ def test_read_audience_names_the_row(tmp_path: Path, column: str, values: list[A
 
 
 def test_write_data_is_readable(tmp_path: Path) -> None:
-    """The helper writes what the contracts ask for."""
+    """The helper writes what the contracts require."""
     clicks, orders = plain_events()
     write_data(tmp_path, clicks, orders)
     for contract in (CATALOG, CLICKS, ORDERS):
@@ -703,7 +703,7 @@ def test_events_at_times_that_cannot_be_are_rejects_and_move_nothing(
 
 
 def test_a_log_whose_clicks_become_no_example_is_not_published(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
-    """A catalog that came empty must not make days final that nobody has learned from."""
+    """An empty catalog must not make days final that were never used in training."""
     whole = data.tables["catalog"]
     data.tables["catalog"] = whole.slice(0, 0)
     assert data.shards() == 2
@@ -738,7 +738,7 @@ def test_an_audience_column_that_is_no_category_is_refused(tmp_path: Path) -> No
 
 
 def test_a_price_is_read_alike_however_it_is_written() -> None:
-    """float32 is what the model reads: rupiah as integers are no error, and no other number than as doubles."""
+    """The model reads float32: rupiah as integers are no error, and give the same numbers as doubles."""
     prices = [20_000_001, 5]
     read = [
         conform(
@@ -753,7 +753,7 @@ def test_a_price_is_read_alike_however_it_is_written() -> None:
 def test_a_catalog_that_changed_since_it_was_embedded_is_refused(
     data: Data, column: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is published must not stand beside another title or photo than it was computed from."""
+    """Published scores must not stand beside another title or photo than they were computed from."""
     values = data.tables["catalog"][column].to_pylist()
     data.tables["catalog"] = put(data.tables["catalog"], column, pa.array(["another", *values[1:]]))
     assert data.shards() == 2

@@ -1,4 +1,4 @@
-"""Embeddings of shard sets and scores: copied out of the store once, and read in order of keys whatever the files."""
+"""Embeddings of shard sets and scores: copied from the store once, and read in order of keys whatever the files."""
 
 import hashlib
 import tempfile
@@ -45,7 +45,7 @@ def write_contents(path: Path, numbers: list[int], batch: int) -> str:
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_contents_are_in_order_of_keys_whatever_the_files(data: st.DataObject) -> None:
-    """Also those of before, whose rows lie as they lay in the store; a key that stands in two files counts once."""
+    """Also files of earlier versions, whose rows are in the store's order; a key in two files counts once."""
     numbers = st.lists(st.integers(0, 25), min_size=1, max_size=12, unique=True)
     cut = data.draw(st.lists(numbers, max_size=4), label="files")
     wanted = data.draw(st.none() | st.lists(st.integers(0, 30)), label="wanted")
@@ -92,7 +92,7 @@ class Store:
         self.records.append(FileRecord(contract.name, part.path, part.rows, part.bytes))
 
     def jobs(self, wanted: list[int], present: list[str]) -> list[ContentJob]:
-        """What is to be copied."""
+        """The jobs to copy."""
         manifest = Manifest(stage="embed", run="run")
         add_files(manifest, {"image_embeddings": ""}, self.records)
         keys = pa.chunked_array([[name_key(number) for number in wanted]], pa.string())

@@ -1,4 +1,5 @@
-"""Every kind of photo that a catalog may hold, good, odd and broken: what comes out is right, and nothing else is lost.
+"""Every kind of photo that a catalog may hold, good, odd and broken: each outcome is right, and no
+other row is lost.
 
 Expected pixels are computed from the arrays that the photos are drawn from, not by the decoder.
 """
@@ -237,7 +238,7 @@ STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 """EXIF orientation → how an upright photo is stored.
 
-It tells which of its sides the first row and column are (EXIF 2.3, 4.6.4 A).
+The orientation names the sides of the first row and column (EXIF 2.3, 4.6.4 A).
 """
 
 
@@ -290,7 +291,7 @@ def bits12(values: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class Case:
-    """One photo and what is to come of it."""
+    """One photo and its expected outcome."""
 
     make: Callable[[], bytes]
     expected: str | np.ndarray
@@ -337,7 +338,7 @@ add(
 )
 add("icc_garbage.jpg", lambda: jpeg(icc_profile=b"no profile"), COLOUR, LOSSY)
 add("icc_piece_missing.jpg", lambda: split_icc(jpeg()), COLOUR, LOSSY)
-# The codes before the nonsense are whole, and libjpeg goes on after it: the top rows are what can be asked for.
+# The codes before the nonsense are whole, and libjpeg goes on after it: only the top rows can be checked.
 add("scrambled_scan.jpg", lambda: scrambled_scan(jpeg()), top(COLOUR, 40), LOSSY)
 add(
     "end_marker_too_early.jpg",
@@ -635,7 +636,7 @@ for name, (make, places) in CUTS.items():
             partial(cut, make, place),
             "truncated_image",
         )
-# At the marker of the scan; nothing says that it is a photo before its signature is whole.
+# At the marker of the scan; the file is not recognized as a photo before its signature is complete.
 add("cut_at_scan.jpg", lambda: jpeg()[: jpeg().index(SOS)], "truncated_image")
 add("cut_in_signature.jpg", lambda: jpeg()[:2], "not_an_image")
 add("cut_in_signature.png", lambda: save(COLOUR, "PNG")[:6], "not_an_image")
@@ -778,7 +779,7 @@ def write_catalog(data: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def add_path_faults(root: Path, outside: Path) -> dict[str, str | None]:
-    """Photos that are wrong by where they lie: image_uri → reason; None = it is read."""
+    """Photos with a wrong location: image_uri → reason; None = it is read."""
     outside.mkdir()
     (outside / "photo.jpg").write_bytes(jpeg(OTHER))
     (root / "directory.jpg").mkdir()

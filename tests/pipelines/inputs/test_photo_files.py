@@ -1,4 +1,4 @@
-"""Which addresses of photos are let in, and what is read of what lies there."""
+"""The allowed addresses of photos, and the bytes read from them."""
 
 import os
 import socket
@@ -190,7 +190,7 @@ MAKE: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_what_is_no_file_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """By none of those who read photos, whatever they knew before; and none of them waits for a writer."""
+    """No reader of photos opens it, whatever it has cached before; and none waits for a writer."""
     path = root / "a" / "it.jpg"
     monkeypatch.chdir(root)
     try:
@@ -202,7 +202,7 @@ def test_what_is_no_file_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(FileDefect) as caught:
             read(str(path))
         assert caught.value.reason == "not_a_file" and kind in caught.value.detail
-    # As if it had taken a file's place after the first look.
+    # As if it had replaced a file after the first check.
     regular = os.stat(root / "a" / "1.jpg")
     monkeypatch.setattr(os, "stat", lambda path: regular)
     if kind != "a socket":
@@ -220,7 +220,7 @@ def test_dev_zero_is_not_read_with_allow_absolute(root: Path) -> None:
 
 
 def test_no_more_is_read_than_a_photo_may_have(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the file says of its size: one of the kernel's says 0."""
+    """The reported size is not trusted: one of the kernel's files reports 0."""
     monkeypatch.setattr(photo_files, "LIMITS", Limits(bytes=10))
     photos = PhotoFiles(str(root), False)
     path = root / "a" / "1.jpg"

@@ -1,4 +1,4 @@
-"""What ended a command: told on one line where the user can mend it, a traceback where the program is wrong."""
+"""Errors that end a command: one line where the user can fix it, a traceback where the program is wrong."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def system_error(number: int, path: str) -> OSError:
 
 
 def flattened(error: BaseException) -> RuntimeError:
-    """What a runner with workers in other processes makes of a worker's error."""
+    """A worker's error as raised by a runner with workers in other processes."""
     try:
         raise error
     except BaseException:
@@ -77,7 +77,7 @@ HANDLED = [system_error(errno.EACCES, "/a"), InputError("not this")]
     [(error, None) for error in (*PROGRAM, *OTHERS)] + [(error, handled) for error in PROGRAM for handled in HANDLED],
 )
 def test_errors_of_the_program_stay_what_they_are(error: Exception, handled: Exception | None, wrap: Wrap) -> None:
-    """Also where one was raised while something that a user could mend was being handled."""
+    """Also where one was raised while an error that a user could fix was being handled."""
     try:
         error.__context__ = handled
         raise error
@@ -96,7 +96,7 @@ def fail(kind: str) -> None:
     if kind == "system":
         raise system_error(errno.EROFS, "/city/shards/part-0.parquet")
     if kind == "input":
-        raise InputError("clicks.parquet: row 3: column 'user_id' is wrong. Mend it.")
+        raise InputError("clicks.parquet: row 3: column 'user_id' is wrong. Fix it.")
     nothing: dict[int, int] = {}
     try:
         raise system_error(errno.EROFS, "/city/shards/part-0.parquet")
@@ -111,7 +111,7 @@ SYSTEM = "/city/shards/part-0.parquet: Read-only file system. Mount it for writi
     ("kind", "said", "elsewhere"),
     [
         ("system", SYSTEM, False),
-        ("input", "clicks.parquet: row 3: column 'user_id' is wrong. Mend it.", False),
+        ("input", "clicks.parquet: row 3: column 'user_id' is wrong. Fix it.", False),
         ("program", None, False),
         ("system", SYSTEM, True),
     ],

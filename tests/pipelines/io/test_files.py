@@ -23,7 +23,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_directories_are_taken_as_they_are_named(tmp_path: Path) -> None:
-    """Brackets, stars and question marks in a path are no pattern: another directory must not be meant."""
+    """Brackets, stars and question marks in a path are no pattern: they must not match another directory."""
     for name in ("st1", "st[1]", "s*1", "s?1", "st[!2]"):
         write_json(str(tmp_path / name / "deep" / "part.json"), name)
     for name in ("st1", "st[1]", "s*1", "s?1", "st[!2]"):

@@ -1,4 +1,4 @@
-"""What users hand in: blank texts, texts that are not UTF-8, hidden, damaged and missing files, columns of one name."""
+"""Users' files: blank texts, texts that are not UTF-8, hidden, damaged and missing files, columns of one name."""
 
 import os
 import sys
@@ -53,7 +53,7 @@ TABLES: dict[str, tuple[Contract, Callable[[], pa.Table]]] = {
 
 
 def bytes_as(kind: pa.DataType, values: list[bytes | None]) -> pa.Array:
-    """Texts whose bytes nobody has looked at: what a careless writer hands over as strings."""
+    """Texts with unchecked bytes, which a careless writer passes as strings."""
     small = pa.array(values, pa.binary())
     texts = pa.Array.from_buffers(pa.string(), len(values), small.buffers())
     if pa.types.is_dictionary(kind):
@@ -367,7 +367,7 @@ READ: dict[str, Callable[[str], Any]] = {
 @pytest.mark.parametrize("case", SPOILED)
 @pytest.mark.parametrize("name", READ)
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, case: str) -> None:
-    """Optional tables too: that nothing can be read of users is no reason to go on as if there were none."""
+    """Optional tables too: an unreadable table of users must not count as a missing one."""
     write_files(tmp_path, name, TABLES[name][1]())
     spoil, words = SPOILED[case]
     spoil(tmp_path / f"{name}.parquet")
@@ -398,7 +398,7 @@ def test_a_file_may_go_between_listing_and_reading(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files would be missing, unsaid. (The one who runs the tests may be allowed everything.)"""
+    """Its files would be missing silently. (The user who runs the tests may have every right.)"""
     write_files(tmp_path, "clicks", TABLES["clicks"][1](), files=2)
     scan = os.scandir
 

@@ -1,4 +1,4 @@
-"""Tables on their way through a shuffle: bytes or places in files, the same table either way."""
+"""Tables in a shuffle: as bytes or as spilled partitions, the same table either way."""
 
 import pickle
 from pathlib import Path

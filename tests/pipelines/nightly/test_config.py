@@ -1,4 +1,4 @@
-"""The nightly's one file: what `--init` writes is read back as the defaults, and what is wrong is named."""
+"""The config of a night: the output of `--init` is read back as the defaults, and wrong keys are named."""
 
 import tomllib
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_a_missing_config_names_the_remedy(tmp_path: Path, capsys: pytest.Captur
 def test_a_config_that_is_none_is_refused_at_once(
     tmp_path: Path, data: bytes, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A million keys that nobody knows took half a minute to refuse; a message is one line that can be read."""
+    """A million unknown keys took half a minute to refuse; a message is one readable line."""
     path = tmp_path / "city.toml"
     path.write_bytes(data)
     assert run_main(nightly_command.main, ["--config", str(path)]) == 2

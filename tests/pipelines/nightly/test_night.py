@@ -1,6 +1,6 @@
 """A night's stages succeed, fail, or are gated.
 
-The stages themselves are stood in for here, and are real in test_nights.py.
+The stages are fakes here, and real in test_nights.py.
 """
 
 import json
@@ -26,7 +26,7 @@ Outcomes = dict[str, BaseException]
 
 
 class Stages:
-    """In the place of the stages' commands: each ends as it is told, and publishes where it succeeds."""
+    """Fakes of the stages' commands: each ends as configured, and publishes where it succeeds."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.outcomes, self.called, self.due = root, {}, [], True
@@ -113,7 +113,7 @@ def test_a_stage_that_fails_ends_the_night(
     }
     log = (stages.root / "work" / "nights" / "00000002" / "log.txt").read_text()
     assert record["message"] in log
-    # A bug is told with its traceback, what can be patched is not.
+    # A bug is reported with its traceback, an error that the user can fix is not.
     assert ("Traceback" in log) is (code == 1)
 
 
@@ -147,7 +147,7 @@ def test_a_night_that_is_ended_by_hand_says_so(stages: Stages) -> None:
 def test_a_night_that_is_terminated_says_so_and_calls_the_command(
     stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a service manager ends it, or a machine that shuts down."""
+    """SIGTERM, as from a service manager or a machine that shuts down."""
     before = signal.getsignal(signal.SIGTERM)
 
     def terminate(night: Any, record: StageRecord) -> None:

@@ -1,7 +1,6 @@
 """Thirty nights in a row, with a month's usual faults.
 
-All goes wrong that goes wrong in a month. After each night, readers see that night's scores, right,
-or the night's before.
+After each night, readers see that night's scores, which are right, or those of the previous night.
 """
 
 import datetime
@@ -67,8 +66,8 @@ class Month:
     def dawn(self) -> None:
         """Write the next day's tables.
 
-        They hold all that happened until its end, a new title, another photo, and now and then a
-        new listing.
+        They hold all events until its end, a new title, another photo, and occasionally a new
+        listing.
         """
         self.night += 1
         rng = np.random.default_rng(self.night)
@@ -186,7 +185,7 @@ def month(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Month]:
         "os.environ['CAMENN_RECORD'].split('/')[-2] if os.environ['CAMENN_RECORD'] else 'busy').write_text("
         "os.environ['CAMENN_EXIT_CODE'] + ' ' + os.environ['CAMENN_MESSAGE'])"
     )
-    # Random weights that are settled once, not every night.
+    # Random weights that are drawn once, not every night.
     save_file(
         load_inception(
             ImageSpec.resolve("random:0", grid=2, patch_size=75, device="cpu", precision="auto")
@@ -327,7 +326,7 @@ def two_at_once(month: Month) -> None:
     month.wait_for(number, "embed")
     before = month.published()[0]
     assert run_main(nightly_command.main, ["--config", str(month.config)]) == 4
-    # The one that had to leave left no record, and did not disturb the other.
+    # The refused one left no record, and did not disturb the other.
     assert read_nights(str(month.work))[-1]["number"] == number
     assert process.wait(timeout=300) == 0
     record = read_nights(str(month.work))[-1]
@@ -346,7 +345,7 @@ def clock_set_back(month: Month) -> None:
 
 
 def nothing_new(month: Month) -> None:
-    """Input that stopped coming: nothing is done again, and after two days the exit code says so."""
+    """Input that stopped arriving: nothing is done again, and after two days the exit code is 5."""
     month.expect(0, ALL_DONE)
     still = ALL_DONE | {"shards": UNCHANGED, "score": UNCHANGED}
     record = month.expect(0, still)
@@ -396,8 +395,8 @@ FAULTS: dict[int, Callable[[Month], None]] = {
 
 @pytest.mark.slow
 def test_thirty_nights(month: Month, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A hundred listings, and models of some steps: scores move from night to night as no city's do.
-    # The gates' own thresholds: test_gates.py.
+    # A hundred listings, and models of some steps: scores vary more between nights than in any real
+    # city. The gates' own thresholds: test_gates.py.
     monkeypatch.setattr(gates, "MOST_PSI", 1.0)
     monkeypatch.setattr(gates, "MOST_MEAN_CHANGE", 0.5)
     trained = []
@@ -411,7 +410,7 @@ def test_thirty_nights(month: Month, monkeypatch: pytest.MonkeyPatch) -> None:
                 0, {stage: status for stage, status in ALL_DONE.items() if stage != "train" or not due}
             )
             if due:
-                # A later model may lose against the one before: then that one goes on.
+                # A later model may lose against the previous one, which then stays.
                 training = {stage["stage"]: stage["status"] for stage in record["stages"]}["train"]
                 assert training == DONE or (night > 1 and training == GATED), record
                 trained.append(record["number"])

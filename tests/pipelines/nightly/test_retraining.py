@@ -34,7 +34,7 @@ def training(root: Path, day: int, *, held: bool = False, **summary: Any) -> Non
 
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the published model is found to be, instead of a real one."""
+    """A fake of the published model's calibration."""
     found: dict[str, Any] = {"reads": True, "calibration": Calibration("a", "b", 3_000, 500, 1.02, 0.02, 0.4)}
     monkeypatch.setattr(package, "open_package", lambda root: None)
     monkeypatch.setattr(challenge, "reads_embeddings_of", lambda package, shard_set: found["reads"])
@@ -105,7 +105,7 @@ def test_other_encoders_and_unknown_days_train(tmp_path: Path, model: dict[str, 
 
 
 def test_a_model_that_cannot_be_read_any_more_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an upgrade no night could score until somebody trained by hand."""
+    """Without this, after an upgrade no night could score until a manual training."""
 
     def refuse(root: str) -> None:
         raise InputError("another version of camenn trained this model")
@@ -119,12 +119,12 @@ def test_a_model_that_cannot_be_read_any_more_is_replaced(tmp_path: Path, monkey
 
 
 def test_missing_orders_start_no_training(tmp_path: Path, model: dict[str, Any]) -> None:
-    """A log without its orders would teach that nobody buys."""
+    """A log without its orders would train a model that predicts no orders."""
     model["calibration"] = Calibration("a", "b", 3_000, 0, None, None, 0.4, expected=500.0, expected_error=25.0)
     training(tmp_path, 10)
     shards(tmp_path, 12)
     decision = decide(config(tmp_path))
     assert not decision.due and "lacks its orders" in decision.words
-    # Nothing of next to nothing is no fault, and no drift.
+    # No orders where almost none are expected is no fault, and no drift.
     model["calibration"] = Calibration("a", "b", 30, 0, None, None, 0.4, expected=1.5, expected_error=1.2)
     assert "lacks" not in (words := decide(config(tmp_path)).words) and "nothing was ordered" in words

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing asked of the network, no error, every photo drawn, nothing wider than a phone."""
+"""The page in a real browser: no network requests, no error, every photo drawn, nothing wider than a phone."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ pytestmark = [
 
 
 class Visit:
-    """The page, open, with what the browser said and asked for meanwhile."""
+    """The open page, with the browser's messages and requests."""
 
     def __init__(self, page: "Page") -> None:
         self.page = page

@@ -264,7 +264,7 @@ def test_flagged_listings_come_by_lost_orders_with_flag_counts(work: Path) -> No
     assert frame["lost_orders"].is_monotonic_decreasing and frame["lost_orders"].nunique() > 1
     for _, alike in frame.groupby("lost_orders"):
         assert alike["mismatch"].is_monotonic_decreasing
-    # That a photo is not there is known to whoever left it out.
+    # A missing photo is known to whoever left it out, so it is not listed.
     assert all("mismatch" in flags for flags in frame["flags"])
     cards = flagged_cards(
         frame, lambda item_id, note, good: Card(item=Item(item_id=item_id), photo=Photo(), note=note, good=good)
@@ -478,7 +478,7 @@ def test_details_and_store_figures_equal_plain_means(work: Path) -> None:
         known = quality_rows.set_index("item_id").loc[item_id]
         facts = dict(detail.facts)
         assert facts["title belongs to photo"] == f"{known['ita']:.2f}"
-        assert ("to mend" in facts) == (len(known["flags"]) > 0)
+        assert ("to fix" in facts) == (len(known["flags"]) > 0)
     figures = store_figures(found, digest_scores(manifest, with_stores=True), ["s001", "s003"])
     marked = set(quality_rows[quality_rows["flags"].map(len) > 0]["item_id"])
     for store_id, one in figures.items():

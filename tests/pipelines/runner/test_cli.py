@@ -1,4 +1,4 @@
-"""The console script ends with the command's exit code, whatever the command leaves behind."""
+"""The console script ends with the command's exit code, whatever threads or objects the command leaves."""
 
 import os
 import subprocess

@@ -1,6 +1,6 @@
 """Jobs for Dataflow, built by the real DataflowRunner.
 
-They are not submitted: the tests look at what they ask of workers, step by step. No account, no
+They are not submitted: the tests inspect what they require of workers, step by step. No account, no
 network.
 """
 
@@ -66,7 +66,7 @@ ENCODER_STEPS = [
 
 @dataclass
 class City:
-    """Where everything lies that the three stages read."""
+    """The inputs of the three stages."""
 
     root: Path
     jobs: dict[tuple[str, ...], Any] = field(default_factory=dict)
@@ -74,13 +74,13 @@ class City:
 
     @property
     def embed(self) -> list[str]:
-        """The flags that embed cannot do without."""
+        """The flags that embed requires."""
         encoders = ["--image_weights=random:0", f"--text_encoder={self.root / 'bert'}"]
         return [f"--data={self.root / 'data'}", f"--store={self.root / 'dry' / 'embed'}", *encoders]
 
 
 def write_bert(directory: Path) -> None:
-    """What submission reads of a BERT: it has no layers."""
+    """The files of a BERT that submission reads, without layers."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 4}))
     (directory / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
@@ -88,7 +88,7 @@ def write_bert(directory: Path) -> None:
 
 
 def write_model(root: Path, shards: str) -> None:
-    """What submission reads of a model package: its weights are none."""
+    """The files of a model package that submission reads, without weights."""
     corpus = open_corpus(TrainOptions(shards=shards, out=str(root)))
     run = root / "runs" / "20240101T000000-bbbbbb"
     run.mkdir(parents=True)
@@ -118,7 +118,7 @@ def city(tmp_path_factory: pytest.TempPathFactory) -> City:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look-up of an account, a bucket or a metadata server fails the test, and at once."""
+    """A look-up of an account, a bucket or a metadata server fails the test immediately."""
 
     def refuse(*address: Any, **_: Any) -> Any:
         raise AssertionError(f"the network was asked for {address}")
@@ -143,7 +143,7 @@ def documented(city: City, stage: str) -> list[str]:
     found = re.search(rf"^camenn {stage} ((?:.*\\\n)*.*)$", DOCUMENT, re.MULTILINE)
     assert found is not None
     flags = shlex.split(Template(found[1].replace("\\\n", " ")).substitute(variables))
-    # What a dry run leaves behind lies apart from what the other tests read.
+    # The outputs of a dry run are separate from the other tests' inputs.
     place = flags.index("--store" if stage == "embed" else "--out") + 1
     return [*flags[:place], str(city.root / "dry" / stage), *flags[place + 1 :], "--dry_run=True"]
 
@@ -191,7 +191,7 @@ def test_embed_asks_for_the_accelerator_where_it_encodes_and_nowhere_else(city: 
 def test_encoder_steps_are_fused_into_one_stage(city: City) -> None:
     """A chunk is decoded, encoded and committed in one go.
 
-    Beam's own fusion says so, which keeps steps of two environments apart as Dataflow does.
+    Beam's own fusion shows it, which separates steps of two environments as Dataflow does.
     """
     pipeline = copy.deepcopy(build(city, "embed").proto_pipeline)
     assert isinstance(pipeline, beam_runner_api_pb2.Pipeline)
@@ -269,9 +269,9 @@ def test_documented_flags_reach_the_job(city: City, stage: str) -> None:
 
 
 def test_setup_file_stages_every_module_that_the_guard_compares(city: City, tmp_path: Path) -> None:
-    """A module that is not staged would refuse every job.
+    """A module that is not staged would make workers refuse every job.
 
-    A worker holds its own package to the submitter's, file by file.
+    A worker compares its own package with the submitter's, file by file.
     """
     project = tmp_path / "project"
     packages = ("schemas", "camenn_model", "pipelines", "simulator", "benchmarks")

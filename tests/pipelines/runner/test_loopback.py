@@ -1,4 +1,4 @@
-"""What Beam listens on: loopback only, for this user only, and nothing where that cannot be had."""
+"""Beam's servers listen on loopback only, for this user only, and not at all where that is impossible."""
 
 import os
 import socket
@@ -74,7 +74,7 @@ def test_a_beam_that_cannot_be_kept_local_is_not_run(
     elif change == "unknown":
         monkeypatch.delattr(worker_handlers.ExternalWorkerHandler, "host_from_worker")
     else:
-        # It would be made when the first worker is asked for.
+        # It would be made when the first worker is requested.
         monkeypatch.setattr(worker_handlers.grpc, "server", lambda *_, **__: grpc.aio.server())
         monkeypatch.setattr(loopback, "local_server", grpc.server)
     with (
@@ -141,7 +141,7 @@ sys.stdin.read()
 @pytest.mark.parametrize("user", [os.getuid(), NOBODY])
 @pytest.mark.parametrize("host", [address.strip("[]") for address in loopback.loopback_addresses()])
 def test_peer_users_tells_whose_a_connection_is(host: str, user: int, after: str) -> None:
-    """A connection that its owner closed is nobody's: the kernel shows it as root's, who may connect."""
+    """A connection that its owner closed has no owner: the kernel shows it as root's, who may connect."""
     if user != os.getuid() != 0:
         pytest.skip("only root may start a process of another user")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -180,7 +180,7 @@ class Echo(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC has no annotat
 @LINUX
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_server_answers_its_user_and_no_other(monkeypatch: pytest.MonkeyPatch, remote: bool) -> None:
-    """Also where other machines are served: which user of theirs it is cannot be known, but which of this machine's."""
+    """Also where other machines are served: their users cannot be identified, but this machine's can."""
     ports: set[int] = set()
     guard = loopback.SameUser(ports, remote=remote)
     server = loopback._new_server(futures.ThreadPoolExecutor(4), interceptors=[guard])
@@ -235,7 +235,7 @@ def test_runners_whose_servers_are_elsewhere_are_not_refused() -> None:
 
 
 def class_file(forward: bool = True) -> bytes:
-    """As much of Beam's class as counts: its constant pool, a long in it, and the call."""
+    """The relevant parts of Beam's class: its constant pool, a long in it, and the call."""
     texts = [
         "java/net/InetSocketAddress", "getPort", "()I", "x/NettyServerBuilder", "forPort", "(I)Lx/NettyServerBuilder;",
     ]  # fmt: skip

@@ -76,7 +76,7 @@ def latest(root: Path) -> Manifest:
 
 
 def assert_same(found: Path, expected: Path) -> None:
-    """Bit-identical tables and the same books."""
+    """Bit-identical tables and equal row counts."""
     a, b = published(found), published(expected)
     assert set(a) == set(b)
     for name in b:
@@ -85,7 +85,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 class Night:
-    """A tiny city's commands; whatever runs says on which runner."""
+    """A tiny city's commands; each call names its runner."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.data = root, root / "data"
@@ -115,7 +115,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlinkCluster]:
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory: pytest.TempPathFactory) -> Night:
-    """The city, and what one FnApiRunner worker makes of it: store, shards, model, scores."""
+    """The city, and its outputs of one FnApiRunner worker: store, shards, model, scores."""
     night = Night(tmp_path_factory.mktemp("night"))
     for argv in (
         ["simulate", "--out", str(night.data), "--preset", "tiny"],
@@ -139,7 +139,7 @@ def assert_scores_close(found: Path, expected: Path) -> None:
 
 
 def assert_same_model(night: Night, shards: str, model: str) -> None:
-    """A training on a shard set that another runner built gives the same package, to the bit."""
+    """A training on a shard set that another runner built gives a bitwise equal package."""
     argv = ["train", "--shards", str(night.root / shards), "--out", str(night.root / model)]
     assert cli.main(argv) == 0
     found, expected = (open_package(str(night.root / name)) for name in (model, "model"))
@@ -183,7 +183,7 @@ def test_flink_gives_the_same_rows(night: Night, cluster: FlinkCluster, parallel
 
 
 IN_THE_MIDDLE = {"embed": "runs/*/items/*.parquet", "shards": "contents/*/*/*.arrow"}
-"""What a stage writes when its workers have read their input and still have most of the work before them."""
+"""The file that a stage writes once its workers have read their input, with most of the work still to do."""
 
 
 def running_job(cluster: FlinkCluster, before: str, command: subprocess.Popen[str], out: Path, pattern: str) -> str:
@@ -225,7 +225,7 @@ def test_killed_in_the_middle_and_run_again(night: Night, cluster: FlinkCluster,
 
 @pytest.mark.flink
 def test_a_worker_with_another_package_refuses(night: Night, cluster: FlinkCluster, tmp_path: Path) -> None:
-    """A pool that was started before an upgrade, say."""
+    """For example a pool that was started before an upgrade."""
     for name in ("schemas", "camenn_model", "pipelines"):
         shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "pipelines" / "features" / "as_of.py").open("a") as source:

@@ -1,4 +1,4 @@
-"""The worker pool as a runner sees it, and the check of the package that every DoFn brings along."""
+"""The worker pool from a runner's side, and the package check of every DoFn."""
 
 import importlib.metadata
 import shutil

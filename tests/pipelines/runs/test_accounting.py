@@ -1,4 +1,4 @@
-"""Every row has one outcome; shards are the same however the input is cut; nothing is published by halves."""
+"""Every row has one outcome; shards are equal however the input is cut; publication is atomic."""
 
 import json
 from collections import Counter
@@ -168,7 +168,7 @@ def test_shards_do_not_depend_on_how_the_input_is_cut(city: City, monkeypatch: p
     """The same rows in another order, in several files, in small row groups, in several buckets."""
     clicks, orders = city.clicks[::-1], sorted(city.orders, key=str)
     catalog = dirty_catalog()
-    # Which of two conflicting listings is first is the order's to say, so those two keep theirs.
+    # The order decides which of two conflicting listings is first, so those two keep theirs.
     catalog = catalog.take(pa.array([8, 2, 1, 6, 4, 0, 7, 3, 5]))
     cuts: dict[str, dict[str, int]] = {
         "files": {"files": 3},
@@ -266,7 +266,7 @@ def test_read_catalog_accounts_for_every_row(tmp_path: Path) -> None:
 
 
 def test_settings_agree() -> None:
-    """The flag and the reference mean the same moment."""
+    """The flag and the reference denote the same time."""
     end = np.array([SETTINGS.as_of + DAY])
     assert planning.resolve_as_of(AS_OF, end, end) == SETTINGS.as_of
     assert START + 5 * DAY < SETTINGS.as_of < START + 12 * DAY

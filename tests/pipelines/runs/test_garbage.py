@@ -1,4 +1,4 @@
-"""Removing what nobody reads: only what camenn wrote, only when it is old, and never what a kept run names."""
+"""Removal of unused files: only those that camenn wrote, only old ones, and never those of a kept run."""
 
 import datetime
 import os
@@ -96,7 +96,7 @@ def test_kept_runs_and_young_files_stay(tmp_path: Path) -> None:
     latest = read_latest(str(tmp_path))
     assert latest is not None
     publication.check_whole(str(tmp_path), latest)
-    # What is left of a run that was not kept tells its figures.
+    # The remaining manifest of a run that was not kept has its figures.
     assert read_run(str(tmp_path), A).created_at == old.created_at
     assert collect(tmp_path)["files_found"] == 0
 
@@ -117,7 +117,7 @@ FOREIGN = (
     "catalog.parquet",
     "published/notes.json",
 )
-"""What users, other programs and other cities leave in a directory of these names"""
+"""Files of users, other programs and other cities in a directory of these names"""
 
 
 def test_only_what_camenn_wrote_is_removed(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_only_what_camenn_wrote_is_removed(tmp_path: Path) -> None:
 
 
 def test_every_file_of_a_killed_run_has_a_name_that_is_known(tmp_path: Path) -> None:
-    """What each stage writes into its run, and what a killed writer leaves of it."""
+    """Files that each stage writes into its run, and leftovers of a killed writer."""
     make_run(tmp_path, B)
     directory = begin_run(tmp_path, KILLED)
     code = f"{1:032x}"
@@ -187,7 +187,7 @@ def test_a_store_loses_parts_with_their_markers(tmp_path: Path) -> None:
 def test_a_removal_that_was_cut_off_is_finished_by_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What proves that a directory is camenn's goes last."""
+    """The files that identify a directory as camenn's are removed last."""
     make_run(tmp_path, A)
     begin_run(tmp_path, KILLED)
     contract = image_embeddings(2, 4)
@@ -197,7 +197,7 @@ def test_a_removal_that_was_cut_off_is_finished_by_the_next_one(
     age(tmp_path, 72)
     delete = files.delete
     for left in (3, 2, 1, 0):
-        # One file a try, and then it is killed.
+        # Each attempt removes one file, and is then killed.
         with monkeypatch.context() as patch:
             patch.setattr(files, "delete", lambda paths: delete(paths[:1]))
             collect(tmp_path)
@@ -239,7 +239,7 @@ def test_a_clock_that_is_wrong_ages_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_a_clock_that_jumps_while_files_are_written_ages_nothing(tmp_path: Path) -> None:
     """The machine's own clock jumps.
 
-    Its file system's clock jumps with it, and only the files tell that little time has passed.
+    Its file system's clock jumps with it, and only the files show that little time has passed.
     """
     make_run(tmp_path, A)
     begin_run(tmp_path, LIVE)
@@ -271,7 +271,7 @@ def test_what_is_being_read_is_waited_for(tmp_path: Path) -> None:
         assert reader.stdout is not None and reader.stdout.readline() == "reads\n"
         with pytest.raises(files.InUseError, match="is reading it"):
             collect(tmp_path)
-        # Readers do not keep each other waiting.
+        # Readers do not block each other.
         with files.shared_reader(str(tmp_path)):
             pass
         reader.communicate("")

@@ -1,6 +1,6 @@
 """One flipped bit in any file that a stage reads.
 
-It gives an error that names the file and what to run again, never another answer.
+It gives an error that names the file and the command to run again, never another result.
 """
 
 import json
@@ -47,7 +47,7 @@ class Kind:
 
     pattern: str
     read: Callable[[Path, Path], Any]
-    """(working directory, the file) → what was read, to be compared"""
+    """(working directory, the file) → the content read, for comparison"""
     remedy: str
 
 
@@ -93,14 +93,14 @@ def kept_log(work: Path, _: Path) -> Any:
 
 
 def package(work: Path, _: Path) -> Any:
-    """Check a model as whoever opens it does."""
+    """Check a model as its readers do."""
     directory = next((work / "model" / "runs").iterdir())
     check_table_files(work / "model", read_manifest(directory), None, "Run `camenn train --rerun`.")
     return sorted(path.read_bytes() for path in directory.iterdir() if path.suffix != ".json")
 
 
 def checkpoint(_: Path, path: Path) -> Any:
-    """Read a checkpoint as a training that goes on does."""
+    """Read a checkpoint as a resumed training does."""
     tensors, metadata = load_tensors(path)
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metadata
 
@@ -177,7 +177,7 @@ def test_a_flipped_bit_is_told_or_changes_nothing(work: Path, kind: str) -> None
     for at in np.random.default_rng(0).choice(8 * len(whole), min(FLIPS, 8 * len(whole)), replace=False):
         flip(path, int(at))
         try:
-            # White space of a document, say.
+            # For example white space of a document.
             same = expected.read(work, path) == right
             wrong += not same
         except DamagedError as error:
@@ -200,7 +200,7 @@ def test_fsck_says_that_all_is_whole(work: Path, capsys: pytest.CaptureFixture[s
     reported = json.loads(capsys.readouterr().out)
     assert reported["damaged"] == reported["without_checksum"] == 0 and reported["outputs"] == 4
     names = [path for path in work.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    # Of a run's own files some are its worker's input only.
+    # Some of a run's own files are its workers' input only.
     assert reported["files"] >= 0.6 * len(names)
 
 
@@ -232,11 +232,11 @@ def test_what_was_found_whole_is_remembered_until_it_changes(tmp_path: Path, mon
 
     monkeypatch.setattr(integrity, "file_sha256", recorded)
     for _ in range(3):
-        # As a new process knows it.
+        # As in a new process.
         integrity._whole.clear()
         integrity.check_file(path, size, sha256, "")
     assert len(read) == 1
-    # Not for ever, and not by a clock that was set back.
+    # Not indefinitely, and not by a clock that was set back.
     for age in (integrity.REMEMBERED_S + 60, -3_600.0):
         read.clear()
         (memory,) = (tmp_path / "cache" / "whole").iterdir()
@@ -312,7 +312,7 @@ def test_repair_lets_readers_see_the_newest_whole_run(
             flip(root / "runs" / "c" / "scores" / "part-0.parquet", 300)
         else:
             shutil.rmtree(root / "runs" / "c")
-    # Every command says what to do, and so does the one that does it.
+    # Every command's message names the remedy, and that command's message names its result.
     for command in (["rollback", "--out", str(root)], ["gc", "--out", str(root)]):
         assert main(command) == 2
         assert f"camenn fsck --out {root} --repair" in capsys.readouterr().err
@@ -338,7 +338,7 @@ def test_a_damaged_part_is_set_aside(work: Path, tmp_path: Path) -> None:
     before = list_parts(str(directory))
     flip(Path(before[0].path), 999)
     assert main(["fsck", "--out", str(tmp_path / "store"), "--repair"]) == 2
-    # What is left is whole; `camenn embed` finds that the part's contents are not there, and encodes them.
+    # The rest is whole; `camenn embed` finds the part's contents missing, and encodes them.
     left = list_parts(str(directory))
     assert [part.name for part in left] == [part.name for part in before[1:]]
     for part in left:

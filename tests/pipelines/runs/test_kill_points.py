@@ -47,7 +47,7 @@ def test_publish_rollback_and_gc_at_every_call(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("forgotten", ["sync_tree", "durable"])
 def test_the_lab_notices_what_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
-    """Of a publication that syncs too little: otherwise the test above would say nothing."""
+    """A publication that syncs too little is detected: otherwise the test above would prove nothing."""
     work = tmp_path / "work"
     old = make_run(work / "scores", A)
     calls: list[list[Any]] = []

@@ -1,4 +1,4 @@
-"""The one moment at which readers see a run, and the books that must balance before it."""
+"""Atomic publication of a run, and the row counts that must reconcile before it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +19,8 @@ def run(name: str) -> Manifest:
 
 
 def test_whatever_is_published_stands_in_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After every single write, and so wherever a publication is cut off: else a rollback could not tell what was
-    before.
+    """After every single write, and so wherever a publication is interrupted: otherwise a rollback
+    could not find the previous run.
     """
     root = str(tmp_path)
     publish(root, run("a"))
@@ -54,7 +54,7 @@ def test_an_entry_that_was_removed_leaves_the_later_ones_alone(tmp_path: Path) -
 
 @pytest.mark.parametrize("out", [6, 8])
 def test_books_that_do_not_balance_end_the_run(out: int) -> None:
-    """Rows that are lost, and rows that nobody brought."""
+    """Rows that are lost, and rows of unknown origin."""
     balanced = {"in": 10, "out": 7, "rejected": 1, "duplicates": 2}
     check_accounting({"clicks": balanced, "orders": {}})
     with pytest.raises(RuntimeError, match="table 'clicks': 10 rows came in"):

@@ -64,10 +64,10 @@ def test_a_directory_that_holds_something_else_is_refused(tmp_path: Path, name: 
 
 
 def test_an_output_of_camenn_is_taken_again(tmp_path: Path) -> None:
-    """Also one of before outputs said whose they are, with whatever hidden files systems put there."""
+    """Also an output of before outputs recorded their command, with any hidden files of the system."""
     store = write_store(tmp_path / "store", catalog_table())
     for kind in ("images", "titles"):
-        # Fingerprints of encoders are of 16 digits.
+        # Fingerprints of encoders have 16 digits.
         (store / kind / f"fake-{kind}").rename(store / kind / "0123456789abcdef")
     (store / ".DS_Store").write_bytes(b"")
     (store / "latest.json.damaged").write_bytes(b"")

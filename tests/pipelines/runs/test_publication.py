@@ -80,7 +80,7 @@ def test_a_publication_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
 
 
 def test_rolling_back_past_a_publication_that_was_cut_off_goes_on_back(tmp_path: Path) -> None:
-    """The entry that never was published stands between the runs, and must not be taken for the one before."""
+    """The entry that was never published lies between the runs, and must not count as the previous one."""
     for run in ("z", "a", "b"):
         make_run(tmp_path, run)
     latest = (tmp_path / "latest.json").read_text()
@@ -101,7 +101,7 @@ def test_nights_to_be_held_against_are_the_latest_ones_oldest_first(tmp_path: Pa
     assert nights(3) == ["b", "c", "d"] and nights(9) == ["a", "b", "c", "d"]
     publication.rollback(str(tmp_path), None)
     assert nights(2) == ["b", "c"]
-    # One that is published again counts once, where it is now.
+    # A run that is published again counts once, at its latest position.
     publication.republish(f"{tmp_path}/runs/a", force=False, reason=None)
     assert nights(9) == ["b", "c", "a"]
     assert publication.published_manifests(str(tmp_path / "empty"), 3) == []

@@ -87,7 +87,9 @@ def test_few_small_parts_and_large_ones_are_left_alone(small: int) -> None:
 
 
 def test_365_nights_leave_few_files_and_every_content_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each night two chunks are added, small ones are merged, and what was replaced goes when its readers are gone."""
+    """Each night two chunks are added, small ones are merged, and replaced parts are removed when
+    their readers are gone.
+    """
     start = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     published: list[set[str]] = [set(), set()]
     most = first = 0
@@ -109,8 +111,8 @@ def test_365_nights_leave_few_files_and_every_content_once(tmp_path: Path, monke
         assert all(Path(path).exists() for paths in published for path in paths)
         most = max(most, len(list(tmp_path.iterdir())))
     assert [row["image_key"] for row in rows_of(list_parts(str(tmp_path)))] == [f"{n:032x}" for n in range(first)]
-    # 730 chunks would be 1,460 files. What may be there: the small parts of eight chunks, those of
-    # two nights before, and the merged ones.
+    # 730 chunks would be 1,460 files. Allowed are the small parts of eight chunks, those of two
+    # nights before, and the merged ones.
     assert most < 80, most
 
 
@@ -123,7 +125,8 @@ def test_parts_are_removed_only_after_two_days_and_when_not_listed(
     expected = rows_of([second])
     now = datetime.datetime.now(datetime.UTC)
     assert drop_replaced(str(tmp_path), set(), now + NIGHT) == 0
-    # A run that is still read lists a; all others go, and a must not come back although what replaced it is gone.
+    # A run that is still read lists a; all others are removed, and a must not be restored although
+    # its replacement is gone.
     assert drop_replaced(str(tmp_path), {a.path}, now + 3 * NIGHT) == 3
     assert Path(a.path).exists() and not Path(first.path).exists()
     assert rows_of(list_parts(str(tmp_path))) == expected
@@ -133,7 +136,7 @@ def test_parts_are_removed_only_after_two_days_and_when_not_listed(
 
 
 def test_a_removal_that_is_cut_off_leaves_the_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its marker a part would be nobody's, and stay for ever: no removal would find it again."""
+    """Without its marker a part would belong to no run, and stay forever: no removal would find it again."""
     a, b = (commit(tmp_path, 10 * n, 3) for n in range(2))
     merged = merge_parts(str(tmp_path), [a, b])
     expected, later = rows_of([merged]), datetime.datetime.now(datetime.UTC) + 3 * NIGHT

@@ -1,5 +1,5 @@
-"""What a night's input must have in common with itself and with the nights before: real tables and a real store, and a
-model of which only the vocabularies are read.
+"""Joins within a night's input, and its coverage against earlier nights: real tables and a real
+store, and a model of which only the vocabularies are read.
 """
 
 import json
@@ -59,14 +59,14 @@ def make_tables() -> dict[str, pa.Table]:
 
 
 class City:
-    """A data directory, its store, and nights that are looked at and not scored."""
+    """A data directory, its store, and nights that are checked and not scored."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.nights = 0
 
     def look(self, edit: Edit | None = None, **flags: Any) -> tuple[Night, list[Coverage]]:
-        """Read a night's input, edited: (what is kept of it, what is asked of it)."""
+        """Read a night's input, edited: (its record, its coverage)."""
         self.nights += 1
         tables = make_tables()
         (edit or (lambda _: None))(tables)
@@ -103,11 +103,11 @@ class City:
             coverage={one.name: one.counts() for one in coverage},
             tables=tuple(name for name in ("audience", "candidates", "users", "stores") if name in inputs.fingerprints),
         )
-        # As a manifest keeps it.
+        # As stored in a manifest.
         return Night.from_json(json.loads(json.dumps(asdict(night)))), coverage
 
     def failed(self, edit: Edit | None = None, before: Edit | None = None, **flags: Any) -> dict[str, str]:
-        """Gates that fail on an edited night after two that were alike, with their words."""
+        """Gates that fail on an edited night after two equal ones, with their words."""
         nights = [self.look(before)[0]] * 2
         night, coverage = self.look(edit, **flags)
         return failing(check_night(night, nights, coverage=coverage))
@@ -187,7 +187,7 @@ def test_nights_alike_pass_and_so_does_the_first(city: City) -> None:
         assert city.first(tables) == city.failed(tables, tables) == {}
         night, coverage = city.look(tables)
         names = {gate.name for gate in check_night(night, [night], coverage=coverage)}
-        # Readers of the report see no column's name for a title.
+        # The report shows no column name as a title.
         assert names - set(GATE_WORDS) == {"known_user_age"}
 
 
@@ -203,7 +203,7 @@ def few_go_and_come(tables: dict[str, pa.Table]) -> None:
 
 
 def test_an_ordinary_night_is_not_gated(city: City) -> None:
-    # Of forty listings one is more than the 2 % that may be lacking of a city's.
+    # One of forty listings is more than the 2 % of a city's that may be missing.
     assert set(city.failed(few_go_and_come)) == {"coverage_listings"}
     assert city.first(few_go_and_come) == {}
 
@@ -348,8 +348,8 @@ def test_a_bad_night_is_gated(city: City, name: str) -> None:
     ],
 )
 def test_ids_of_which_none_join_are_refused_at_once(city: City, edit: Edit, reported: tuple[str, ...]) -> None:
-    """Nothing is scored, even on a first night; the message names both files, the column, an example of each and what
-    would mend it.
+    """Nothing is scored, even on a first night; the message names both files, the column, an
+    example of each and the fix.
     """
     with pytest.raises(InputError) as refused:
         city.look(edit)
@@ -375,7 +375,7 @@ def test_photos_without_any_embedding_are_no_first_night(city: City) -> None:
     night = city.look()[0]
     none = Coverage(**(asdict(photos[0]) | {"found": 0}))
     assert "photos" in failing(check_night(night, [], coverage=[none]))
-    # Of a few, chance may leave none; and a catalog without photos has none to lose.
+    # Few rows may have no match by chance; and a catalog without photos has none to lose.
     for asked in (19, 0):
         few = Coverage(**(asdict(photos[0]) | {"found": 0, "asked": asked}))
         assert failing(check_night(night, [], coverage=[few])) == {}

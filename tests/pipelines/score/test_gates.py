@@ -1,6 +1,6 @@
 """The gates before publication.
 
-They are tried here by hand, and over whole nights with the real stage in
+They are tested here by hand, and over whole nights with the real stage in
 tests/end_to_end/test_whole_way.py.
 """
 
@@ -109,7 +109,7 @@ def test_another_models_distribution_says_nothing_of_faults() -> None:
     new = make_night(9, shift=1.0, model="new")
     assert {gate.name for gate in check_night(new, before)} == {"coverage_listings", "coverage_audience_rows"}
     assert failed(make_night(9, shift=1.0, model="new", listings=900), before) == {"coverage_listings"}
-    # From its second night on it is held against itself, not against the one before.
+    # From its second night on it is compared with itself, not with the previous model.
     later = check_night(make_night(10, shift=1.0, model="new"), [*before, new])
     assert len(later) == 4 and all(gate.passed for gate in later)
     assert failed(make_night(10, model="new"), [*before, new]) == {"mean_cvr", "psi"}
@@ -154,7 +154,7 @@ def gate_of(now: Coverage, before: list[Night]) -> Gate:
     [
         (cover(90), [(100, 100, 0)] * 3, True),
         (cover(89), [(100, 100, 0)] * 3, False),
-        # More of them are asked for, and as many are found as ever.
+        # More of them are requested, and as many are found as before.
         (cover(100, 200), [(100, 100, 0)] * 3, True),
         (cover(100, 200, by_share=True), [(100, 100, 0)] * 3, False),
         # Half are found each night, of other people each night: 40 of 100 is within two standard errors.
@@ -169,7 +169,7 @@ def gate_of(now: Coverage, before: list[Night]) -> Gate:
         # Most had none, and the latest had none: nothing to lose, and nothing to divide by.
         (cover(0), [(80, 100, 0)] + [(0, 100, 0)] * 4, True),
         (cover(10), [(0, 100, 0)] * 4, True),
-        # Ids that are merely written otherwise.
+        # Ids that differ in form only.
         (cover(98, recoded=2), [(100, 100, 0)] * 3, True),
         (cover(97, recoded=3), [(100, 100, 0)] * 3, False),
         (cover(97, recoded=3), [(97, 100, 3)] * 3, True),
@@ -201,9 +201,9 @@ def test_what_lacks_is_told_only_of_a_gate_that_failed() -> None:
 
 
 def test_a_night_published_by_force_is_what_is_usual_from_then_on() -> None:
-    """Half of the shops closed, and somebody said so.
+    """Half of the shops closed, and the night was forced.
 
-    They need not say it again. What else the night had stays as it was.
+    It need not be forced again. The night's other references stay.
     """
     before = [*(make_night(seed) for seed in range(6)), make_night(6, listings=500, overridden=("coverage_listings",))]
     assert failed(make_night(9, listings=495), before) == set()
@@ -222,7 +222,7 @@ def test_a_table_that_most_nights_had_must_be_there() -> None:
     assert failed(make_night(9, tables=("users", "stores")), had) == set()
     assert failed(make_night(9, tables=("stores",)), had) == {"tables"}
     assert failed(make_night(9, tables=("users", "stores", "audience")), had) == set()
-    # A table that came and went for a night is none that is due.
+    # A table that was there for a single night is not required.
     assert failed(make_night(9), [make_night(1), make_night(2, tables=("audience",)), make_night(3)]) == set()
 
 

@@ -1,4 +1,4 @@
-"""Ids that are written otherwise in one table than in another: counted, and told with what would join them."""
+"""Ids that two tables write differently: counted, and reported with the change of form that joins them."""
 
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ def test_ids_of_which_case_is_a_part_are_not_the_same_without_it() -> None:
 
 
 def test_other_numbers_are_others() -> None:
-    """A digit before a number makes another number, not the same id written otherwise."""
+    """A digit before a number makes another number, not another form of the same id."""
     assert join(["11", "12"], ["211", "212"]).recoded == 0
     assert join(["u5", "u6"], ["u1", "u2"]).recoded == 0
 

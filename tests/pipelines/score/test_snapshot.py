@@ -1,4 +1,4 @@
-"""Scoring a past click at its own time gives training's features, to the bit."""
+"""Scoring a past click at its own time gives training's features, bitwise equal."""
 
 from collections import Counter
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_snapshot_of_empty_logs_and_of_strangers(tmp_path: Path) -> None:
 
 
 def test_item_features_know_nothing_of_an_unknown_store() -> None:
-    """A store of -1 must not be taken for the last store of the listing before it."""
+    """A store of -1 must not be read as the last store of the previous listing."""
     one, none = np.array([1]), np.zeros(0, dtype=np.int64)
     queries = Queries(user=one, item=np.array([1]), store=np.array([-1]), time=np.array([100]))
     for clicked in (True, False):
@@ -113,7 +113,7 @@ def test_item_features_know_nothing_of_an_unknown_store() -> None:
 def test_build_log_accounts_for_every_row(tmp_path: Path) -> None:
     clicks, orders = random_city(8, 300, 200)
     data = write_data(tmp_path / "data", clicks, orders, files=3, row_group_size=40)
-    # An order that comes at that very moment is not known yet.
+    # An order at that very time is not known yet.
     time = sorted(
         order["ordered_at"] for order in orders if (order["quantity"] or 0) > 0 and order["item_id"] != "gone"
     )[120]
@@ -139,7 +139,7 @@ def test_build_log_accounts_for_every_row(tmp_path: Path) -> None:
 
 
 def test_a_tile_holds_the_listings_that_it_is_asked_for(tmp_path: Path) -> None:
-    """Some listings, in an order of their own, have the columns that they have among all."""
+    """Some listings, in any order, have the same columns as among all listings."""
     data = write_data(tmp_path / "data", *random_city(4, 200, 150, users=6))
     attributes = item_attributes(CITY_ITEMS)
     log, _, _ = build_log("score", *sources(data), CITY_ITEMS["item_id"], attributes, START + 9 * DAY, 24 * HOUR)
@@ -206,13 +206,13 @@ def test_activity_is_that_of_the_last_28_days(tmp_path: Path) -> None:
 
 
 def test_a_pair_of_nobody_knows_nothing() -> None:
-    """A user of -1 must not be taken for one whose events are of no group, nor for a day without distance."""
+    """A user of -1 must not be read as one whose events are of no group, nor as a distance of 0 days."""
     one, zero = np.array([1]), np.array([0])
     events = Events(
         click_user=zero, click_item=zero, click_store=zero, clicked_at=one, converted_at=np.array([5]),
         order_user=zero, order_item=zero, order_store=zero, ordered_at=np.array([5]),
     )  # fmt: skip
-    # The listing of the events is of no group, the one asked for of the last one.
+    # The listing of the events is of no group, the requested one of the last group.
     items = ItemAttributes(subcategory=np.array([-1, 2]), brand=np.array([-1, 2]), listed_at=np.array([NEVER, NEVER]))
     queries = Queries(user=np.array([-1]), item=one, store=zero, time=np.array([100]))
     found = {name: values.tolist() for name, values in pair_features(events, queries, items).items()}

@@ -1,5 +1,5 @@
-"""Tiles and ranks against sorting all pairs; with a scorer whose logits are given, so that ties are many. The real one
-is in tests/end_to_end.
+"""Tiles and ranks against sorting all pairs; with a scorer of given logits, so that there are many
+ties. The real one is in tests/end_to_end.
 """
 
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ COUNTS = [*NUMERIC_GROUPS["item_counts"], *NUMERIC_GROUPS["pair_counts"]]
 
 
 class Given:
-    """Logits [audience rows, listings] in the place of a model; states are row numbers."""
+    """Logits [audience rows, listings] instead of a model; states are row numbers."""
 
     def __init__(self, logits: np.ndarray) -> None:
         self.logits = torch.from_numpy(logits)
@@ -111,7 +111,7 @@ def test_each_audience_row_gets_its_best_ranked(data: st.DataObject) -> None:
 
 
 def test_a_tile_is_encoded_in_the_models_order() -> None:
-    """Values and buckets of a tile stand where training's stand, or each weight would meet another number."""
+    """Values and buckets of a tile have training's column order, or each weight would multiply another number."""
     rng = np.random.default_rng(0)
 
     def number(place: int) -> Any:

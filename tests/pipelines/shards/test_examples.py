@@ -179,7 +179,7 @@ def test_features_read_what_lies_just_before_the_session_start() -> None:
 
 @pytest.mark.parametrize(("listed", "days"), [(-DAY, 1.0), (-1, 1 / DAY), (0, None), (1, None)])
 def test_a_listing_offered_at_the_session_start_is_not_known_to_be(listed: int, days: float | None) -> None:
-    """As of the session's start is before it, for what the catalog says as for what the logs say."""
+    """As of the session's start means strictly before it, for the catalog's times and for the logs'."""
     now = START + 10 * DAY
     catalog = [{**row, "listed_at": now + listed} for row in CATALOG_ROWS]
     row = build_examples([a_click(0, now)], [], catalog, LATER)[0]["u0", "a", "i0"]
@@ -212,7 +212,7 @@ def test_events_of_one_moment_stand_in_a_history_by_kind_and_listing() -> None:
 def test_events_of_final_days_are_summed_up_to_the_first_day_that_is_built(
     city: tuple[list[Row], list[Row], Settings], step: int
 ) -> None:
-    """What is built has what it has where everything is built, however much of the log before is told as sums."""
+    """Rows equal those of a full build, however much of the earlier log enters as sums."""
     clicks, orders, flags = city
     first = START + step * STEP
     whole, all_counts = build_examples(clicks, orders, CATALOG_ROWS, flags)
@@ -223,7 +223,7 @@ def test_events_of_final_days_are_summed_up_to_the_first_day_that_is_built(
 
 
 def test_rows_of_a_session_lie_in_one_file_of_a_day() -> None:
-    """A session that lay in two would be told as two. Pieces of a day are numbered from 0, in order of time."""
+    """A session in two files would count as two. Pieces of a day are numbered from 0, in order of time."""
     midnight = START // DAY * DAY
     starts = [midnight + day * DAY + hour * HOUR for day in range(3) for hour in range(6)]
     rows = [(place, start) for start in starts for place in range(4)]
@@ -286,14 +286,14 @@ def plain_history(events: Events, user: int, time: int, length: int) -> list[tup
 
 @pytest.mark.parametrize("length", [1, 2, 5, 7, 12])
 def test_histories_of_busy_users_equal_the_reference(length: int) -> None:
-    """Some forty events a user, many at one moment: clicks yield to older purchases, and what is known to be bought is
-    left out.
+    """Some forty events a user, many at one moment: clicks yield to older purchases, and clicks
+    known to be bought are left out.
     """
     rng = np.random.default_rng(length)
     for _ in range(8):
         n_clicks, n_orders = 110, int(rng.integers(0, 40))
         clicked_at = rng.integers(0, 60, n_clicks) * HOUR_US
-        # Each click left out has an order of its own, as the attribution gives it.
+        # Each click left out has its own credited order.
         bought = rng.permutation(n_clicks)[: n_orders // 2]
         converted_at = np.full(n_clicks, NEVER)
         converted_at[bought] = clicked_at[bought] + rng.integers(0, 9, len(bought)) * HOUR_US
@@ -320,7 +320,7 @@ def test_histories_of_busy_users_equal_the_reference(length: int) -> None:
 
 
 def check_shards(tmp_path: Path, clicks: list[Row], orders: list[Row], *, files: int) -> None:
-    """`camenn shards` gives the reference's rows and books."""
+    """`camenn shards` gives the reference's rows and row counts."""
     data = write_data(tmp_path / "data", clicks, orders, files=files, row_group_size=50)
     store = write_store(tmp_path / "store", pq.read_table(data / ("catalog" if files > 1 else "catalog.parquet")))
     shards_stage.run(shard_options(data, store, tmp_path / "shards"), [])
@@ -351,8 +351,8 @@ def test_shards_are_right_where_one_listing_and_one_user_have_most_clicks(
 ) -> None:
     """One listing and one user have very many clicks.
 
-    The listing has 30 % of all clicks and the user 5 %. Each is far more than a bucket and a file
-    are meant for.
+    The listing has 30 % of all clicks and the user 5 %. Each is far larger than the intended size
+    of a bucket and a file.
     """
     clicks, orders = random_city(3, 500, 200, users=40)
     rng = random.Random(3)

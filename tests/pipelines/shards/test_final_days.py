@@ -1,6 +1,6 @@
 """Night after night is built into one shard set.
 
-Final days stay, open days keep their features, and nothing differs from one build of the whole log.
+Final days stay, open days keep their features, and the result equals one build of the whole log.
 """
 
 import json
@@ -63,7 +63,7 @@ class Nights:
         self.night = 0
 
     def build(self, until: float, *, out: str = "shards", since: float = 0.0, **flags: Any) -> dict[str, Any]:
-        """Write what had come by `until` days after the start, and build; returns the closing table."""
+        """Write the events that had arrived `until` days after the start, and build; returns the closing table."""
         self.night += 1
 
         def came(rows: list[Row], column: str) -> list[Row]:
@@ -172,7 +172,7 @@ def test_final_days_stay_and_open_days_keep_their_features(tmp_path: Path) -> No
     assert changed > 0
     late = {key for key in after if str(key[1]).startswith("late")}
     assert late and min(after[key]["session_start"] for key in late) >= final
-    # What is new has the features of what is known now, the late clicks among it.
+    # New rows have the features as known now, including the late clicks.
     nights.build(9, out="whole")
     whole = nights.rows("whole")
     fresh = [key for key in after if key not in before]
@@ -293,8 +293,8 @@ def test_samples_are_the_least_numbers_of_each_day(data: st.DataObject) -> None:
 @pytest.mark.parametrize("late", [0, 6 * HOUR_US, DAY_US + 6 * HOUR_US])
 @pytest.mark.parametrize("after", [0, 1, 6 * HOUR_US, DAY_US - 1])
 def test_days_are_kept_up_to_the_first_that_may_change(late: int, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A day stays where it ended `late` before the run that built it looked, and then as a whole; what tonight's run
-    looks at makes no difference.
+    """A day stays where it ended at least `late` before the `as_of` of the run that built it, and
+    then as a whole; tonight's `as_of` makes no difference.
     """
     # These files are names only.
     monkeypatch.setattr(Manifest, "check", lambda *_: None)
@@ -310,7 +310,7 @@ def test_days_are_kept_up_to_the_first_that_may_change(late: int, after: int, mo
         kept = keep_days(manifest, settings, as_of, late, "out")
         final = [date for date in dates if start_of(date) + DAY_US + late <= before]
         assert sorted(kept.dates) == final and sorted(kept.open_paths) == dates[len(final) :]
-        # Nothing between the last day that stays and the first that is built.
+        # There is no gap between the last day that stays and the first that is built.
         assert kept.frozen_before % DAY_US == 0
         assert day_of(kept.frozen_before) == dates[len(final)]
     with pytest.raises(InputError, match="which is later"):
@@ -353,7 +353,7 @@ def test_the_least_values_are_found_among_many_that_are_alike(values: list[int],
 
 
 def test_a_log_that_grows_is_known_again() -> None:
-    """However many clicks come late, the sample of a day is found in the day."""
+    """However many clicks arrive late, the old sample of a day is found in the day."""
     rng = np.random.default_rng(0)
     kept = Kept(records=[FileRecord("examples", f"/x/date=2024-01-0{day}/part-0.parquet", 1, 1) for day in (2, 3)])
     for _ in range(200):
@@ -364,7 +364,7 @@ def test_a_log_that_grows_is_known_again() -> None:
         }
         samples = {date: values[:SAMPLE_SIZE].tolist() for date, values in old.items()}
         check_same_log(Kept(records=kept.records, samples=samples), grown, "out")
-        # A day of a few clicks may go unnoticed in another log, one of some dozens does not.
+        # A day of few clicks may match another log unnoticed, one of some dozens does not.
         known, other = (
             {date: np.unique(rng.integers(0, 2**63, 60))[:SAMPLE_SIZE].tolist() for date in old} for _ in range(2)
         )

@@ -1,7 +1,7 @@
 """The cache of the logs.
 
-Whatever came, went or was written again, a run that knows the night before gives what one gives
-that reads everything.
+Whatever was added, removed or rewritten, a run with the previous night's cache equals one that
+reads everything.
 """
 
 import os
@@ -38,7 +38,7 @@ from tests.support.small_city import START, catalog_table, event_table, random_c
 
 
 class Logs:
-    """Logs of one file a day, which a night finds as they are by then."""
+    """Logs of one file a day, in their state at each night."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root = root
@@ -60,7 +60,7 @@ class Logs:
         pq.write_table(event_table(rows, contract), self.file(contract, name), row_group_size=row_group_size)
 
     def day(self, contract: Contract, day: int) -> list[Row]:
-        """What happened on a day of the city's."""
+        """The events of one day of the city."""
         time = "clicked_at" if contract is CLICKS else "ordered_at"
         return [row for row in self.rows[contract.name] if (row[time] - START) // DAY_US == day]
 
@@ -76,7 +76,7 @@ class Logs:
         return shards_stage.run(shard_options(self.data, self.root / "store", self.root / out, **settings), [], **flags)
 
     def build_both(self) -> dict[str, Any]:
-        """A night, which must give what it gives where nothing is kept of the logs; returns the closing table."""
+        """A night, which must equal one without cached logs; returns the closing table."""
         shutil.rmtree(self.root / "plain", ignore_errors=True)
         shutil.copytree(self.root / "shards", self.root / "plain")
         before = read_latest(str(self.root / "plain"))
@@ -90,7 +90,7 @@ class Logs:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """Everything that a shard set says of the logs."""
+    """Everything that a shard set records of the logs."""
     manifest = read_latest(str(out))
     assert manifest is not None
     examples = Nights.rows(type("Shards", (), {"root": out.parent})(), out.name)
@@ -139,12 +139,12 @@ def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
     logs.add_days(8)
     assert logs.build_both()["log_rows_read"] < 400
 
-    # A file that stands twice, and one that is written anew in another order.
+    # A duplicated file, and one that is rewritten in another order.
     shutil.copy(logs.file(CLICKS, "day-04"), logs.file(CLICKS, "day-04-again"))
     rows = logs.day(CLICKS, 3)
     random.Random(seed).shuffle(rows)
     logs.add(CLICKS, "day-03", rows, 17)
-    # Of the day at which the log begins now, a part leaves it.
+    # Part of the day at which the log begins now leaves it.
     rows = logs.day(CLICKS, 1)
     begins = min(row["clicked_at"] // DAY_US for row in rows)
     stay = [row for n, row in enumerate(rows) if row["clicked_at"] // DAY_US > begins or n % 3 == 0]
@@ -173,7 +173,7 @@ def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
         "rows that are gone are forgotten when files are merged"
     )
 
-    # Nothing new, and everything read again at the user's word.
+    # Nothing new, and everything read again on request.
     logs.file(CLICKS, "day-01").unlink()
     logs.build_both()
     logs.add(CLICKS, "day-02", logs.day(CLICKS, 2))
@@ -322,8 +322,8 @@ def lines(tables: list[pa.Table]) -> list[tuple[Any, ...]]:
 def test_plans_of_many_nights_give_the_rows_of_tonights_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Files come, go, are written anew, come twice, move, or have rows without a user; row groups span midnight or do
-    not.
+    """Files are added, removed, rewritten, duplicated, moved, or have rows without a user; row
+    groups span midnight or do not.
     """
     monkeypatch.setattr(log_cache, "MERGE", 3)
     rng = random.Random(seed)

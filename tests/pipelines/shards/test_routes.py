@@ -1,6 +1,7 @@
-"""The same data by other ways give the same shard set and, to the bit, the same model.
+"""The same data by other routes give the same shard set and a bitwise equal model.
 
-The ways: one run, three nights with merged parts, other cuts of everything. Two processes and Flink: test_runners.py.
+The routes: one run, three nights with merged parts, other cuts of everything. Two processes and
+Flink: test_runners.py.
 """
 
 import json
@@ -36,7 +37,7 @@ NIGHTS = ((6, 30), (9, 45), (DAYS, LISTINGS))
 """(days of the log, listings of the catalog) by each night"""
 TIMES = {"clicks": "clicked_at", "orders": "ordered_at"}
 WRITTEN = ("curves.csv", "retrieval.json", *VERSIONED)
-"""Files of a package; metrics.json, which tells seconds too, is looked at apart."""
+"""Files of a package; metrics.json, which has seconds too, is compared separately."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class City:
     def night(self, number: int, route: str) -> None:
         """Embeddings and shards of one night's data."""
         data = str(self.root / f"data-{number}")
-        # More features than listings: directions that few listings tell are where an order of sums shows.
+        # More features than listings: the order of sums affects directions that few listings determine.
         image, text = stub_specs((1, 96), (6, 64))
         embed_stage.run(
             EmbedOptions(
@@ -99,7 +100,7 @@ class City:
         return manifest
 
     def train(self, route: str) -> dict[str, Any]:
-        """What a training of a few steps writes."""
+        """The outputs of a training of a few steps."""
         options = TrainOptions(
             shards=str(self.root / route / "shards"),
             out=str(self.root / route / "model"),
@@ -143,7 +144,7 @@ def test_every_route_gives_the_same_shard_set_and_the_same_model(
 ) -> None:
     city = City.make(tmp_path)
     routes = by_route(city, monkeypatch)
-    # They are other routes indeed: parts were merged, days kept, contents and examples lie otherwise.
+    # The routes do differ: parts were merged, days kept, contents and examples are in other files.
     merged = Path(city.published("nights", "store").paths("image_embeddings")[0])
     assert json.loads(merged.with_suffix(".json").read_text())["replaces"]
     shards = {route: city.published(route, "shards") for route in routes}
