@@ -18,7 +18,7 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 from PIL import Image
 
-from camenn_model.encoders.inception_v4 import ImageEncoder
+from camenn_model.encoders.inception_v4 import InceptionV4Encoder
 from camenn_model.encoders.spec import ImageSpec, TextSpec
 from camenn_model.hashing import content_key
 from pipelines.embed.handlers import (
@@ -46,7 +46,7 @@ def handler() -> ImageChunkHandler:
 
 
 @pytest.fixture(scope="module")
-def encoder(handler: ImageChunkHandler) -> OnDemand[ImageEncoder]:
+def encoder(handler: ImageChunkHandler) -> OnDemand[InceptionV4Encoder]:
     return handler.load_model()
 
 
@@ -67,7 +67,7 @@ def chunk_of(directory: Path, contents: list[bytes]) -> ImageChunk:
 
 
 def test_image_chunk_handler_encodes_every_good_photo(
-    handler: ImageChunkHandler, encoder: OnDemand[ImageEncoder], tmp_path: Path
+    handler: ImageChunkHandler, encoder: OnDemand[InceptionV4Encoder], tmp_path: Path
 ) -> None:
     contents = [photo(seed) for seed in range(11)]
     bad = {2: b"", 5: b"<html>not found</html>", 9: photo(9)[:-200]}
@@ -93,7 +93,7 @@ def test_image_chunk_handler_encodes_every_good_photo(
 
 
 def test_image_chunk_handler_takes_inline_photos(
-    handler: ImageChunkHandler, encoder: OnDemand[ImageEncoder], tmp_path: Path
+    handler: ImageChunkHandler, encoder: OnDemand[InceptionV4Encoder], tmp_path: Path
 ) -> None:
     data = photo(3)
     inline = ImageChunk("inline", [content_key(data)], [None], [data])
@@ -103,7 +103,7 @@ def test_image_chunk_handler_takes_inline_photos(
 
 
 def test_image_chunk_handler_remembers_nothing_of_photos_that_changed(
-    handler: ImageChunkHandler, encoder: OnDemand[ImageEncoder], tmp_path: Path
+    handler: ImageChunkHandler, encoder: OnDemand[InceptionV4Encoder], tmp_path: Path
 ) -> None:
     chunk = chunk_of(tmp_path, [photo(0), photo(1), photo(2)])
     (tmp_path / "0.jpg").write_bytes(photo(5))
@@ -117,7 +117,7 @@ def test_image_chunk_handler_remembers_nothing_of_photos_that_changed(
 
 
 def test_image_chunk_handler_of_no_good_photo_gives_no_rows(
-    handler: ImageChunkHandler, encoder: OnDemand[ImageEncoder]
+    handler: ImageChunkHandler, encoder: OnDemand[InceptionV4Encoder]
 ) -> None:
     (encoded,) = handler.run_inference([ImageChunk("none", ["k"], [None], [b"no"])], encoder)
     assert encoded.keys == [] and encoded.embeddings.shape == (0, 4, 1536) and len(encoded.defects) == 1

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from camenn_model.encoders.inception_v4 import ImageEncoder
+from camenn_model.encoders.inception_v4 import InceptionV4Encoder
 from camenn_model.encoders.spec import ImageSpec
 from camenn_model.hashing import content_key
 from pipelines import cli
@@ -699,18 +699,18 @@ SPEC = replace(
 
 
 @pytest.fixture(scope="module")
-def encoder() -> OnDemand[ImageEncoder]:
+def encoder() -> OnDemand[InceptionV4Encoder]:
     return ImageChunkHandler(SPEC, torch_threads=1).load_model()
 
 
-def encode(encoder: OnDemand[ImageEncoder], photos: list[tuple[str, str | None, bytes | None]]) -> EncodedImages:
+def encode(encoder: OnDemand[InceptionV4Encoder], photos: list[tuple[str, str | None, bytes | None]]) -> EncodedImages:
     keys, uris, data = ([photo[column] for photo in photos] for column in range(3))
     (encoded,) = ImageChunkHandler(SPEC).run_inference([ImageChunk("chunk", keys, uris, data)], encoder)  # type: ignore[arg-type]
     return encoded
 
 
 def test_chunk_of_every_kind_loses_no_photo(
-    contents: dict[str, bytes], encoder: OnDemand[ImageEncoder], tmp_path: Path
+    contents: dict[str, bytes], encoder: OnDemand[InceptionV4Encoder], tmp_path: Path
 ) -> None:
     """Every second photo in a file, the others inline; some files are not what they were."""
     outcomes = {content_key(contents[name]): CASES[name] for name in CASES}

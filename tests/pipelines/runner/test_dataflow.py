@@ -339,8 +339,8 @@ def test_flags_that_make_no_sense_are_refused(city: City, flags: list[str], mess
 
 
 def test_a_submitter_without_a_gpu_submits_for_workers_with_one(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("camenn_model.encoders.spec._has_cuda", lambda: pytest.fail("this machine was asked for a GPU"))
-    monkeypatch.setattr("camenn_model.encoders.spec.has_native_bf16", lambda: pytest.fail("this machine was asked"))
+    for name in ("_has_cuda", "has_native_bf16"):
+        monkeypatch.setattr(f"camenn_model.encoders.machine.{name}", lambda: pytest.fail("this machine was asked"))
     seen: list[embed_stage.EmbedOptions] = []
     monkeypatch.setattr(embed_stage, "run", lambda options, _: seen.append(options) or {"seconds": 0})
     for precision in ("bf16", "fp32"):
