@@ -1,8 +1,9 @@
 """The registry of image encoders.
 
-It has what a spec must know of each, and the class that builds it. InceptionV4 has a recipe of its own. Every other name is one of timm's, and its facts are asked of
-timm, which brings torch along: it is imported by the functions alone. Models are built without
-memory, on torch's device `meta`, and shapes alone go through them.
+It has what a spec must know of each, and the class that builds it. InceptionV4 has a recipe of its
+own. Every other name is one of timm's, and its facts are asked of timm, which brings torch along:
+it is imported by the functions alone. Models are built without memory, on torch's device `meta`,
+and shapes alone go through them.
 """
 
 import difflib
@@ -43,7 +44,8 @@ class ImageFacts:
 def image_facts(model: str, config: dict[str, Any], patch_size: int | None) -> ImageFacts:
     """Find the facts of an image architecture.
 
-    They are of InceptionV4, or of any other model that timm has: that needs timm, and with it torch.
+    They are of InceptionV4, or of any other model that timm has: that needs timm, and with it
+    torch.
 
     Args:
         model: name of timm's, with or without a tag of pretrained weights.
@@ -143,8 +145,14 @@ def find_timm_facts(model: str, config: dict[str, Any], patch_size: int | None) 
         raise WeightsError(f"{MODEL_FLAG} {model}: timm {timm.__version__} has no such model{hint}")
     known = _pretrained_config(model)
     given = pretrained_part(config)
-    arguments = config.get("model_args") or {}
-    own = _own_side(known | {key: value for key, value in given.items() if value is not None}, arguments)
+    arguments = _model_arguments(config)
+    expected = known | {key: value for key, value in given.items() if value is not None}
+    if expected["input_size"][0] != 3:
+        raise WeightsError(
+            f"{MODEL_FLAG} {model}: takes images of {expected['input_size'][0]} channels, and photos have 3. Name a "
+            "model of colour photos."
+        )
+    own = _own_side(expected, arguments)
     mean, std = normalisation(config, known["mean"], known["std"])
     if patch_size is None:
         fixed = given.get("fixed_input_size", known["fixed_input_size"])
@@ -169,7 +177,7 @@ def find_timm_facts(model: str, config: dict[str, Any], patch_size: int | None) 
             )
     raise InputError(
         f"--patch_size {sizes[-1]}: {model} gives no features of such patches (timm: {error}). "
-        f"Give the size it was trained with: --patch_size {own}."
+        f"It was trained with --patch_size {own}."
     )
 
 
@@ -178,14 +186,29 @@ def _pretrained_config(model: str) -> dict[str, Any]:
     import timm
 
     name, _, tag = model.partition(".")
-    found = timm.get_pretrained_cfg(model, allow_unregistered=not tag) or timm.get_pretrained_cfg(name)
-    if tag and (found is None or found.tag != tag):
-        tags = [line.partition(".")[2] for line in timm.list_pretrained(f"{name}.*")]
+    tags = [line.partition(".")[2] for line in timm.list_pretrained(f"{name}.*")]
+    if tag and tag not in tags:
         raise WeightsError(
             f"{MODEL_FLAG} {model}: timm {timm.__version__} knows no weights '{tag}' of {name}. Leave it out, or "
             f"name one of {', '.join(tags)}."
         )
+    found = timm.get_pretrained_cfg(model)
+    assert found is not None  # only where unregistered names are not allowed
     return found.to_dict()
+
+
+def _model_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what `config.json` says a model is built with.
+
+    timm writes all that its model was made with. What the classifier and training alone need is
+    left out: it changes no feature.
+    """
+    written = config.get("model_args")
+    if not isinstance(written, dict):
+        return {}
+    return {
+        key: value for key, value in written.items() if key not in ("num_classes", "in_chans") and "drop" not in key
+    }
 
 
 def _own_side(known: dict[str, Any], arguments: dict[str, Any]) -> int:

@@ -42,7 +42,7 @@ class PatchEncoder:
         self.spec = spec
         with LOADING:
             model = self._load().to(spec.device)
-            self.model: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model: nn.Module = model.to(memory_format=torch.channels_last)
         self.start_seconds = time.monotonic() - started
         """Loading and compiling"""
 

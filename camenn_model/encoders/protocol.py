@@ -32,8 +32,8 @@ class TitleStates(NamedTuple):
 class ImageEncoder(Protocol):
     """An encoder of patches.
 
-    It has the model and weights that its spec names. A patch has the same bits whatever its neighbours. Shapes: N patches, s = `spec.patch_size`,
-    d = `spec.width`.
+    It has the model and weights that its spec names. A patch has the same bits whatever its
+    neighbours. Shapes: N patches, s = `spec.patch_size`, d = `spec.width`.
     """
 
     spec: ImageSpec
@@ -58,7 +58,8 @@ class ImageEncoder(Protocol):
 class TextEncoder(Protocol):
     """An encoder of titles.
 
-    It has the model and vocabulary that its spec names. A title has the same bits whatever its neighbours.
+    It has the model and vocabulary that its spec names. A title has the same bits whatever its
+    neighbours.
     """
 
     spec: TextSpec

@@ -4,8 +4,8 @@ A spec tells where an encoder's weights lie, their hash, device, precision and f
 
 Nothing here imports torch: a pipeline is built, and a store looked up by fingerprint, without
 loading a model. Only timm can tell the facts of its own models: it is asked about those that have
-no recipe in `image_models.py`. Workers build encoders from specs (`protocol.py`) and fail where they cannot
-honour them.
+no recipe in `image_models.py`. Workers build encoders from specs (`protocol.py`) and fail where
+they cannot honour them.
 """
 
 import hashlib

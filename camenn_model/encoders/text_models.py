@@ -1,7 +1,8 @@
 """The registry of text encoders.
 
-It has what a spec must know of each, the class that builds it, and the files it needs. BERT has a recipe of its own. Every other `model_type` that is listed goes through transformers'
-`AutoModel`. Nothing here imports torch.
+It has what a spec must know of each, the class that builds it, and the files it needs. BERT has a
+recipe of its own. Every other `model_type` that is listed goes through transformers' `AutoModel`.
+Nothing here imports torch.
 """
 
 import hashlib
@@ -166,7 +167,8 @@ def text_config(path: Path) -> dict[str, Any]:
 def hash_vocabulary(directory: Path, kind: str = BERT) -> str:
     """Hash the tokenizer's files.
 
-    They are those that an encoder of the `model_type` reads. Returns the sha256 (hex). Other tokens are another encoder.
+    They are those that an encoder of the `model_type` reads. Returns the sha256 (hex). Other tokens
+    are another encoder.
     """
     digest = hashlib.sha256()
     for name in _BERT_VOCABULARY if kind == BERT else ("tokenizer.json",):

@@ -153,7 +153,8 @@ class TitleEncoder:
 def load_pretrained(kind: Any, path: Path, spec: TextSpec, **arguments: Any) -> Any:
     """Load a model of transformers from a directory.
 
-    It has fp32 weights, on the CPU. `kind` is the class that loads it. The pooler is left out of what must be there.
+    It has fp32 weights, on the CPU. `kind` is the class that loads it. The pooler is left out of
+    what must be there.
 
     Raises:
         WeightsError: tensors are missing, or of other shapes.

@@ -1,7 +1,7 @@
 """Text encoders of transformers' `AutoModel` as frozen token encoders.
 
-They give a title's last hidden states: XLM-RoBERTa, DistilBERT, MPNet and what else `text_models.py`
-lists.
+They give a title's last hidden states: XLM-RoBERTa, DistilBERT, MPNet and what else
+`text_models.py` lists.
 """
 
 import json
@@ -17,7 +17,8 @@ from camenn_model.encoders.weights import TEXT_FLAG, WeightsError
 class TransformersEncoder(TitleEncoder):
     """Titles → token states by an `AutoModel`.
 
-    Titles are tokenised by the `tokenizer.json` of its directory. No code that a model brings along is run, and no pickled weights are read.
+    Titles are tokenised by the `tokenizer.json` of its directory. No code that a model brings along
+    is run, and no pickled weights are read.
     """
 
     def _load(self, path: Path) -> None:

@@ -141,8 +141,8 @@ def find_image_weights(source: str) -> Path:
 def image_config(source: str, weights: Path | None) -> dict[str, Any]:
     """Read timm's `config.json` beside the weights.
 
-    Directories and hub models may have it. It is {} where there is none, and of a file that is named itself: what lies beside it may be of
-    another model.
+    Directories and hub models may have it. It is {} where there is none, and of a file that is
+    named itself: what lies beside it may be of another model.
 
     Raises:
         WeightsError: it cannot be read.
