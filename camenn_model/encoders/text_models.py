@@ -61,7 +61,6 @@ TEXT_ENCODERS = {
     "electra": TextFacts(),
     "ernie": TextFacts(),
     "megatron-bert": TextFacts(),
-    "mobilebert": TextFacts(),
     "modernbert": TextFacts(),
     "mpnet": _AFTER_PAD,
     "rembert": TextFacts(),

@@ -61,7 +61,6 @@ def write_text_model(directory: Path, kind: str = "xlm-roberta", seed: int = 0, 
         "eos_token_id": 2,
         **{
             "distilbert": {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
-            "mobilebert": {"embedding_size": 24, "intra_bottleneck_size": 24, "true_hidden_size": 24},
             "modernbert": {"cls_token_id": 0, "sep_token_id": 2},
             "rembert": {"input_embedding_size": 24},
             "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},

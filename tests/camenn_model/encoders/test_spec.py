@@ -148,8 +148,8 @@ def test_text_spec_describes_the_directory() -> None:
 
 
 def test_text_spec_refuses_other_architectures(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"}))
-    with pytest.raises(WeightsError, match="--text_encoder.*'roberta'.*BertModel"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "fnet"}))
+    with pytest.raises(WeightsError, match="--text_encoder.*'fnet'.*Name an encoder of type bert,"):
         TextSpec.resolve(str(tmp_path), max_tokens=16, device="cpu")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
     with pytest.raises(WeightsError, match="holds no model.safetensors"):
