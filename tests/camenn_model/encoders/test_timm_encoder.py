@@ -127,6 +127,18 @@ def test_bf16_is_near_fp32(name: str) -> None:
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+def test_features_on_cuda_are_near_fp32_and_blind_to_neighbours(name: str) -> None:
+    full = TimmEncoder(resolve("random:7", model=name))
+    patches = make_patches(full.spec.patch_size)
+    encoder = TimmEncoder(replace(resolve("random:7", model=name, precision="bf16"), device="cuda"))
+    features = encoder.encode(patches)
+    assert cosines(features, full.encode(patches)).min() > 0.99
+    order = np.random.default_rng(0).permutation(20)
+    assert (encoder.encode(patches[order]) == features[order]).all()
+
+
 def test_spec_reads_the_config_beside_the_weights(resnet: Path, tmp_path: Path) -> None:
     spec = resolve(resnet)
     assert (spec.mean, spec.std) == (IMAGENET_MEAN, IMAGENET_STD)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel
 
+from camenn_model.encoders.machine import has_native_bf16
 from camenn_model.encoders.protocol import open_text_encoder
 from camenn_model.encoders.spec import TextSpec
 from camenn_model.encoders.text_models import TEXT_ENCODERS
@@ -81,8 +82,12 @@ def test_states_are_those_of_transformers_itself(tmp_path: Path, kind: str) -> N
     assert (encoder.encode([TITLES[2]]).states[0] == encoded.states[2]).all(), "whatever its neighbours"
 
 
-def test_bits_do_not_depend_on_neighbours(xlm: Path) -> None:
-    encoder = TransformersEncoder(resolve(xlm))
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not has_native_bf16(), reason="no native bf16"))],
+)
+def test_bits_do_not_depend_on_neighbours(xlm: Path, precision: str) -> None:
+    encoder = TransformersEncoder(resolve(xlm, precision=precision))
     random = np.random.default_rng(0)
     titles = [" ".join(random.choice(("apple", "milk", "bio", "x1"), size)) for size in random.integers(1, 20, 40)]
     together = encoder.encode(titles)
@@ -94,6 +99,15 @@ def test_bits_do_not_depend_on_neighbours(xlm: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         for states in pool.map(lambda _: encoder.encode(titles).states, range(8)):
             assert (states == together.states).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_states_on_cuda_are_near_fp32_and_blind_to_neighbours(xlm: Path) -> None:
+    full = TransformersEncoder(resolve(xlm)).encode(TITLES).states.astype(np.float32)
+    encoder = TransformersEncoder(replace(resolve(xlm, precision="bf16"), device="cuda"))
+    states = encoder.encode(TITLES).states
+    assert (encoder.encode(TITLES[::-1]).states == states[::-1]).all()
+    assert np.abs(states.astype(np.float32) - full).mean() < 0.05
 
 
 def test_the_tokenizer_is_read_as_it_is_written(xlm: Path) -> None:
