@@ -87,7 +87,7 @@ def normalisation(
         ):
             raise WeightsError(
                 f"{IMAGE_FLAG}: config.json beside the weights has '{name}' {values!r}, which must be three numbers, "
-                "one a colour. Mend it, or name other weights."
+                "one a colour. Correct it, or name other weights."
             )
         found.append(tuple(float(value) for value in values))
     if min(found[1]) <= 0:

@@ -40,7 +40,7 @@ class ImageEncoder(Protocol):
     start_seconds: float
 
     def prepare(self, compiled: bool) -> bool:
-        """Make ready to encode, and tell whether by compiled kernels."""
+        """Make ready to encode. Returns whether by compiled kernels."""
 
     def forward(self, patches: np.ndarray, *, compiled: bool) -> "Tensor":
         """Begin to encode uint8 [N, s, s, 3].

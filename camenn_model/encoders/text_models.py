@@ -181,8 +181,8 @@ def hash_config(config: dict[str, Any]) -> str:
 
     Returns the sha256 (hex). The number of heads, say, changes the states and no weight.
     """
-    told = {key: value for key, value in config.items() if key not in _NOT_COMPUTED and not key.startswith("_")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    computed = {key: value for key, value in config.items() if key not in _NOT_COMPUTED and not key.startswith("_")}
+    return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()
 
 
 def count_special_tokens(directory: Path) -> int:
@@ -197,7 +197,7 @@ def count_special_tokens(directory: Path) -> int:
 def load_tokenizer(directory: Path) -> "Tokenizer":
     """Load `tokenizer.json` as it is.
 
-    transformers 5 takes its vocabulary only, and builds normaliser and pre-tokeniser anew from the
+    transformers 5 takes its vocabulary only, and builds normaliser and pre-tokeniser from the
     class that `tokenizer_config.json` names, whatever the file says of them.
 
     Raises:

@@ -53,11 +53,9 @@ def plain_features(
     directory: Path, name: str, patches: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> np.ndarray:
     """What timm alone makes of the same patches: its own loading, transforms and model, one by one."""
-    model = timm.create_model(name, num_classes=0, checkpoint_path="").eval()
+    model = timm.create_model(name, num_classes=0).eval()
     model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
-    transform = create_transform(
-        patches.shape[1:3][::-1] and (3, *patches.shape[1:3]), mean=mean, std=std, crop_pct=1.0
-    )
+    transform = create_transform((3, *patches.shape[1:3]), mean=mean, std=std, crop_pct=1.0)
     with torch.inference_mode():
         return torch.cat([model(transform(Image.fromarray(patch))[None]) for patch in patches]).numpy()
 

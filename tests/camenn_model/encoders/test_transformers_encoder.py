@@ -77,7 +77,7 @@ def test_states_are_those_of_transformers_itself(tmp_path: Path, kind: str) -> N
         assert len(expected) == length
         np.testing.assert_allclose(encoded.states[row, :length], expected, rtol=2e-3, atol=2e-3)
         assert not encoded.states[row, length:].any()
-    # Titles of one length in one batch are told apart, so that the comparison says something.
+    # Titles of one length in one batch differ, so that the comparison says something.
     assert np.abs(encoded.states[4] - encoded.states[6]).max() > 0.1
     assert (encoder.encode([TITLES[2]]).states[0] == encoded.states[2]).all(), "whatever its neighbours"
 
