@@ -259,6 +259,15 @@ def test_errors_name_the_flag_and_the_remedy(resnet: Path, tmp_path: Path) -> No
             resolve(tmp_path)
 
 
+def test_a_model_of_other_channels_is_refused(resnet: Path, tmp_path: Path) -> None:
+    shutil.copytree(resnet, tmp_path, dirs_exist_ok=True)
+    config = json.loads((resnet / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [1, 28, 28]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="--image_model resnet18: takes images of 1 channels.*colour"):
+        resolve(tmp_path)
+
+
 def test_a_model_without_pooled_features_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_models, "_measure_width", lambda *_: (0, "features are [2, 7, 7, 8], not pooled"))
     with pytest.raises(InputError, match="not pooled"):
