@@ -29,7 +29,7 @@ ARG IMAGE_WEIGHTS=
 ARG TEXT_ENCODER=
 ENV HF_HOME=/opt/camenn/hub
 RUN if [ -n "$IMAGE_WEIGHTS" ]; then \
-    python -c "import sys; from camenn_model.encoders import weights as w; print(w.find_image_weights(sys.argv[1]), w.find_text_encoder(sys.argv[2]))" "$IMAGE_WEIGHTS" "$TEXT_ENCODER"; \
+    python -c "import sys; from camenn_model.encoders import text_models as t, weights as w; print(w.find_image_weights(sys.argv[1]), t.find_text_encoder(sys.argv[2]))" "$IMAGE_WEIGHTS" "$TEXT_ENCODER"; \
     fi
 ENV HF_HUB_OFFLINE=${IMAGE_WEIGHTS:+1}
 

@@ -49,7 +49,7 @@ class ItemBatch(_Tensors):
     all False.
     """
 
-    text: Tensor  # [I, T, d_txt] float, BERT's last hidden states (T may be less than the config's, never more)
+    text: Tensor  # [I, T, d_txt] float, last hidden states (T may be less than the config's, never more)
     text_mask: Tensor  # [I, T] bool, True = a real token
     has_text: Tensor  # [I] bool
     patches: Tensor  # [I, P, d_img] float, row-major over the grid

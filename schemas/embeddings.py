@@ -55,8 +55,8 @@ def title_embeddings(tokens: int, width: int) -> Contract:
         key=("title_key",),
         columns=(
             text_column("title_key", "content hash of the normalised title"),
-            _embedding_column((tokens, width), "last hidden states of BERT"),
-            Column(name="tokens", type=pa.int32(), doc="tokens in use, [CLS] and [SEP] included"),
+            _embedding_column((tokens, width), "last hidden states of the text encoder"),
+            Column(name="tokens", type=pa.int32(), doc="tokens in use, special ones such as [CLS] and [SEP] included"),
             Column(
                 name="unknown_share", type=pa.float32(), doc="share of words that the vocabulary does not know, 0 to 1"
             ),

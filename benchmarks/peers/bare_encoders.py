@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from camenn_model.encoders.bert import TextEncoder
-from camenn_model.encoders.inception_v4 import ImageEncoder, compile_model
+from camenn_model.encoders.bert import BertEncoder
+from camenn_model.encoders.inception_v4 import InceptionV4Encoder, compile_model
 from camenn_model.encoders.spec import TextSpec
 
 IMAGE_VARIANTS = (("compiled", 64), ("compiled", 128), ("compiled", 256), ("eager", 128), ("eager", 256))
@@ -25,7 +25,7 @@ TURNS = 5
 class BareImages:
     """InceptionV4 over patches, in whole batches."""
 
-    def __init__(self, encoder: ImageEncoder, variant: tuple[str, int]) -> None:
+    def __init__(self, encoder: InceptionV4Encoder, variant: tuple[str, int]) -> None:
         mode, self.batch = variant
         self.model = compile_model(encoder.model) if mode == "compiled" else encoder.model
         size = encoder.spec.patch_size
@@ -51,7 +51,7 @@ class BareTitles:
     The ids are padded to the lengths of the encoder's buckets.
     """
 
-    def __init__(self, encoder: TextEncoder, variant: tuple[str, int]) -> None:
+    def __init__(self, encoder: BertEncoder, variant: tuple[str, int]) -> None:
         mode, self.tokens = variant
         self.model: Any = encoder.model
         if mode == "compiled":
@@ -75,7 +75,7 @@ class BareTitles:
         return time.monotonic() - started
 
 
-def tokenise(encoder: TextEncoder, titles: list[str]) -> dict[int, Tensor]:
+def tokenise(encoder: BertEncoder, titles: list[str]) -> dict[int, Tensor]:
     """Return the token ids that `BareTitles` takes."""
     spec: TextSpec = encoder.spec
     with encoder.tokenizing:

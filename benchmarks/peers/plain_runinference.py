@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.peers.bare_encoders import BareImages
-from camenn_model.encoders.bert import TextEncoder
-from camenn_model.encoders.inception_v4 import ImageEncoder, load_inception
+from camenn_model.encoders.bert import BertEncoder
+from camenn_model.encoders.inception_v4 import InceptionV4Encoder, load_inception
 from camenn_model.encoders.spec import ImageSpec, TextSpec
 
 EVERY = 16
@@ -40,7 +40,7 @@ class _OnePhoto(ModelHandler[Tensor, PredictionResult, Any]):
     def load_model(self) -> Any:
         """Load InceptionV4 as timm builds it, and the bare loop."""
         mode, size = self.variant
-        self.bare = BareImages(ImageEncoder(self.fast), (mode, size))
+        self.bare = BareImages(InceptionV4Encoder(self.fast), (mode, size))
         self.last: list[np.ndarray] = []
         return load_inception(self.spec)
 
@@ -72,7 +72,7 @@ class _OneTitle(ModelHandler[str, PredictionResult, Any]):
 
     def load_model(self) -> Any:
         """Load the encoder's own model and tokenizer."""
-        return TextEncoder(self.spec)
+        return BertEncoder(self.spec)
 
     @torch.inference_mode()
     def run_inference(

@@ -26,7 +26,7 @@ from PIL import Image
 
 from benchmarks.quality.representation import ridge, standardise
 from benchmarks.support.command import machine, progress_log
-from camenn_model.encoders.inception_v4 import ImageEncoder
+from camenn_model.encoders.inception_v4 import InceptionV4Encoder
 from camenn_model.encoders.spec import ImageSpec
 from pipelines.inputs.photos import grid_patches
 from simulator.catalog import PhotoBank, make_catalog
@@ -87,7 +87,7 @@ def draw_photos(bank: _Bank, photos: list[int]) -> NDArray[np.uint8]:
 
 def pooled_features(weights: str, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return mean patch features of photos, float32 [n, 1536]."""
-    encoder = ImageEncoder(
+    encoder = InceptionV4Encoder(
         ImageSpec.resolve(weights, grid=GRID, patch_size=PATCH, device="cpu", precision="auto", compile="off")
     )
     found, reported_at = [], time.monotonic()

@@ -28,13 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed.embed_loops import Job, run_whole
 from benchmarks.support.listings import make_listings
-from camenn_model.encoders.inception_v4 import ImageEncoder
+from camenn_model.encoders.inception_v4 import InceptionV4Encoder
 from camenn_model.encoders.spec import ImageSpec
 
 MATRIX = 8_192
 
 
-def patch_flops(encoder: ImageEncoder) -> int:
+def patch_flops(encoder: InceptionV4Encoder) -> int:
     """Count the floating-point operations of one patch.
 
     They are counted in a forward pass.
@@ -93,7 +93,7 @@ def watch_utilisation(samples: list[float]) -> Iterator[None]:
         thread.join()
 
 
-def bare_pace(encoder: ImageEncoder, photos: int) -> float:
+def bare_pace(encoder: InceptionV4Encoder, photos: int) -> float:
     """Return photos a second of the encoder alone.
 
     It runs over patches in memory.
@@ -124,7 +124,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         compile="off",
     )
     spec: ImageSpec = job.specs()[0]
-    encoder = ImageEncoder(spec)
+    encoder = InceptionV4Encoder(spec)
     ceiling, flops, bare = matrix_ceiling(), patch_flops(encoder), bare_pace(encoder, arguments.items)
     del encoder
     shutil.rmtree(work / "measured", ignore_errors=True)

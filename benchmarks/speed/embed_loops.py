@@ -296,15 +296,15 @@ def find_variants(job: Job) -> dict[str, Any]:
     They are tried on some listings.
     """
     from benchmarks.peers.bare_encoders import IMAGE_VARIANTS, TITLE_VARIANTS, BareImages, BareTitles, fastest, tokenise
-    from camenn_model.encoders.bert import TextEncoder
-    from camenn_model.encoders.inception_v4 import ImageEncoder
+    from camenn_model.encoders.bert import BertEncoder
+    from camenn_model.encoders.inception_v4 import InceptionV4Encoder
 
     image, text = job.specs()
     rows = pq.read_table(Path(job.data) / "catalog.parquet", columns=["title", "image_uri"]).to_pylist()[: job.limit]
-    images = ImageEncoder(replace(image, compile="off"))
+    images = InceptionV4Encoder(replace(image, compile="off"))
     patches = _load_patches([str(Path(job.data) / row["image_uri"]) for row in rows], image)
     best_images, image_seconds = fastest({v: BareImages(images, v) for v in IMAGE_VARIANTS}, patches)
-    titles = TextEncoder(text)
+    titles = BertEncoder(text)
     blocks = tokenise(titles, [normalise_title(row["title"]) for row in rows])
     best_titles, title_seconds = fastest({v: BareTitles(titles, v) for v in TITLE_VARIANTS}, blocks)
     return {

@@ -35,15 +35,8 @@ def stub_embeddings(keys: Sequence[str], shape: tuple[int, int]) -> NDArray[np.f
 class StubImageSpec(ImageSpec):
     """A spec for the stub of the image encoder.
 
-    A photo has `grid` × `grid` patches of `width` features, whatever InceptionV4's are.
+    A photo has `grid` × `grid` patches of `width` features.
     """
-
-    width: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return (patches of a photo, features of a patch)."""
-        return self.grid * self.grid, self.width
 
     @property
     def parts(self) -> dict[str, str | int]:

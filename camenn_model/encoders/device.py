@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from camenn_model.encoders.spec import DeviceError, has_native_bf16
+from camenn_model.encoders.machine import DeviceError, has_native_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -7,21 +7,19 @@ Shapes: N patches, s pixels a side, 1536 features.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from camenn_model.encoders.device import DTYPES, LOADING, check_device
+from camenn_model.encoders.device import DTYPES, LOADING
+from camenn_model.encoders.machine import DeviceError, has_compiler
+from camenn_model.encoders.patch_encoder import CompiledModel, PatchEncoder, load_weights
 from camenn_model.encoders.random_weights import draw_weights
-from camenn_model.encoders.spec import IMAGE_WIDTH, DeviceError, ImageSpec, has_compiler
-from camenn_model.encoders.weights import IMAGE_FLAG, WeightsError, find_image_weights, hash_safetensors, random_seed
+from camenn_model.encoders.spec import ImageSpec
+from camenn_model.encoders.weights import random_seed
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -29,10 +27,8 @@ STEM = 2
 """Convolutions that always compute in fp32."""
 
 
-class ImageEncoder:
-    """Patches → features, whatever a patch's neighbours.
-
-    Every forward pass has `spec.batch_size` patches, so that neighbours change nothing.
+class InceptionV4Encoder(PatchEncoder):
+    """Patches → features by a folded InceptionV4 of mixed precision.
 
     Measured on AMX and on AVX2: row, neighbours and number of threads change no bit. bf16 keeps a
     cosine of 0.999 or more to fp32.
@@ -48,17 +44,8 @@ class ImageEncoder:
                 InceptionV4's.
             DeviceError: this machine cannot honour the spec's device, precision or compilation.
         """
-        started = time.monotonic()
-        check_device(spec.device, spec.precision)
-        self.spec = spec
-        with LOADING:
-            model = load_inception(spec)
-            fold_batch_norm(model)
-            self.model = MixedInception(model, DTYPES[spec.precision]).to(spec.device)
-            self.model = self.model.to(memory_format=torch.channels_last)
-        self.start_seconds = time.monotonic() - started
-        """Loading and compiling"""
-        self._compiled: Callable[[Tensor], Tensor] | None = None
+        super().__init__(spec)
+        self._compiled: CompiledModel | None = None
         self._may_compile = True
         if spec.compile == "on":
             if not has_compiler():
@@ -68,10 +55,10 @@ class ImageEncoder:
                 )
             self._compile()
 
-    @property
-    def fingerprint(self) -> str:
-        """Return 16 hex digits, see `ImageSpec.parts`."""
-        return self.spec.fingerprint
+    def _load(self) -> nn.Module:
+        model = load_inception(self.spec)
+        fold_batch_norm(model)
+        return MixedInception(model, DTYPES[self.spec.precision])
 
     def prepare(self, compiled: bool) -> bool:
         """Make ready to encode with compiled kernels, if asked.
@@ -103,65 +90,8 @@ class ImageEncoder:
             self.collect([self.forward(blank, compiled=True)])
         self.start_seconds += time.monotonic() - started
 
-    def encode(self, patches: np.ndarray, *, compiled: bool = False) -> np.ndarray:
-        """Encode patches.
-
-        They are uint8 [N, s, s, 3], RGB. The features are float16 [N, 1536]. N may be anything, 0
-        included: the last batch is padded.
-
-        Raises:
-            ValueError: another shape or dtype.
-            FloatingPointError: features beyond float16, which only broken weights give.
-        """
-        return self.collect([self.forward(patches, compiled=self.prepare(compiled))])
-
-    @torch.inference_mode()
-    def forward(self, patches: np.ndarray, *, compiled: bool) -> Tensor:
-        """Encode patches and leave the features on the device.
-
-        Does as `encode`, but the features [N, 1536] stay on the device, whose work may not be done
-        when this returns.
-        """
-        size, batch = self.spec.patch_size, self.spec.batch_size
-        if patches.dtype != np.uint8 or patches.shape[1:] != (size, size, 3):
-            raise ValueError(f"patches are {patches.dtype} {patches.shape}, expected uint8 [N, {size}, {size}, 3]")
-        outputs = []
-        for start in range(0, len(patches), batch):
-            piece = patches[start : start + batch]
-            padded = piece
-            if len(piece) < batch:
-                padded = np.zeros((batch, size, size, 3), dtype=np.uint8)
-                padded[: len(piece)] = piece
-            output = self._forward(torch.from_numpy(np.ascontiguousarray(padded)), compiled)
-            outputs.append(output[: len(piece)])
-        return torch.cat(outputs) if outputs else torch.empty((0, IMAGE_WIDTH), device=self.spec.device)
-
-    def collect(self, outputs: Iterable[Tensor]) -> np.ndarray:
-        """Wait for the device and copy its features to memory.
-
-        Returns what `forward` returned, as float16 [N, 1536].
-
-        Raises:
-            FloatingPointError: features beyond float16, which only broken weights give.
-        """
-        features = np.concatenate(
-            [np.empty((0, IMAGE_WIDTH), dtype=np.float16), *(output.half().cpu().numpy() for output in outputs)]
-        )
-        if not np.isfinite(features).all():
-            raise FloatingPointError(
-                f"{IMAGE_FLAG} {self.spec.source}: features beyond float16; these weights cannot be used"
-            )
-        return features
-
-    def _forward(self, pixels: Tensor, compiled: bool) -> Tensor:
-        if self.spec.device != "cpu":
-            # From pinned memory the copy runs beside the passes before it.
-            pixels = pixels.pin_memory().to(self.spec.device, non_blocking=True)
-        # A view with channels second in memory order [N, s, s, 3] is what channels-last means: nothing is moved.
-        values = pixels.permute(0, 3, 1, 2).float()
-        # (x / 255 - 0.5) / 0.5: mean and standard deviation 0.5, as these weights were trained with.
-        model = self._compiled if compiled and self._compiled is not None else self.model
-        return model(values / 127.5 - 1)
+    def _model_of(self, compiled: bool) -> nn.Module | CompiledModel:
+        return self._compiled if compiled and self._compiled is not None else self.model
 
 
 class MixedInception(nn.Module):
@@ -225,7 +155,7 @@ def round_filters(weights: Tensor) -> Tensor:
     return rounded.float().view_as(weights)
 
 
-def compile_model(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def compile_model(model: nn.Module) -> CompiledModel:
     """Compile `model` for inference.
 
     Its weights are frozen into the kernels. These are made by the first call, for its shape alone.
@@ -246,33 +176,10 @@ def load_inception(spec: ImageSpec) -> nn.Module:
     model = timm.create_model("inception_v4", pretrained=False, num_classes=0, global_pool="avg").eval()
     seed = random_seed(spec.source)
     if seed is None:
-        _load_weights(model, spec)
+        load_weights(model, spec)
     else:
         draw_weights(model, seed, spec.patch_size)
     return model
-
-
-def _load_weights(model: nn.Module, spec: ImageSpec) -> None:
-    # Workers on other machines have no file at the submitter's path, but may have the same weights from the hub.
-    path = Path(spec.path) if Path(spec.path).is_file() else find_image_weights(spec.source)
-    if hash_safetensors(path, IMAGE_FLAG) != spec.weights_hash:
-        raise WeightsError(
-            f"{IMAGE_FLAG} {spec.source}: {path} is not the file that the job was submitted with. Put the "
-            "same one on every worker."
-        )
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise WeightsError(f"{IMAGE_FLAG} {spec.source}: {path} cannot be read ({error}). Fetch it again.") from error
-    # The count of training batches is of no use here, and some conversions leave it out.
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
-    missing = [name for name in wanted if name not in tensors or tensors[name].shape != wanted[name].shape]
-    if missing:
-        raise WeightsError(
-            f"{IMAGE_FLAG} {spec.source}: {path} lacks {len(missing)} of InceptionV4's tensors, {missing[0]} "
-            "first. Name timm inception_v4 weights."
-        )
-    model.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
 
 
 def fold_batch_norm(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""InceptionV4 without training, for machines that no weights reach.
+"""Image models without training, for machines that no weights reach.
 
 It is an explicit choice (`random:SEED`), never a fallback.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _SAMPLE = 128
 """Generated patches on which batch-norm statistics settle."""
 
@@ -23,7 +24,12 @@ def draw_weights(model: nn.Module, seed: int, patch_size: int) -> None:
 
     NumPy draws the weights: its stream is the same on every processor. The sample is made and the
     statistics settle on one thread, as the number of threads changes their last bits.
+
+    A model without batch norms stays as it is: nothing would settle its scales, and its own
+    initialisation is made for it.
     """
+    if not any(isinstance(module, _NORMS) for module in model.modules()):
+        return
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,13 +58,17 @@ def generate_patches(random: np.random.Generator, count: int, size: int) -> Tens
 
 
 def _settle(model: nn.Module, sample: Tensor) -> None:
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, _NORMS)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
+        if norm.affine:
+            # Residual networks begin with scales of 0, which would leave out most of their layers.
+            nn.init.ones_(norm.weight)
+            nn.init.zeros_(norm.bias)
         # None = the plain mean over all batches seen: after one batch, that batch's statistics.
         norm.momentum = None
-    model.train()
+        norm.train()
     model(sample.contiguous(memory_format=torch.channels_last))
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):

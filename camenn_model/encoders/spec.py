@@ -3,42 +3,43 @@
 A spec tells where an encoder's weights lie, their hash, device, precision and fixed shapes.
 
 Nothing here imports torch: a pipeline is built, and a store looked up by fingerprint, without
-loading a model. Workers build `ImageEncoder` and `TextEncoder` from a spec and fail where they
-cannot honour it.
+loading a model. Only timm can tell the facts of its own models: it is asked about those that have
+no recipe in `image_models.py`. Workers build encoders from specs (`protocol.py`) and fail where
+they cannot honour them.
 """
 
-import ctypes
 import hashlib
 import json
-import os
-import re
-import shutil
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
+from camenn_model.encoders.image_models import HALVES, INCEPTION_V4, PATCH_SIZE, choose_image_model, image_facts
+from camenn_model.encoders.machine import resolve_device_precision
+from camenn_model.encoders.text_models import (
+    BERT,
+    count_special_tokens,
+    find_text_encoder,
+    hash_config,
+    hash_vocabulary,
+    most_tokens,
+    text_config,
+    text_facts,
+    text_width,
+)
 from camenn_model.encoders.weights import (
     IMAGE_FLAG,
     TEXT_FLAG,
     find_image_weights,
-    find_text_encoder,
     hash_safetensors,
-    hash_vocabulary,
+    image_config,
     random_seed,
-    text_config,
 )
 from schemas.errors import InputError
 
-PRECISIONS = ("fp32", "bf16")
-IMAGE_WIDTH = 1536
-"""Features of one patch: InceptionV4's last feature map, averaged over its pixels."""
-MIN_PATCH_SIZE = 75
-"""px; InceptionV4's strides leave nothing of a smaller crop."""
 IMAGE_PREPROCESSING, TITLE_PREPROCESSING = 2, 1
 """Raised when decoding, resizing and normalising, or title cleaning and tokenising, change what an encoder sees."""
 CPU_BATCH, CUDA_BATCH = 128, 1024
-"""Patches in a forward pass. On a CPU fewer of them read the weights (82 MB in bf16) too often,
-more leave the caches; a GPU is idle with fewer.
+"""Patches of `PATCH_SIZE` in a forward pass. On a CPU fewer of them read InceptionV4's weights (82 MB
+in bf16) too often, more leave the caches; a GPU is idle with fewer.
 """
 LEAST_BATCH = 16
 """Patches: torch gives a 1 × 1 convolution of fewer to another kernel where it has one thread than
@@ -51,59 +52,6 @@ Figures: docs/decisions/0013-embedding-throughput.md
 """
 RANDOM_SCHEME = 1
 """Raised when `random:SEED` gives other weights for the same seed."""
-
-
-class DeviceError(InputError):
-    """A device or precision that a machine cannot honour.
-
-    The machine cannot compute on the device, or in the precision, that the job was submitted with.
-    """
-
-
-def _has_cuda() -> bool:
-    try:
-        # Asking torch takes seconds for its import. Without the driver's library the answer is known.
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
-@lru_cache(maxsize=1)
-def has_native_bf16() -> bool:
-    """Tell whether this machine's processor multiplies bf16 itself.
-
-    That is by AMX or AVX-512 BF16. Elsewhere bf16 is slower than fp32.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and bool({"amx_bf16", "avx512_bf16"} & set(cpuinfo.read_text().split()))
-
-
-def has_compiler() -> bool:
-    """Tell whether torch can compile kernels for the CPU here."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
-
-
-def resolve_device_precision(device: str, precision: str) -> tuple[str, str]:
-    """Settle 'auto' of device and precision once, at submission.
-
-    Returns ('cpu' | 'cuda' | 'cuda:N', 'fp32' | 'bf16'). A device that is named is not looked for
-    here, as the workers may be other machines. They check it.
-
-    Raises:
-        DeviceError: no such device or precision.
-    """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise DeviceError(f"--device {device}: no such device. Use auto, cpu, cuda or cuda:N.")
-    if precision not in ("auto", *PRECISIONS):
-        raise DeviceError(f"--precision {precision}: no such precision. Use auto, {' or '.join(PRECISIONS)}.")
-    if device == "auto":
-        device = "cuda" if _has_cuda() else "cpu"
-    if precision == "auto":
-        precision = "bf16" if device != "cpu" or has_native_bf16() else "fp32"
-    return device, precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +95,10 @@ class EncoderSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec(EncoderSpec):
-    """InceptionV4 on the patches of a photo.
+    """A timm model on the patches of a photo.
 
-    There are `grid` × `grid` patches of `patch_size` × `patch_size` px.
+    There are `grid` × `grid` patches of `patch_size` × `patch_size` px. What is not named is
+    InceptionV4's, as in manifests from before there were other models.
     """
 
     grid: int
@@ -158,6 +107,17 @@ class ImageSpec(EncoderSpec):
     """patches in every forward pass, at least `LEAST_BATCH`; another one gives other last bits"""
     compile: str = "off"
     """on, off, or auto: where the photos of a run are enough to pay for compiling"""
+    model: str = INCEPTION_V4
+    """timm's name of the architecture"""
+    width: int = 1536
+    """features of a patch"""
+    mean: tuple[float, ...] = HALVES
+    std: tuple[float, ...] = HALVES
+    """of red, green and blue, 0 to 1, as the weights were trained with"""
+    named_model: str = ""
+    """--image_model as the user gave it, '' = not given"""
+    model_args: str = ""
+    """JSON of what timm builds the model with, '' = nothing"""
 
     def __post_init__(self) -> None:
         if self.batch_size < LEAST_BATCH:
@@ -165,27 +125,42 @@ class ImageSpec(EncoderSpec):
 
     @classmethod
     def resolve(
-        cls, source: str, *, grid: int, patch_size: int, device: str, precision: str, compile: str = "off"
+        cls,
+        source: str,
+        *,
+        grid: int,
+        patch_size: int | None = None,
+        device: str,
+        precision: str,
+        compile: str = "off",
+        model: str | None = None,
     ) -> "ImageSpec":
-        """Find and hash the weights, settle device and precision.
+        """Find and hash the weights, settle everything else.
+
+        `patch_size`: None = what suits the model. `model`: timm's name; None = what `config.json`
+        beside the weights says, or InceptionV4.
 
         Raises:
-            WeightsError: the weights cannot be had.
+            WeightsError: the weights cannot be had, or are not of that model.
             DeviceError: no such device.
-            InputError: grid or patch size out of range.
+            InputError: grid or patch size out of range, or nothing to compile.
         """
         if not 1 <= grid <= 16:
             raise InputError(f"--grid {grid}: must be between 1 and 16 patches per side.")
-        if not MIN_PATCH_SIZE <= patch_size <= 299:
-            raise InputError(
-                f"--patch_size {patch_size}: must be between {MIN_PATCH_SIZE} px, the least InceptionV4 "
-                "takes, and 299 px."
-            )
         seed = random_seed(source)
         path = find_image_weights(source) if seed is None else None
+        config = image_config(source, path)
+        named = choose_image_model(source, model, config)
+        facts = image_facts(named, config, patch_size)
+        name = named.partition(".")[0]
+        if name != INCEPTION_V4:
+            if compile == "on":
+                raise InputError(f"--compile on: only {INCEPTION_V4} is compiled, not {name}. Leave it out.")
+            compile = "off"
         # Random weights are hashed by what they are drawn from: settling them is arithmetic, whose last bits differ
         # between processors.
-        text = f"random:{seed} scheme {RANDOM_SCHEME} patch {patch_size}"
+        drawn = f" arch {name} by {facts.drawn_by}" if facts.drawn_by else ""
+        text = f"random:{seed} scheme {RANDOM_SCHEME}{drawn} patch {facts.patch_size}"
         weights = hashlib.sha256(text.encode()).hexdigest() if path is None else hash_safetensors(path, IMAGE_FLAG)
         device, precision = resolve_device_precision(device, precision)
         return cls(
@@ -195,9 +170,15 @@ class ImageSpec(EncoderSpec):
             device=device,
             precision=precision,
             grid=grid,
-            patch_size=patch_size,
-            batch_size=CPU_BATCH if device == "cpu" else CUDA_BATCH,
+            patch_size=facts.patch_size,
+            batch_size=_batch_size(name, device, facts.patch_size),
             compile=compile,
+            model=name,
+            named_model=model or "",
+            width=facts.width,
+            mean=facts.mean,
+            std=facts.std,
+            model_args=facts.model_args,
         )
 
     @property
@@ -211,23 +192,35 @@ class ImageSpec(EncoderSpec):
     @property
     def shape(self) -> tuple[int, int]:
         """Return (patches of a photo, features of a patch)."""
-        return self.grid * self.grid, IMAGE_WIDTH
+        return self.grid * self.grid, self.width
 
     @property
     def parts(self) -> dict[str, str | int]:
         """Return all that the fingerprint covers.
 
         These are model, weights, precision, patches and preprocessing. Kernels change last bits
-        only, and are recorded with each file instead.
+        only, and are recorded with each file instead. Of what InceptionV4 has by default nothing is
+        said, so that its stores stay valid.
         """
-        return {
-            "model": "inception_v4",
+        mixed = self.precision == "bf16" and self.model == INCEPTION_V4
+        parts: dict[str, str | int] = {
+            "model": self.model,
             "weights": self.weights_hash,
-            "precision": "bf16, two convolutions fp32" if self.precision == "bf16" else self.precision,
+            "precision": "bf16, two convolutions fp32" if mixed else self.precision,
             "grid": self.grid,
             "patch_size": self.patch_size,
             "preprocessing": IMAGE_PREPROCESSING,
         }
+        if (self.mean, self.std) != (HALVES, HALVES):
+            parts |= {"mean": str(list(self.mean)), "std": str(list(self.std))}
+        if self.model_args:
+            parts["model_args"] = self.model_args
+        return parts
+
+    def describe(self) -> str:
+        """Return one line for a manifest or report."""
+        text = super().describe()
+        return text if self.model == INCEPTION_V4 else f"{self.model}: {text}"
 
     def kernels(self, compiled: bool) -> str:
         """Name the kernels that compute the features.
@@ -246,11 +239,24 @@ class ImageSpec(EncoderSpec):
         return self.device == "cpu" and photos * self.shape[0] >= COMPILE_PAYS_AT
 
 
+def _batch_size(model: str, device: str, patch_size: int) -> int:
+    """Choose the patches of a forward pass.
+
+    Of InceptionV4 it was measured. Others get as many pixels, in powers of two.
+    """
+    batch = CPU_BATCH if device == "cpu" else CUDA_BATCH
+    if model == INCEPTION_V4:
+        return batch
+    fitting = int(batch * (PATCH_SIZE / patch_size) ** 2)
+    return max(LEAST_BATCH, min(batch, 2 ** (fitting.bit_length() - 1) if fitting else 0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextSpec(EncoderSpec):
-    """BERT on a title.
+    """A text encoder on a title.
 
-    It gives last hidden states of at most `max_tokens` tokens, [CLS] and [SEP] included.
+    It gives last hidden states of at most `max_tokens` tokens, special ones included. What is not
+    named is BERT's, as in manifests from before there were other models.
     """
 
     vocabulary_hash: str
@@ -258,6 +264,12 @@ class TextSpec(EncoderSpec):
     max_tokens: int
     tokens_per_batch: int = 512
     """titles of one length bucket × its length, in every forward pass"""
+    model: str = BERT
+    """`model_type` of its config.json"""
+    config_hash: str = ""
+    """of the other keys that change states, '' of BERT"""
+    special_tokens: int = 2
+    """tokens that are put around a title's own, such as [CLS] and [SEP]"""
 
     @classmethod
     def resolve(cls, source: str, *, max_tokens: int, device: str, precision: str = "auto") -> "TextSpec":
@@ -266,17 +278,20 @@ class TextSpec(EncoderSpec):
         Found and hashed are its weights and its vocabulary.
 
         Raises:
-            WeightsError: the encoder cannot be had or is no BERT.
+            WeightsError: the encoder cannot be had or is of no type that is read.
             DeviceError: no such device.
             InputError: max_tokens out of range.
         """
         path = find_text_encoder(source)
         config = text_config(path)
-        longest = min(config.get("max_position_embeddings", 512), 512)
-        if not 3 <= max_tokens <= longest:
+        facts = text_facts(source, config)
+        model = config["model_type"]
+        special = 2 if model == BERT else count_special_tokens(path)
+        longest = most_tokens(facts, config)
+        if not special < max_tokens <= longest:
             raise InputError(
-                f"--max_tokens {max_tokens}: must be between 3 ([CLS], one token, [SEP]) and {longest}, the "
-                f"most that {source} takes."
+                f"--max_tokens {max_tokens}: must be between {special + 1} (one token, and {special} special ones as "
+                f"[CLS] and [SEP]) and {longest}, the most that {source} takes."
             )
         weights = hash_safetensors(path / "model.safetensors", TEXT_FLAG)
         device, precision = resolve_device_precision(device, precision)
@@ -286,9 +301,12 @@ class TextSpec(EncoderSpec):
             weights_hash=weights,
             device=device,
             precision=precision,
-            vocabulary_hash=hash_vocabulary(path),
-            width=config["hidden_size"],
+            vocabulary_hash=hash_vocabulary(path, model),
+            width=text_width(source, facts, config),
             max_tokens=max_tokens,
+            model=model,
+            config_hash="" if model == BERT else hash_config(config),
+            special_tokens=special,
         )
 
     @property
@@ -315,14 +333,17 @@ class TextSpec(EncoderSpec):
 
         These are model, weights, vocabulary, precision, length and preprocessing.
         """
-        return {
-            "model": "bert",
+        parts: dict[str, str | int] = {
+            "model": self.model,
             "weights": self.weights_hash,
             "vocabulary": self.vocabulary_hash,
             "precision": self.precision,
             "max_tokens": self.max_tokens,
             "preprocessing": TITLE_PREPROCESSING,
         }
+        if self.config_hash:
+            parts["config"] = self.config_hash
+        return parts
 
     @property
     def kernels(self) -> str:

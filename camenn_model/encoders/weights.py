@@ -13,17 +13,9 @@ from typing import Any
 
 from schemas.errors import InputError
 
-IMAGE_FLAG, TEXT_FLAG = "--image_weights", "--text_encoder"
+IMAGE_FLAG, MODEL_FLAG, TEXT_FLAG = "--image_weights", "--image_model", "--text_encoder"
 
-_TEXT_FILES = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-)
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+_IMAGE_FILES = ("config.json", "model.safetensors")
 _HUB_TIMEOUT_S = 5
 
 
@@ -65,7 +57,7 @@ def hash_safetensors(path: Path, flag: str) -> str:
     return digest.hexdigest()
 
 
-def _fetch_from_hub(name: str, files: tuple[str, ...], flag: str) -> Path:
+def fetch_from_hub(name: str, files: tuple[str, ...], flag: str) -> Path:
     """Return the directory of a hub model's files.
 
     They are downloaded or come from the hub's local cache.
@@ -83,7 +75,12 @@ def _fetch_from_hub(name: str, files: tuple[str, ...], flag: str) -> Path:
         ) from error
 
 
-def _file_in(directory: Path, name: str, flag: str) -> Path:
+def file_in(directory: Path, name: str, flag: str) -> Path:
+    """Return a file of a model's directory.
+
+    Raises:
+        WeightsError: it is not there.
+    """
     path = directory / name
     if not path.is_file():
         raise WeightsError(
@@ -109,7 +106,8 @@ def random_seed(source: str) -> int | None:
     return int(seed)
 
 
-def _looks_local(source: str) -> bool:
+def looks_local(source: str) -> bool:
+    """Tell whether a source was meant as a path."""
     return source.startswith((".", "/", "~")) or source.endswith(".safetensors") or source.count("/") > 1
 
 
@@ -123,7 +121,7 @@ def find_image_weights(source: str) -> Path:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _file_in(path, "model.safetensors", IMAGE_FLAG)
+        return file_in(path, "model.safetensors", IMAGE_FLAG)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise WeightsError(
@@ -131,64 +129,39 @@ def find_image_weights(source: str) -> Path:
                 "or name another one."
             )
         return path
-    if _looks_local(source):
+    if looks_local(source):
         raise WeightsError(
             f"{IMAGE_FLAG} {source}: no such file. Give a .safetensors file, a directory with "
             "model.safetensors, a hub name, or random:SEED."
         )
     name = source if "/" in source else f"timm/{source}"
-    return _file_in(_fetch_from_hub(name, ("model.safetensors",), IMAGE_FLAG), "model.safetensors", IMAGE_FLAG)
+    return file_in(fetch_from_hub(name, _IMAGE_FILES, IMAGE_FLAG), "model.safetensors", IMAGE_FLAG)
 
 
-def find_text_encoder(source: str) -> Path:
-    """Find the directory of a BERT model.
+def image_config(source: str, weights: Path | None) -> dict[str, Any]:
+    """Read timm's `config.json` beside the weights.
 
-    It is local, or fetched by hub name.
-
-    Raises:
-        WeightsError: there is none, it lacks its configuration, weights or vocabulary, or it is no
-            BERT.
-    """
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        if path.exists() or _looks_local(source):
-            raise WeightsError(
-                f"{TEXT_FLAG} {source}: no such directory. Give one with config.json, model.safetensors and "
-                "vocab.txt, or a hub name."
-            )
-        path = _fetch_from_hub(source, _TEXT_FILES, TEXT_FLAG)
-    config = text_config(path)
-    if config.get("model_type") != "bert":
-        raise WeightsError(
-            f"{TEXT_FLAG} {source}: its architecture is '{config.get('model_type')}', and only 'bert' "
-            "(BertModel) is read. Name a BERT model."
-        )
-    _file_in(path, "model.safetensors", TEXT_FLAG)
-    if not (path / "tokenizer.json").is_file():
-        _file_in(path, "vocab.txt", TEXT_FLAG)
-    return path
-
-
-def text_config(path: Path) -> dict[str, Any]:
-    """Read `config.json` of a model directory.
+    Directories and hub models may have it. It is {} where there is none, and of a file that is
+    named itself: what lies beside it may be of another model.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: it cannot be read.
     """
-    file = _file_in(path, "config.json", TEXT_FLAG)
+    if weights is None or Path(source).expanduser().is_file() or not (weights.parent / "config.json").is_file():
+        return {}
+    return read_config(weights.parent / "config.json", IMAGE_FLAG)
+
+
+def read_config(file: Path, flag: str) -> dict[str, Any]:
+    """Read a model's `config.json`.
+
+    Raises:
+        WeightsError: it is no JSON object.
+    """
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except ValueError as error:
-        raise WeightsError(f"{TEXT_FLAG}: {file} is not JSON ({error}). Fetch it again.") from error
-
-
-def hash_vocabulary(directory: Path) -> str:
-    """Hash the tokenizer's files.
-
-    Returns the sha256 (hex). Other tokens are another encoder.
-    """
-    digest = hashlib.sha256()
-    for name in _VOCABULARY_FILES:
-        if (directory / name).is_file():
-            digest.update(name.encode() + b"\n" + (directory / name).read_bytes())
-    return digest.hexdigest()
+        raise WeightsError(f"{flag}: {file} is not JSON ({error}). Fetch it again.") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{flag}: {file} holds no JSON object. Fetch it again.")
+    return config

@@ -12,7 +12,9 @@ from schemas.errors import InputError
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser with the flags of `camenn embed`."""
     parser = new_parser(
-        "embed", "Encode every distinct photo (InceptionV4 on grid patches) and title (BERT) of the catalog, once."
+        "embed",
+        "Encode every distinct photo (on grid patches) and title of the catalog, once: by InceptionV4 and BERT, or by "
+        "encoders that are named.",
     )
     parser.add_argument("--data", required=True, help="data directory with the table `catalog`")
     parser.add_argument("--store", required=True, help="embedding store; made if it is not there")
@@ -105,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         device=arguments.device,
         precision=arguments.precision,
         compile=arguments.compile,
+        model=arguments.image_model,
     )
     text = TextSpec.resolve(
         arguments.text_encoder,

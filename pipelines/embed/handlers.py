@@ -16,23 +16,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler
 
+from camenn_model.encoders.protocol import ImageEncoder, TextEncoder, open_image_encoder, open_text_encoder
 from camenn_model.encoders.spec import ImageSpec, TextSpec
 from camenn_model.hashing import content_key
 from pipelines.inputs.photo_files import FileDefect, read_photo
 from pipelines.inputs.photos import ImageDefect, ImageQuality, decode_image, grid_patches, image_quality
 from pipelines.io import files
 from schemas.reasons import Reason
-
-if TYPE_CHECKING:
-    from camenn_model.encoders.bert import TextEncoder
-    from camenn_model.encoders.inception_v4 import ImageEncoder
-
 
 Encoder = TypeVar("Encoder")
 IMAGE_METRICS, TITLE_METRICS = "embed-images", "embed-titles"
@@ -66,7 +62,7 @@ class EncodedImages:
     chunk_id: str
     keys: list[str]
     embeddings: np.ndarray
-    """float16 [n, P, 1536]"""
+    """float16 [n, P, d], d the width of the encoder"""
     blur: np.ndarray
     """float32 [n]"""
     luminance: np.ndarray
@@ -180,10 +176,8 @@ class ImageChunkHandler(ModelHandler[ImageChunk, EncodedImages, "OnDemand[ImageE
         return OnDemand(self._load)
 
     def _load(self) -> ImageEncoder:
-        from camenn_model.encoders.inception_v4 import ImageEncoder
-
         _set_threads(self._torch_threads)
-        return ImageEncoder(self._spec)
+        return open_image_encoder(self._spec)
 
     def run_inference(
         self, batch: Sequence[ImageChunk], model: OnDemand[ImageEncoder], inference_args: dict[str, Any] | None = None
@@ -232,10 +226,8 @@ class TitleChunkHandler(ModelHandler[TitleChunk, EncodedTitles, "OnDemand[TextEn
         return OnDemand(self._load)
 
     def _load(self) -> TextEncoder:
-        from camenn_model.encoders.bert import TextEncoder
-
         _set_threads(self._torch_threads)
-        return TextEncoder(self._spec)
+        return open_text_encoder(self._spec)
 
     def run_inference(
         self, batch: Sequence[TitleChunk], model: OnDemand[TextEncoder], inference_args: dict[str, Any] | None = None

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from camenn_model.encoders.spec import ImageSpec, TextSpec, has_compiler, resolve_device_precision
-from camenn_model.encoders.weights import WeightsError
+from camenn_model.encoders.machine import has_compiler, resolve_device_precision
+from camenn_model.encoders.spec import ImageSpec, TextSpec
 from pipelines.runner.console import NO_ROWS
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_encoder_flags, add_json_flag, new_parser
+from schemas.errors import InputError
 
 COMMAND = "doctor"
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -220,7 +221,7 @@ def hub_offline() -> Iterator[None]:
             os.environ["HF_HUB_OFFLINE"] = before
 
 
-def check_encoders(image_weights: str, text_encoder: str) -> list[Check]:
+def check_encoders(image_weights: str, text_encoder: str, image_model: str | None = None) -> list[Check]:
     """Check that both encoders are available offline.
 
     This machine must have them without a network.
@@ -231,7 +232,14 @@ def check_encoders(image_weights: str, text_encoder: str) -> list[Check]:
     found = []
     with hub_offline():
         try:
-            image = ImageSpec.resolve(image_weights, grid=grid, patch_size=patch_size, device="auto", precision="auto")
+            image = ImageSpec.resolve(
+                image_weights,
+                grid=grid,
+                patch_size=patch_size,
+                device="auto",
+                precision="auto",
+                model=image_model,
+            )
             untrained = image_weights.startswith("random:")
             remedy = (
                 "Random weights only show that everything runs. Give trained ones for real figures."
@@ -241,7 +249,7 @@ def check_encoders(image_weights: str, text_encoder: str) -> list[Check]:
             found.append(
                 Check(name="photo encoder", status=WARN if untrained else OK, found=image.describe(), remedy=remedy)
             )
-        except WeightsError as error:
+        except InputError as error:
             found.append(_lacking("photo encoder", "--image_weights", image_weights, error))
         try:
             found.append(
@@ -251,12 +259,12 @@ def check_encoders(image_weights: str, text_encoder: str) -> list[Check]:
                     found=TextSpec.resolve(text_encoder, max_tokens=max_tokens, device="auto").describe(),
                 )
             )
-        except WeightsError as error:
+        except InputError as error:
             found.append(_lacking("title encoder", "--text_encoder", text_encoder, error))
     return found
 
 
-def _lacking(name: str, flag: str, source: str, error: WeightsError) -> Check:
+def _lacking(name: str, flag: str, source: str, error: InputError) -> Check:
     if "from the hub" not in str(error):
         return Check(name=name, status=WARN, found=f"{source}: not usable", remedy=str(error))
     remedy = (
@@ -338,14 +346,14 @@ def check_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
     )
 
 
-def examine(image_weights: str, text_encoder: str, out: str) -> list[Check]:
+def examine(image_weights: str, text_encoder: str, out: str, image_model: str | None = None) -> list[Check]:
     """Make all checks, in the order they are shown."""
     machine = [check_processor(), check_device(), check_compiler(), check_memory(), check_disk(out)]
     return [
         check_python(),
         *check_packages(),
         *machine,
-        *check_encoders(image_weights, text_encoder),
+        *check_encoders(image_weights, text_encoder, image_model),
         check_java(),
         check_flink_jar(),
     ]
@@ -397,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     started = time.monotonic()
-    checks = examine(arguments.image_weights, arguments.text_encoder, arguments.out)
+    checks = examine(arguments.image_weights, arguments.text_encoder, arguments.out, arguments.image_model)
     show(checks, arguments.out, time.monotonic() - started, as_json=arguments.json)
     return exit_code(checks)
 

@@ -13,7 +13,7 @@ from pipelines.stages import OUTPUT_FOLDERS, STAGES
 REPEAT_FLAGS = {
     stage: tuple(names.split())
     for stage, names in {
-        "embed": "data store image_root allow_absolute image_weights text_encoder grid patch_size "
+        "embed": "data store image_root allow_absolute image_weights image_model text_encoder grid patch_size "
         "max_tokens device precision max_reject_rate",
         "shards": "data store out attribution_hours history as_of timezone test_share max_reject_rate",
         "train": "shards out profile attention epochs batch_size learning_rate weighting no_alignment "
@@ -23,6 +23,9 @@ REPEAT_FLAGS = {
 }
 """Flags of each stage that can be restored from a manifest's options. A test compares them with the
 stages' own parsers."""
+
+_NAMES = {"inception_v4": "InceptionV4", "bert": "BERT"}
+"""How papers write the names of architectures"""
 
 
 def timings(work: Work) -> list[dict[str, Any]]:
@@ -67,14 +70,15 @@ def encoders(work: Work) -> list[dict[str, Any]]:
     manifest = work.manifests.get("embed")
     if manifest is None:
         return []
-    titles = {"image": "Photos: InceptionV4", "text": "Titles: BERT"}
     found = []
-    for name, title in titles.items():
+    for name, title, default in (("image", "Photos", "inception_v4"), ("text", "Titles", "bert")):
         spec = manifest.options.get(name, {})
+        # Manifests from before there were other models name none.
+        model = str(spec.get("model", default))
         description = str(spec.get("description", "not recorded"))
         found.append(
             {
-                "title": title,
+                "title": f"{title}: {_NAMES.get(model, model)}",
                 "description": description,
                 "untrained": str(spec.get("source", description)).startswith("random:"),
                 "fingerprint": spec.get("fingerprint", ""),
@@ -117,6 +121,7 @@ def repeat_command(stage: str, manifest: Manifest) -> list[str]:
         options |= {name: image.get(name) for name in ("grid", "patch_size", "device", "precision")}
         options |= {
             "image_weights": image.get("source"),
+            "image_model": image.get("named_model") or None,
             "text_encoder": text.get("source"),
             "max_tokens": text.get("max_tokens"),
         }

@@ -26,18 +26,30 @@ def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image_weights",
         default="timm/inception_v4.tf_in1k",
-        help="InceptionV4: hub name, .safetensors file or its directory, or random:SEED (default %(default)s)",
+        help=(
+            "photo encoder: hub name of a timm model, .safetensors file or its directory, or random:SEED (default "
+            "%(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--image_model",
+        help=(
+            "architecture of --image_weights, a name of timm.list_models() (default: what config.json beside the "
+            "weights says, else inception_v4)"
+        ),
     )
     parser.add_argument(
         "--text_encoder",
         default="google-bert/bert-base-uncased",
-        help="BERT: hub name or directory (default %(default)s)",
+        help="title encoder, BERT or another of transformers' encoders: hub name or directory (default %(default)s)",
     )
     parser.add_argument(
         "--grid", type=int, default=8, help="patches per side of a photo (default %(default)s: 64 patches)"
     )
     parser.add_argument(
-        "--patch_size", type=int, default=75, help="pixels per side of a patch, 75 or more (default %(default)s)"
+        "--patch_size",
+        type=int,
+        help="pixels per side of a patch (default: 75, or the photo encoder's own where it takes no others)",
     )
     parser.add_argument("--max_tokens", type=int, default=32, help="tokens kept of a title (default %(default)s)")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camenn_model.config import LossConfig
-from camenn_model.encoders.spec import resolve_device_precision
+from camenn_model.encoders.machine import resolve_device_precision
 from camenn_model.integrity import file_sha256
 from pipelines.io.files import local_only
 from pipelines.io.tables import FileRecord

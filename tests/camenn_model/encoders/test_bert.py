@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from camenn_model.encoders.bert import TextEncoder
+from camenn_model.encoders.bert import BertEncoder
 from camenn_model.encoders.device import DTYPES
-from camenn_model.encoders.inception_v4 import ImageEncoder
-from camenn_model.encoders.spec import ImageSpec, TextSpec, has_native_bf16
+from camenn_model.encoders.inception_v4 import InceptionV4Encoder
+from camenn_model.encoders.machine import has_native_bf16
+from camenn_model.encoders.spec import ImageSpec, TextSpec
 from camenn_model.encoders.weights import WeightsError
 from tests.support.encoder_sources import minilm
 
@@ -41,9 +42,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> TextEncoder:
+def encoder() -> BertEncoder:
     # A small batch, so that the tests are quick; the rules are the same.
-    return TextEncoder(replace(TextSpec.resolve(minilm(), max_tokens=32, device="cpu"), tokens_per_batch=128))
+    return BertEncoder(replace(TextSpec.resolve(minilm(), max_tokens=32, device="cpu"), tokens_per_batch=128))
 
 
 def many_titles() -> list[str]:
@@ -53,7 +54,7 @@ def many_titles() -> list[str]:
     return [" ".join(random.choice(words, size)) for size in random.integers(1, 40, 60)]
 
 
-def test_text_encoder_gives_states_up_to_each_length(encoder: TextEncoder) -> None:
+def test_text_encoder_gives_states_up_to_each_length(encoder: BertEncoder) -> None:
     encoded = encoder.encode(TITLES)
     assert encoded.states.shape == (10, 32, 384) and encoded.states.dtype == np.float16
     assert encoded.lengths.dtype == np.int32 and encoded.unknown_share.dtype == np.float32
@@ -63,30 +64,30 @@ def test_text_encoder_gives_states_up_to_each_length(encoder: TextEncoder) -> No
         assert (np.abs(states[:length].astype(np.float32)).sum(-1) > 0).all()
 
 
-def test_text_encoder_knows_no_text(encoder: TextEncoder) -> None:
+def test_text_encoder_knows_no_text(encoder: BertEncoder) -> None:
     encoded = encoder.encode(["", "  \n", "\u200b"])
     assert encoded.lengths.tolist() == [0, 0, 0]
     assert not encoded.states.any() and not encoded.unknown_share.any()
     assert encoder.encode([]).states.shape == (0, 32, 384)
 
 
-def test_text_encoder_counts_unknown_words(encoder: TextEncoder) -> None:
+def test_text_encoder_counts_unknown_words(encoder: BertEncoder) -> None:
     shares = encoder.encode(["red apple", "🍎", "red 🍎", "x" * 10_000]).unknown_share
     assert shares.tolist() == [0, 1, 0.5, 1]
 
 
-def test_text_encoder_cuts_long_titles_alike(encoder: TextEncoder) -> None:
+def test_text_encoder_cuts_long_titles_alike(encoder: BertEncoder) -> None:
     long, longer = (encoder.encode(["dried mango slices " * count]).states for count in (40, 4_000))
     assert (long == longer).all()
 
 
-def test_text_encoder_normalises_titles(encoder: TextEncoder) -> None:
+def test_text_encoder_normalises_titles(encoder: BertEncoder) -> None:
     states = encoder.encode(["cre\u0300me   brulee ", "cr\u00e8me brulee"]).states
     assert (states[0] == states[1]).all()
 
 
-def test_text_encoder_agrees_with_the_plain_model(encoder: TextEncoder) -> None:
-    full = TextEncoder(replace(encoder.spec, precision="fp32"))
+def test_text_encoder_agrees_with_the_plain_model(encoder: BertEncoder) -> None:
+    full = BertEncoder(replace(encoder.spec, precision="fp32"))
     title = "organic whole milk 1 gal"
     with torch.inference_mode():
         expected = full.model(**full.tokenizer(title, return_tensors="pt")).last_hidden_state[0].numpy()
@@ -99,8 +100,8 @@ def test_text_encoder_agrees_with_the_plain_model(encoder: TextEncoder) -> None:
     "precision",
     ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not has_native_bf16(), reason="no native bf16"))],
 )
-def test_text_encoder_bits_do_not_depend_on_neighbours(encoder: TextEncoder, precision: str) -> None:
-    encoder = TextEncoder(replace(encoder.spec, precision=precision))
+def test_text_encoder_bits_do_not_depend_on_neighbours(encoder: BertEncoder, precision: str) -> None:
+    encoder = BertEncoder(replace(encoder.spec, precision=precision))
     titles = many_titles()
     together = encoder.encode(titles)
     assert len(np.unique(np.digitize(together.lengths, (8.5, 16.5)))) == 3
@@ -112,9 +113,9 @@ def test_text_encoder_bits_do_not_depend_on_neighbours(encoder: TextEncoder, pre
 
 
 @pytest.mark.skipif(not has_native_bf16(), reason="no native bf16 on this processor")
-def test_text_encoder_bf16_is_near_fp32_per_token(encoder: TextEncoder) -> None:
+def test_text_encoder_bf16_is_near_fp32_per_token(encoder: BertEncoder) -> None:
     titles = TITLES + many_titles()[:30]
-    half, full = (TextEncoder(replace(encoder.spec, precision=p)).encode(titles) for p in ("bf16", "fp32"))
+    half, full = (BertEncoder(replace(encoder.spec, precision=p)).encode(titles) for p in ("bf16", "fp32"))
     used = np.arange(32)[None, :] < full.lengths[:, None]
     a, b = half.states[used].astype(np.float64), full.states[used].astype(np.float64)
     cosine = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
@@ -129,10 +130,10 @@ def test_text_encoder_refuses_a_model_that_lacks_weights(tmp_path: Path) -> None
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     spec = TextSpec.resolve(str(tmp_path), max_tokens=16, device="cpu")
     with pytest.raises(WeightsError, match="--text_encoder.*encoder.layer.3.output.dense.weight"):
-        TextEncoder(spec)
+        BertEncoder(spec)
     (tmp_path / "vocab.txt").write_text("changed")
     with pytest.raises(WeightsError, match="submitted with"):
-        TextEncoder(spec)
+        BertEncoder(spec)
 
 
 def test_encoders_load_and_run_on_threads_of_one_process() -> None:
@@ -143,15 +144,15 @@ def test_encoders_load_and_run_on_threads_of_one_process() -> None:
     """
     text = TextSpec.resolve(minilm(), max_tokens=16, device="cpu")
     image = ImageSpec.resolve("random:7", grid=1, patch_size=75, device="cpu", precision="auto")
-    alone = TextEncoder(text).encode(TITLES).states
+    alone = BertEncoder(text).encode(TITLES).states
     with ThreadPoolExecutor(4) as pool:
         encoders: list[Any] = list(
-            pool.map(lambda make: make(), [lambda: TextEncoder(text), lambda: ImageEncoder(image)] * 2)
+            pool.map(lambda make: make(), [lambda: BertEncoder(text), lambda: InceptionV4Encoder(image)] * 2)
         )
         for encoder in encoders:
             dtype = DTYPES[encoder.spec.precision]
             parts = [(encoder.model, dtype)]
-            if isinstance(encoder, ImageEncoder):
+            if isinstance(encoder, InceptionV4Encoder):
                 parts = [(encoder.model.stem, torch.float32), (encoder.model.body, dtype)]
             for part, expected in parts:
                 assert {tensor.dtype for tensor in part.parameters()} == {expected}

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from camenn_model.encoders import device, inception_v4
-from camenn_model.encoders.inception_v4 import ImageEncoder, fold_batch_norm, round_filters
+from camenn_model.encoders.inception_v4 import InceptionV4Encoder, fold_batch_norm, round_filters
+from camenn_model.encoders.machine import DeviceError, has_native_bf16
 from camenn_model.encoders.random_weights import generate_patches
-from camenn_model.encoders.spec import DeviceError, ImageSpec, has_native_bf16
+from camenn_model.encoders.spec import ImageSpec
 from camenn_model.encoders.weights import WeightsError
 from pipelines.inputs.photos import decode_image, grid_patches
 from tests.support.encoder_sources import PROJECT, grocery_photos, grocery_weights
@@ -37,8 +38,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> ImageEncoder:
-    return ImageEncoder(spec_of("random:7"))
+def encoder() -> InceptionV4Encoder:
+    return InceptionV4Encoder(spec_of("random:7"))
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,14 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
-def test_image_encoder_gives_float16_of_any_count(encoder: ImageEncoder, patches: np.ndarray) -> None:
+def test_image_encoder_gives_float16_of_any_count(encoder: InceptionV4Encoder, patches: np.ndarray) -> None:
     features = encoder.encode(patches)
     assert features.shape == (20, 1536) and features.dtype == np.float16
     assert encoder.encode(patches[:0]).shape == (0, 1536)
     assert encoder.fingerprint == encoder.spec.fingerprint
 
 
-def test_image_encoder_refuses_other_shapes(encoder: ImageEncoder, patches: np.ndarray) -> None:
+def test_image_encoder_refuses_other_shapes(encoder: InceptionV4Encoder, patches: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected uint8"):
         encoder.encode(patches.astype(np.float32))
     with pytest.raises(ValueError, match="expected uint8"):
@@ -72,7 +73,7 @@ def test_image_encoder_refuses_other_shapes(encoder: ImageEncoder, patches: np.n
     ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not has_native_bf16(), reason="no native bf16"))],
 )
 def test_image_encoder_bits_do_not_depend_on_neighbours(precision: str, patches: np.ndarray) -> None:
-    encoder = ImageEncoder(spec_of("random:7", precision))
+    encoder = InceptionV4Encoder(spec_of("random:7", precision))
     together = encoder.encode(patches)
     order = np.random.default_rng(0).permutation(20)
     assert (encoder.encode(patches[order]) == together[order]).all()
@@ -80,7 +81,7 @@ def test_image_encoder_bits_do_not_depend_on_neighbours(precision: str, patches:
     assert (alone == together[[0, 15, 16, 19]]).all()
 
 
-def test_image_encoder_bits_do_not_depend_on_threads(encoder: ImageEncoder, patches: np.ndarray) -> None:
+def test_image_encoder_bits_do_not_depend_on_threads(encoder: InceptionV4Encoder, patches: np.ndarray) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -91,7 +92,7 @@ def test_image_encoder_bits_do_not_depend_on_threads(encoder: ImageEncoder, patc
         torch.set_num_threads(threads)
 
 
-def test_random_weights_tell_images_apart(encoder: ImageEncoder, patches: np.ndarray) -> None:
+def test_random_weights_tell_images_apart(encoder: InceptionV4Encoder, patches: np.ndarray) -> None:
     features = encoder.encode(patches).astype(np.float32)
     assert 0.05 < features.std() < 100
     between = cosines(features[:, None], features[None])
@@ -99,24 +100,24 @@ def test_random_weights_tell_images_apart(encoder: ImageEncoder, patches: np.nda
     assert features.std(axis=0).mean() > 0.05
 
 
-def test_random_weights_differ_by_seed(encoder: ImageEncoder, patches: np.ndarray) -> None:
-    other = ImageEncoder(spec_of("random:8"))
+def test_random_weights_differ_by_seed(encoder: InceptionV4Encoder, patches: np.ndarray) -> None:
+    other = InceptionV4Encoder(spec_of("random:8"))
     assert cosines(other.encode(patches[:4]), encoder.encode(patches[:4])).max() < 0.9
     assert other.fingerprint != encoder.fingerprint
 
 
 @pytest.mark.slow
 def test_random_weights_are_the_same_in_another_process_with_other_threads(
-    encoder: ImageEncoder, patches: np.ndarray, tmp_path: Path
+    encoder: InceptionV4Encoder, patches: np.ndarray, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "patches.npy", patches[:4])
     code = """
 import sys
 import numpy as np
 import torch
-from tests.camenn_model.encoders.test_inception_v4 import ImageEncoder, spec_of
+from tests.camenn_model.encoders.test_inception_v4 import InceptionV4Encoder, spec_of
 torch.set_num_threads(3)
-encoder = ImageEncoder(spec_of("random:7"))
+encoder = InceptionV4Encoder(spec_of("random:7"))
 np.save(sys.argv[1] + "/features.npy", encoder.encode(np.load(sys.argv[1] + "/patches.npy")))
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT, check=True)
@@ -145,7 +146,7 @@ def test_image_encoder_refuses_weights_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({"features.0.conv.weight": torch.zeros(32, 3, 3, 3)}, path)
     with pytest.raises(WeightsError, match="--image_weights.*lacks"):
-        ImageEncoder(spec_of(str(path)))
+        InceptionV4Encoder(spec_of(str(path)))
 
 
 def test_image_encoder_refuses_weights_that_changed_since_submission(tmp_path: Path) -> None:
@@ -154,16 +155,16 @@ def test_image_encoder_refuses_weights_that_changed_since_submission(tmp_path: P
     spec = spec_of(str(path))
     save_file({"a": torch.ones(3)}, path)
     with pytest.raises(WeightsError, match="submitted with"):
-        ImageEncoder(spec)
+        InceptionV4Encoder(spec)
 
 
 def test_image_encoder_refuses_what_the_worker_cannot_honour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_native_bf16", lambda: False)
     with pytest.raises(DeviceError, match="no bf16"):
-        ImageEncoder(spec_of("random:7", "bf16"))
+        InceptionV4Encoder(spec_of("random:7", "bf16"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="no CUDA"):
-        ImageEncoder(replace(spec_of("random:7", "fp32"), device="cuda"))
+        InceptionV4Encoder(replace(spec_of("random:7", "fp32"), device="cuda"))
 
 
 def test_round_filters_keeps_sums_and_moves_no_weight_by_more_than_a_step() -> None:
@@ -183,12 +184,12 @@ def test_round_filters_keeps_sums_and_moves_no_weight_by_more_than_a_step() -> N
 
 
 def test_image_encoder_that_must_compile_and_cannot_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patches: np.ndarray, encoder: ImageEncoder
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patches: np.ndarray, encoder: InceptionV4Encoder
 ) -> None:
     monkeypatch.setattr(inception_v4, "has_compiler", lambda: False)
     with pytest.raises(DeviceError, match="no C\\+\\+ compiler"):
-        ImageEncoder(replace(spec_of("random:7"), compile="on"))
-    either = ImageEncoder(replace(spec_of("random:7"), compile="auto"))
+        InceptionV4Encoder(replace(spec_of("random:7"), compile="on"))
+    either = InceptionV4Encoder(replace(spec_of("random:7"), compile="auto"))
     assert not either.prepare(compiled=True), "where it may, it encodes without, and says that it did"
     assert (either.encode(patches, compiled=True) == encoder.encode(patches)).all()
 
@@ -197,10 +198,10 @@ def test_image_encoder_that_must_compile_and_cannot_says_so(
 
     monkeypatch.setattr(inception_v4, "has_compiler", lambda: True)
     monkeypatch.setattr(inception_v4, "compile_model", fail)
-    broken = ImageEncoder(replace(spec_of("random:7"), compile="auto"))
+    broken = InceptionV4Encoder(replace(spec_of("random:7"), compile="auto"))
     assert not broken.prepare(compiled=True) and "Python.h" in caplog.text
     with pytest.raises(RuntimeError, match=r"Python\.h"):
-        ImageEncoder(replace(spec_of("random:7"), compile="on"))
+        InceptionV4Encoder(replace(spec_of("random:7"), compile="on"))
 
 
 @pytest.mark.skipif(not has_native_bf16(), reason="no native bf16 on this processor")
@@ -209,7 +210,7 @@ def test_image_encoder_bf16_is_near_fp32_on_real_photos() -> None:
     # Among these are patches of little contrast, on which a stem in bf16 falls to 0.989.
     photos = [decode_image(path.read_bytes(), 300).pixels for path in grocery_photos(32)]
     patches = np.concatenate([grid_patches(photo, 4, 75) for photo in photos])
-    half, full = (ImageEncoder(spec_of(source, precision)).encode(patches) for precision in ("bf16", "fp32"))
+    half, full = (InceptionV4Encoder(spec_of(source, precision)).encode(patches) for precision in ("bf16", "fp32"))
     assert cosines(half, full).min() >= 0.999
     between = cosines(full[:, None], full[None])
     assert np.median(between) < 0.9
@@ -217,8 +218,8 @@ def test_image_encoder_bf16_is_near_fp32_on_real_photos() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_image_encoder_on_cuda_is_near_fp32_and_blind_to_neighbours(patches: np.ndarray) -> None:
-    full = ImageEncoder(spec_of("random:7", "fp32")).encode(patches)
-    encoder = ImageEncoder(replace(spec_of("random:7", "bf16"), device="cuda"))
+    full = InceptionV4Encoder(spec_of("random:7", "fp32")).encode(patches)
+    encoder = InceptionV4Encoder(replace(spec_of("random:7", "bf16"), device="cuda"))
     features = encoder.encode(patches)
     assert cosines(features, full).min() >= 0.99
     order = np.random.default_rng(0).permutation(20)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from camenn_model.encoders import spec
-from camenn_model.encoders.spec import COMPILE_PAYS_AT, DeviceError, ImageSpec, TextSpec, resolve_device_precision
+from camenn_model.encoders import machine
+from camenn_model.encoders.machine import DeviceError, resolve_device_precision
+from camenn_model.encoders.spec import COMPILE_PAYS_AT, ImageSpec, TextSpec
 from camenn_model.encoders.weights import WeightsError, hash_safetensors
 from camenn_model.hashing import normalise_title
 from schemas.errors import InputError
@@ -30,14 +31,14 @@ def test_normalise_title_cleans_space_and_accents() -> None:
 
 
 def test_resolve_device_precision_settles_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spec, "_has_cuda", lambda: False)
-    monkeypatch.setattr(spec, "has_native_bf16", lambda: False)
+    monkeypatch.setattr(machine, "_has_cuda", lambda: False)
+    monkeypatch.setattr(machine, "has_native_bf16", lambda: False)
     assert resolve_device_precision("auto", "auto") == ("cpu", "fp32")
-    monkeypatch.setattr(spec, "has_native_bf16", lambda: True)
+    monkeypatch.setattr(machine, "has_native_bf16", lambda: True)
     assert resolve_device_precision("auto", "auto") == ("cpu", "bf16")
     assert resolve_device_precision("cpu", "fp32") == ("cpu", "fp32")
     assert resolve_device_precision("cuda:0", "auto") == ("cuda:0", "bf16")
-    monkeypatch.setattr(spec, "_has_cuda", lambda: True)
+    monkeypatch.setattr(machine, "_has_cuda", lambda: True)
     assert resolve_device_precision("auto", "auto") == ("cuda", "bf16")
 
 
@@ -148,8 +149,8 @@ def test_text_spec_describes_the_directory() -> None:
 
 
 def test_text_spec_refuses_other_architectures(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"}))
-    with pytest.raises(WeightsError, match="--text_encoder.*'roberta'.*BertModel"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "fnet"}))
+    with pytest.raises(WeightsError, match="--text_encoder.*'fnet'.*Name an encoder of type bert,"):
         TextSpec.resolve(str(tmp_path), max_tokens=16, device="cpu")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
     with pytest.raises(WeightsError, match="holds no model.safetensors"):

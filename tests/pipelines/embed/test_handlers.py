@@ -18,7 +18,7 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 from PIL import Image
 
-from camenn_model.encoders.inception_v4 import ImageEncoder
+from camenn_model.encoders.protocol import ImageEncoder
 from camenn_model.encoders.spec import ImageSpec, TextSpec
 from camenn_model.hashing import content_key
 from pipelines.embed.handlers import (

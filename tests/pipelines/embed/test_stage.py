@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from camenn_model.encoders.spec import has_compiler
+from camenn_model.encoders.machine import has_compiler
 from camenn_model.hashing import normalise_title
 from pipelines import cli
 from pipelines.runs import store as store_module

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from camenn_model.encoders.inception_v4 import ImageEncoder
+from camenn_model.encoders.protocol import ImageEncoder
 from camenn_model.encoders.spec import ImageSpec
 from camenn_model.hashing import content_key
 from pipelines import cli

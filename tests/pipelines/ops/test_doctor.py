@@ -6,6 +6,7 @@ import pytest
 
 from pipelines.ops import doctor
 from pipelines.ops.doctor import FAIL, OK, WARN, Check
+from tests.support.tiny_encoders import write_text_model
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -118,6 +119,15 @@ def test_memory_is_at_most_the_containers_limit(tmp_path: Path) -> None:
     assert (check.status, check.found) == (WARN, "2.0 GB")
     limit.write_text("max\n")
     assert doctor.check_memory(limit).found != "2.0 GB"
+
+
+def test_encoders_of_other_models_are_described(tmp_path: Path) -> None:
+    text = write_text_model(tmp_path, "distilbert")
+    photo, title = doctor.check_encoders("random:1", str(text), "resnet18")
+    assert photo.found.startswith("resnet18: random:1") and title.status == OK
+    photo, title = doctor.check_encoders("random:1", str(text / "none"), "resnet19")
+    assert photo.status == title.status == WARN
+    assert "did you mean resnet1" in photo.remedy and "--text_encoder" in title.remedy
 
 
 def test_main_prints_json_and_exits_with_zero(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

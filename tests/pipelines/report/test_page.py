@@ -25,7 +25,7 @@ from pipelines.report.section_accounting import click_funnel, table_accounting
 from pipelines.report.section_listings import Card, flagged_cards, read_flagged
 from pipelines.report.section_model import quality
 from pipelines.report.section_nights import gate_rows, night_rows, published_nights
-from pipelines.report.section_runs import REPEAT_FLAGS, repeat_command, timings
+from pipelines.report.section_runs import REPEAT_FLAGS, encoders, repeat_command, timings
 from pipelines.runs.manifest import Manifest
 from pipelines.runs.night_record import StageRecord, new_night
 from pipelines.runs.publication import publish
@@ -430,6 +430,17 @@ def test_repeat_command_quotes_and_maps_nested_options() -> None:
         "--no_alignment",
         "--seed 0",
     ]
+
+
+def test_encoders_are_named_by_their_models(work: Path) -> None:
+    shown_work = read_work(str(work))
+    assert [row["title"] for row in encoders(shown_work)] == ["Photos: InceptionV4", "Titles: BERT"]
+    image, text = (shown_work.manifests["embed"].options[name] for name in ("image", "text"))
+    assert not any("--image_model" in word for word in repeat_command("embed", shown_work.manifests["embed"]))
+    image |= {"model": "resnet18", "named_model": "resnet18.a1_in1k"}
+    text |= {"model": "xlm-roberta"}
+    assert [row["title"] for row in encoders(shown_work)] == ["Photos: resnet18", "Titles: xlm-roberta"]
+    assert "--image_model resnet18.a1_in1k" in repeat_command("embed", shown_work.manifests["embed"])
 
 
 def test_timings_take_each_stages_own_work(work: Path) -> None:

@@ -352,8 +352,8 @@ def catch_embed(monkeypatch: pytest.MonkeyPatch) -> list[EmbedOptions]:
 
 
 def test_a_submitter_without_a_gpu_submits_for_workers_with_one(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("camenn_model.encoders.spec._has_cuda", lambda: pytest.fail("this machine was asked for a GPU"))
-    monkeypatch.setattr("camenn_model.encoders.spec.has_native_bf16", lambda: pytest.fail("this machine was asked"))
+    for name in ("_has_cuda", "has_native_bf16"):
+        monkeypatch.setattr(f"camenn_model.encoders.machine.{name}", lambda: pytest.fail("this machine was asked"))
     seen = catch_embed(monkeypatch)
     for precision in ("bf16", "fp32"):
         assert embed_command.main([*city.embed, "--device=cuda", f"--precision={precision}", *DRY]) == 0
