@@ -24,7 +24,7 @@ lint: install  ## ruff
 format: install  ## ruff, fixing what it can
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
-types: install  ## mypy on the three packages
+types: install  ## mypy, strict, on every package
 	.venv/bin/mypy
 
 docs: install  ## write the generated pages of docs/ again

@@ -55,6 +55,7 @@ setup(
         "gcp": ["apache-beam[gcp]>=2.77"],
         "dev": [
             "pytest>=9.0.3",  # CVE-2025-71176
+            "pytest-cov>=7",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.12",

@@ -95,7 +95,7 @@ def find_stale(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
 class Outcome:
     """The outcome of some tests.
 
-    `kind` is `passed`, `failed`, `timed out`, or `told nothing` where they could not even be
+    `kind` is `passed`, `failed`, `timed out`, or `no result` where they could not even be
     collected.
     """
 
@@ -226,8 +226,8 @@ class Slot:
         if self.answer.exists():
             answer = json.loads(self.answer.read_text())
         if answer["strangers"]:
-            return Outcome("told nothing", seconds, "", f"{answer['strangers']}\n{output}")
-        kind = {0: "passed", 1: "failed"}.get(answer["code"], "told nothing")
+            return Outcome("no result", seconds, "", f"{answer['strangers']}\n{output}")
+        kind = {0: "passed", 1: "failed"}.get(answer["code"], "no result")
         return Outcome(kind, seconds, "".join(answer["first"]), output)
 
 
@@ -278,7 +278,7 @@ def run(mutations: Sequence[Mutation], jobs: int, limit: float) -> dict[str, Any
             )
         print(f"{'':10} {plain.seconds:6.1f} s  all tests that are used, without a mutation", flush=True)
         for mutation, outcome in judge_all(slots, mutations, limit):
-            if outcome.kind == "told nothing":
+            if outcome.kind == "no result":
                 raise StaleError(f"{mutation.id}: its tests could not be run:\n{outcome.output[-4000:]}")
             result = {"passed": "survived", "failed": "killed", "timed out": "timed_out"}[outcome.kind]
             if mutation.equivalent and result == "survived":

@@ -256,7 +256,7 @@ def read_existing(out: Path, config: CityConfig) -> CitySummary | None:
         raise InputError(f"simulate: {config_file} or {summary_file} cannot be read ({error}); {remedy}") from error
     asked = config_record(config)
     other = [
-        f"{name} is {there.get(name)}, asked for {asked.get(name)}"
+        f"{name} is {there.get(name)}, requested {asked.get(name)}"
         for name in sorted({*there, *asked})
         if there.get(name) != asked.get(name)
     ]

@@ -46,7 +46,7 @@ def train(
     trainer.run()
     model, state = trainer.model, trainer.state
 
-    def tell(split: str) -> Callable[[int, int], None]:
+    def report(split: str) -> Callable[[int, int], None]:
         return lambda done, total: progress(f"measure {split}", done, total, "")
 
     found = {
@@ -55,7 +55,7 @@ def train(
             corpus.reader,
             corpus.table,
             corpus.blocks(split),
-            tell(split),
+            report(split),
         )
         for split in (*CALIBRATED_ON, "test")
     }

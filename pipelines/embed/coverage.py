@@ -52,7 +52,7 @@ class PhotoIds:
 
     @property
     def lacks_photos(self) -> bool:
-        """Tell whether nearly none of the named photos is usable."""
+        """Return whether nearly none of the named photos is usable."""
         usable = len(self.with_photo)
         return self.named >= (LEAST_ROWS if usable else LEAST_NAMED) and usable < NEARLY_NONE * self.named
 

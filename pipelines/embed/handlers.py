@@ -385,7 +385,7 @@ def _decode_ahead(
 ) -> Iterator[tuple[str, Future[_Photo]]]:
     """Yield photos in the chunks' order, decoded ahead.
 
-    At most `ahead` of them are decoded before they are asked for.
+    At most `ahead` of them are decoded before they are requested.
     """
     queue: deque[tuple[str, Future[_Photo]]] = deque()
     for chunk in chunks:

@@ -94,7 +94,7 @@ class ResolveItems(beam.DoFn):
                 if key is not None
             }
         items, uris, inline = (rows[name].to_pylist() for name in ("item_id", "image_uri", "image_bytes"))
-        # Anew for each bucket: links may be changed between runs of a worker that lives on.
+        # Again for each bucket: links may be changed between runs of a worker that lives on.
         self.real_directory = functools.lru_cache(4_096)(os.path.realpath)
         with ThreadPoolExecutor(READ_THREADS) as pool:
             photos = list(
@@ -159,12 +159,12 @@ class ResolveItems(beam.DoFn):
         except FileNotFoundError:
             detail = (
                 f"column 'image_uri': '{uri}' is not a file under {self.photos.image_root}. Upload the photo, or "
-                "mend the address."
+                "fix the address."
             )
             return _Photo(defect=Reason.MISSING_IMAGE, detail=detail)
         except OSError as error:
             detail = (
-                f"column 'image_uri': '{uri}' cannot be read ({error.strerror or error}). Mend its permissions, "
+                f"column 'image_uri': '{uri}' cannot be read ({error.strerror or error}). Fix its permissions, "
                 "or upload it again."
             )
             return _Photo(defect=Reason.UNREADABLE_IMAGE, detail=detail)

@@ -83,7 +83,7 @@ class ProgressFile:
 
     Counts are kept in small files of a local directory, which the submitting process adds up.
 
-    `p.run()` blocks and tells nothing, and workers may be other processes, hence files. Where there
+    `p.run()` blocks and reports nothing, and workers may be other processes, hence files. Where there
     is no directory (a remote runner), nothing is done.
     """
 
@@ -163,7 +163,7 @@ def _totals(directory: str) -> tuple[int, int]:
 def closing_table(stage: str, summary: dict[str, Any], *, as_json: bool) -> None:
     """Print what a command did.
 
-    It tells how fast it was and where the output is. With `as_json`, it is one JSON object on the
+    It says how fast it was and where the output is. With `as_json`, it is one JSON object on the
     last line of stdout.
     """
     if as_json:

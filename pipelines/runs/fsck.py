@@ -98,7 +98,7 @@ def find_outputs(work: str) -> list[str]:
 
 
 def is_output(directory: str) -> bool:
-    """Tell whether a directory is an output.
+    """Return whether a directory is an output.
 
     Something is or was published in it then.
     """

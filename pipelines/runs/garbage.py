@@ -63,7 +63,7 @@ def find_garbage(
     Kept are the published run and the `keep` runs that were published last. With `retention`, only
     those of them that were published no longer ago are kept (but always the published one). Their
     whole directories are kept, and what their manifests name in others'. Manifests and `published/`
-    are kept of every run: they are small, and tell how figures moved.
+    are kept of every run: they are small, and show how figures moved.
 
     A file is old by three clocks: this machine's, its file system's, and the newest file of the
     output. A clock that runs ahead ages nothing.
@@ -176,7 +176,7 @@ class _Proofs:
         self.named: set[str] | None = None
 
     def run(self, run: str) -> bool:
-        """Tell whether camenn made a run's directory."""
+        """Return whether camenn made a run's directory."""
         directory = files.join(self.root, RUNS, run)
         if directory not in self.known:
             documents = (MANIFEST, FINISHED)
@@ -186,7 +186,7 @@ class _Proofs:
         return self.known[directory]
 
     def generation(self, directory: str) -> bool:
-        """Tell whether camenn made a generation of embeddings.
+        """Return whether camenn made a generation of embeddings.
 
         It is proven also by a commit marker, or by a run that names one of its parts.
         """

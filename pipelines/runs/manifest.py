@@ -1,6 +1,6 @@
 """Publish a run: its directory, manifest and `latest.json`.
 
-`latest.json` is the one file that ever changes. `published/` tells what it pointed to, one file
+`latest.json` is the one file that ever changes. `published/` records what it pointed to, one file
 each time.
 """
 
@@ -51,7 +51,7 @@ class Manifest:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     gates: list[dict[str, Any]] = field(default_factory=list)
-    """What was held against earlier nights before publication: name, passed, and words that tell by how much"""
+    """Comparisons with earlier nights before publication: name, passed, and words that say by how much"""
     seconds: float = 0.0
     created_at: str = ""
     versions: dict[str, str] = field(default_factory=dict)

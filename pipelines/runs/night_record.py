@@ -1,7 +1,7 @@
 """The record that a night leaves behind.
 
 It is `WORK/nights/00000031/record.json` and `log.txt`, written as it goes, so that a night that was
-killed tells how far it came.
+killed shows how far it came.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pipelines.runs.manifest import versions
 
 NIGHTS = "nights"
 RESERVED_BYTES = 64 * 2**10
-"""A stage that fills the disk leaves no room for the record that tells of it."""
+"""A stage that fills the disk leaves no room for the record that reports it."""
 RECORD = "record.json"
 LOG = "log.txt"
 
@@ -84,7 +84,7 @@ class Night:
     def _release(self) -> bool:
         """Give the reserved room back.
 
-        It tells whether there was any.
+        It returns whether there was any.
         """
         try:
             os.remove(self._reserve)
@@ -133,14 +133,14 @@ def read_night(path: str) -> dict[str, Any]:
         DamagedError: it is not what was written.
     """
     names = (*(entry.name for entry in fields(Night)), "versions")
-    return files.read_document(path, names, "Remove the folder of that night: it only tells what happened.")
+    return files.read_document(path, names, "Remove the folder of that night: it only records what happened.")
 
 
 def new_night(work: str, config: dict[str, Any]) -> tuple[Night, dict[str, Any] | None]:
     """Begin tonight's record.
 
     Returned are tonight's record, written, and the record of the night before. Numbers, not times,
-    tell the order: a clock may be set back.
+    give the order: a clock may be set back.
     """
     before = read_nights(work)
     number = max((record["number"] for record in before), default=0) + 1

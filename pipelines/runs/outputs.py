@@ -1,6 +1,6 @@
 """Check who owns an output.
 
-It tells what camenn may write into, and which names in it are its own.
+It says what camenn may write into, and which names in it are its own.
 
 An output (a store, a shard set, models or scores) is a directory of its own. `.camenn` in it, in
 each run and in each generation of embeddings says that camenn made the directory: `camenn gc`
@@ -73,7 +73,7 @@ def check_output(root: str, flag: str, stage: str, inputs: Mapping[str, str | No
     try:
         pointer = read_pointer(root)
     except DamagedError:
-        # The stage itself tells of it, with what to do.
+        # The stage itself reports it, with what to do.
         return
     if pointer is not None and pointer["stage"] != stage:
         raise InputError(

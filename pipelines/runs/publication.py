@@ -48,7 +48,7 @@ def publications(root: str, last: int | None = None) -> list[dict[str, str]]:
 
     Each has run, stage, at, and why. With `last`, only so many of the latest ones are listed.
 
-    The latest one may be of a publication that was cut off: `latest.json` alone tells what is
+    The latest one may be of a publication that was cut off: `latest.json` alone says what is
     published.
     """
     entries = published_files(root)
@@ -106,7 +106,7 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
         try:
             latest = read_latest(root)
         except DamagedError as error:
-            # What is published cannot be told. This run is to be, and fixes it.
+            # The published run is not known. Publishing this one fixes it.
             stage_logger("publish").warning("%s", error)
             latest = None
         before = latest.run if latest is not None else None

@@ -162,7 +162,7 @@ def describe_model(context: RunContext, metrics: dict[str, Any], shards: Manifes
 
 
 def is_readable(package: Path) -> bool:
-    """Tell whether this version of camenn reads a package."""
+    """Return whether this version of camenn reads a package."""
     from camenn_model.package import read_package
 
     try:
@@ -201,7 +201,7 @@ def compare_with_published(context: RunContext) -> "ModelComparison | None":
 
 
 def _nothing(*_: object) -> None:
-    """Ignore the progress of processes that tell nothing."""
+    """Ignore the progress of processes that print nothing."""
 
 
 def _summary(metrics: dict[str, Any], shards: Manifest, manifest: Manifest, out: str) -> dict[str, Any]:
