@@ -326,7 +326,7 @@ def test_a_final_day_is_known_by_half_of_its_sample() -> None:
     check_same_log(kept, first | {"2024-01-02": [10, 20, 35, 45]}, "out")
     # Of the day at which the log begins now, any part may have left it.
     check_same_log(kept, {"2024-01-01": [7], "2024-01-02": [10, 20, 30, 40]}, "out")
-    with pytest.raises(InputError, match="of 2024-01-02 .*: 3 of 4 exposures"):
+    with pytest.raises(InputError, match="of 2024-01-02 .*: 3 of 4 sampled exposures"):
         check_same_log(kept, first | {"2024-01-02": [10, 25, 35, 45]}, "out")
 
 

@@ -154,7 +154,7 @@ def test_every_route_gives_the_same_shard_set_and_the_same_model(
         assert len({tuple(found) for found in lengths.values()}) == len(routes), table
         assert len({sum(found) for found in lengths.values()}) == 1, table
     assert len({digest(manifest) for manifest in shards.values()}) == 1
-    monkeypatch.setattr(fit_counts, "PASSES", 2)
+    monkeypatch.setattr(fit_counts, "EPOCHS", 2)
     once, *others = (city.train(route) for route in routes)
     for route, other in zip(routes[1:], others, strict=True):
         for name, value in once.items():
