@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text_encoder", required=True, help="BERT, as for camenn embed")
     parser.add_argument("--max_tokens", type=int, default=64, help="tokens of a description (default %(default)s)")
     parser.add_argument(
-        "--passes",
+        "--alignment_epochs",
         type=int,
         default=TrainOptions.alignment_passes,
         help="epochs over the photos (default %(default)s)",
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         write_data(catalog, world.data)
         world.prepare()
         options = [
-            TrainOptions(shards=world.shards, out="", seed=seed, alignment_passes=arguments.passes)
+            TrainOptions(shards=world.shards, out="", seed=seed, alignment_passes=arguments.alignment_epochs)
             for seed in range(arguments.seeds)
         ]
         corpus = open_corpus(options[0])
