@@ -29,10 +29,18 @@ def test_every_requirement_is_pinned_at_its_floor_or_above() -> None:
 @pytest.mark.parametrize(
     ("name", "vulnerable"),
     [
-        ("jinja2", "3.1.5"), ("lightgbm", "4.5.0"), ("pillow", "12.2.0"), ("playwright", "1.55.0"), ("duckdb", "1.4.1"),
-        ("pyarrow", "23.0.0"), ("pytest", "9.0.2"), ("torch", "2.12.1"), ("tqdm", "4.66.2"), ("transformers", "5.9.0"),
+        ("jinja2", "3.1.5"),
+        ("lightgbm", "4.5.0"),
+        ("pillow", "12.2.0"),
+        ("playwright", "1.55.0"),
+        ("duckdb", "1.4.1"),
+        ("pyarrow", "23.0.0"),
+        ("pytest", "9.0.2"),
+        ("torch", "2.12.1"),
+        ("tqdm", "4.66.2"),
+        ("transformers", "5.9.0"),
     ],
-)  # fmt: skip
+)
 def test_vulnerable_versions_are_not_asked_for(name: str, vulnerable: str) -> None:
     (requirement,) = (requirement for requirement in REQUIREMENTS if canonicalize_name(requirement.name) == name)
     assert not requirement.specifier.contains(vulnerable)

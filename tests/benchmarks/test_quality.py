@@ -318,8 +318,11 @@ def test_p_values_by_hand() -> None:
     assert math.isnan(figures.p_value([0.01])) and figures.p_value([0.0, 0.0]) == 1
     given = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
     assert judge.holm(given) == {
-        "d": pytest.approx(0.02), "a": pytest.approx(0.03), "c": pytest.approx(0.06), "b": pytest.approx(0.06)
-    }  # fmt: skip
+        "d": pytest.approx(0.02),
+        "a": pytest.approx(0.03),
+        "c": pytest.approx(0.06),
+        "b": pytest.approx(0.06),
+    }
     assert figures.surely_above([0.02, 0.021, 0.019]) and not figures.surely_above([0.02, -0.001, 0.03])
 
 
@@ -515,8 +518,11 @@ def test_what_a_failed_job_was_needed_for_is_left_out(
     assert command.run_jobs(jobs, 2, float("inf")) == ["log small0", "big0-lightgbm-0"]
     # Two of the log that is not there; a baseline of both logs that was not tuned.
     assert {job.name for job in jobs} - {*ran} == {
-        "small0-full-0", "small0-lightgbm-0", "big1-lightgbm-1", "small1-lightgbm-1"
-    }  # fmt: skip
+        "small0-full-0",
+        "small0-lightgbm-0",
+        "big1-lightgbm-1",
+        "small1-lightgbm-1",
+    }
     assert capsys.readouterr().err.count("left out") == 4
     ran.clear()
     assert command.run_jobs(jobs, 2, float("-inf")) == []

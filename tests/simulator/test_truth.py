@@ -124,9 +124,14 @@ def test_conditional_probability_of_what_is_displayed(mismatch: bool) -> None:
     known = ("image_ok", "text_ok", *(["mismatched"] if mismatch else []))
     found = conditional_p_order(terms, draws, CONFIG, known)
     seen = [
-        terms.class_term, terms.context_term, terms.image_ok, terms.text_ok,
-        terms.visual_term * terms.image_ok, terms.text_term * terms.text_ok, *([terms.mismatched] if mismatch else []),
-    ]  # fmt: skip
+        terms.class_term,
+        terms.context_term,
+        terms.image_ok,
+        terms.text_ok,
+        terms.visual_term * terms.image_ok,
+        terms.text_term * terms.text_ok,
+        *([terms.mismatched] if mismatch else []),
+    ]
     _, group = np.unique(np.stack(seen).astype(float), axis=1, return_inverse=True)
     size = np.bincount(group)
     mean, computed = (np.bincount(group, weights=w) / size for w in (terms.p_order, found))

@@ -50,7 +50,7 @@ def test_rare_counts_are_told_apart() -> None:
 @given(
     values=st.lists(st.floats(-10, 10, width=32) | st.floats(0, 1e6, width=32), min_size=1, max_size=50),
     asked=st.lists(st.floats(-1e7, 1e7, width=32), min_size=1, max_size=20),
-)  # fmt: skip
+)
 def test_beyond_what_training_has_seen_nothing_changes(values: list[float], asked: list[float]) -> None:
     column = np.array(values, dtype=np.float32)
     number = Numeric.fit(column)

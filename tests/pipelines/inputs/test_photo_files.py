@@ -96,10 +96,14 @@ def test_resolve_uri_finds_objects_under_the_root(libraries: None, uri: str, pat
 @pytest.mark.parametrize(
     "uri",
     [
-        "gs://other-bucket/photos/1.jpg", "gs://bucket/1.jpg", "gs://bucket/photos2/1.jpg", "gs://BUCKET/photos/1.jpg",
-        "gs://bucket/Photos/1.jpg", "s3://bucket/photos/1.jpg",
+        "gs://other-bucket/photos/1.jpg",
+        "gs://bucket/1.jpg",
+        "gs://bucket/photos2/1.jpg",
+        "gs://BUCKET/photos/1.jpg",
+        "gs://bucket/Photos/1.jpg",
+        "s3://bucket/photos/1.jpg",
     ],
-)  # fmt: skip
+)
 def test_resolve_uri_refuses_other_buckets_and_prefixes(libraries: None, root: Path, uri: str) -> None:
     for image_root in (BUCKET, str(root)):
         assert reason(uri, image_root) == "outside_root"

@@ -228,9 +228,16 @@ def test_quality_marks_the_better_value_by_each_metrics_direction(work: Path) ->
     assert result is not None
     best = {row.metric.name: result["titles"][row.best] for row in result["rows"]}
     assert best == {
-        "auc": "CameNN", "gauc": "LightGBM", "session_auc": "CameNN", "ndcg_at_10": "CameNN", "hr_at_10": "CameNN",
-        "log_loss": "CameNN", "ne": "CameNN", "ece": "Popularity", "pcoc": "Popularity",
-    }  # fmt: skip
+        "auc": "CameNN",
+        "gauc": "LightGBM",
+        "session_auc": "CameNN",
+        "ndcg_at_10": "CameNN",
+        "hr_at_10": "CameNN",
+        "log_loss": "CameNN",
+        "ne": "CameNN",
+        "ece": "Popularity",
+        "pcoc": "Popularity",
+    }
     assert result["words"][1] == "It has the best value in 6 of 9 measures."
 
 

@@ -105,10 +105,18 @@ def test_a_server_is_opened_on_loopback_whatever_it_asks_for() -> None:
 @pytest.mark.parametrize(
     ("host", "expected"),
     [
-        ("localhost", True), ("127.0.0.1", True), ("127.9.9.9", True), ("[::1]", True), ("::ffff:127.0.0.1", True),
-        ("", False), ("0.0.0.0", False), ("[::]", False), ("10.0.0.1", False), ("localhost.example", False),
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("[::1]", True),
+        ("::ffff:127.0.0.1", True),
+        ("", False),
+        ("0.0.0.0", False),
+        ("[::]", False),
+        ("10.0.0.1", False),
+        ("localhost.example", False),
     ],
-)  # fmt: skip
+)
 def test_is_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
@@ -237,8 +245,13 @@ def test_runners_whose_servers_are_elsewhere_are_not_refused() -> None:
 def class_file(forward: bool = True) -> bytes:
     """The relevant parts of Beam's class: its constant pool, a long in it, and the call."""
     texts = [
-        "java/net/InetSocketAddress", "getPort", "()I", "x/NettyServerBuilder", "forPort", "(I)Lx/NettyServerBuilder;",
-    ]  # fmt: skip
+        "java/net/InetSocketAddress",
+        "getPort",
+        "()I",
+        "x/NettyServerBuilder",
+        "forPort",
+        "(I)Lx/NettyServerBuilder;",
+    ]
     pool = b"".join(struct.pack(">BH", 1, len(text)) + text.encode() for text in texts)
     pool += struct.pack(">Bq", 5, -1)  # 7, 8
     pool += struct.pack(">BHBH", 7, 1, 7, 4)  # 9, 10: classes

@@ -89,8 +89,12 @@ def test_pool_listens_on_loopback_and_says_when_a_port_is_taken(pool: Pool) -> N
         assert len(sockets) == len(loopback_addresses()) and not beyond_loopback(sockets)
     second = subprocess.run(
         [sys.executable, "-m", "pipelines.runner.worker_pool", "--port", str(pool.port), "--logs", str(pool.logs)],
-        cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert second.returncode == 2
     assert "is in use" in second.stderr
 

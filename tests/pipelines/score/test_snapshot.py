@@ -209,9 +209,16 @@ def test_a_pair_of_nobody_knows_nothing() -> None:
     """A user of -1 must not be read as one whose events are of no group, nor as a distance of 0 days."""
     one, zero = np.array([1]), np.array([0])
     events = Events(
-        click_user=zero, click_item=zero, click_store=zero, clicked_at=one, converted_at=np.array([5]),
-        order_user=zero, order_item=zero, order_store=zero, ordered_at=np.array([5]),
-    )  # fmt: skip
+        click_user=zero,
+        click_item=zero,
+        click_store=zero,
+        clicked_at=one,
+        converted_at=np.array([5]),
+        order_user=zero,
+        order_item=zero,
+        order_store=zero,
+        ordered_at=np.array([5]),
+    )
     # The listing of the events is of no group, the requested one of the last group.
     items = ItemAttributes(subcategory=np.array([-1, 2]), brand=np.array([-1, 2]), listed_at=np.array([NEVER, NEVER]))
     queries = Queries(user=np.array([-1]), item=one, store=zero, time=np.array([100]))
