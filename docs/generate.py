@@ -51,8 +51,8 @@ READING = (
 
 SHAPES = (
     "The shapes of `embedding` are examples, those of the demo: 4 × 4 patches of InceptionV4's 1,536 numbers, 16 "
-    "tokens of a small BERT's 384. Widths are the encoders' own, patches are `--grid` squared, tokens `--max_tokens`: 64 and "
-    "32 by default. `train` reads the shapes from the shard set, so both profiles take any of them.",
+    "tokens of a small BERT's 384. Widths are the encoders' own, patches are `--grid` squared, tokens `--max_tokens`: "
+    "64 and 32 by default. `train` reads the shapes from the shard set, so both profiles take any of them.",
     "",
 )
 
