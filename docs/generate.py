@@ -49,6 +49,14 @@ READING = (
 )
 
 
+SHAPES = (
+    "The shapes of `embedding` are examples, those of the demo: 4 × 4 patches of InceptionV4's 1,536 numbers, 16 "
+    "tokens of a small BERT's 384. Widths are the encoders' own, patches are `--grid` squared, tokens `--max_tokens`: "
+    "64 and 32 by default. `train` reads the shapes from the shard set, so both profiles take any of them.",
+    "",
+)
+
+
 def table_section(contract: Contract) -> str:
     """Return one table as Markdown."""
     lines = [
@@ -82,7 +90,12 @@ def tables() -> str:
         "",
     ]
     for title, contracts in (("What you bring", INPUTS), ("What comes out", OUTPUTS), ("What lies between", BETWEEN)):
-        parts += [f"## {title}", "", *(table_section(contract) for contract in contracts)]
+        parts += [
+            f"## {title}",
+            "",
+            *(SHAPES if contracts is BETWEEN else ()),
+            *(table_section(contract) for contract in contracts),
+        ]
     return "\n".join(parts).rstrip() + "\n"
 
 

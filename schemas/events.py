@@ -9,7 +9,7 @@ CLICKS = Contract(
     doc="One row per click on an exposed listing.",
     key=("exposure_id",),
     columns=(
-        text_column("exposure_id", "unique id of the exposure that was clicked"),
+        text_column("exposure_id", "id of the exposure that was clicked, unique among the clicks of its user_id"),
         text_column("session_id", "visit that the click belongs to; features are as of its first click"),
         text_column("user_id", "who clicked"),
         text_column("store_id", "store the user was in"),

@@ -586,14 +586,14 @@ def ipc_table(data: bytes) -> pa.Table:
 
 
 def local_only(path: str, flag: str) -> str:
-    """Return `path`, if it is on this machine.
+    """Return `path` as an absolute path, if it is no object store's address.
 
     Raises:
         InputError: it is on an object store, whose files cannot be mapped into memory.
     """
     if not files.is_local(path):
         raise InputError(
-            f"{flag} {path}: embeddings are mapped into memory, which needs a local "
-            "directory. Copy it, or mount the bucket."
+            f"{flag} {path}: embeddings are mapped into memory, which needs a local directory. "
+            "Give a directory on a local disk, and copy between it and the object store."
         )
     return os.path.abspath(path)

@@ -1,1 +1,1 @@
-"""Stage `nightly`: run the other stages unattended from one config."""
+"""Command `nightly`: run the five stages unattended from one config."""

@@ -153,7 +153,8 @@ def read_config(path: str) -> NightlyConfig:
             raise InputError(f"--config {path}: '{name}' has a NUL character, which no path can have. Remove it.")
     if not files.is_local(given["work"]):
         raise InputError(
-            f"--config {path}: 'work' must be on a local disk: models and embeddings are mapped into memory there."
+            f"--config {path}: 'work' must be a local directory, not an object store's address: models and "
+            "embeddings are mapped into memory there."
         )
     for name in ("beam", "on_failure"):
         if not all(isinstance(word, str) for word in given.get(name, [])):

@@ -14,7 +14,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Let readers see a finished run: one that its gates kept from readers, or an earlier one.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="the run's directory, as in WORK/scores/runs/20260131T020000-1a2b3c")
+    parser.add_argument(
+        "run", metavar="OUT/runs/RUN", help="the run's directory, as in WORK/scores/runs/20260131T020000-1a2b3c"
+    )
     parser.add_argument("--force", action="store_true", help="although its gates failed")
     parser.add_argument("--reason", metavar="TEXT", help="kept beside the publication; --force needs one")
     add_json_flag(parser)

@@ -15,10 +15,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.epilog = None
     parser.add_argument(
         "--run",
+        metavar="WORK",
         required=True,
         help="working directory that holds store/, shards/, model/, scores/ and metrics.json, as far as they are made",
     )
-    parser.add_argument("--out", help="directory for index.html (default: report/ in --run)")
+    parser.add_argument("--out", help="directory for index.html (default: WORK/report)")
     add_json_flag(parser)
     return parser
 

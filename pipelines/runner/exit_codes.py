@@ -40,8 +40,10 @@ class ExitCode(IntEnum):
     )
     GATED = (
         3,
-        "A run is finished, but a gate failed, so it is not published. Readers keep the run before.",
-        "Look at the run and fix what the gate names, or `camenn publish RUN --force --reason TEXT`.",
+        "A run is finished, but not published: a gate failed, or the new model of `train --challenge` lost to "
+        "the published one. Readers keep the run before.",
+        "Look at the run and fix what the gate names, or `camenn publish OUT/runs/RUN --force --reason TEXT`. "
+        "After a challenge that was lost: nothing, the published model stays.",
     )
     BUSY = 4, "Another night is running in the same work directory.", "Nothing: that night goes on."
     STALE = (

@@ -83,10 +83,10 @@ def split_run(path: str) -> tuple[str, str]:
     """
     root, _, run = path.rstrip("/").rpartition("/runs/")
     if not root or "/" in run:
-        raise InputError(f"RUN {path}: give the run's directory, as in WORK/scores/runs/20260131T020000-1a2b3c.")
+        raise InputError(f"{path}: give the run's directory, as in WORK/scores/runs/20260131T020000-1a2b3c.")
     if not files.exists(files.join(root, RUNS, run, MANIFEST)):
         raise InputError(
-            f"RUN {path}: there is no {MANIFEST} in it: the run was never finished. Run its command again instead."
+            f"{path}: there is no {MANIFEST} in it: the run was never finished. Run its command again instead."
         )
     return root, run
 
@@ -114,7 +114,7 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
         if failed and not force:
             reasons = "; ".join(gate["words"] for gate in failed)
             raise InputError(
-                f"RUN {path}: its gates failed: {reasons}. Publish it with --force --reason TEXT if you know better."
+                f"{path}: its gates failed: {reasons}. Publish it with --force --reason TEXT if you know better."
             )
         if force and not reason:
             raise InputError("--force needs --reason TEXT: it is kept beside the publication.")

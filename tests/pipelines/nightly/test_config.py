@@ -89,7 +89,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str, capsys: py
 def test_work_is_local(tmp_path: Path) -> None:
     path = tmp_path / "city.toml"
     path.write_text('data = "gs://city/data"\nwork = "gs://city/work"')
-    with pytest.raises(InputError, match="'work' must be on a local disk"):
+    with pytest.raises(InputError, match="'work' must be a local directory"):
         read_config(str(path))
     path.write_text('data = "gs://city/data"\nwork = "~/work"')
     assert read_config(str(path)).data == "gs://city/data"
