@@ -86,7 +86,7 @@ def test_generate_city_again_does_nothing(city: City) -> None:
 
 
 def test_generate_city_refuses_another_city_and_names_the_difference(city: City) -> None:
-    with pytest.raises(InputError, match="seed is 0, asked for 5"):
+    with pytest.raises(InputError, match="seed is 0, requested 5"):
         generate_city(city.path, replace(city.config, seed=5))
 
 

@@ -116,6 +116,7 @@ def every_command(root: Path) -> list[list[str]]:
         score,
         score,
         ["report", "--run", str(root), "--out", str(root / "report")],
+        ["runs", "--work", str(root)],
         ["rollback", "--out", scores],
         ["publish", "LATER", "--reason", "to look at"],
         ["gc", "--out", scores],
