@@ -126,6 +126,8 @@ up() {
 }
 
 environment() {
+    # Clients would ask a proxy for loopback too.
+    echo "export NO_PROXY=127.0.0.1${NO_PROXY:+,$NO_PROXY}"
     if alive gs; then echo "export STORAGE_EMULATOR_HOST=http://127.0.0.1:$gs_port"; fi
     if alive s3; then
         echo "export AWS_ENDPOINT_URL_S3=http://127.0.0.1:$s3_port"

@@ -37,7 +37,7 @@ class Stat:
     written_at: float
     """Seconds since 1970, UTC, by the store's clock"""
     token: str
-    """Changes whenever the object is written: an ETag (s3), a generation (gs)"""
+    """Changes whenever other bytes are written: an ETag (s3), a generation (gs)"""
     write_id: str = ""
     """See `WRITE_ID`. Listings leave it out."""
 

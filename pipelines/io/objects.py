@@ -191,7 +191,8 @@ def put(path: str, data: bytes) -> str:
 def put_if(path: str, data: bytes, token: str | None = None) -> str:
     """Write an object if nobody else did. Returns its token.
 
-    Of any number of writers at once, on any machines, exactly one succeeds.
+    Of any number of writers at once, on any machines, exactly one succeeds, if each writes bytes of
+    its own: an ETag of s3 is a checksum, so bytes that were there before bring their token back.
 
     Args:
         path: of the object.

@@ -159,18 +159,20 @@ def test_of_many_writers_one_replaces_a_version(place: str) -> None:
 def _race(path: str, token: str | None) -> int:
     """Let all write at once; the object must be the one winner's. Returns how many won."""
     gate = threading.Barrier(WRITERS)
+    # Bytes of an earlier round would bring its token back on s3.
+    data = [uuid.uuid4().bytes for _ in range(WRITERS)]
 
     def write(number: int) -> tuple[int, str | None]:
         gate.wait()
         try:
-            return number, objects.put_if(path, str(number).encode(), token)
+            return number, objects.put_if(path, data[number], token)
         except ChangedError as error:
             assert error.filename == path
             return number, None
 
     with ThreadPoolExecutor(WRITERS) as pool:
         won = [(number, written) for number, written in pool.map(write, range(WRITERS)) if written]
-    assert objects.read(path) == [str(won[0][0]).encode()] and objects.stat(path).token == won[0][1]
+    assert objects.read(path) == [data[won[0][0]]] and objects.stat(path).token == won[0][1]
     return len(won)
 
 
@@ -259,6 +261,42 @@ def test_parquet_reads_what_it_needs(place: str, proxy: CountingProxy) -> None:
     with objects.open_read(f"{place}/t.parquet") as handle:
         assert pq.ParquetFile(handle, pre_buffer=True).read() == table
     assert proxy.bytes_out < 1.02 * size
+
+
+@pytest.mark.objects
+def test_files_of_objects_are_like_local_ones(place: str) -> None:
+    store = f"{place}/s[1]"
+    for name in (
+        "a/part-1.json",
+        "a/part-2.json",
+        "a/part-1.parquet",
+        "b/c/part-3.json",
+        "t/x.parquet",
+        "t/_y.parquet",
+    ):
+        files.write_document(files.join(store, name), {"name": name})
+    files.write_document(files.join(place, "s1", "a", "part-9.json"), {})
+
+    def below(pattern: str) -> list[str]:
+        return sorted(found.path.removeprefix(f"{store}/") for found in files.match(store, pattern))
+
+    assert below("a/part-*.json") == ["a/part-1.json", "a/part-2.json"]
+    assert below("*/part-*.json") == ["a/part-1.json", "a/part-2.json"]
+    assert below("**.json") == ["a/part-1.json", "a/part-2.json", "b/c/part-3.json"]
+    assert files.read_document(f"{store}/a/part-1.json", {"name"}, "") == {"name": "a/part-1.json"}
+    assert files.exists(f"{store}/a/part-1.json") and not files.exists(f"{store}/a/part-")
+    assert files.has_table(f"{store}/t") and files.has_table(f"{store}/t/x") and not files.has_table(f"{store}/none")
+    assert files.list_parquet(f"{store}/t", "t") == [f"{store}/t/x.parquet"]
+    found = files.find([f"{store}/a/part-1.json", f"{store}/none", f"{store}/t/x.parquet"])
+    assert [one.path for one in found] == [f"{store}/a/part-1.json", f"{store}/t/x.parquet"]
+    with pytest.raises(RuntimeError), files.atomic_write(f"{store}/a/part-1.json") as sink:
+        sink.write(b"half")
+        raise RuntimeError
+    assert files.read_document(f"{store}/a/part-1.json", {"name"}, "") == {"name": "a/part-1.json"}
+    files.delete([f"{store}/a/part-1.json"])
+    files.delete_directory(f"{store}/a")
+    assert below("**") == ["b/c/part-3.json", "t/_y.parquet", "t/x.parquet"]
+    assert names(f"{place}/s1") == [f"{place}/s1/a/part-9.json"]
 
 
 @pytest.mark.objects
