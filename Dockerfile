@@ -12,7 +12,7 @@ COPY setup.py pyproject.toml constraints.txt ./
 # torch brings the CUDA that it was built for. For older drivers, or without CUDA, give pip the index that has such builds: "--extra-index-url URL".
 ARG TORCH_PIP_FLAGS=
 RUN pip install --no-cache-dir -c constraints.txt $TORCH_PIP_FLAGS torch torchvision
-RUN pip install --no-cache-dir -c constraints.txt ".[gcp]"
+RUN pip install --no-cache-dir -c constraints.txt ".[gcp,aws]"
 
 COPY schemas schemas
 COPY camenn_model camenn_model

@@ -52,7 +52,8 @@ setup(
             "deepctr-torch>=0.3.0",
             "scipy>=1.13",
         ],
-        "gcp": ["apache-beam[gcp]>=2.77"],
+        "aws": ["boto3>=1.36"],  # s3://. Conditional writes of put_object, and its checksums of today
+        "gcp": ["apache-beam[gcp]>=2.77", "google-cloud-storage>=3.1"],  # gs:// and Dataflow
         "dev": [
             "pytest>=9.0.3",  # CVE-2025-71176
             "pytest-cov>=7",

@@ -27,7 +27,6 @@ from camenn_model.encoders.spec import ImageSpec, TextSpec
 from camenn_model.hashing import content_key
 from pipelines.inputs.photo_files import FileDefect, read_photo
 from pipelines.inputs.photos import ImageDefect, ImageQuality, decode_image, grid_patches, image_quality
-from pipelines.io import files
 from schemas.reasons import Reason
 
 Encoder = TypeVar("Encoder")
@@ -412,8 +411,6 @@ def _read(key: str, uri: str | None) -> bytes:
     if uri is None:
         raise ValueError(f"photo {key}: neither a path nor bytes")
     again = "The next run reads it again."
-    if not files.is_local(uri) and not files.exists(uri):
-        raise _Unread(Reason.MISSING_IMAGE, f"{uri} is not there any more. {again}")
     try:
         # Wherever it led meanwhile: it is the photo that was let in, or its bytes are others.
         data = read_photo(uri)

@@ -6,10 +6,8 @@ The module decides which addresses are allowed, and how the files there are open
 `--image_root` is read, nothing that is not a regular file, and no more than a photo's bytes.
 """
 
-import errno
 import fcntl
 import functools
-import importlib.util
 import os
 import re
 import stat
@@ -17,10 +15,8 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from apache_beam.io.filesystems import FileSystems
-
 from pipelines.inputs.photos import LIMITS, Defect
-from pipelines.io import files
+from pipelines.io import files, objects
 from schemas.errors import InputError
 from schemas.reasons import Reason
 
@@ -170,22 +166,8 @@ def check_root_scheme(image_root: str) -> None:
         raise InputError(f"--image_root {image_root}: {missing}")
 
 
-@functools.cache
-def missing_library(scheme: str) -> str | None:
-    """Describe the library that an object store's scheme lacks here.
-
-    The text names what is missing and how to install it. It is None where nothing is missing.
-    """
-    if scheme == "s3" and importlib.util.find_spec("boto3") is None:
-        return "boto3 is not installed, which reads s3://. Install it: pip install boto3"
-    try:
-        FileSystems.get_filesystem(f"{scheme}://bucket/object")
-    except ValueError:
-        return (
-            f"Google's client libraries are not installed, which read {scheme}://. Install them: "
-            "pip install 'camenn[gcp]' -c constraints.txt"
-        )
-    return None
+missing_library = functools.cache(objects.missing_library)
+"""Asked for each photo: where an import failed, Python would try again each time"""
 
 
 @dataclass(frozen=True)
@@ -238,11 +220,9 @@ def photo_status(path: str) -> tuple[int, float]:
         status = os.stat(path)
         _check_status(status)
         return status.st_size, status.st_mtime
-    found = files.find([path])
-    if not found:
-        raise FileNotFoundError(errno.ENOENT, "there is no such object", path)
-    _check_size(found[0].bytes)
-    return found[0].bytes, found[0].written_at
+    found = objects.stat(path)
+    _check_size(found.bytes)
+    return found.bytes, found.written_at
 
 
 def read_photo(path: str, within: str | None = None) -> bytes:

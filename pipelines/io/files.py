@@ -1,7 +1,7 @@
-"""Read and write files through Beam's FileSystems.
+"""Read and write files, on this machine or in an object store.
 
-Local paths, gs:// and s3:// are treated the same. Every write is atomic: a unique temporary name,
-then the final one.
+Local paths, gs:// and s3:// are treated the same: pipelines/io/objects.py has the latter two. Every
+write is atomic: a unique temporary name, then the final one.
 """
 
 import contextlib
@@ -15,25 +15,25 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from camenn_model.integrity import dump_document, parse_document
-from pipelines.io import clock, files
+from pipelines.io import clock, files, objects
 from pipelines.io.errors import reading
+from pipelines.io.object_client import Stat
 from schemas.errors import InputError
 
 
 def join(*parts: str) -> str:
     """Join path parts.
 
-    The separator is that of the first part's file system.
+    Parts of an object's name are joined by one slash.
     """
-    return FileSystems.join(*parts)
+    return os.path.join(*parts) if is_local(parts[0]) else "/".join([parts[0].rstrip("/"), *parts[1:]])
 
 
 def is_local(path: str) -> bool:
@@ -50,16 +50,16 @@ def absolute(path: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Return whether a file or directory exists."""
-    return FileSystems.exists(path)
+    """Return whether a file or directory exists. An object store has files only."""
+    return os.path.exists(path) if is_local(path) else objects.exists(path)
 
 
 def open_read(path: str) -> BinaryIO:
     """Open a file for reading bytes as they are.
 
-    A .gz stays compressed.
+    A .gz stays compressed. Of an object, exactly the ranges that are read are downloaded.
     """
-    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    return open(path, "rb") if is_local(path) else cast(BinaryIO, objects.open_read(path))
 
 
 def read_json(path: str) -> Any:
@@ -88,7 +88,13 @@ def match(directory: str, pattern: str) -> list[Found]:
     They come in no order. `*` matches no slash, `**` does. The directory's name is taken literally,
     even with any of `[*?` in it.
     """
-    return _match([join(_literal(directory), pattern)])
+    if not is_local(directory):
+        return [_found(found) for found in objects.match(directory, pattern)]
+    return [
+        Found(file.path, file.size_in_bytes, file.last_updated_in_seconds)
+        for result in FileSystems.match([join(_literal(directory), pattern)])
+        for file in result.metadata_list
+    ]
 
 
 def find(paths: Iterable[str]) -> list[Found]:
@@ -99,19 +105,15 @@ def find(paths: Iterable[str]) -> list[Found]:
     found, remote = [], []
     for path in paths:
         if not is_local(path):
-            remote.append(_literal(path))
+            remote.append(path)
         elif os.path.isfile(path):
             status = os.stat(path)
             found.append(Found(path, status.st_size, status.st_mtime))
-    return found + (_match(remote) if remote else [])
+    return found + [_found(stat) for stat in objects.stat_all(remote)]
 
 
-def _match(patterns: list[str]) -> list[Found]:
-    return [
-        Found(file.path, file.size_in_bytes, file.last_updated_in_seconds)
-        for result in FileSystems.match(patterns)
-        for file in result.metadata_list
-    ]
+def _found(stat: Stat) -> Found:
+    return Found(stat.path, stat.bytes, stat.written_at)
 
 
 def _literal(path: str) -> str:
@@ -140,16 +142,14 @@ def delete_directory(path: str) -> None:
     if is_local(path):
         shutil.rmtree(path)
     else:
-        FileSystems.delete([f"{path}/"])
+        objects.delete(found.path for found in objects.list_objects(f"{path.rstrip('/')}/"))
 
 
 def delete(paths: Sequence[str]) -> None:
-    """Remove files, escaping names that Beam would take for patterns."""
+    """Remove files. Objects that are gone already are no error."""
     for path in filter(is_local, paths):
         os.remove(path)
-    remote = [_literal(path) for path in paths if not is_local(path)]
-    if remote:
-        FileSystems.delete(remote)
+    objects.delete(path for path in paths if not is_local(path))
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ def atomic_write(path: str, *, durable: bool = False) -> Iterator[Sink]:
             wait for the disk.
     """
     if not is_local(path):
-        with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as handle:
-            yield Sink(handle)
+        with objects.upload(path) as upload:
+            yield Sink(cast(BinaryIO, upload))
         return
     directory = os.path.dirname(path) or os.curdir
     make_directory(directory)
@@ -357,7 +357,9 @@ def has_table(path: str) -> bool:
     It is there as `path`.parquet or as a directory `path`.
     """
     names = (f"{path}.parquet", path)
-    return any(os.path.lexists(name) if is_local(name) else exists(name) for name in names)
+    if is_local(path):
+        return any(map(os.path.lexists, names))
+    return exists(names[0]) or next(objects.list_objects(f"{path}/"), None) is not None
 
 
 def list_parquet(path: str, table: str) -> list[str]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines.io.errors import reading
 from pipelines.io.files import Written, fingerprint, join, list_parquet, open_read, write_parquet
+from pipelines.io.object_file import ObjectFile
 from schemas.contract import Contract, check_output, conform, find_not_utf8, is_text, without_dictionary
 from schemas.errors import InputError
 
@@ -116,7 +117,13 @@ def open_parquet(handle: BinaryIO, texts: Sequence[str] = ()) -> pq.ParquetFile:
 
     `texts`: columns to read as dictionaries of strings.
     """
-    return pq.ParquetFile(handle, page_checksum_verification=True, read_dictionary=list(texts))
+    # Of an object, neighbouring columns are one request.
+    return pq.ParquetFile(
+        handle,
+        page_checksum_verification=True,
+        read_dictionary=list(texts),
+        pre_buffer=isinstance(handle, ObjectFile),
+    )
 
 
 def read_groups(

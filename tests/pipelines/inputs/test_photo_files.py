@@ -164,7 +164,7 @@ def test_an_address_whose_library_is_missing_is_a_defect_and_a_root_stops_the_ru
     answer = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
     google, google_root, amazon, amazon_root = answer.stdout.splitlines()
     assert google.startswith("unsupported_scheme: ") and "pip install 'camenn[gcp]'" in google
-    assert amazon.startswith("unsupported_scheme: ") and "pip install boto3" in amazon
+    assert amazon.startswith("unsupported_scheme: ") and "pip install 'camenn[aws]'" in amazon
     assert google_root.startswith("--image_root gs://bucket/photos: ") and google_root[-40:] == google[-40:]
     assert amazon_root.startswith("--image_root s3://bucket/photos: ") and amazon_root[-40:] == amazon[-40:]
     with pytest.raises(InputError, match="--image_root http://x: 'http' addresses are not read"):
