@@ -538,7 +538,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from benchmarks.support.processes import Children
 
-child = [sys.executable, "-c", "import os, time; os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)"]
+child = [sys.executable, "-c", "import os, time; os.write(1, b'%d\\\\n' % os.getpid()); time.sleep(60)"]
 with ThreadPoolExecutor(2) as pool, Children() as children:
     for future in [pool.submit(children.run, child) for _ in range(3)]:
         future.result()
