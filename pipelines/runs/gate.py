@@ -1,11 +1,7 @@
 """Hold a finished run against thresholds before readers see it."""
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 LEAST_FOUND = 0.9
 """Of what moves more: pairs (listings and audience rows may each lack 2 %, and shops differ in size), photos that are

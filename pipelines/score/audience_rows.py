@@ -1,16 +1,13 @@
 """Encode the audience rows of a run as arrays."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.features.time_index import Ints
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

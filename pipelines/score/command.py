@@ -2,14 +2,10 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_common_flags, new_parser, parse_with_beam
 from schemas.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_parser() -> argparse.ArgumentParser:

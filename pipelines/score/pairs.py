@@ -4,7 +4,6 @@ The units are pairs, chunks and tiles.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +13,6 @@ from pipelines.runs.accounting import Count
 from pipelines.score.joins import Join
 from pipelines.score.snapshot import Log
 from pipelines.score.tiles import Tile
-
-if TYPE_CHECKING:
-    pass
-
 
 TILE_ITEMS = 512
 CHUNK_ROWS = 512

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,15 +25,6 @@ BATCH = 16
 def spec_of(source: str, precision: str = "auto") -> ImageSpec:
     spec = ImageSpec.resolve(source, grid=2, patch_size=75, device="cpu", precision=precision)
     return replace(spec, batch_size=BATCH)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of torch that wait for a busy core make small models many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

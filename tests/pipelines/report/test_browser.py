@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.report.command import main
+from scripts.picture import ARGUMENTS
 from tests.support.work_directory import make_work
 
 if TYPE_CHECKING:
@@ -21,16 +22,6 @@ playwright_api = pytest.importorskip(
 )
 
 CHROMIUM = "/usr/bin/chromium"
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(
@@ -69,7 +60,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[BrowserContex
     with playwright_api.sync_playwright() as playwright:
         profile = tmp_path_factory.mktemp("profile")
         context = playwright.chromium.launch_persistent_context(
-            str(profile), executable_path=CHROMIUM, headless=True, args=ARGUMENTS
+            str(profile), executable_path=CHROMIUM, headless=True, args=list(ARGUMENTS)
         )
         yield context
         context.close()
