@@ -6,7 +6,6 @@ tiles (listings × audience rows) ──► ScoreTile ──► RankChunk ──
 items ──► JudgeListings ──► listing_quality/score_date=.../ ◄────────────────────────────────────────┘
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +94,7 @@ class ScoreCatalog(beam.PTransform[Any, Any]):
     records: list[FileRecord]
     model_version: str
 
-    def expand(self, pipeline: beam.Pipeline) -> Mapping[str, beam.PCollection[Any]]:
+    def expand(self, pipeline: beam.Pipeline) -> Any:
         worker, date, version = self.worker, f"score_date={self.pairs.score_date}", self.model_version
         scores = (
             pipeline
