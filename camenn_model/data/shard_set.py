@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from camenn_model.data.contents import Contents
-from camenn_model.published import check_table_files, read_manifest, read_published
+from camenn_model.published import Copies, ListedFile, check_table_files, read_manifest, read_published
 from schemas.errors import InputError
 from schemas.manifest import RUNS, remedy
 from schemas.training import EXAMPLE_ORDER
@@ -41,20 +41,34 @@ def first_row(path: str) -> tuple[Any, ...]:
 class ShardSet:
     """A published shard set.
 
+    Args:
+        root: of the output.
+        copies: of its files on this machine, where it lies elsewhere.
+
     Raises:
         InputError: nothing is published at `root`, or another stage's output.
     """
 
     root: str
+    copies: Copies | None = None
+
+    @property
+    def _place(self) -> Path:
+        return Path(self.root if self.copies is None else self.copies.directory)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Return the published run's manifest."""
-        latest = read_published(self.root, "shards", "--shards")
-        return read_manifest(Path(self.root) / RUNS / latest["run"])
+        run = read_published(self.root, "shards", "--shards")["run"] if self.copies is None else self.copies.run
+        return read_manifest(self._place / RUNS / run)
 
-    def _check(self, table: str) -> None:
-        check_table_files(Path(self.root), self.manifest, table, remedy("shards", table))
+    def _check(self, table: str, listed: list[ListedFile] | None = None) -> None:
+        """Check a table's files, or copy those in `listed`."""
+        if self.copies is None:
+            check_table_files(self._place, self.manifest, table, remedy("shards", table))
+        else:
+            wanted = ListedFile.of(self.manifest, table) if listed is None else listed
+            self.copies.make(wanted, remedy("shards", table))
 
     def files(self, table: str) -> list[tuple[str, int]]:
         """Return (path, rows) of a table's files, ordered by path.
@@ -64,7 +78,7 @@ class ShardSet:
         """
         self._check(table)
         entries = self.manifest["tables"].get(table, {}).get("files", [])
-        return sorted((str(Path(self.root) / entry["path"]), int(entry["rows"])) for entry in entries)
+        return sorted((str(self._place / entry["path"]), int(entry["rows"])) for entry in entries)
 
     def examples(self, split: str) -> list[tuple[str, int]]:
         """List the example files of one split, by time.
@@ -74,29 +88,43 @@ class ShardSet:
 
         Raises:
             InputError: the shard set was written by a version that filed splits by folder.
-            DamagedError: a file of any split is lost or damaged.
+            DamagedError: a file of the split is lost or damaged. On a local disk, of any split.
         """
-        return self._examples.get(split, [])
+        if split not in self._examples:
+            self._examples[split] = self._list_examples(split)
+        return self._examples[split]
 
     @cached_property
     def _examples(self) -> dict[str, list[tuple[str, int]]]:
-        self._check("examples")
-        entries = self.manifest["tables"].get("examples", {}).get("files", [])
-        if any("split" not in entry for entry in entries):
+        """Keep the splits that were asked for."""
+        if any("split" not in entry for entry in self._entries):
             raise InputError(
                 f"--shards {self.root}: was written by an earlier version of camenn. Run `camenn "
                 "shards --rebuild` into it."
             )
-        days: dict[tuple[str, str], list[tuple[str, int]]] = {}
-        for path, rows, split in sorted(
-            (str(Path(self.root) / entry["path"]), int(entry["rows"]), entry["split"]) for entry in entries
-        ):
-            days.setdefault((split, date_of(path)), []).append((path, rows))
-        found: dict[str, list[tuple[str, int]]] = {}
-        for (split, _), of_day in sorted(days.items()):
+        if self.copies is None:
+            self._check("examples")
+        return {}
+
+    @property
+    def _entries(self) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = self.manifest["tables"].get("examples", {}).get("files", [])
+        return entries
+
+    def _list_examples(self, split: str) -> list[tuple[str, int]]:
+        entries = sorted(
+            (entry for entry in self._entries if entry["split"] == split), key=lambda entry: str(entry["path"])
+        )
+        if self.copies is not None:
+            self._check("examples", [ListedFile.of_entry(entry) for entry in entries])
+        days: dict[str, list[tuple[str, int]]] = {}
+        for entry in entries:
+            path = str(self._place / entry["path"])
+            days.setdefault(date_of(path), []).append((path, int(entry["rows"])))
+        found: list[tuple[str, int]] = []
+        for _, of_day in sorted(days.items()):
             # Names contain runs and pieces: only the rows show which file of a day comes first.
-            in_order = sorted(of_day, key=lambda file: first_row(file[0])) if len(of_day) > 1 else of_day
-            found.setdefault(split, []).extend(in_order)
+            found += sorted(of_day, key=lambda file: first_row(file[0])) if len(of_day) > 1 else of_day
         return found
 
     def closed_before(self) -> str:

@@ -106,16 +106,17 @@ class Corpus:
         return map(self.reader.read_unit, _latest_blocks(self.blocks(split), LATEST_ROWS))
 
 
-def open_corpus(options: TrainOptions) -> Corpus:
+def open_corpus(options: TrainOptions, shards: ShardSet | None = None) -> Corpus:
     """Open a shard set for training.
 
-    It also fits the feature space on the set's training part, and sizes the model.
+    It also fits the feature space on the set's training part, and sizes the model. `shards`: the
+    set, where it is not on this machine.
 
     Raises:
         InputError: a part is empty, labels are of one class only, or no listing has a photo or a
             title.
     """
-    shards = ShardSet(options.shards)
+    shards = shards or ShardSet(options.shards)
     for split in ("train", "early_stop", "calibration", "test"):
         if not shards.examples(split):
             raise InputError(

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,21 +13,37 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from camenn_model.data.shard_set import ShardSet
 from camenn_model.evaluation.predictions import CALIBRATED_ON, Predictions, calibrate, cvr_metrics, predict, reliability
 from camenn_model.evaluation.representation import representation
 from camenn_model.tensors import save_tensors
+from camenn_model.training.checkpoints import Checkpoints
 from camenn_model.training.corpus import Corpus, Progress, TrainOptions, open_corpus
 from camenn_model.training.distributed import Processes
 from camenn_model.training.trainer import Trainer
 
 
 def train(
-    options: TrainOptions, directory: Path, progress: Progress, processes: Processes | None = None
+    options: TrainOptions,
+    directory: Path,
+    progress: Progress,
+    processes: Processes | None = None,
+    *,
+    shards: ShardSet | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, Any]:
     """Train CameNN and write the package into `directory`.
 
     It trains, calibrates, measures, and writes. Of several processes only the first one does all of
     it. The others take part in the steps, and return {}.
+
+    Args:
+        options: of the run.
+        directory: that the package is written to.
+        progress: is told of every step.
+        processes: of which this one is one. None = it is alone.
+        shards: the shard set. None = that of `options.shards`, on this machine.
+        checkpoints: where the training goes on. None = those in `options.out`, on this machine.
 
     Returns:
         The metrics.
@@ -38,8 +53,8 @@ def train(
             being finite.
     """
     started = time.monotonic()
-    corpus = open_corpus(options)
-    trainer = Trainer(corpus, options, progress, processes)
+    corpus = open_corpus(options, shards)
+    trainer = Trainer(corpus, options, progress, processes, checkpoints)
     if not trainer.processes.first:
         trainer.run()
         return {}
@@ -95,7 +110,7 @@ def train(
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
     (directory / "retrieval.json").write_text(json.dumps(retrieval, indent=1))
     write_curves(directory / "curves.csv", state.curves)
-    shutil.rmtree(trainer.checkpoint_path.parent, ignore_errors=True)
+    trainer.checkpoints.remove()
     return metrics
 
 

@@ -31,6 +31,7 @@ from camenn_model.data.prefetch import map_ahead
 from camenn_model.evaluation.predictions import predict
 from camenn_model.model.camenn import CameNN
 from camenn_model.tensors import load_tensors, save_tensors
+from camenn_model.training.checkpoints import Checkpoints
 from camenn_model.training.corpus import Corpus, Progress, TrainOptions
 from camenn_model.training.distributed import Processes
 from camenn_model.training.losses import Losses, MultiTaskLoss
@@ -126,7 +127,12 @@ class Trainer:
     """
 
     def __init__(
-        self, corpus: Corpus, options: TrainOptions, progress: Progress, processes: Processes | None = None
+        self,
+        corpus: Corpus,
+        options: TrainOptions,
+        progress: Progress,
+        processes: Processes | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.corpus, self.options, self.progress = corpus, options, progress
         self.processes = processes or Processes(device=options.device)
@@ -151,7 +157,7 @@ class Trainer:
         self.total = options.epochs * corpus.rows("train")
         self.aligned_pairs = max(2, options.batch_size // options.micro_batches // 16)
         self.align_every = self._align_every()
-        self.checkpoint_path = Path(options.out) / "checkpoints" / "main.safetensors"
+        self.checkpoints = checkpoints or Checkpoints(Path(options.out) / "checkpoints")
         self.objective: nn.Module = Objective(self.model, self.loss, options.precision == "bf16")
         if self.processes.count > 1:
             self.objective = DistributedDataParallel(
@@ -328,7 +334,7 @@ class Trainer:
 
     def _stop(self, share: Share, losses: dict[str, float]) -> None:
         table = self.corpus.table
-        path = Path(self.options.out) / f"nan-step-{self.state.step}-{self.processes.rank}.json"
+        path = self.checkpoints.directory.parent / f"nan-step-{self.state.step}-{self.processes.rank}.json"
         rows = [piece.rows for piece in share.pieces]
         found = {
             "losses": losses,
@@ -376,10 +382,11 @@ class Trainer:
         curves = state.pop("curves")
         tensors["curves"] = torch.tensor([list(row.values()) for row in curves], dtype=torch.float64)
         save_tensors(
-            self.checkpoint_path,
+            self.checkpoints.path,
             tensors,
             {"state": state, "columns": list(curves[0]) if curves else [], "request": self._request()},
         )
+        self.checkpoints.saved()
 
     def _request(self) -> str:
         """Return the identity of the run a checkpoint belongs to.
@@ -390,9 +397,9 @@ class Trainer:
 
     def _restore(self) -> bool:
         """Return whether a checkpoint was restored."""
-        if not self.checkpoint_path.exists():
+        if not self.checkpoints.path.exists():
             return False
-        tensors, metadata = load_tensors(self.checkpoint_path)
+        tensors, metadata = load_tensors(self.checkpoints.path)
         if metadata["request"] != self._request():
             return False
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from camenn_model.integrity import DamagedError
 from pipelines.inputs.items import read_stored
-from pipelines.io import files
+from pipelines.io import cache, files
 from pipelines.io.tables import FileRecord
 from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import CONTENTS, Manifest, check_records
@@ -53,8 +53,7 @@ def plan_contents(
     stored = read_stored(store, table, [key])
     keep = pc.is_in(stored[key], pc.drop_null(wanted).unique())
     for path in present:
-        with pa.memory_map(path) as mapped:
-            keep = pc.and_not(keep, pc.is_in(stored[key], pa.ipc.open_file(mapped).read_all()[key]))
+        keep = pc.and_not(keep, pc.is_in(stored[key], read_keys(path, key)))
     chosen = stored.filter(keep)
     if not chosen.num_rows:
         return []
@@ -82,8 +81,18 @@ def plan_contents(
     return jobs
 
 
-def copy_contents(job: ContentJob, directory: str) -> FileRecord:
+def read_keys(path: str, key: str) -> pa.ChunkedArray:
+    """Read the keys of a contents file, no embeddings."""
+    with files.open_read(path) as handle:
+        names = pa.ipc.open_file(handle).schema.names
+        options = pa.ipc.IpcReadOptions(included_fields=[names.index(key)])
+        return pa.ipc.open_file(handle, options=options).read_all()[key]
+
+
+def copy_contents(job: ContentJob, directory: str, keep_in: str | None = None) -> FileRecord:
     """Copy a job's rows into one Arrow IPC file.
+
+    `keep_in`: output whose copies on this machine get it too, where it lies on an object store.
 
     It is not compressed, so that a reader can map it and gather rows without decoding. Columns: the
     content key, in order, and `embedding` as fixed_size_binary (float16, shape in the field's
@@ -121,7 +130,8 @@ def copy_contents(job: ContentJob, directory: str) -> FileRecord:
     path = files.join(directory, f"part-{chunk_name(CONTENTS, wanted.to_pylist())}.arrow")
     schema = pa.schema([pa.field(key, pa.string()), pa.field("embedding", field.type, metadata=field.metadata)])
     embeddings = pa.FixedSizeBinaryArray.from_buffers(field.type, len(rows), [None, pa.py_buffer(rows)])
-    with files.atomic_write(path) as handle, pa.ipc.new_file(handle, schema) as writer:
+    opened = files.atomic_write(path) if keep_in is None else cache.write_through(keep_in, path)
+    with opened as handle, pa.ipc.new_file(handle, schema) as writer:
         writer.write_batch(pa.record_batch([wanted, embeddings], schema=schema))
     return FileRecord.of(f"contents_{job.kind}", path, len(wanted), handle.written)
 
@@ -145,6 +155,8 @@ class PlacedJob:
 
     directory: str
     job: ContentJob
+    keep_in: str | None = None
+    """Output whose copies on this machine get it too: what runs here next reads it"""
 
 
 class CopyContents(beam.DoFn):
@@ -156,19 +168,21 @@ class CopyContents(beam.DoFn):
     @staticmethod
     def copy(placed: PlacedJob) -> FileRecord:
         """Do one job, here and now."""
-        return copy_contents(placed.job, placed.directory)
+        return copy_contents(placed.job, placed.directory, placed.keep_in)
 
     def process(self, placed: PlacedJob) -> Iterator[FileRecord]:
         yield self.copy(placed)
 
 
 def contents_jobs(
-    store: Manifest, items: pa.Table, latest: Manifest | None, root: str, run_directory: str
+    store: Manifest, items: pa.Table, latest: Manifest | None, root: str, run_directory: str, *, keep: bool
 ) -> tuple[list[PlacedJob], list[FileRecord]]:
     """List the jobs that remain to be copied into `contents/`.
 
     The directory is `root`/contents/KIND/FINGERPRINT/. Returns the jobs and the files of the last
     run that stay in use.
+
+    `keep`: whether the jobs are done on this machine, where their files are read next.
 
     Contents are only ever added. Those of another encoder lie in another directory and are not
     used.
@@ -187,7 +201,7 @@ def contents_jobs(
         ]
         kept += present
         jobs += [
-            PlacedJob(directory, job)
+            PlacedJob(directory, job, root if keep else None)
             for job in plan_contents(
                 kind,
                 store,

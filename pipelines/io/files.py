@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
 
 from camenn_model.integrity import dump_document, parse_document
-from pipelines.io import clock, files, objects
+from pipelines.io import clock, objects
 from pipelines.io.errors import reading
 from pipelines.io.object_client import Stat
 from schemas.errors import InputError
@@ -46,7 +46,7 @@ def absolute(path: str) -> str:
 
     Workers run elsewhere. Paths of other file systems stay as they are.
     """
-    return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path
+    return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path.rstrip("/")
 
 
 def exists(path: str) -> bool:
@@ -54,12 +54,13 @@ def exists(path: str) -> bool:
     return os.path.exists(path) if is_local(path) else objects.exists(path)
 
 
-def open_read(path: str) -> BinaryIO:
+def open_read(path: str, found: Stat | None = None) -> BinaryIO:
     """Open a file for reading bytes as they are.
 
-    A .gz stays compressed. Of an object, exactly the ranges that are read are downloaded.
+    A .gz stays compressed. Of an object, exactly the ranges that are read are downloaded. `found`:
+    what a listing said of it, which saves a request.
     """
-    return open(path, "rb") if is_local(path) else cast(BinaryIO, objects.open_read(path))
+    return open(path, "rb") if is_local(path) else cast(BinaryIO, objects.open_read(path, found))
 
 
 def read_json(path: str) -> Any:
@@ -587,15 +588,19 @@ def ipc_table(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
 
 
-def local_only(path: str, flag: str) -> str:
-    """Return `path` as an absolute path, if it is no object store's address.
+def output_place(path: str, flag: str) -> str:
+    """Return an output's absolute path, or its address.
 
     Raises:
-        InputError: it is on an object store, whose files cannot be mapped into memory.
+        InputError: it is an address that is not read, or whose library is not installed.
     """
-    if not files.is_local(path):
-        raise InputError(
-            f"{flag} {path}: embeddings are mapped into memory, which needs a local directory. "
-            "Give a directory on a local disk, and copy between it and the object store."
-        )
-    return os.path.abspath(path)
+    if is_local(path):
+        return os.path.abspath(path)
+    scheme = path.partition("://")[0]
+    if not objects.is_object(path):
+        raise InputError(f"{flag} {path}: '{scheme}' addresses are not written. Give a directory, gs:// or s3://.")
+    lacking = objects.missing_library(scheme)
+    if lacking:
+        raise InputError(f"{flag} {path}: {lacking}")
+    objects.split(path)
+    return path.rstrip("/")

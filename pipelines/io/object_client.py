@@ -76,6 +76,8 @@ class Client(Protocol):
     """
 
     scheme: str
+    endpoint: str
+    """Address that requests go to"""
 
     def stat(self, bucket: str, key: str) -> Stat:
         """Look at one object."""

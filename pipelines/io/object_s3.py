@@ -70,6 +70,7 @@ class S3Client:
             self._s3 = boto3.session.Session().client("s3", config=config)
         except (boto.BotoCoreError, ValueError) as error:
             raise InputError(f"s3://: boto3 cannot be set up ({error}). Check the environment (AWS_...).") from error
+        self.endpoint = str(self._s3.meta.endpoint_url)
         self._buckets: set[str] = set()
 
     def stat(self, bucket: str, key: str) -> Stat:
@@ -146,9 +147,8 @@ class S3Client:
     def _translate(self, error: boto.ClientError, bucket: str, key: str | None, path: str) -> Exception:
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        endpoint = str(self._s3.meta.endpoint_url)
         if code == "NoSuchBucket" or (status == 404 and key is None):
-            return no_bucket("s3", bucket, endpoint)
+            return no_bucket("s3", bucket, self.endpoint)
         if status == 404:
             # The answer to HEAD has no body that could say which of the two is missing.
             if code not in ("NoSuchKey", "NoSuchUpload") and bucket not in self._buckets:
@@ -163,7 +163,7 @@ class S3Client:
         why = f"{status} {code}: {error.response.get('Error', {}).get('Message', '')}".strip(": ")
         if status in (401, 403):
             return refused(path, why)
-        return InputError(f"{path}: {endpoint} refuses it ({why}). Check the name, and the environment (AWS_...).")
+        return InputError(f"{path}: {self.endpoint} refuses it ({why}). Check the name, and the environment (AWS_...).")
 
 
 def _seconds(time: datetime.datetime) -> float:

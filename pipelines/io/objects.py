@@ -90,6 +90,11 @@ def _client(scheme: str) -> Client:
         return _clients[key]
 
 
+def endpoint(path: str) -> str:
+    """Return the address that requests for a path go to."""
+    return _client(split(path)[0]).endpoint
+
+
 def stat(path: str) -> Stat:
     """Look at an object.
 

@@ -69,7 +69,7 @@ def unpack(partition: SpilledPartition) -> pa.Table:
     """Return the table of a partition."""
     if isinstance(partition, tuple):
         path, start, length = partition
-        with open(path, "rb") as handle:
+        with files.open_read(path) as handle:
             handle.seek(start)
             partition = handle.read(length)
     return files.ipc_table(partition)

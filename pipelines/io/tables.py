@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.io.cache import keep_inputs, open_input
 from pipelines.io.errors import reading
-from pipelines.io.files import Written, fingerprint, join, list_parquet, open_read, write_parquet
+from pipelines.io.files import Written, fingerprint, join, list_parquet, write_parquet
 from pipelines.io.object_file import ObjectFile
 from schemas.contract import Contract, check_output, conform, find_not_utf8, is_text, without_dictionary
 from schemas.errors import InputError
@@ -47,6 +48,7 @@ class Source:
             InputError: the table is missing, or a file's columns cannot be read under the contract.
         """
         files = list_parquet(join(directory, name or contract.name), contract.name)
+        keep_inputs(files)
         rows = 0
         for path in files:
             with open_table(path, contract) as (_, parquet):
@@ -106,7 +108,7 @@ def open_table(path: str, contract: Contract) -> Iterator[tuple[BinaryIO, pq.Par
     Raises:
         InputError: naming the file, for any error in the block.
     """
-    with reading(path, f"table '{contract.name}' cannot be read"), open_read(path) as handle:
+    with reading(path, f"table '{contract.name}' cannot be read"), open_input(path) as handle:
         yield handle, open_parquet(handle)
 
 

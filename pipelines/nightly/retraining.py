@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pipelines.io import files
 from pipelines.nightly.config import NightlyConfig
+from pipelines.runs.copies import open_published_package, open_shards
 from pipelines.runs.manifest import Manifest, read_latest, read_run
 from schemas.errors import InputError
 from schemas.manifest import MANIFEST
@@ -42,12 +43,10 @@ def decide(config: NightlyConfig) -> Decision:
         raise RuntimeError("shards must be built before training")
     if model is None:
         return Decision(True, "there is no model yet")
-    from camenn_model.data.shard_set import ShardSet
     from camenn_model.evaluation.challenge import judge_calibration, reads_embeddings_of
-    from camenn_model.package import open_package
 
     try:
-        package = open_package(config.output("model"))
+        package = open_published_package(config.output("model"))
     except InputError as error:
         # For example after an upgrade that encodes features differently: without this no night
         # could score until a manual training.
@@ -57,7 +56,7 @@ def decide(config: NightlyConfig) -> Decision:
         return Decision(True, "the published model does not record which days it was trained on")
     if last.inputs["shards"] == shards.request:
         return Decision(False, "the shards are those of the last training")
-    shard_set = ShardSet(config.output("shards"))
+    shard_set = open_shards(config.output("shards"))
     if not reads_embeddings_of(package, shard_set):
         return Decision(True, "the store's embeddings are of other encoders than the model's")
     days = days_between(last.summary[AS_OF], shards.summary["as_of"])

@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 
 from pipelines.inputs.data_tables import DataTables
 from pipelines.inputs.logs import read_times
+from pipelines.io import files
 from pipelines.io.clock import latest_time
-from pipelines.io.files import local_only
 from pipelines.io.tables import Source
+from pipelines.runs.copies import open_published_package
 from pipelines.runs.manifest import Manifest, request_fingerprint, require_latest
 from pipelines.score.audience import find_candidates, read_audience
 from schemas.audience import AUDIENCE
@@ -59,6 +60,8 @@ class ScoreInputs:
     candidates: Source | None
     """The table `candidates`, where it exists"""
     store: Manifest
+    model: str
+    """Output that the package is published in"""
     package: "Package"
     sources: dict[str, Source]
     """The existing tables, by name"""
@@ -76,12 +79,11 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
         InputError: one is missing or of the wrong kind, or the model was trained on other
             embeddings.
     """
-    from camenn_model.package import open_package
-
     tables = DataTables.find(options.data, options.timezone)
     given = read_audience(options.data) if options.audience == "auto" else None
     store = require_latest(options.store, "embed", "--store")
-    package = open_package(local_only(options.model, "--model"))
+    model = files.output_place(options.model, "--model")
+    package = open_published_package(model)
     if package.config.attention != "prefix":
         raise InputError(
             f"--model {options.model}: was trained with --attention {package.config.attention}, with which "
@@ -101,6 +103,7 @@ def open_inputs(options: ScoreOptions) -> ScoreInputs:
         audience=given[0] if given else None,
         candidates=candidates,
         store=store,
+        model=model,
         package=package,
         sources=sources,
         fingerprints=fingerprints,

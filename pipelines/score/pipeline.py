@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.inputs.contents import CopyContents, contents_jobs
-from pipelines.io import files
+from pipelines.io import cache, files
 from pipelines.io.tables import FileRecord, WriteTable, write_table
 from pipelines.runner.memory import release_memory
 from pipelines.runs.manifest import Manifest
@@ -22,7 +22,7 @@ from pipelines.score.find_pairs import encode_audience
 from pipelines.score.inputs import ScoreInputs
 from pipelines.score.pairs import Pairs, cut_tiles
 from pipelines.score.snapshot import Snapshot, recent_activity
-from pipelines.score.tiles import JudgeListings, RankChunk, ScoreTile, WorkerInput
+from pipelines.score.tiles import AGAIN, JudgeListings, RankChunk, ScoreTile, WorkerInput
 from schemas.audience import AUDIENCE
 from schemas.scores import LISTING_QUALITY, SCORES
 
@@ -38,8 +38,8 @@ class Prepared:
     """
 
     records: list[FileRecord]
-    images: tuple[str, ...]
-    titles: tuple[str, ...]
+    images: tuple[FileRecord, ...]
+    titles: tuple[FileRecord, ...]
 
 
 def prepare(inputs: ScoreInputs, pairs: Pairs, latest: Manifest | None, out: str, directory: str) -> Prepared:
@@ -52,14 +52,15 @@ def prepare(inputs: ScoreInputs, pairs: Pairs, latest: Manifest | None, out: str
     records = [write_table(directory, "items", pairs.items), write_table(directory, "audience", audience)]
     if pairs.rejects.num_rows:
         records.append(write_table(directory, "rejects", pairs.rejects))
-    jobs, kept = contents_jobs(inputs.store, pairs.items, latest, out, directory)
+    jobs, kept = contents_jobs(inputs.store, pairs.items, latest, out, directory, keep=True)
     contents = [*(CopyContents.copy(job) for job in jobs), *kept]
     images, titles = (
-        tuple(record.path for record in contents if record.table == f"contents_{kind}") for kind in ("images", "titles")
+        tuple(record for record in contents if record.table == f"contents_{kind}") for kind in ("images", "titles")
     )
     release_memory()
     # Once, not in every worker: it needs the whole catalog.
-    write_table(directory, "catalog_features", compare_listings(inputs.package, pairs.items, images, titles))
+    local = (cache.local_copies(out, records, AGAIN) for records in (images, titles))
+    write_table(directory, "catalog_features", compare_listings(inputs.package, pairs.items, *local))
     release_memory()
     return Prepared(records=[*records, *contents], images=images, titles=titles)
 
@@ -73,7 +74,7 @@ def write_submitters_tables(package: "Package", pairs: Pairs, directory: str) ->
     write_table(directory, "candidate_rows", pa.table({"audience": wanted[:, 0], "item": wanted[:, 1]}))
 
 
-def compare_listings(package: "Package", items: pa.Table, images: tuple[str, ...], titles: tuple[str, ...]) -> pa.Table:
+def compare_listings(package: "Package", items: pa.Table, images: list[str], titles: list[str]) -> pa.Table:
     """Compare each listing with all others.
 
     The result has the columns of `CatalogFeatures` and of `Judgement`.

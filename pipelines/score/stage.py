@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.io import files
-from pipelines.io.files import local_only
+from pipelines.io.files import output_place
 from pipelines.runner.beam import is_local_run, local_workers, use_all_cores
 from pipelines.runner.console import NO_ROWS, watch
 from pipelines.runs.context import Outcome, Request, RunContext, open_run
+from pipelines.runs.copies import open_shards
 from pipelines.runs.manifest import Manifest, read_latest
 from pipelines.runs.publication import published_manifests
 from pipelines.score.coverage import cover_night
@@ -36,6 +37,7 @@ from pipelines.score.pairs import Pairs
 from pipelines.score.pipeline import ScoreCatalog, prepare
 from pipelines.score.tiles import WorkerInput, measure_pace
 from schemas.audience import AUDIENCE
+from schemas.manifest import RUNS
 from schemas.rejects import REJECTS
 from schemas.scores import LISTING_QUALITY, SCORES
 from schemas.training import ITEMS
@@ -60,7 +62,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
     inputs = open_inputs(options)
     request = Request(
         stage=STAGE,
-        out=local_only(options.out, "--out"),
+        out=output_place(options.out, "--out"),
         tables={"--data": options.data},
         outputs={"--store": options.store, "--model": options.model, "--shards": options.shards},
         inputs=inputs.fingerprints,
@@ -93,7 +95,8 @@ def score_pairs(
     with watch(STAGE, pairs.count, "pairs", local) as progress:
         worker = WorkerInput(
             directory=context.directory,
-            model=str(inputs.package.directory),
+            out=context.request.out,
+            model=files.join(inputs.model, RUNS, inputs.package.directory.name),
             images=prepared.images,
             titles=prepared.titles,
             top_k=top_k,
@@ -172,10 +175,9 @@ def judge_model(shards: str | None, package: "Package") -> "Calibration | None":
     """
     if shards is None:
         return None
-    from camenn_model.data.shard_set import ShardSet
     from camenn_model.evaluation.challenge import judge_calibration
 
-    return judge_calibration(package, ShardSet(shards))
+    return judge_calibration(package, open_shards(shards))
 
 
 def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from camenn_model.data.feature_space import NUMERIC_GROUPS, CatalogFeatures
 from pipelines.features.as_of import ItemAttributes, item_attributes
 from pipelines.features.time_index import Ints
-from pipelines.io import files
+from pipelines.io import cache, files
+from pipelines.io.tables import FileRecord
 from pipelines.runner.console import ProgressFile
 from pipelines.runner.memory import release_memory
+from pipelines.runs.copies import package_directory
 from pipelines.score.audience_rows import AudienceRows
 from pipelines.score.snapshot import Snapshot
 from schemas.scores import LISTING_QUALITY, SCORES
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 TIMED = 256
 """Listings and audience rows of the tile that `--plan` times."""
+AGAIN = "Run `camenn score` again: its embeddings are copied again from the store."
 ITEMS_READ = [name for name in ITEMS.names if name not in ("title", "image_uri")]
 """Columns of the items that workers read"""
 
@@ -64,10 +67,14 @@ class WorkerInput:
     The submitter writes them all under the run's directory.
     """
 
+    out: str
+    """Output whose `contents/` are read"""
     directory: str
+    """Of the run"""
     model: str
-    images: tuple[str, ...]
-    titles: tuple[str, ...]
+    """Directory of the package's run"""
+    images: tuple[FileRecord, ...]
+    titles: tuple[FileRecord, ...]
     top_k: int
     precision: str
     progress: str | None
@@ -102,16 +109,15 @@ class _Loaded:
 
 
 def _load(given: WorkerInput) -> _Loaded:
-    from pathlib import Path
-
     from camenn_model.data.item_table import ItemTable
     from camenn_model.package import read_package
 
-    package = read_package(Path(given.model))
+    package = read_package(package_directory(given.model))
     items = _read_part(given.directory, "items", ITEMS_READ)
     catalog_features = _read_part(given.directory, "catalog_features", list(CatalogFeatures._fields))
     found = CatalogFeatures(*(catalog_features[name].to_numpy() for name in CatalogFeatures._fields))
-    table = ItemTable.of_files(items, given.images, given.titles, package.config).encode(package.space, found)
+    images, titles = (cache.local_copies(given.out, records, AGAIN) for records in (given.images, given.titles))
+    table = ItemTable.of_files(items, images, titles, package.config).encode(package.space, found)
     return _Loaded(package, table, item_attributes(items))
 
 

@@ -48,9 +48,14 @@ def start_of(date: str) -> int:
 
 def read_starts(record: FileRecord) -> np.ndarray:
     """Read `session_start` of an example file, int64 microseconds."""
-    with files.open_read(record.path) as handle:
-        starts = pq.read_table(handle, columns=["session_start"])["session_start"]
+    starts = read_whole(record.path, ["session_start"])["session_start"]
     return starts.cast(pa.int64()).to_numpy()
+
+
+def read_whole(path: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a file of ours, or some columns of it."""
+    with files.open_read(path) as handle:
+        return pq.ParquetFile(handle).read(columns=columns)
 
 
 def write_part(directory: str, date: str, name: str, split: str, rows: pa.Table) -> FileRecord:
@@ -228,7 +233,7 @@ def keep_features(rows: pa.Table, paths: list[str]) -> pa.Table:
     if not paths or not rows.num_rows:
         return rows
     rows = check_output(rows, EXAMPLES)
-    earlier = pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
+    earlier = pa.concat_tables([read_whole(path) for path in paths])
     keys = pa.concat_tables([earlier.select(EXAMPLES.key), rows.select(EXAMPLES.key)]).to_pandas()
     group = keys.groupby(list(EXAMPLES.key), sort=False).ngroup().to_numpy()
     place = pd.Series(np.arange(earlier.num_rows), index=group[: earlier.num_rows])
@@ -248,14 +253,11 @@ def delisted_items(items: pa.Table, earlier: list[str], kept: list[FileRecord]) 
     """
     if not earlier or not kept:
         return items.slice(0, 0)
-    before = pa.concat_tables([pq.ParquetFile(path).read() for path in earlier])
+    before = pa.concat_tables([read_whole(path) for path in earlier])
     gone = before.filter(pc.invert(pc.is_in(before["item_id"], items["item_id"].combine_chunks())))
     if not gone.num_rows:
         return items.slice(0, 0)
     wanted = pa.chunked_array(
-        [
-            pc.unique(pq.ParquetFile(record.path).read(columns=["item_id"])["item_id"].combine_chunks())
-            for record in kept
-        ]
+        [pc.unique(read_whole(record.path, ["item_id"])["item_id"].combine_chunks()) for record in kept]
     ).unique()
     return gone.filter(pc.is_in(gone["item_id"], wanted)).select(items.column_names).cast(items.schema)

@@ -15,7 +15,7 @@ from pipelines.features.time_index import DAY_US, HOUR_US, day_of
 from pipelines.inputs.contents import contents_jobs
 from pipelines.inputs.items import load_items
 from pipelines.inputs.logs import read_times
-from pipelines.io import files
+from pipelines.io import cache
 from pipelines.io.clock import latest_time
 from pipelines.io.tables import write_table
 from pipelines.runner.log import stage_logger
@@ -130,7 +130,7 @@ def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, 
     # Days that have left the log count in the split too.
     gone = [record for record in kept.records if date_of(record.path) < begins]
     splits = split_times(np.concatenate([closed, *map(read_starts, gone)]), window, options.test_share)
-    items, tables = write_tables(context, inputs, kept)
+    items, tables = write_tables(context, inputs, kept, local=local)
     built = closed[closed >= kept.frozen_before]
     # Each click that is built asks for counts. Of what lies before, a bucket of users has sums of
     # each listing's clicks, orders and conversions.
@@ -154,12 +154,12 @@ def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, 
         directory=context.directory,
         kept=kept,
         day_cuts=cut_long_days(built, sizes.ROWS_PER_FILE),
-        scratch=files.join(context.directory, "shuffle") if local else None,
+        scratch=cache.scratch_directory(context.directory) if local else None,
     )
     return Prepared(plan=plan, tables=tables, due=len(built), samples=samples)
 
 
-def write_tables(context: RunContext, inputs: ShardInputs, kept: Kept) -> tuple[pa.Table, Tables]:
+def write_tables(context: RunContext, inputs: ShardInputs, kept: Kept, *, local: bool) -> tuple[pa.Table, Tables]:
     """Write the tables that need no worker.
 
     They are items, users and rejects of the catalog. Returns the items beside. Listings of final
@@ -173,6 +173,6 @@ def write_tables(context: RunContext, inputs: ShardInputs, kept: Kept) -> tuple[
     records = [write_table(directory, "items", items), write_table(directory, "users", inputs.tables.users)]
     if rejects.num_rows:
         records.append(write_table(directory, "rejects", rejects))
-    copies, contents = contents_jobs(inputs.store, items, latest, context.request.out, directory)
+    copies, contents = contents_jobs(inputs.store, items, latest, context.request.out, directory, keep=local)
     counted = [Count("catalog", where, rows) for where, rows in counts.items()]
     return items, Tables(records=records, counts=counted, copies=copies, kept=contents)

@@ -20,7 +20,7 @@ from camenn_model.data.shard_set import date_of
 from pipelines.features.as_of import FEATURES_VERSION
 from pipelines.features.time_index import day_of
 from pipelines.io import files
-from pipelines.io.files import local_only
+from pipelines.io.files import output_place
 from pipelines.io.tables import Source
 from pipelines.runner.beam import is_local_run
 from pipelines.runner.console import watch
@@ -51,7 +51,7 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
     inputs = open_inputs(options)
     request = Request(
         stage=STAGE,
-        out=local_only(options.out, "--out"),
+        out=output_place(options.out, "--out"),
         tables={"--data": options.data},
         outputs={"--store": options.store},
         inputs=inputs.fingerprints,

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from camenn_model.config import LossConfig
 from camenn_model.encoders.machine import resolve_device_precision
-from camenn_model.integrity import file_sha256
-from pipelines.io.files import local_only
-from pipelines.io.tables import FileRecord
+from pipelines.io import files
+from pipelines.io.files import output_place
 from pipelines.runner.console import Bar
 from pipelines.runner.log import stage_logger
 from pipelines.runs.context import Outcome, Request, RunContext, open_run
+from pipelines.runs.copies import open_shards, package_directory
 from pipelines.runs.gate import Gate
 from pipelines.runs.manifest import Manifest, request_fingerprint, require_latest
 from pipelines.train.options import STAGE, TrainFlags
 from schemas.errors import InputError
+from schemas.manifest import RUNS
 
 if TYPE_CHECKING:
+    from camenn_model.data.shard_set import ShardSet
     from camenn_model.evaluation.challenge import ModelComparison
     from camenn_model.training.corpus import TrainOptions
 
@@ -61,11 +63,12 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
         GatesFailed: the published model predicts the latest closed days better.
     """
     started = time.monotonic()
-    out, shards_root = local_only(options.out, "--out"), local_only(options.shards, "--shards")
+    out, shards_root = output_place(options.out, "--out"), output_place(options.shards, "--shards")
     shards = require_latest(shards_root, "shards", "--shards")
 
     from camenn_model.training.distributed import join_processes
     from camenn_model.training.train import train
+    from pipelines.train.workplace import checkpoints_of, workplace
 
     training = resolve_training(options, out, shards_root)
     inputs = {"shards": shards.request}
@@ -77,7 +80,7 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
         fingerprint=request_fingerprint(inputs, training.request()),
         options=training.request(),
         repeats="trains again",
-        reads_published=lambda latest: is_readable(Path(out) / "runs" / latest.run),
+        reads_published=lambda latest: is_readable(files.join(out, RUNS, latest.run)),
     )
     with (
         join_processes(training.device) as processes,
@@ -86,15 +89,19 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
     ):
         # The first process decides: the others may see what it publishes.
         unchanged = processes.sums([float(context is not None and context.unchanged)])[0]
-        if context is None:
-            if not unchanged:
-                train(training, Path(out), _nothing, processes)
-            return None
         if unchanged:
-            return context.repeat_summary()
+            return None if context is None else context.repeat_summary()
+        shard_set = open_shards(shards_root)
+        checkpoints = checkpoints_of(out, upload=processes.first)
+        if context is None:
+            train(training, workplace(out), _nothing, processes, shards=shard_set, checkpoints=checkpoints)
+            return None
+        package = workplace(out) / RUNS / context.name
+        package.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            metrics = train(training, Path(context.directory), _Bars(stack), processes)
-        return context.publish(describe_model(context, metrics, shards, options.challenge))
+            metrics = train(training, package, _Bars(stack), processes, shards=shard_set, checkpoints=checkpoints)
+        comparison = compare_with_published(context, package, shard_set) if options.challenge else None
+        return context.publish(describe_model(context, package, metrics, shards, comparison))
 
 
 def resolve_training(options: TrainFlags, out: str, shards: str) -> "TrainOptions":
@@ -138,60 +145,62 @@ def resolve_training(options: TrainFlags, out: str, shards: str) -> "TrainOption
     )
 
 
-def describe_model(context: RunContext, metrics: dict[str, Any], shards: Manifest, challenge: bool) -> Outcome:
+def describe_model(
+    context: RunContext,
+    package: Path,
+    metrics: dict[str, Any],
+    shards: Manifest,
+    comparison: "ModelComparison | None",
+) -> Outcome:
     """Describe the package for its manifest.
 
-    With `challenge`, it is compared with the published one.
+    On an object store it is uploaded.
     """
-    names = [name for name in sorted(os.listdir(context.directory)) if not name.startswith(".")]
-    paths = {name: os.path.join(context.directory, name) for name in names}
-    comparison = compare_with_published(context) if challenge else None
+    from pipelines.train.workplace import upload_package
+
+    names = [name for name in sorted(os.listdir(package)) if not name.startswith(".")]
+    records = upload_package(package, context.request.out, context.directory, names)
 
     def summarise(manifest: Manifest) -> dict[str, Any]:
         summary = _summary(metrics, shards, manifest, context.request.out)
         return summary if comparison is None else summary | {"challenge": comparison.to_json()}
 
     return Outcome(
-        records=[
-            FileRecord(name, path, 0, os.path.getsize(path), sha256=file_sha256(path)) for name, path in paths.items()
-        ],
+        records=records,
         contracts=dict.fromkeys(names, ""),
         gates=[] if comparison is None else [Gate("challenge", comparison.passed, comparison.words())],
         summarise=summarise,
     )
 
 
-def is_readable(package: Path) -> bool:
+def is_readable(directory: str) -> bool:
     """Return whether this version of camenn reads a package."""
     from camenn_model.package import read_package
 
     try:
-        read_package(package)
+        read_package(package_directory(directory))
     except InputError:
         return False
     return True
 
 
-def compare_with_published(context: RunContext) -> "ModelComparison | None":
-    """Compare the new model with the published one.
+def compare_with_published(context: RunContext, package: Path, shards: "ShardSet") -> "ModelComparison | None":
+    """Compare a new package with the published model.
 
     The latest closed days are predicted. None means that they cannot be compared, or that nothing
     is published.
     """
     if context.latest is None:
         return None
-    from camenn_model.data.shard_set import ShardSet
     from camenn_model.evaluation.challenge import compare_with_champion
     from camenn_model.package import read_package
 
-    runs = Path(context.request.out) / "runs"
     try:
-        champion = read_package(runs / context.latest.run)
+        champion = read_package(package_directory(files.join(context.request.out, RUNS, context.latest.run)))
     except InputError as error:
         _LOG.warning("the published model cannot be compared, and the new one takes over: %s", error)
         return None
-    shards = ShardSet(str(context.request.outputs["--shards"]))
-    comparison = compare_with_champion(champion, read_package(runs / context.name), shards)
+    comparison = compare_with_champion(champion, read_package(package), shards)
     if comparison is None:
         _LOG.warning(
             "the published model cannot be compared (other encoders, or no closed day "

@@ -252,9 +252,9 @@ def test_train_begins_anew_where_another_version_was_killed(shards: str, tmp_pat
     trainer._begin()
     trainer._save()
     assert Trainer(open_corpus(asked), asked, no_progress)._restore()
-    tensors, header = load_tensors(trainer.checkpoint_path)
+    tensors, header = load_tensors(trainer.checkpoints.path)
     del tensors["loss.choices_count"]
-    save_tensors(trainer.checkpoint_path, tensors, header)
+    save_tensors(trainer.checkpoints.path, tensors, header)
     assert not Trainer(open_corpus(asked), asked, no_progress)._restore()
 
 

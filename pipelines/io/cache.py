@@ -1,0 +1,370 @@
+"""Keep copies of objects on this machine's disk.
+
+Copied is what is mapped into memory, and what is read several times.
+
+CACHE/objects/OUTPUT/...     files of an output, under their names in it
+CACHE/inputs/NAME.parquet    files of the user's tables, one for each version
+CACHE/scratch/RUN/           spilled partitions of a job on this machine
+
+CACHE is `CAMENN_CACHE`, or ~/.cache/camenn. Only objects that never change are copied: a name in an
+output has one content for ever, which a checksum proves, and a name in `inputs` includes the version.
+What was not used for the longest time is removed where all copies together take more than
+`CAMENN_CACHE_GB`, but nothing of the last day.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from camenn_model.integrity import DamagedError, cache_directory, check_file
+from pipelines.io import files, objects
+from pipelines.io.object_client import Stat
+from schemas.errors import InputError
+
+LIMIT_GB = 100.0
+"""Most bytes of all copies / 10^9, and half of the disk, unless `CAMENN_CACHE_GB` says otherwise"""
+IN_USE_S = 86_400.0
+"""Seconds since its last use in which a copy is never removed"""
+PIECE = 4 * 2**20
+"""Bytes that a request downloads"""
+PIECES = 4
+"""Pieces in memory at once"""
+LOCKS = 256
+USED = ".used"
+"""Ending of the empty file beside a copy, whose time is the copy's last use"""
+
+
+class Listed(Protocol):
+    """A file as a manifest lists it."""
+
+    @property
+    def path(self) -> str:
+        """Return its path."""
+
+    @property
+    def bytes(self) -> int:
+        """Return its size."""
+
+    @property
+    def sha256(self) -> str:
+        """Return its checksum, or '' where none is known."""
+
+
+def copy_root(root: str) -> str:
+    """Return the local directory that stands for an output.
+
+    It is the output itself on a local disk, and the directory of its copies otherwise.
+    """
+    if files.is_local(root):
+        return root
+    name = f"{objects.endpoint(root)} {root.rstrip('/')}"
+    return str(cache_directory() / "objects" / hashlib.sha256(name.encode()).hexdigest()[:16])
+
+
+def copy_path(root: str, path: str) -> str:
+    """Return the path of a file's local copy.
+
+    It may not be there yet.
+
+    Raises:
+        DamagedError: the path is not below the root. A manifest that says so was not written by
+            camenn.
+    """
+    if files.is_local(path):
+        return path
+    inner = path.removeprefix(f"{root.rstrip('/')}/")
+    if inner == path or any(part in ("", ".", "..") for part in inner.split("/")):
+        raise DamagedError(f"{path}: is not in {root}, whose manifest names it. Publish another run.")
+    return os.path.join(copy_root(root), *inner.split("/"))
+
+
+def local_copies(root: str, listed: Iterable[Listed], remedy: str) -> list[str]:
+    """Return local paths of an output's files.
+
+    They come in the same order. Files on a local disk are those of the output: whoever opens it
+    checks them. Others are downloaded, unless they are here already, and are what their manifest
+    says.
+
+    Raises:
+        DamagedError: one is gone, or has other bytes than were written.
+    """
+    wanted = list(listed)
+    if files.is_local(root):
+        return [entry.path for entry in wanted]
+    # Small files are downloaded at once, of a large one its pieces are.
+    small = [entry for entry in wanted if entry.bytes <= PIECE]
+    with ThreadPoolExecutor(objects.THREADS) as pool:
+        list(pool.map(lambda entry: _copy(root, entry, remedy), small))
+    for entry in wanted:
+        if entry.bytes > PIECE:
+            _copy(root, entry, remedy)
+    _forget_unused()
+    return [copy_path(root, entry.path) for entry in wanted]
+
+
+def _copy(root: str, entry: Listed, remedy: str) -> None:
+    target = copy_path(root, entry.path)
+    if _is_here(target, entry, remedy):
+        return
+    with _locked(target):
+        # Another process may have downloaded it meanwhile.
+        if _is_here(target, entry, remedy):
+            return
+        try:
+            with _new_file(target) as handle:
+                digest = _download(entry.path, entry.bytes, handle)
+                if entry.sha256 and digest != entry.sha256:
+                    raise DamagedError(
+                        f"{entry.path}: its bytes are not those that were written (SHA-256 differs). {remedy}"
+                    )
+        except FileNotFoundError as error:
+            raise DamagedError(
+                f"{entry.path}: this file is gone (`camenn gc` removed it, or it was lost). {remedy}"
+            ) from error
+        _use(target)
+
+
+def _is_here(target: str, entry: Listed, remedy: str) -> bool:
+    if not os.path.exists(target):
+        return False
+    try:
+        check_file(target, entry.bytes, entry.sha256, remedy)
+    except DamagedError:
+        # A copy is no one's only one: it is made again.
+        return False
+    _use(target)
+    return True
+
+
+def _download(path: str, size: int, handle: BinaryIO, token: str | None = None) -> str:
+    """Download an object in pieces.
+
+    Returns the SHA-256 of its bytes.
+
+    Raises:
+        DamagedError: it has another size.
+    """
+    digest = hashlib.sha256()
+    edges = [(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+    if token is None:
+        found = objects.stat(path)
+        if found.bytes != size:
+            raise DamagedError(f"{path}: has {found.bytes:,} bytes, {size:,} were written. Publish another run.")
+        token = found.token
+    for number in range(0, len(edges), PIECES):
+        for piece in objects.read(path, edges[number : number + PIECES], token):
+            digest.update(piece)
+            handle.write(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _new_file(target: str) -> Iterator[BinaryIO]:
+    """Yield a file that appears when the block ends well."""
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+        with open(temporary, "wb") as handle:
+            yield handle
+        os.replace(temporary, target)
+    except OSError as error:
+        if str(error.filename).startswith(str(cache_directory())) or error.errno == errno.ENOSPC:
+            raise InputError(
+                f"{target}: the copy of an object cannot be written here ({error.strerror}). Let CAMENN_CACHE name a "
+                "directory with room for it."
+            ) from error
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.remove(temporary)
+
+
+@contextlib.contextmanager
+def _locked(target: str) -> Iterator[None]:
+    """Hold a copy for one process of this machine."""
+    number = int(hashlib.sha256(target.encode()).hexdigest(), 16) % LOCKS
+    directory = cache_directory() / "locks"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(directory / f"{number}.lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def copy_document(root: str, path: str) -> None:
+    """Copy a small document of an output again."""
+    (data,) = objects.read(path)
+    with _new_file(copy_path(root, path)) as handle:
+        handle.write(data)
+
+
+@contextlib.contextmanager
+def write_through(root: str, path: str) -> Iterator[files.Sink]:
+    """Yield a sink to a file, and keep a copy.
+
+    On an object store it is written here first, and uploaded when the block ends without an error.
+    """
+    if files.is_local(path):
+        with files.atomic_write(path) as sink:
+            yield sink
+        return
+    target = copy_path(root, path)
+    with _new_file(target) as handle:
+        yield files.Sink(handle)
+        handle.flush()
+        upload_file(handle.name, path)
+    _use(target)
+
+
+def keep_copy(local: str, root: str, path: str) -> None:
+    """Move a local file to where its object's copy belongs."""
+    target = copy_path(root, path)
+    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+    shutil.move(local, target)
+    _use(target)
+
+
+def upload_file(local: str, path: str) -> None:
+    """Upload a local file to an object."""
+    with open(local, "rb") as handle, objects.upload(path) as upload:
+        while piece := handle.read(PIECE):
+            upload.write(piece)
+
+
+def download_file(path: str, local: str) -> None:
+    """Download an object that may change to a local file."""
+    found = objects.stat(path)
+    with _new_file(local) as handle:
+        _download(path, found.bytes, handle, found.token)
+
+
+# --- the user's tables
+
+
+def _input_path(found: Stat) -> str:
+    name = f"{objects.endpoint(found.path)} {found.path} {found.token} {found.bytes}"
+    return str(cache_directory() / "inputs" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.parquet")
+
+
+def keep_inputs(paths: Sequence[str]) -> None:
+    """Download the files of a user's table.
+
+    `open_input` then opens the copies. Files are not copied where they would take more than half of
+    the limit: those are read by ranges.
+    """
+    remote = [path for path in paths if not files.is_local(path)]
+    if not remote:
+        return
+    found = objects.stat_all(remote)
+    if sum(stat.bytes for stat in found) > _limit() / 2:
+        return
+    for stat in found:
+        target = _input_path(stat)
+        if os.path.exists(target):
+            _use(target)
+            continue
+        with _locked(target):
+            if not os.path.exists(target):
+                with _new_file(target) as handle:
+                    _download(stat.path, stat.bytes, handle, stat.token)
+        _use(target)
+    _forget_unused()
+
+
+def open_input(path: str) -> BinaryIO:
+    """Open a file of the user's for reading.
+
+    It is the copy of its present version where `keep_inputs` made one on this machine.
+    """
+    if files.is_local(path):
+        return files.open_read(path)
+    found = objects.stat(path)
+    target = _input_path(found)
+    try:
+        return open(target, "rb")
+    except FileNotFoundError:
+        return files.open_read(path, found)
+
+
+def scratch_directory(run_directory: str) -> str:
+    """Return a local directory for what only one job needs."""
+    if files.is_local(run_directory):
+        return files.join(run_directory, "shuffle")
+    _forget_scratch()
+    return str(cache_directory() / "scratch" / f"{run_directory.rpartition('/')[2]}-{uuid.uuid4().hex[:8]}")
+
+
+# --- forgetting
+
+
+def _limit() -> float:
+    text = os.environ.get("CAMENN_CACHE_GB", "")
+    try:
+        if not text:
+            return min(LIMIT_GB * 1e9, shutil.disk_usage(_existing(cache_directory())).total / 2)
+        return float(text) * 1e9
+    except ValueError as error:
+        raise InputError(f"CAMENN_CACHE_GB={text}: is no number. Give gigabytes, such as 100.") from error
+
+
+def _existing(directory: Path) -> Path:
+    while not directory.exists():
+        directory = directory.parent
+    return directory
+
+
+def _use(target: str) -> None:
+    # Beside the copy: its own times are part of what says that its checksum was verified.
+    with contextlib.suppress(OSError):
+        Path(target + USED).touch()
+
+
+@functools.cache
+def _forget_unused() -> None:
+    """Remove the least recently used copies.
+
+    This is done once in a process.
+    """
+    copies, limit = [], time.time() - IN_USE_S
+    for place in ("objects", "inputs"):
+        for directory, _, names in os.walk(cache_directory() / place):
+            for name in names:
+                path = os.path.join(directory, name)
+                with contextlib.suppress(OSError):
+                    status = os.stat(path)
+                    if name.endswith(USED):
+                        continue
+                    if name.endswith(".tmp"):
+                        # What a killed process left.
+                        if status.st_mtime < limit:
+                            os.remove(path)
+                        continue
+                    used = os.stat(path + USED).st_mtime if os.path.exists(path + USED) else status.st_mtime
+                    copies.append((used, status.st_size, path))
+    left = sum(size for _, size, _ in copies)
+    for used, size, path in sorted(copies):
+        if left <= _limit() or used > limit:
+            return
+        # Who has mapped it keeps it: on a local disk a file lives as long as it is open.
+        for gone in (path, path + USED):
+            with contextlib.suppress(OSError):
+                os.remove(gone)
+        left -= size
+
+
+@functools.cache
+def _forget_scratch() -> None:
+    """Remove what killed jobs left."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(cache_directory() / "scratch"):
+            if entry.stat().st_mtime < time.time() - 2 * IN_USE_S:
+                shutil.rmtree(entry.path, ignore_errors=True)

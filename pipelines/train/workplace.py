@@ -1,0 +1,107 @@
+"""Give a training its place on this machine.
+
+A training writes its checkpoints and its package as local files. On an object store they are
+uploaded from there: checkpoints every few minutes, the package before it is published.
+"""
+
+import hashlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+from camenn_model.integrity import cache_directory
+from camenn_model.training.checkpoints import Checkpoints
+from pipelines.io import cache, files
+from pipelines.io.tables import FileRecord
+from pipelines.runs.outputs import CHECKPOINTS
+
+UPLOAD_EVERY_S = 180.0
+"""Seconds between uploads of checkpoints"""
+
+
+def workplace(out: str) -> Path:
+    """Return the local directory that a training writes to.
+
+    It is `out` itself on a local disk. Elsewhere it stays the same from run to run, so that a killed
+    training goes on from what it wrote last.
+    """
+    if files.is_local(out):
+        return Path(out)
+    place = cache.copy_root(out)
+    return cache_directory() / "training" / hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
+def checkpoints_of(out: str, *, upload: bool) -> Checkpoints:
+    """Return the checkpoints of an output.
+
+    `upload`: whether this process writes them. On an object store it takes part in uploads then.
+    """
+    directory = workplace(out) / CHECKPOINTS
+    if files.is_local(out):
+        return Checkpoints(directory)
+    return UploadedCheckpoints(directory, files.join(out, CHECKPOINTS), upload=upload)
+
+
+class UploadedCheckpoints(Checkpoints):
+    """Checkpoints that are uploaded every few minutes.
+
+    Args:
+        directory: on this machine.
+        place: of the copies on the object store.
+        upload: whether this process uploads them, and removes them in the end.
+    """
+
+    def __init__(self, directory: Path, place: str, *, upload: bool) -> None:
+        super().__init__(directory)
+        self.place, self.upload = place, upload
+        self.uploaded = time.monotonic()
+        self._fetch()
+
+    @property
+    def _remote(self) -> str:
+        return files.join(self.place, self.path.name)
+
+    def _fetch(self) -> None:
+        """Download the latest one, unless a later one is here.
+
+        A training that was killed on another machine goes on here.
+        """
+        found = files.find([self._remote])
+        if found and (not self.path.exists() or self.path.stat().st_mtime < found[0].written_at):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            cache.download_file(self._remote, str(self.path))
+
+    def saved(self) -> None:
+        """Upload it, if the last upload was long ago."""
+        if self.upload and time.monotonic() - self.uploaded >= UPLOAD_EVERY_S:
+            cache.upload_file(str(self.path), self._remote)
+            self.uploaded = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove them, here and there."""
+        super().remove()
+        if self.upload:
+            files.delete([self._remote])
+
+
+def upload_package(local: Path, out: str, directory: str, names: list[str]) -> list[FileRecord]:
+    """Upload a package to its run's directory in `out`.
+
+    The local files become this machine's copies of it: `score` reads them next. Nothing is done on
+    a local disk, where both are one. Returns the files with their checksums.
+    """
+    from camenn_model.integrity import file_sha256
+
+    records = [
+        FileRecord(
+            name, files.join(directory, name), 0, os.path.getsize(local / name), sha256=file_sha256(local / name)
+        )
+        for name in names
+    ]
+    if not files.is_local(directory):
+        for record in records:
+            cache.upload_file(str(local / record.table), record.path)
+            cache.keep_copy(str(local / record.table), out, record.path)
+        shutil.rmtree(local)
+    return records
