@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -49,8 +50,12 @@ class FlinkCluster:
 
     def script(self, command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(SCRIPT), command], env=self.environment, capture_output=True, text=True, timeout=900, check=False
+            self.command(command), env=self.environment, capture_output=True, text=True, timeout=900, check=False
         )
+
+    def command(self, command: str) -> list[str]:
+        """The command line of the script."""
+        return [str(SCRIPT), command]
 
     def up(self) -> None:
         """Start the missing processes; skips where the machine lacks the requirements."""
@@ -87,6 +92,36 @@ class FlinkCluster:
     def newest_job(self) -> dict[str, Any]:
         jobs = self.ask("jobs/overview")["jobs"]
         return max(jobs, key=lambda job: job["start-time"], default={})
+
+
+class ElsewhereCluster(FlinkCluster):
+    """The same in a mount namespace of its own, where some directories are empty and private.
+
+    What it starts sees none of the submitter's files there, as if it ran on other machines.
+    """
+
+    def __init__(self, state: Path, hidden: list[Path]) -> None:
+        super().__init__(state)
+        self.hidden = hidden
+
+    def command(self, command: str) -> list[str]:
+        if command != "up":
+            return super().command(command)
+        mounts = [f"mount -t tmpfs -o size=2g none {shlex.quote(str(path))}" for path in self.hidden]
+        script = " && ".join([*mounts, shlex.join(["exec", *super().command(command)])])
+        return ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"]), "sh", "-ec", script]
+
+    def up(self) -> None:
+        """Start it; skips where this user may make no namespace."""
+        tried = subprocess.run(
+            ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"]), "true"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if tried.returncode:
+            pytest.skip(f"no mount namespaces here: {tried.stderr.strip()}")
+        super().up()
 
 
 def wait_until(condition: Any, seconds: float, what: str) -> Any:

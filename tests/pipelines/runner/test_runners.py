@@ -9,79 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from camenn_model.package import open_package
 from pipelines import cli
-from pipelines.runs.manifest import Manifest, read_latest
-from schemas.contract import without_dictionary
 from tests.support.encoder_sources import minilm
 from tests.support.flink_cluster import PROJECT, FlinkCluster, free_port, kill, start_camenn, wait_until
 from tests.support.listeners import beyond_loopback, listeners, listening
+from tests.support.published_rows import assert_same, assert_scores_close
 
 SLOW = pytest.mark.slow
 
-ALIGNMENT = ["ita", "tia", "cosine", "mismatch", "mismatch_percentile"]
 TWO_PROCESSES = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
-KEYS = {
-    "items": ["item_id"],
-    "image_embeddings": ["image_key"],
-    "title_embeddings": ["title_key"],
-    "examples": ["user_id", "session_id", "item_id"],
-    "users": ["user_id"],
-    "kept_clicks": ["exposure_id", "user_id"],
-    "kept_orders": ["order_id", "item_id"],
-    "contents_images": ["image_key"],
-    "contents_titles": ["title_key"],
-    "scores": ["audience_id", "item_id"],
-    "listing_quality": ["item_id"],
-    "audience": ["audience_id"],
-    "rejects": ["key", "reason"],
-    "defects": ["key", "reason"],
-}
-
-
-def read(path: str) -> pa.Table:
-    if path.endswith(".arrow"):
-        with pa.memory_map(path) as mapped:
-            return pa.ipc.open_file(mapped).read_all()
-    if path.endswith(".arrows"):
-        with pa.OSFile(path) as handle:
-            table = pa.ipc.open_stream(handle).read_all()
-        return pa.table({name: without_dictionary(table[name]) for name in table.column_names})
-    return pq.ParquetFile(path).read()
-
-
-def published(root: Path) -> dict[str, pa.Table]:
-    """Every published table, sorted by key, without file boundaries."""
-    manifest = latest(root)
-    tables = {}
-    for name in manifest.tables:
-        pieces = [read(path).replace_schema_metadata(None) for path in manifest.paths(name)]
-        if pieces:
-            order = [(key, "ascending") for key in KEYS[name]]
-            tables[name] = pa.concat_tables(pieces).sort_by(order).combine_chunks()
-    assert tables
-    return tables
-
-
-def latest(root: Path) -> Manifest:
-    manifest = read_latest(str(root))
-    assert manifest is not None
-    return manifest
-
-
-def assert_same(found: Path, expected: Path) -> None:
-    """Bit-identical tables and equal row counts."""
-    a, b = published(found), published(expected)
-    assert set(a) == set(b)
-    for name in b:
-        assert a[name].equals(b[name]), name
-    assert latest(found).counts == latest(expected).counts
 
 
 class Night:
@@ -128,16 +69,6 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Night:
     return night
 
 
-def assert_scores_close(found: Path, expected: Path) -> None:
-    a, b = published(found), published(expected)
-    for name, columns in (("scores", ["cvr"]), ("listing_quality", ALIGNMENT)):
-        left, right = a[name].to_pandas(), b[name].to_pandas()
-        assert left[KEYS[name]].equals(right[KEYS[name]])
-        for column in columns:
-            assert np.allclose(left[column], right[column], rtol=0, atol=1e-6, equal_nan=True), (name, column)
-    assert_ranks(a["scores"].to_pandas())
-
-
 def assert_same_model(night: Night, shards: str, model: str) -> None:
     """A training on a shard set that another runner built gives a bitwise equal package."""
     argv = ["train", "--shards", str(night.root / shards), "--out", str(night.root / model)]
@@ -146,13 +77,6 @@ def assert_same_model(night: Night, shards: str, model: str) -> None:
     assert found.version == expected.version
     for name in ("retrieval.json", "curves.csv"):
         assert (found.directory / name).read_bytes() == (expected.directory / name).read_bytes()
-
-
-def assert_ranks(scores: pd.DataFrame) -> None:
-    """1, 2, ... by falling cvr within each audience row."""
-    ordered = scores.sort_values(["audience_id", "rank"])
-    assert (ordered.groupby("audience_id").cumcount() + 1 == ordered["rank"]).all()
-    assert (ordered.groupby("audience_id")["cvr"].diff().fillna(0) <= 0).all()
 
 
 def test_two_processes_give_the_same_rows(night: Night) -> None:
