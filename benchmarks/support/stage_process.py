@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.support import loop_runner
 from camenn_model.data.contents import Contents
+from pipelines.io import cache, files
 from pipelines.runner.exit_codes import run_main
 from pipelines.runs.manifest import Manifest, new_run, read_latest
 from pipelines.runs.publication import publish
@@ -61,6 +62,8 @@ class Job:
     seed: int = 0
     rebuild: bool = False
     """True where `shards` rebuilds final days"""
+    digests: bool = True
+    """False where nothing but the stage itself may read its output"""
 
 
 def run_stage(job: Job) -> dict[str, Any]:
@@ -68,8 +71,8 @@ def run_stage(job: Job) -> dict[str, Any]:
 
     Only the stage's own imports are made, as memory is measured too.
     """
-    work, flags = Path(job.work), list(job.beam_flags)
-    data = str(work / "data")
+    flags = list(job.beam_flags)
+    data, store, model = (files.join(job.work, name) for name in ("data", "store", "model"))
     if job.stage == "embed":
         from benchmarks.support.stub_encoders import stub_handler, stub_specs
         from pipelines.embed import options as embed_options
@@ -87,7 +90,7 @@ def run_stage(job: Job) -> dict[str, Any]:
         return shards_stage.run(
             shards_options.ShardOptions(
                 data=data,
-                store=str(work / "store"),
+                store=store,
                 out=job.out,
                 attribution_hours=24.0,
                 history=20,
@@ -106,8 +109,8 @@ def run_stage(job: Job) -> dict[str, Any]:
         return score_stage.run(
             ScoreOptions(
                 data=data,
-                store=str(work / "store"),
-                model=str(work / "model"),
+                store=store,
+                model=model,
                 out=job.out,
                 score_date=None,
                 top_k=100,
@@ -118,7 +121,7 @@ def run_stage(job: Job) -> dict[str, Any]:
             flags,
         )
     if job.stage == "model":
-        return write_untrained_model(str(work / "shards"), job.out, job.seed)
+        return write_untrained_model(files.join(job.work, "shards"), job.out, job.seed)
     raise ValueError(f"no stage '{job.stage}'")
 
 
@@ -159,6 +162,12 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
     return {"rows_out": 0}
 
 
+def read_whole(path: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or some columns of it, wherever it lies."""
+    with files.open_read(path) as handle:
+        return pq.ParquetFile(handle).read(columns=columns)
+
+
 def digest(manifest: Manifest) -> str:
     """Hash the rows of a run's tables, in fixed order.
 
@@ -176,7 +185,7 @@ def digest(manifest: Manifest) -> str:
         for record in manifest.records(name):
             groups.setdefault(f"{Path(record.path).parent.name} {record.split}", []).append(record.path)
         for folder, members in sorted(groups.items()) if name == "examples" else [("", paths)]:
-            table = pa.concat_tables([pq.ParquetFile(path).read() for path in sorted(members)])
+            table = pa.concat_tables([read_whole(path) for path in sorted(members)])
             table = table.sort_by([(column, "ascending") for column in order]).replace_schema_metadata(None)
             found.update(f"{name} {folder} {table.num_rows}\n".encode())
             for column in table.combine_chunks().columns:
@@ -193,10 +202,10 @@ def _hash_contents(found: Any, manifest: Manifest) -> None:
         paths = manifest.paths(f"contents_{kind}s")
         if not paths:
             continue
-        items = pa.concat_tables(
-            [pq.ParquetFile(path).read(columns=[f"{kind}_key"]) for path in manifest.paths("items")]
-        )
-        contents = Contents(paths, f"{kind}_key", wanted=items[f"{kind}_key"], keep=False)
+        items = pa.concat_tables([read_whole(path, [f"{kind}_key"]) for path in manifest.paths("items")])
+        root = paths[0].partition("/contents/")[0]
+        copies = cache.local_copies(root, manifest.records(f"contents_{kind}s"), "")
+        contents = Contents(copies, f"{kind}_key", wanted=items[f"{kind}_key"], keep=False)
         found.update(f"contents_{kind}s {len(contents)} {contents.shape}\n".encode())
         for start in range(0, len(contents), CONTENTS_AT_A_TIME):
             rows = np.arange(start, min(start + CONTENTS_AT_A_TIME, len(contents)))
@@ -213,7 +222,7 @@ def digest_examples(days: dict[str, list[str]]) -> str:
     found = hashlib.sha256()
     schema = pa.schema([pa.field(field.name, field.type) for field in EXAMPLES.schema])
     for day, paths in sorted(days.items()):
-        tables = [pq.ParquetFile(path).read().select(schema.names).replace_schema_metadata(None) for path in paths]
+        tables = [read_whole(path, schema.names).replace_schema_metadata(None) for path in paths]
         table = pa.concat_tables([table.cast(schema) for table in tables])
         table = table.sort_by([(column, "ascending") for column in SORTED_BY["examples"]])
         found.update(f"{day} {table.num_rows}\n".encode())
@@ -259,8 +268,8 @@ def main(argv: list[str] | None = None) -> int:
                 "seconds": seconds,
                 "cpu_seconds": worked - loop_runner.building_seconds,
                 "rows": rows,
-                "digest": digest(manifest),
-                "digest_examples": digest_examples(days),
+                "digest": digest(manifest) if job.digests else None,
+                "digest_examples": digest_examples(days) if job.digests else None,
                 "pairs": summary.get("pairs"),
                 "bytes": sum(f["bytes"] for table in manifest.tables.values() for f in table["files"]),
             }
