@@ -22,6 +22,7 @@ from pipelines.runs.context import Outcome, Request, RunContext, open_run
 from pipelines.runs.manifest import Manifest, add_files, new_run, read_latest, read_run, write_manifest
 from pipelines.runs.publication import AnotherPublishedError, Position, point_to, publications, publish
 from pipelines.runs.store import commit_part, drop_replaced, list_parts, merge_parts
+from pipelines.train import workplace
 from schemas.embeddings import image_embeddings
 from schemas.manifest import LATEST_FIELDS
 from tests.support.object_stores import LocalStores, running_stores
@@ -375,3 +376,22 @@ def test_who_lost_the_lease_drops_no_part(root: str, monkeypatch: pytest.MonkeyP
         with pytest.raises(LostLeaseError):
             drop_replaced(directory, set(), unseen={part.name for part in parts}, writer=writer)
     assert all(files.exists(part.path) for part in parts)
+
+
+@pytest.mark.objects
+def test_a_training_that_lost_the_lease_ends(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workplace, "UPLOAD_EVERY_S", 0.0)
+    remote = f"{root}/checkpoints"
+    with files.single_writer(root) as writer:
+        ours = workplace.UploadedCheckpoints(tmp_path / "ours", remote, writer)
+        ours.path.parent.mkdir()
+        ours.path.write_bytes(b"ours")
+        ours.saved()
+        (uploaded,) = [found.path for found in objects.list_objects(f"{remote}/")]
+        take_over(root)
+        monkeypatch.setattr(lease, "RENEW", 0.0)
+        objects.put(uploaded, b"theirs")
+        for work in (ours.saved, ours.remove):
+            with pytest.raises(LostLeaseError):
+                work()
+    assert objects.read(uploaded) == [b"theirs"]
