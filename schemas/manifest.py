@@ -11,8 +11,8 @@ read them share no other module.
 from schemas.errors import InputError
 
 LATEST = "latest.json"
-"""The published run: {run, stage, manifest}"""
-LATEST_FIELDS = ("run", "stage", "manifest")
+"""The published run: {run, stage, manifest}, and on object stores the number of its record"""
+LATEST_FIELDS = ("run", "stage", "manifest", "number")
 
 PUBLISHED = "published"
 """Folder with a numbered record of each publication"""

@@ -119,6 +119,8 @@ DAMAGED = (f"{_INTEGRITY}test_a_flipped_bit_is_told_or_changes_nothing",)
 REMEMBERED = (f"{_INTEGRITY}test_what_was_found_whole_is_remembered_until_it_changes",)
 DOCUMENTS = (f"{_INTEGRITY}test_documents_of_before_are_read_and_others_are_not",)
 OLD_FILES = (f"{_INTEGRITY}test_a_file_without_a_checksum_is_known_by_its_size",)
+WRITERS = ("tests/pipelines/runs/test_concurrent_writers.py",)
+LEASE = ("tests/pipelines/io/test_lease.py",)
 GARBAGE = ("tests/pipelines/runs/test_garbage.py",)
 LATE_RESUME = (f"{_TRAIN}test_a_run_that_is_resumed_late_keeps_its_best_and_evaluates_when_due",)
 EPOCHS = (f"{_TRAIN}test_each_epoch_sees_every_example_once",)
@@ -607,8 +609,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *of(
         "pipelines/runs/garbage.py",
-        ("by-one-clock", "_file_system_now(root, now), newest)", "_file_system_now(root, now))", GARBAGE),
-        ("by-the-files-alone", "min(now.timestamp(), _file_system_now(root, now), newest)", "newest", GARBAGE),
+        ("by-one-clock", "_file_system_now(root), newest)", "_file_system_now(root))", GARBAGE),
+        ("by-the-files-alone", "min(now.timestamp(), _file_system_now(root), newest)", "newest", GARBAGE),
         ("young-too", " - YOUNG.total_seconds()", "", GARBAGE),
         ("first-runs-kept", "recent = list(at)[-keep:]", "recent = list(at)[:keep]", GARBAGE),
         ("any-run", " and proven.run(run)", "", GARBAGE),
@@ -621,6 +623,15 @@ MUTATIONS: tuple[Mutation, ...] = (
             GARBAGE,
         ),
         ("readers-not-asked", ", files.no_readers(root):", ":", GARBAGE),
+    ),
+    *of(
+        "pipelines/io/lease.py",
+        ("never-free", "> found.seconds + _ROUNDING", "> found.seconds + 1e9", LEASE),
+        ("free-at-once", "> found.seconds + _ROUNDING", "> 0", LEASE),
+        ("gone-by-number-alone", 'return _started(pid) != process.get("started")', "return False", LEASE),
+        ("not-verified", "        lease.verify()\n", "", LEASE),
+        ("theirs-released", "found.holder != self._holder:", "False:", LEASE),
+        ("young-forever", "            limit = RENEW\n", "            limit = TTL\n", LEASE),
     ),
     *of(
         "pipelines/runs/manifest.py",
@@ -657,24 +668,29 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("published-again", "changed = before != run", "changed = True", PUBLICATION),
         (
             "latest-first",
-            """    files.write_document(files.join(root, PUBLISHED, """
-            """f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
-    files.write_document(
-        files.join(root, LATEST),
-        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
-        durable=True,
-    )
+            """    try:
+        files.create_document(record, entry)
 """,
-            """    files.write_document(
-        files.join(root, LATEST),
-        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
-        durable=True,
-    )
-    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
+            """    try:
+        files.write_document(
+            files.join(root, LATEST),
+            {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
+            durable=True,
+        )
+        files.create_document(record, entry)
 """,
             PUBLISHED,
         ),
-        ("number-by-count", "max(numbers, default=0) + 1:08d", "len(numbers) + 1:08d", PUBLISHED),
+        (
+            "number-by-count",
+            "max((number for number, _ in published_files(root)), default=0)",
+            "len(published_files(root))",
+            PUBLISHED,
+        ),
+        ("record-replaced", "files.create_document(record, entry)", "files.write_document(record, entry)", WRITERS),
+        ("backwards", 'if shown > pointer["number"]:', "if False:", WRITERS),
+        ("same-bytes", 'pointer | {"number": number}', "pointer", WRITERS),
+        ("not-checked", "    if writer is not None:\n        writer.check()\n", "", WRITERS),
         ("first-publications", "entries[-last if last else None :]", "entries[:last]", PUBLICATION),
     ),
     *of(

@@ -10,6 +10,7 @@ import apache_beam as beam
 from pipelines.embed.options import EmbedOptions, store_place
 from pipelines.embed.pipeline import MergeParts
 from pipelines.io import files
+from pipelines.io.lease import Writer
 from pipelines.io.tables import FileRecord
 from pipelines.runner.beam import open_pipeline
 from pipelines.runs.publication import published_manifests
@@ -62,11 +63,11 @@ class Generations:
             pipeline | "PlanMerges" >> beam.Create(groups) | beam.Reshuffle() | "MergeParts" >> beam.ParDo(MergeParts())
         return self.list_parts()
 
-    def drop_replaced(self, new: Parts) -> None:
+    def drop_replaced(self, new: Parts, writer: Writer) -> None:
         """Remove replaced parts.
 
         Parts stay that a run lists which may be published again. `new` are this run's: what was
-        written and merged tonight was never listed.
+        written and merged tonight was never listed. `writer` is checked before each removal.
         """
         listed = {
             path
@@ -76,7 +77,7 @@ class Generations:
         }
         for kind, directory in self.directories.items():
             # What was published may be published again, as far back as `camenn gc` keeps it.
-            drop_replaced(directory, listed, unseen={part.name for part in new[kind]})
+            drop_replaced(directory, listed, unseen={part.name for part in new[kind]}, writer=writer)
 
     def seconds_each(self, kind: str) -> float | None:
         """Return the seconds that one worker took for one content.

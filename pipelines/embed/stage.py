@@ -83,7 +83,7 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
             # A run that encoded nothing does next to nothing.
             parts = generations.merge_small(parts, beam_flags)
         summary = context.publish(describe_run(options, generations.contracts, context, parts, new))
-        generations.drop_replaced(new)
+        generations.drop_replaced(new, context.writer)
     return summary
 
 

@@ -22,9 +22,11 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
 
 from camenn_model.integrity import dump_document, parse_document
-from pipelines.io import clock, objects
+from pipelines.io import clock, lease, objects
 from pipelines.io.errors import reading
-from pipelines.io.object_client import Stat
+from pipelines.io.lease import InUseError as InUseError
+from pipelines.io.lease import LockedWriter, Writer
+from pipelines.io.object_client import ChangedError, Stat
 from schemas.errors import InputError
 
 
@@ -216,7 +218,7 @@ class Sink:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str, *, durable: bool = False) -> Iterator[Sink]:
+def atomic_write(path: str, *, durable: bool = False, new: bool = False) -> Iterator[Sink]:
     """Yield a sink to a file that appears atomically.
 
     `path` appears when the block ends without an error.
@@ -228,6 +230,7 @@ def atomic_write(path: str, *, durable: bool = False) -> Iterator[Sink]:
         path: of the file.
         durable: whether it must outlast a power cut from the moment that it appears. It costs a
             wait for the disk.
+        new: whether a local file that is there is an error, and stays.
     """
     if not is_local(path):
         with objects.upload(path) as upload:
@@ -242,12 +245,28 @@ def atomic_write(path: str, *, durable: bool = False) -> Iterator[Sink]:
             if durable:
                 handle.flush()
                 _sync(handle.fileno())
-        os.replace(temporary, path)
+        if new:
+            _link(temporary, path)
+        else:
+            os.replace(temporary, path)
         if durable:
             sync_directory(directory)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _link(temporary: str, path: str) -> None:
+    """Give a file its final name, unless something has it."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No hard links (FAT, some network file systems): the output's lock has to do.
+        if os.path.exists(path):
+            raise FileExistsError(errno.EEXIST, "is there already", path) from error
+        os.replace(temporary, path)
 
 
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
@@ -327,6 +346,24 @@ def write_document(path: str, value: dict[str, Any], *, durable: bool = False) -
         handle.write(dump_document(value))
 
 
+def create_document(path: str, value: dict[str, Any]) -> None:
+    """Write a JSON object with its checksum, durably, unless something is there.
+
+    Of any number of writers at once one succeeds.
+
+    Raises:
+        FileExistsError: something is there. It stays as it is.
+    """
+    if is_local(path):
+        with atomic_write(path, durable=True, new=True) as handle:
+            handle.write(dump_document(value))
+        return
+    try:
+        objects.put_if(path, dump_document(value))
+    except ChangedError as error:
+        raise FileExistsError(errno.EEXIST, "is there already", path) from error
+
+
 def read_document(path: str, fields: Collection[str], remedy: str) -> dict[str, Any]:
     """Read a JSON object that `write_document` wrote.
 
@@ -338,6 +375,9 @@ def read_document(path: str, fields: Collection[str], remedy: str) -> dict[str, 
     Raises:
         DamagedError: it is not what was written.
     """
+    if not is_local(path):
+        # By one request: `latest.json` may be replaced between two.
+        return parse_document(objects.read(path)[0], path, fields, remedy)
     with open_read(path) as handle:
         return parse_document(handle.read(), path, fields, remedy)
 
@@ -475,22 +515,21 @@ LOCK = ".lock"
 """Name of the file in an output that a writer holds locked"""
 
 
-class InUseError(InputError):
-    """Another process writes to an output."""
-
-
 @contextlib.contextmanager
-def single_writer(root: str) -> Iterator[None]:
+def single_writer(root: str) -> Iterator[Writer]:
     """Hold the output root for one writer.
+
+    On a local disk a lock of the system does, on an object store a lease (pipelines/io/lease.py).
+    A lease can be lost: `check` what is yielded before anything is removed or published.
 
     Raises:
         InUseError: another process writes there now.
-        InputError: nothing can be written there, or its file system has no locks.
+        InputError: nothing can be written there, or its file system has no locks, or the store no
+            conditional writes.
     """
     if not is_local(root):
-        # An object store offers no lock; two writers make two runs, and the later latest.json
-        # replaces the earlier one whole.
-        yield
+        with lease.hold(root) as held:
+            yield held
         return
     try:
         make_directory(root)
@@ -511,7 +550,7 @@ def single_writer(root: str) -> Iterator[None]:
                 f"{root}: its file system has no locks ({error.strerror}), and two runs at once would harm each other. "
                 "Mount it with locks (NFS 4, or without `nolock`), or give an output on another disk."
             ) from error
-        yield
+        yield LockedWriter()
 
 
 READING = ".reading"

@@ -24,6 +24,8 @@ from schemas.errors import InputError
 
 SCHEMES = {"gs": ("object_gs", "GsClient", "gcp"), "s3": ("object_s3", "S3Client", "aws")}
 """{scheme: (module, its client, the extra of setup.py that installs its library)}"""
+NEVER = {"gs": "1", "s3": f'"{"0" * 32}"'}
+"""{scheme: a token that no object of it has}"""
 PAGE = 1000
 """Objects that a request lists or removes"""
 THREADS = 8

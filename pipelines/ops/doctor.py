@@ -37,6 +37,7 @@ LEAST_DISK, LEAST_MEMORY = 10 * 10**9, 8 * 10**9
 OPTIONAL = {
     "demo": "the text encoder of the offline demo",
     "baselines": "LightGBM in the report's table of metrics",
+    "aws": "s3:// paths",
     "gcp": "gs:// paths and Dataflow",
 }
 """Extras of the package that change what a user can do, and what each is for."""
@@ -329,6 +330,26 @@ def check_disk(out: str) -> Check:
     )
 
 
+def check_store(out: str) -> Check:
+    """Check an object store: access, conditions, pace.
+
+    An object below `out` is written, read and removed.
+
+    Raises:
+        InputError: there is no such bucket, it may not be written, or the store takes a write whose
+            condition does not hold.
+    """
+    from pipelines.io.lease import try_conditions
+
+    seconds = sorted(try_conditions(out))
+    return Check(
+        name="object store",
+        status=OK,
+        found=f"{out}: conditional writes hold; {1000 * seconds[len(seconds) // 2]:,.0f} ms a request "
+        f"(median of {len(seconds)}, the slowest {1000 * seconds[-1]:,.0f})",
+    )
+
+
 def check_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
     """Check the memory.
 
@@ -348,7 +369,9 @@ def check_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
 
 def examine(image_weights: str, text_encoder: str, out: str, image_model: str | None = None) -> list[Check]:
     """Make all checks, in the order they are shown."""
-    machine = [check_processor(), check_device(), check_compiler(), check_memory(), check_disk(out)]
+    # A store that cannot be used is refused before anything else is looked at.
+    place = check_store(out) if "://" in out else check_disk(out)
+    machine = [check_processor(), check_device(), check_compiler(), check_memory(), place]
     return [
         check_python(),
         *check_packages(),
@@ -393,7 +416,11 @@ def build_parser() -> argparse.ArgumentParser:
     # Nothing here runs on Beam.
     parser.epilog = None
     add_encoder_flags(parser)
-    parser.add_argument("--out", default=".", help="directory whose disk is looked at (default %(default)s)")
+    parser.add_argument(
+        "--out",
+        default=".",
+        help="directory whose disk is looked at, or gs:// or s3:// address that is tried out (default %(default)s)",
+    )
     add_json_flag(parser)
     return parser
 

@@ -15,6 +15,7 @@ from typing import Any
 import apache_beam as beam
 
 from pipelines.io import files
+from pipelines.io.lease import Writer
 from pipelines.io.tables import FileRecord
 from pipelines.runner.beam import open_pipeline
 from pipelines.runner.exit_codes import GatesFailed
@@ -23,7 +24,7 @@ from pipelines.runs.accounting import FinishRun, check_accounting, check_reject_
 from pipelines.runs.gate import Gate
 from pipelines.runs.manifest import Manifest, add_files, new_run, read_latest, write_manifest
 from pipelines.runs.outputs import hold_output
-from pipelines.runs.publication import publish
+from pipelines.runs.publication import Position, publish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,10 @@ class RunContext:
     latest: Manifest | None
     unchanged: bool
     started: float
+    position: Position
+    """Of the output's publications when the run began"""
+    writer: Writer
+    """To be checked before anything is removed from the output, or published"""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     """Table -> outcome -> rows, as the job counted them"""
     records: list[FileRecord] = field(default_factory=list)
@@ -127,9 +132,12 @@ class RunContext:
         Raises:
             RuntimeError: rows of a table have no outcome, or more than one.
             InputError: a table lost more rows than `max_reject_rate` allows.
+            LostLeaseError: another process took the output over.
         """
         try:
             self.records, self.counts = execute(beam_flags, steps, self.directory)
+            # A run that cannot be published does nothing more.
+            self.writer.check()
         finally:
             if scratch is not None and files.exists(scratch):
                 files.delete_directory(scratch)
@@ -154,6 +162,8 @@ class RunContext:
 
         Raises:
             GatesFailed: a gate failed. The run is whole, and what was published before stays.
+            AnotherPublishedError: another run was published meanwhile. This one is whole.
+            LostLeaseError: another process took the output over.
         """
         manifest = self.describe(outcome)
         failed = [gate.words for gate in outcome.gates if not gate.passed]
@@ -165,7 +175,7 @@ class RunContext:
                 f"{outcome.advice or f'Look at {self.directory}'}; if it is right: "
                 f"camenn publish {self.directory} --force --reason TEXT"
             )
-        publish(self.request.out, manifest)
+        publish(self.request.out, manifest, self.position, self.writer)
         return manifest.summary
 
     def describe(self, outcome: Outcome) -> Manifest:
@@ -201,12 +211,15 @@ def open_run(request: Request, *, started: float, rerun: bool = False) -> Iterat
     read = [path for path in request.outputs.values() if path is not None]
     with (
         files.shared_reader(*read),
-        hold_output(request.out, request.flag, request.stage, {**request.tables, **request.outputs}),
+        hold_output(request.out, request.flag, request.stage, {**request.tables, **request.outputs}) as writer,
     ):
+        position = Position.of(request.out)
         latest = read_latest(request.out)
         same = latest is not None and bool(request.fingerprint) and latest.request == request.fingerprint
         unchanged = same and not rerun and latest is not None and request.reads_published(latest)
-        yield RunContext(request=request, latest=latest, unchanged=unchanged, started=started)
+        yield RunContext(
+            request=request, latest=latest, unchanged=unchanged, started=started, position=position, writer=writer
+        )
 
 
 def execute(

@@ -17,7 +17,7 @@ from pipelines.runner.console import NO_ROWS, Bar
 from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import Manifest, published_files, read_latest, read_pointer, read_run
 from pipelines.runs.night_record import NIGHTS, RECORD, read_night
-from pipelines.runs.publication import check_whole, effective_runs, point_to, publications
+from pipelines.runs.publication import Position, check_whole, effective_runs, point_to, publications
 from pipelines.runs.store import IMAGES, TITLES, Part, read_marker
 from schemas.errors import InputError
 from schemas.manifest import KEEP, LATEST, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS, remedy
@@ -212,7 +212,8 @@ def repair(root: str, found: Findings) -> None:
 
     Nothing is removed: what is set aside has `.damaged` behind its name.
     """
-    with files.single_writer(root):
+    with files.single_writer(root) as writer:
+        position = Position.of(root)
         for path in [path for path in found.damaged if path.startswith(f"{root}/")]:
             if _is_document(root, path) or _is_part(root, path):
                 for side in {path, path.replace(".parquet", ".json") if _is_part(root, path) else path}:
@@ -234,7 +235,8 @@ def repair(root: str, found: Findings) -> None:
                 os.replace(path, f"{path}{DAMAGED}")
             found.repaired.append(f"{root}: no run is whole: nothing is published now, run its stage again")
             return
-        point_to(root, whole, repaired=clock.utc_stamp())
+        writer.check()
+        point_to(root, whole, position, repaired=clock.utc_stamp())
         found.repaired.append(f"{files.join(root, LATEST)} names run {whole.run}, the newest one that is whole")
 
 

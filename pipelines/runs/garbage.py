@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from camenn_model.integrity import DamagedError
-from pipelines.io import clock, files
+from pipelines.io import clock, files, objects
+from pipelines.io.lease import LEASE
 from pipelines.runs.accounting import FINISHED
 from pipelines.runs.manifest import CONTENTS, RUN_NAME, read_latest, read_run
 from pipelines.runs.publication import publications
@@ -90,7 +91,7 @@ def find_garbage(
     whole = tuple(f"{files.join(root, RUNS, run)}/" for run in kept)
     ours, foreign = _list_own(root)
     newest = max((file.written_at for file in [*ours, *_documents(root)]), default=0.0)
-    limit = min(now.timestamp(), _file_system_now(root, now), newest) - YOUNG.total_seconds()
+    limit = min(now.timestamp(), _file_system_now(root), newest) - YOUNG.total_seconds()
 
     def is_garbage(file: files.Found) -> bool:
         # A commit marker goes with its part.
@@ -112,13 +113,14 @@ def _documents(root: str) -> list[files.Found]:
     return files.find([files.join(root, LATEST)]) + files.match(files.join(root, PUBLISHED), "*.json")
 
 
-def _file_system_now(root: str, now: datetime.datetime) -> float:
+def _file_system_now(root: str) -> float:
     """Read the time of the clock that stamps files.
 
-    It may be a server's.
+    It may be a server's. The output's lock or lease is held.
     """
     if not files.is_local(root):
-        return now.timestamp()
+        # As old as the lease's last renewal at most, which makes files seem younger.
+        return objects.stat(files.join(root, LEASE)).written_at
     path = os.path.join(root, files.LOCK)
     os.utime(path)
     return os.stat(path).st_mtime
@@ -220,10 +222,11 @@ def collect(root: str, keep: int, retention_days: float | None, *, dry_run: bool
     if retention_days is not None and retention_days < 0:
         raise InputError(f"--retention_days {retention_days}: must not be negative.")
     retention = None if retention_days is None else datetime.timedelta(days=retention_days)
-    with files.single_writer(root), files.no_readers(root):
+    with files.single_writer(root) as writer, files.no_readers(root):
         garbage = find_garbage(root, keep, retention)
         if not dry_run:
             for start in range(0, len(garbage.files), 500):
+                writer.check()
                 files.delete([file.path for file in garbage.files[start : start + 500]])
             if files.is_local(root):
                 _remove_empty(files.join(root, RUNS))

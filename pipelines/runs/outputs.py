@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from camenn_model.integrity import DamagedError
 from pipelines.io import files
+from pipelines.io.lease import Writer
 from pipelines.runs.manifest import CONTENTS, read_pointer
 from pipelines.runs.store import IMAGES, TITLES
 from schemas.errors import InputError
@@ -29,10 +30,11 @@ _LEFT_BEHIND = re.compile(r"nan-step-\d+-\d+\.json|.*\.damaged|latest\.json\.[0-
 
 
 @contextlib.contextmanager
-def hold_output(root: str, flag: str, stage: str, inputs: Mapping[str, str | None]) -> Iterator[None]:
+def hold_output(root: str, flag: str, stage: str, inputs: Mapping[str, str | None]) -> Iterator[Writer]:
     """Hold an output for one run of a stage.
 
-    It is held for as long as the block takes.
+    It is held for as long as the block takes. What is yielded is to be checked before anything is
+    removed or published.
 
     Args:
         root: of the output.
@@ -46,9 +48,9 @@ def hold_output(root: str, flag: str, stage: str, inputs: Mapping[str, str | Non
         InUseError: another process writes there.
     """
     check_output(root, flag, stage, inputs)
-    with files.single_writer(root):
+    with files.single_writer(root) as writer:
         files.mark_own(root)
-        yield
+        yield writer
 
 
 def check_output(root: str, flag: str, stage: str, inputs: Mapping[str, str | None]) -> None:

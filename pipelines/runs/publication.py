@@ -3,31 +3,81 @@
 `latest.json` is pointed to a new one, an earlier one, or the one before.
 """
 
+import contextlib
+from dataclasses import dataclass
 from typing import Any
 
-from camenn_model.integrity import DamagedError
-from pipelines.io import clock, files
+from camenn_model.integrity import DamagedError, dump_document, parse_document
+from pipelines.io import clock, files, objects
+from pipelines.io.lease import Writer
+from pipelines.io.object_client import ChangedError
 from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import Manifest, check_records, published_files, read_latest, read_run, write_manifest
 from schemas.errors import InputError
-from schemas.manifest import LATEST, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS, repair_hint
+from schemas.manifest import LATEST, LATEST_FIELDS, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS, repair_hint
 
 
-def publish(root: str, manifest: Manifest) -> None:
+class AnotherPublishedError(InputError):
+    """Another run was published since this one began."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """The state of an output's publications when a run began.
+
+    The run is published as the next number or not at all.
+    """
+
+    number: int
+    """Of the last record in `published/`, 0 where there is none"""
+    token: str | None = None
+    """Version of `latest.json` in an object store"""
+
+    @classmethod
+    def of(cls, root: str) -> "Position":
+        """Read the state of an output that this process may write to."""
+        # The pointer first: what is written between the two reads is then noticed in either.
+        pointer = files.join(root, LATEST)
+        token = None
+        if not files.is_local(root):
+            token = next((found.token for found in objects.stat_all([pointer])), None)
+        return cls(max((number for number, _ in published_files(root)), default=0), token)
+
+
+def publish(root: str, manifest: Manifest, position: Position | None = None, writer: Writer | None = None) -> None:
     """Write the run's manifest and publish it.
 
     `latest.json` is pointed to it: the one moment at which readers see the run.
+
+    Args:
+        root: of the output.
+        manifest: of the run.
+        position: of the output when the run began. None = as it is now.
+        writer: the right to write there, which is checked in between.
+
+    Raises:
+        LostLeaseError: another process took the output over.
+        AnotherPublishedError: another run was published since `position` was read.
     """
     write_manifest(root, manifest)
-    point_to(root, manifest)
+    if writer is not None:
+        writer.check()
+    point_to(root, manifest, position)
 
 
-def point_to(root: str, manifest: Manifest, **why: str) -> None:
+def point_to(root: str, manifest: Manifest, position: Position | None = None, **why: str) -> None:
     """Let `latest.json` point to a run.
 
     Its manifest is written already. `why` is kept beside the time in `published/`.
+
+    The record in `published/` is the commit: of any number of processes that want to write the same
+    number one succeeds. `latest.json` then follows, and only ever to higher numbers.
+
+    Raises:
+        AnotherPublishedError: another run was published since `position` was read.
     """
-    numbers = [number for number, _ in published_files(root)]
+    position = position or Position.of(root)
+    number = position.number + 1
     entry = {
         "run": manifest.run,
         "stage": manifest.stage,
@@ -35,11 +85,63 @@ def point_to(root: str, manifest: Manifest, **why: str) -> None:
         **why,
     }
     # Numbered, not named by time: a clock that is set back must not change the order.
-    files.write_document(files.join(root, PUBLISHED, f"{max(numbers, default=0) + 1:08d}.json"), entry, durable=True)
-    files.write_document(
-        files.join(root, LATEST),
-        {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
-        durable=True,
+    record = files.join(root, PUBLISHED, f"{number:08d}.json")
+    try:
+        files.create_document(record, entry)
+    except FileExistsError as error:
+        raise _another_published(root, manifest, record) from error
+    pointer: dict[str, Any] = {
+        "run": manifest.run,
+        "stage": manifest.stage,
+        "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}",
+    }
+    if files.is_local(root):
+        # The lock of the output is held until this is written.
+        files.write_document(files.join(root, LATEST), pointer, durable=True)
+    else:
+        _advance(root, manifest, pointer | {"number": number}, position.token)
+
+
+def _advance(root: str, manifest: Manifest, pointer: dict[str, Any], token: str | None) -> None:
+    """Point an object store's `latest.json` to a publication, unless a later one is shown.
+
+    Its bytes are new every time, as its number is: a token that was seen never comes back, as the
+    checksum of a run that is published twice would (an ETag of s3).
+    """
+    path = files.join(root, LATEST)
+    while True:
+        try:
+            objects.put_if(path, dump_document(pointer), token)
+            return
+        except ChangedError:
+            # A process that had lost its lease wrote it, or one that took this one's over. The higher number is shown.
+            token, shown = _read_pointer(path)
+        if shown > pointer["number"]:
+            raise _another_published(root, manifest, files.join(root, PUBLISHED, f"{shown:08d}.json"))
+
+
+def _read_pointer(path: str) -> tuple[str | None, int]:
+    """Read the token of an object store's `latest.json`, and the number that it shows."""
+    while True:
+        try:
+            token = objects.stat(path).token
+            (data,) = objects.read(path, token=token)
+        except FileNotFoundError:
+            return None, 0
+        except ChangedError:
+            continue
+        hint = repair_hint(path.rpartition("/")[0])
+        return token, int(parse_document(data, path, LATEST_FIELDS, hint).get("number", 0))
+
+
+def _another_published(root: str, manifest: Manifest, record: str) -> AnotherPublishedError:
+    other = ""
+    with contextlib.suppress(InputError, OSError):
+        other = f" ({files.read_document(record, PUBLISHED_FIELDS, '')['run']})"
+    directory = files.join(root, RUNS, manifest.run)
+    return AnotherPublishedError(
+        f"{root}: another run{other} was published meanwhile, which readers see. Run {manifest.run} is finished and "
+        f"kept in {directory}: nothing was lost. Run the command again, or show this one: camenn publish {directory}"
     )
 
 
@@ -101,7 +203,8 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
             without a reason.
     """
     root, run = split_run(files.absolute(path))
-    with files.single_writer(root):
+    with files.single_writer(root) as writer:
+        position = Position.of(root)
         manifest = read_run(root, run)
         try:
             latest = read_latest(root)
@@ -124,7 +227,8 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
             why = {"reason": reason} if reason else {}
             if force:
                 why["forced"] = "; ".join(gate["words"] for gate in failed) or "no gate had failed"
-            point_to(root, manifest, **why)
+            writer.check()
+            point_to(root, manifest, position, **why)
     return {
         "out": root,
         "run": run,
@@ -145,7 +249,8 @@ def rollback(root: str, reason: str | None) -> dict[str, Any]:
         InputError: nothing was published before, or it is not whole any more.
     """
     root = files.absolute(root)
-    with files.single_writer(root):
+    with files.single_writer(root) as writer:
+        position = Position.of(root)
         latest = read_latest(root)
         if latest is None:
             raise InputError(f"--out {root}: nothing is published there (no {LATEST}).")
@@ -154,7 +259,9 @@ def rollback(root: str, reason: str | None) -> dict[str, Any]:
             raise InputError(f"--out {root}: nothing was published before run {latest.run}.")
         manifest = read_run(root, earlier)
         check_whole(root, manifest)
-        point_to(root, manifest, rolled_back_from=latest.run, **({"reason": reason} if reason else {}))
+        writer.check()
+        why = {"reason": reason} if reason else {}
+        point_to(root, manifest, position, rolled_back_from=latest.run, **why)
     return {"out": root, "run": earlier, "before": latest.run, "published": True}
 
 

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from camenn_model.integrity import check_file
 from pipelines.io import clock, files
+from pipelines.io.lease import Writer
 from schemas.contract import Contract, check_output
 from schemas.embeddings import stamp_embeddings
 from schemas.manifest import MARKER_FIELDS, remedy
@@ -294,7 +295,12 @@ def _row_groups(group: list[Part]) -> Iterator[pa.Table]:
 
 
 def drop_replaced(
-    directory: str, listed: set[str], now: datetime.datetime | None = None, *, unseen: Container[str] = ()
+    directory: str,
+    listed: set[str],
+    now: datetime.datetime | None = None,
+    *,
+    unseen: Container[str] = (),
+    writer: Writer | None = None,
 ) -> int:
     """Remove parts that were replaced long enough ago.
 
@@ -304,6 +310,8 @@ def drop_replaced(
     Those named in `unseen`, which no published run ever listed, go as soon as they are replaced.
 
     The marker goes last: a removal that was cut off is finished by the next one.
+
+    `writer`: the right to write to the store, which is checked before each part.
     """
     parts = {part.name: part for part in _all_parts(directory)}
     limit = (now or clock.utc_now()) - READERS_HAVE
@@ -316,6 +324,8 @@ def drop_replaced(
     }
     gone = [part for name, part in parts.items() if name in replaced and part.path not in listed]
     for part in gone:
+        if writer is not None:
+            writer.check()
         for path in (part.path, part.path.removesuffix(".parquet") + ".json"):
             if files.exists(path):
                 files.delete([path])

@@ -92,7 +92,7 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
         if unchanged:
             return None if context is None else context.repeat_summary()
         shard_set = open_shards(shards_root)
-        checkpoints = checkpoints_of(out, upload=processes.first)
+        checkpoints = checkpoints_of(out, None if context is None else context.writer)
         if context is None:
             train(training, workplace(out), _nothing, processes, shards=shard_set, checkpoints=checkpoints)
             return None

@@ -13,6 +13,7 @@ from pathlib import Path
 from camenn_model.integrity import cache_directory
 from camenn_model.training.checkpoints import Checkpoints
 from pipelines.io import cache, files
+from pipelines.io.lease import Writer
 from pipelines.io.tables import FileRecord
 from pipelines.runs.outputs import CHECKPOINTS
 
@@ -32,15 +33,15 @@ def workplace(out: str) -> Path:
     return cache_directory() / "training" / hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
-def checkpoints_of(out: str, *, upload: bool) -> Checkpoints:
+def checkpoints_of(out: str, writer: Writer | None) -> Checkpoints:
     """Return the checkpoints of an output.
 
-    `upload`: whether this process writes them. On an object store it takes part in uploads then.
+    `writer`: the right to write to it, None in a process that uploads nothing.
     """
     directory = workplace(out) / CHECKPOINTS
     if files.is_local(out):
         return Checkpoints(directory)
-    return UploadedCheckpoints(directory, files.join(out, CHECKPOINTS), upload=upload)
+    return UploadedCheckpoints(directory, files.join(out, CHECKPOINTS), writer)
 
 
 class UploadedCheckpoints(Checkpoints):
@@ -49,12 +50,13 @@ class UploadedCheckpoints(Checkpoints):
     Args:
         directory: on this machine.
         place: of the copies on the object store.
-        upload: whether this process uploads them, and removes them in the end.
+        writer: whose process uploads them, and removes them in the end. It is checked before, so that
+            a training whose output another process took over ends. None = this process does not.
     """
 
-    def __init__(self, directory: Path, place: str, *, upload: bool) -> None:
+    def __init__(self, directory: Path, place: str, writer: Writer | None) -> None:
         super().__init__(directory)
-        self.place, self.upload = place, upload
+        self.place, self.writer = place, writer
         self.uploaded = time.monotonic()
         self._fetch()
 
@@ -74,14 +76,16 @@ class UploadedCheckpoints(Checkpoints):
 
     def saved(self) -> None:
         """Upload it, if the last upload was long ago."""
-        if self.upload and time.monotonic() - self.uploaded >= UPLOAD_EVERY_S:
+        if self.writer is not None and time.monotonic() - self.uploaded >= UPLOAD_EVERY_S:
+            self.writer.check()
             cache.upload_file(str(self.path), self._remote)
             self.uploaded = time.monotonic()
 
     def remove(self) -> None:
         """Remove them, here and there."""
         super().remove()
-        if self.upload:
+        if self.writer is not None:
+            self.writer.check()
             files.delete([self._remote])
 
 

@@ -5,7 +5,7 @@ Readers must see the old run or the new one, whole.
     python -m tests.support.kill_lab --work WORK --data DATA --points 20 [--only publish,score] [--json]
 
 A command runs in a forked child, in which every call that changes a file is counted: open for
-writing, write, close, fsync, rename, remove, mkdir, rmdir. First it runs to its end to count them,
+writing, write, close, fsync, rename, link, remove, mkdir, rmdir. First it runs to its end to count them,
 then once for each chosen point, at which the child is killed by SIGKILL before that call. The disk
 is examined in four states: as it is, without the names that no fsync of their directory has made
 durable, with those names but without the bytes that no fsync of the file has made durable, and with
@@ -66,6 +66,7 @@ class Shim:
         """Put this in the place of the calls."""
         for name in ("replace", "rename"):
             self._wrap(os, name, lambda a, b: self.step("rename", _text(a), _text(b)))
+        self._wrap(os, "link", lambda a, b: self.step("link", _text(a), _text(b)))
         for name in ("remove", "unlink"):
             self._wrap(os, name, lambda a, **_: self.step("remove", _text(a)))
         self._wrap(os, "rmdir", lambda a, **_: self.step("rmdir", _text(a)))
@@ -168,6 +169,10 @@ class Loss:
                     loss.unsynced.discard(path)
                     loss.unsynced.add(paths[1])
                 loss.names.pop(path, None)
+                loss.names[paths[1]] = ("new", os.path.dirname(paths[1]))
+            elif call == "link":
+                if path in loss.unsynced:
+                    loss.unsynced.add(paths[1])
                 loss.names[paths[1]] = ("new", os.path.dirname(paths[1]))
             elif call in ("remove", "rmdir"):
                 loss.unsynced.discard(path)

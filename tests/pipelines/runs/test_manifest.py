@@ -36,7 +36,7 @@ def test_whatever_is_published_stands_in_the_history(tmp_path: Path, monkeypatch
 
         return write_and_look
 
-    for name in [name for name in dir(files) if name.startswith("write_")]:
+    for name in [name for name in dir(files) if name.startswith(("write_", "create_"))]:
         monkeypatch.setattr(files, name, look_after(getattr(files, name)))
     publish(root, run("b"))
     assert all(latest in history for latest, history in seen)
