@@ -17,7 +17,7 @@ from pipelines.runner.exit_codes import FURTHER_CODES, ExitCode
 from schemas.audience import AUDIENCE, CANDIDATES
 from schemas.catalog import CATALOG
 from schemas.contract import Contract
-from schemas.embeddings import EMBEDDED_ITEMS, image_embeddings, title_embeddings
+from schemas.embeddings import EMBEDDED_ITEMS, embedding_keys, image_embeddings, title_embeddings
 from schemas.events import CLICKS, ORDERS
 from schemas.reasons import Reason
 from schemas.rejects import DEFECTS, REJECTS
@@ -28,7 +28,8 @@ from schemas.users import STORES, USERS
 HERE = Path(__file__).parent
 INPUTS = (CATALOG, CLICKS, ORDERS, USERS, STORES, AUDIENCE, CANDIDATES)
 OUTPUTS = (SCORES, LISTING_QUALITY, REJECTS, DEFECTS)
-BETWEEN = (EMBEDDED_ITEMS, image_embeddings(16, 1536), title_embeddings(16, 384), ITEMS, EXAMPLES)
+EMBEDDINGS = (image_embeddings(16, 1536), title_embeddings(16, 384))
+BETWEEN = (EMBEDDED_ITEMS, *EMBEDDINGS, *map(embedding_keys, EMBEDDINGS), ITEMS, EXAMPLES)
 
 READING = (
     "**Blank is missing.** In every column named here, a text that is empty or nothing but white space counts as "

@@ -17,6 +17,8 @@ KERNELS_KEY = b"camenn.kernels"
 `eager-bf16-batch64`; other kernels differ in the last bits.
 """
 
+ROW_GROUP_COLUMN = "row_group"
+
 
 def _embedding_column(shape: tuple[int, int], doc: str) -> Column:
     return Column(
@@ -64,6 +66,25 @@ def title_embeddings(tokens: int, width: int) -> Contract:
     )
 
 
+def embedding_keys(embeddings: Contract) -> Contract:
+    """Make the contract of the keys files beside the embeddings.
+
+    They hold all of a part's columns but the embedding, so that reading what is stored is cheap.
+    """
+    group = Column(name=ROW_GROUP_COLUMN, type=pa.int32(), doc="row group of the part that has the row, from 0")
+    return Contract(
+        name=keys_table(embeddings.name),
+        doc=f"`{embeddings.name}` without the embeddings: a small file beside each of its files.",
+        key=embeddings.key,
+        columns=(*(column for column in embeddings.columns if column.name != "embedding"), group),
+    )
+
+
+def keys_table(embeddings: str) -> str:
+    """Return the name of the table of keys files beside `image_embeddings` or `title_embeddings`."""
+    return embeddings.replace("_embeddings", "_keys")
+
+
 EMBEDDED_ITEMS = Contract(
     name="items",
     doc="One row per listing that was embedded: which photo and which title it has.",
@@ -79,6 +100,12 @@ EMBEDDED_ITEMS = Contract(
             type=pa.float64(),
             doc="modification time of the photo when it was read, s since 1970",
             nullable=True,
+        ),
+        text_column(
+            "image_version",
+            "version of the photo's object in its store (ETag or generation) when it was read; null = a local file",
+            nullable=True,
+            optional=True,
         ),
         text_column("image_defect", "reason why there is no photo, where there should be one", nullable=True),
         text_column("image_defect_detail", "the same for a person", nullable=True),

@@ -45,6 +45,8 @@ MARKER_FIELDS = (
     "rows",
     "bytes",
     "sha256",
+    "keys_bytes",
+    "keys_sha256",
     "kernels",
     "seconds",
     "failures",
@@ -60,7 +62,7 @@ def remedy(stage: str, table: str) -> str:
 
     A file of it is lost or damaged.
     """
-    if stage == "embed" and table.endswith("_embeddings"):
+    if stage == "embed" and table.endswith(("_embeddings", "_keys")):
         return (
             "Run `camenn fsck --repair` on this store, which sets the part aside, and then `camenn embed`: "
             "it encodes what is missing again."

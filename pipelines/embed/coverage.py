@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from camenn_model.hashing import stable_hash
 from pipelines.embed.options import EmbedOptions
 from pipelines.io import files
-from pipelines.io.tables import FileRecord, Source, list_slices, read_slice
+from pipelines.io.tables import FileRecord, Source, list_slices, open_parquet, read_slice
 from pipelines.runs.gate import LEAST_ROWS, NEARLY_NONE, Gate, hold_photos
 from pipelines.runs.manifest import Manifest
 from schemas.catalog import CATALOG
@@ -33,7 +33,7 @@ def read_items(item_files: list[str], columns: list[str]) -> Iterator[pa.Table]:
     """
     for path in item_files:
         with files.open_read(path) as handle:
-            source = pq.ParquetFile(handle)
+            source = open_parquet(handle)
             for group in range(source.num_row_groups):
                 yield source.read_row_group(group, columns=columns)
 

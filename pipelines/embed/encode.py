@@ -13,20 +13,17 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from apache_beam.ml.inference.base import RunInference
 from apache_beam.transforms.window import GlobalWindows
 
 from camenn_model.encoders.spec import ImageSpec
 from pipelines.embed.handlers import EncodedImages, EncodedTitles, ImageChunk, TitleChunk
 from pipelines.embed.options import STAGE, EmbedJob, store_place
-from pipelines.io import files
 from pipelines.io.files import ipc_bytes, ipc_table
 from pipelines.io.shuffle import ShuffleByBucket
-from pipelines.io.tables import FileRecord
 from pipelines.runner.console import ProgressFile
 from pipelines.runs.accounting import Count
-from pipelines.runs.store import IMAGES, TITLES, Part, chunk_name, commit_part, find_part, fixed_binary, list_parts
+from pipelines.runs.store import IMAGES, TITLES, Part, chunk_name, commit_part, find_part, fixed_binary
 from schemas.contract import Contract
 from schemas.rejects import DEFECTS
 
@@ -48,8 +45,7 @@ class ReadKeys(beam.DoFn):
         # Also where nothing is read of it: the run that is published names it.
         part.check()
         if part.rows:
-            with files.open_read(part.path) as handle:
-                stored = pq.read_table(handle, columns=[self.column])[self.column]
+            stored = part.read_keys([self.column])[self.column]
             keys = pa.chunked_array([*stored.chunks, *keys.chunks])
         yield pa.table({self.column: keys})
 
@@ -149,9 +145,7 @@ def _report(contract: Contract, part: Part) -> Iterator[beam.pvalue.TaggedOutput
         yield beam.pvalue.TaggedOutput(
             "unread", pa.table([[STAGE] * len(keys), keys, reasons, details], schema=DEFECTS.schema)
         )
-    yield beam.pvalue.TaggedOutput(
-        "files", FileRecord(contract.name, part.path, part.rows, part.bytes, sha256=part.sha256)
-    )
+    yield beam.pvalue.TaggedOutput("files", part.record(contract.name))
 
 
 class SkipCommitted(beam.DoFn):
@@ -300,7 +294,7 @@ class EncodeContents(beam.PTransform[beam.PCollection[Any], Any]):
         job, column = self.job, KEY_COLUMNS[self.kind]
         stored = (
             wanted.pipeline
-            | "ListParts" >> beam.Create(list_parts(store_place(job.options, self.kind)[0]))
+            | "ListParts" >> beam.Create(job.stored[self.kind])
             | "SpreadParts" >> beam.Reshuffle()
             | "ReadKeys" >> beam.ParDo(ReadKeys(column))
         )

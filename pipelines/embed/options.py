@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from camenn_model.encoders.spec import ImageSpec, TextSpec
 from pipelines.embed.handlers import MakeHandler, chunk_handler
 from pipelines.io.tables import Source
-from pipelines.runs.store import IMAGES, generation
+from pipelines.runs.store import IMAGES, Part, generation
 from schemas.contract import Contract
 from schemas.embeddings import image_embeddings, title_embeddings
 
@@ -48,6 +48,10 @@ class EmbedJob:
     options: EmbedOptions
     source: Source
     previous: Source | None
+    stored: dict[str, list[Part]]
+    """Kind -> the store's committed parts"""
+    photo_listing: str | None
+    """File of `list_photos`, if the image root was listed"""
     run_directory: str
     progress: str | None
     threads: int | None

@@ -47,7 +47,7 @@ class EmbedCatalog(beam.PTransform[beam.Pipeline, Any]):
             {"catalog": clean.rows, "previous": previous}
             | "ByItem" >> ShuffleByBucket({"catalog": "item_id", "previous": "item_id"}, job.buckets, "zstd")
             | "Resolve"
-            >> beam.ParDo(ResolveItems(options.image_root, options.allow_absolute)).with_outputs(
+            >> beam.ParDo(ResolveItems(options.image_root, options.allow_absolute, job.photo_listing)).with_outputs(
                 "images", "titles", "rejects", "counts", main="items"
             )
         )

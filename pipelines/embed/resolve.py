@@ -3,12 +3,13 @@
 This finds which photo and which title each listing has, and which contents are wanted.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import pyarrow as pa
@@ -16,7 +17,16 @@ import pyarrow as pa
 from camenn_model.hashing import content_key, normalise_title
 from pipelines.embed.options import STAGE
 from pipelines.inputs.catalog import add_origin, drop_duplicates
-from pipelines.inputs.photo_files import FileDefect, PhotoFiles, UriDefect, photo_status
+from pipelines.inputs.photo_files import (
+    FileDefect,
+    PhotoFiles,
+    PhotoStatus,
+    UriDefect,
+    object_status,
+    photo_status,
+)
+from pipelines.inputs.photo_listing import PhotoListing
+from pipelines.io.object_client import Stat, missing
 from pipelines.io.rejects import drop_unusable
 from pipelines.io.tables import Slice
 from pipelines.runs.accounting import Count
@@ -58,9 +68,26 @@ class _Photo:
     path: str | None = None
     size: int | None = None
     mtime: float | None = None
+    version: str | None = None
     data: bytes | None = None
     defect: str | None = None
     detail: str | None = None
+
+
+class _Known(NamedTuple):
+    """What the previous run says of one listing's photo."""
+
+    uri: str
+    size: int
+    mtime: float
+    version: str | None
+    key: str
+
+    def holds(self, uri: str, now: PhotoStatus) -> bool:
+        """Return whether the photo is the same still."""
+        if (self.uri, self.size) != (uri, now.bytes):
+            return False
+        return self.mtime == now.written_at if now.version is None else self.version == now.version
 
 
 class ResolveItems(beam.DoFn):
@@ -69,11 +96,16 @@ class ResolveItems(beam.DoFn):
     It also yields the photos and titles that the items want.
 
     A photo whose (address, size, modification time) is the previous run's is not opened: its key is
-    known.
+    known. Of an object its version counts, not its time.
+
+    `listing`: file of `list_photos`, if any.
     """
 
-    def __init__(self, image_root: str, allow_absolute: bool) -> None:
+    def __init__(self, image_root: str, allow_absolute: bool, listing: str | None = None) -> None:
         self.photos = PhotoFiles(image_root, allow_absolute)
+        self.listing = PhotoListing(image_root, listing)
+        self.listed: dict[str, Stat | None] = {}
+        self.keys: dict[Stat, str] = {}
         self.real_directory: Callable[[str], str] = os.path.realpath
         self.read = beam.metrics.Metrics.counter(STAGE, "photos-read")
 
@@ -82,20 +114,15 @@ class ResolveItems(beam.DoFn):
         if "catalog" not in kinds:
             return
         rows, rejects, copies = drop_duplicates(STAGE, kinds["catalog"])
-        known: dict[str, tuple[str, int, float, str]] = {}
+        known: dict[str, _Known] = {}
         if "previous" in kinds:
-            columns = [
-                kinds["previous"][name].to_pylist()
-                for name in ("item_id", "image_uri", "image_size", "image_mtime", "image_key")
-            ]
-            known = {
-                item: (uri, size, mtime, key)
-                for item, uri, size, mtime, key in zip(*columns, strict=True)
-                if key is not None
-            }
+            names = ("item_id", "image_uri", "image_size", "image_mtime", "image_version", "image_key")
+            columns = [kinds["previous"][name].to_pylist() for name in names]
+            known = {row[0]: _Known(*row[1:]) for row in zip(*columns, strict=True) if row[-1] is not None}
         items, uris, inline = (rows[name].to_pylist() for name in ("item_id", "image_uri", "image_bytes"))
         # Again for each bucket: links may be changed between runs of a worker that lives on.
         self.real_directory = functools.lru_cache(4_096)(os.path.realpath)
+        self.listed, self.keys = self._look_up(uris, inline), {}
         with ThreadPoolExecutor(READ_THREADS) as pool:
             photos = list(
                 pool.map(
@@ -112,6 +139,7 @@ class ResolveItems(beam.DoFn):
                 "image_uri": uris,
                 "image_size": [photo.size for photo in photos],
                 "image_mtime": [photo.mtime for photo in photos],
+                "image_version": [photo.version for photo in photos],
                 "image_defect": [photo.defect for photo in photos],
                 "image_defect_detail": [photo.detail for photo in photos],
             },
@@ -139,19 +167,44 @@ class ResolveItems(beam.DoFn):
         yield beam.pvalue.TaggedOutput("counts", Count("catalog", "rejected", rejects.num_rows))
         yield beam.pvalue.TaggedOutput("counts", Count("catalog", "duplicates", copies))
 
-    def _photo(self, uri: str | None, data: bytes | None, known: tuple[str, int, float, str] | None) -> _Photo:
+    def _look_up(self, uris: list[str | None], inline: list[bytes | None]) -> dict[str, Stat | None]:
+        paths = []
+        for uri, data in zip(uris, inline, strict=True):
+            if self.listing.path is not None and data is None and uri is not None:
+                # Each defect is reported where the listing is resolved.
+                with contextlib.suppress(UriDefect):
+                    paths.append(self.photos.resolve(uri, self.real_directory))
+        return self.listing.look(paths)
+
+    def _status(self, path: str) -> PhotoStatus:
+        if path not in self.listed:
+            return photo_status(path)
+        found = self.listed[path]
+        if found is None:
+            raise missing(path)
+        return object_status(found)
+
+    def _key(self, path: str, status: PhotoStatus) -> str:
+        key = self.keys.get(status.found) if status.found is not None else None
+        if key is None:
+            key = content_key(self.photos.read(path, status.found))
+            self.read.inc()
+            if status.found is not None:
+                # Other listings of the bucket may have the same photo.
+                self.keys[status.found] = key
+        return key
+
+    def _photo(self, uri: str | None, data: bytes | None, known: _Known | None) -> _Photo:
         if data is not None:
             return _Photo(key=content_key(data), data=data, size=len(data), mtime=0.0)
         if uri is None or not uri.strip():
             return _Photo()
         try:
             path = self.photos.resolve(uri, self.real_directory)
-            size, mtime = photo_status(path)
-            if known is not None and known[:3] == (uri, size, mtime):
-                return _Photo(key=known[3], path=path, size=size, mtime=mtime)
-            key = content_key(self.photos.read(path))
-            self.read.inc()
-            return _Photo(key=key, path=path, size=size, mtime=mtime)
+            status = self._status(path)
+            same = known is not None and known.holds(uri, status)
+            key = known.key if known is not None and same else self._key(path, status)
+            return _Photo(key=key, path=path, size=status.bytes, mtime=status.written_at, version=status.version)
         except UriDefect as defect:
             return _Photo(defect=defect.reason, detail=defect.detail)
         except FileDefect as defect:

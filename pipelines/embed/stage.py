@@ -28,6 +28,7 @@ from pipelines.embed.generations import KINDS, Generations, Parts, part_records
 from pipelines.embed.handlers import MakeHandler, chunk_handler, measure_pace
 from pipelines.embed.options import STAGE, EmbedJob, EmbedOptions
 from pipelines.embed.pipeline import EmbedCatalog
+from pipelines.inputs.photo_listing import list_photos
 from pipelines.io import files
 from pipelines.io.tables import Source
 from pipelines.runner.beam import is_local_run, local_workers, worker_threads
@@ -65,19 +66,26 @@ def run(options: EmbedOptions, beam_flags: list[str], make_handler: MakeHandler 
         max_reject_rate=options.max_reject_rate,
     )
     with open_run(request, started=started) as context:
-        before = {part.path for found in generations.open().values() for part in found}
+        parts = generations.open()
+        before = {part.path for found in parts.values() for part in found}
+        listing = list_photos(options.image_root, source.rows, context.directory)
         with watch(STAGE, None, "contents", is_local_run(beam_flags)) as progress:
             job = EmbedJob(
                 options=options,
                 source=source,
                 previous=_items_of(context.latest),
+                stored=parts,
+                photo_listing=listing,
                 run_directory=context.directory,
                 progress=progress,
                 threads=worker_threads(beam_flags),
                 make_handler=make_handler,
             )
             context.run_job(beam_flags, "Embed" >> EmbedCatalog(job))
-        parts = generations.list_parts()
+        if listing is not None:
+            files.delete([listing])
+        if any(context.paths(table) for table in ("image_embeddings", "title_embeddings")):
+            parts = generations.list_parts()
         new = {kind: [part for part in found if part.path not in before] for kind, found in parts.items()}
         if any(new.values()):
             # A run that encoded nothing does next to nothing.
@@ -192,12 +200,15 @@ def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
     check_image_root(options, source)
     threads = worker_threads(beam_flags)
     check_output(options.store, "--store", STAGE, {"--data": options.data, "--image_root": options.image_root})
+    generations = Generations.of(options)
     _, run_directory = new_run(options.store)
     try:
         job = EmbedJob(
             options=options,
             source=source,
             previous=_items_of(read_latest(options.store)),
+            stored=generations.list_parts(),
+            photo_listing=list_photos(options.image_root, source.rows, run_directory),
             run_directory=run_directory,
             progress=None,
             threads=threads,
@@ -210,7 +221,6 @@ def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
     summary: dict[str, Any] = {"rows_in": counts["catalog"]["in"], "rejected": counts["catalog"].get("rejected", 0)}
     encode_seconds: float | None = 0.0
     sources = []
-    generations = Generations.of(options)
     for kind, rows in due.items():
         summary[f"distinct_{kind}"] = counts.get(kind, {}).get("in", 0)
         summary[f"{kind}_to_encode"] = rows

@@ -14,6 +14,8 @@ from pipelines.inputs.catalog import read_catalog
 from pipelines.io import files
 from pipelines.io.tables import Source
 from pipelines.runs.manifest import Manifest
+from pipelines.runs.part_keys import keys_path, read_keys, read_part
+from schemas.embeddings import ROW_GROUP_COLUMN, keys_table
 from schemas.errors import InputError
 from schemas.training import ITEMS
 
@@ -23,18 +25,20 @@ def read_stored(manifest: Manifest, table: str, columns: list[str]) -> pa.Table:
 
     One row per content key: the first by path wins where a retry wrote a key twice. Beside the
     columns `part` and `group`: the number of the part among the sorted paths, and of the row group
-    in it.
+    in it. Keys files are read where there are any.
     """
-    paths = sorted(manifest.paths(table))
+    wanted = [*columns, ROW_GROUP_COLUMN]
+    keys = {record.path: record for record in manifest.records(keys_table(table))}
     pieces = []
-    for number, path in enumerate(paths):
-        with files.open_read(path) as handle:
-            parquet = pq.ParquetFile(handle)
-            piece = parquet.read(columns=columns)
-            rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-        groups = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
-        piece = piece.append_column("part", pa.array(np.full(piece.num_rows, number, dtype=np.int32)))
-        pieces.append(piece.append_column("group", pa.array(groups)))
+    for number, path in enumerate(sorted(manifest.paths(table))):
+        record = keys.get(keys_path(path))
+        if record is None:
+            # An earlier version of camenn wrote it.
+            piece = read_part(path, wanted)
+        else:
+            piece = read_keys(record.path, record.bytes, record.sha256, wanted)
+        piece = piece.rename_columns([*columns, "group"])
+        pieces.append(piece.append_column("part", pa.array(np.full(piece.num_rows, number, dtype=np.int32))))
     if not pieces:
         return pa.table(
             {name: pa.array([], pa.string() if name.endswith("_key") else pa.float32()) for name in columns}

@@ -14,9 +14,11 @@ import stat
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipelines.inputs.photos import LIMITS, Defect
 from pipelines.io import files, objects
+from pipelines.io.object_client import ChangedError, Stat
 from schemas.errors import InputError
 from schemas.reasons import Reason
 
@@ -112,9 +114,7 @@ def _resolve_object(uri: str, column: str, image_root: str, allow_absolute: bool
         if not allow_absolute:
             raise UriDefect(Reason.OUTSIDE_ROOT, f"{column} is an absolute path. {remedy}")
         return uri
-    root = image_root.rstrip("/")
-    if not files.is_local(root):
-        root = _lower_scheme(root)
+    root = object_root(image_root)
     path = _lower_scheme(uri) if _SCHEME.match(uri) else f"{root}/{uri}"
     scheme, _, rest = path.partition("://")
     bucket, _, name = rest.partition("/")
@@ -135,6 +135,12 @@ def _resolve_object(uri: str, column: str, image_root: str, allow_absolute: bool
     if missing:
         raise UriDefect(Reason.UNSUPPORTED_SCHEME, f"{column}: {missing}")
     return path
+
+
+def object_root(image_root: str) -> str:
+    """Return a root as the paths of photos below it have it: without a slash at its end."""
+    root = image_root.rstrip("/")
+    return root if files.is_local(root) else _lower_scheme(root)
 
 
 def _lower_scheme(path: str) -> str:
@@ -189,8 +195,10 @@ class PhotoFiles:
         """
         return resolve_uri(uri, self.image_root, self.allow_absolute, real_directory)
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, found: Stat | None = None) -> bytes:
         """Read the bytes of a photo whose path `resolve` gave.
+
+        `found`: what is known of an object.
 
         Raises:
             UriDefect: the file that was opened lies elsewhere: a link was put on the way to it in
@@ -199,7 +207,7 @@ class PhotoFiles:
             OSError: it is not there, or cannot be read.
         """
         if self.allow_absolute or not files.is_local(path):
-            return read_photo(path)
+            return read_photo(path, found=found)
         directory = os.open(self.image_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             return read_photo(path, within=_path_of(directory))
@@ -207,10 +215,23 @@ class PhotoFiles:
             os.close(directory)
 
 
-def photo_status(path: str) -> tuple[int, float]:
-    """Return a photo's size and time without opening it.
+class PhotoStatus(NamedTuple):
+    """What is known of a photo that was not opened."""
 
-    They are its bytes and the time of its last change (seconds since 1970, UTC).
+    bytes: int
+    written_at: float
+    """Time of its last change, seconds since 1970, UTC"""
+    found: Stat | None = None
+    """Of an object: the same, with its version"""
+
+    @property
+    def version(self) -> str | None:
+        """Return an object's version, which changes whenever its bytes do."""
+        return self.found.token if self.found is not None else None
+
+
+def photo_status(path: str) -> PhotoStatus:
+    """Look at a photo without opening it.
 
     Raises:
         FileDefect: it is no file, or larger than a photo may be.
@@ -219,13 +240,21 @@ def photo_status(path: str) -> tuple[int, float]:
     if files.is_local(path):
         status = os.stat(path)
         _check_status(status)
-        return status.st_size, status.st_mtime
-    found = objects.stat(path)
+        return PhotoStatus(status.st_size, status.st_mtime)
+    return object_status(objects.stat(path))
+
+
+def object_status(found: Stat) -> PhotoStatus:
+    """Return the status of a photo that is an object.
+
+    Raises:
+        FileDefect: it is larger than a photo may be.
+    """
     _check_size(found.bytes)
-    return found.bytes, found.written_at
+    return PhotoStatus(found.bytes, found.written_at, found)
 
 
-def read_photo(path: str, within: str | None = None) -> bytes:
+def read_photo(path: str, within: str | None = None, found: Stat | None = None) -> bytes:
     """Read the bytes of a photo.
 
     Of a file larger than the limit, one byte beyond the limit is read and no more.
@@ -234,13 +263,17 @@ def read_photo(path: str, within: str | None = None) -> bytes:
         path: of the photo.
         within: path, as the kernel knows it, of a directory that a local file must lie in once it
             is open.
+        found: what is known of an object, which saves a request.
 
     Raises:
         UriDefect, FileDefect, OSError: see `PhotoFiles.read`.
     """
     if not files.is_local(path):
-        with files.open_read(path) as handle:
-            data = handle.read(LIMITS.bytes + 1)
+        try:
+            data = _read_object(path, found)
+        except ChangedError:
+            # It was replaced since it was looked at.
+            data = _read_object(path, None)
         _check_size(len(data))
         return data
     # Opening a device may have side effects.
@@ -249,8 +282,8 @@ def read_photo(path: str, within: str | None = None) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         _check_status(os.fstat(descriptor))
-        found = _path_of(descriptor) if within is not None else None
-        if within is not None and found is not None and not _is_below(found, within):
+        real = _path_of(descriptor) if within is not None else None
+        if within is not None and real is not None and not _is_below(real, within):
             raise UriDefect(
                 Reason.OUTSIDE_ROOT, f"column 'image_uri': {path} leads out of {within}. Move the photo into it."
             )
@@ -263,6 +296,11 @@ def read_photo(path: str, within: str | None = None) -> bytes:
         os.close(descriptor)
     _check_size(LIMITS.bytes + 1 - left)
     return b"".join(pieces)
+
+
+def _read_object(path: str, found: Stat | None) -> bytes:
+    with objects.open_read(path, found) as handle:
+        return handle.read(LIMITS.bytes + 1)
 
 
 def _check_status(status: os.stat_result) -> None:

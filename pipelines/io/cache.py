@@ -28,7 +28,6 @@ from typing import BinaryIO, Protocol
 
 from camenn_model.integrity import DamagedError, cache_directory, check_file
 from pipelines.io import files, objects
-from pipelines.io.object_client import Stat
 from schemas.errors import InputError
 
 LIMIT_GB = 100.0
@@ -250,32 +249,27 @@ def download_file(path: str, local: str) -> None:
 # --- the user's tables
 
 
-def _input_path(found: Stat) -> str:
-    name = f"{objects.endpoint(found.path)} {found.path} {found.token} {found.bytes}"
+def _input_path(path: str, size: int, version: str) -> str:
+    name = f"{objects.endpoint(path)} {path} {version} {size}"
     return str(cache_directory() / "inputs" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.parquet")
 
 
-def keep_inputs(paths: Sequence[str]) -> None:
+def keep_inputs(found: Sequence[files.Found]) -> None:
     """Download the files of a user's table.
 
     `open_input` then opens the copies. Files are not copied where they would take more than half of
     the limit: those are read by ranges.
     """
-    remote = [path for path in paths if not files.is_local(path)]
-    if not remote:
+    remote = [file for file in found if not files.is_local(file.path)]
+    if not remote or sum(file.bytes for file in remote) > _limit() / 2:
         return
-    found = objects.stat_all(remote)
-    if sum(stat.bytes for stat in found) > _limit() / 2:
-        return
-    for stat in found:
-        target = _input_path(stat)
-        if os.path.exists(target):
-            _use(target)
-            continue
-        with _locked(target):
-            if not os.path.exists(target):
-                with _new_file(target) as handle:
-                    _download(stat.path, stat.bytes, handle, stat.token)
+    for file in remote:
+        target = _input_path(file.path, file.bytes, file.version)
+        if not os.path.exists(target):
+            with _locked(target):
+                if not os.path.exists(target):
+                    with _new_file(target) as handle:
+                        _download(file.path, file.bytes, handle, file.version)
         _use(target)
     _forget_unused()
 
@@ -288,7 +282,7 @@ def open_input(path: str) -> BinaryIO:
     if files.is_local(path):
         return files.open_read(path)
     found = objects.stat(path)
-    target = _input_path(found)
+    target = _input_path(path, found.bytes, found.token)
     try:
         return open(target, "rb")
     except FileNotFoundError:

@@ -83,6 +83,8 @@ class Found:
     bytes: int
     written_at: float
     """Seconds since 1970, UTC"""
+    version: str = ""
+    """Of an object: changes whenever other bytes are written"""
 
 
 def match(directory: str, pattern: str) -> list[Found]:
@@ -116,7 +118,7 @@ def find(paths: Iterable[str]) -> list[Found]:
 
 
 def _found(stat: Stat) -> Found:
-    return Found(stat.path, stat.bytes, stat.written_at)
+    return Found(stat.path, stat.bytes, stat.written_at, stat.token)
 
 
 def _literal(path: str) -> str:
@@ -153,6 +155,11 @@ def delete(paths: Sequence[str]) -> None:
     for path in filter(is_local, paths):
         os.remove(path)
     objects.delete(path for path in paths if not is_local(path))
+
+
+def delete_any(paths: Sequence[str]) -> None:
+    """Remove those files among some paths that are there."""
+    delete([path for path in paths if not is_local(path) or os.path.exists(path)])
 
 
 @dataclass(frozen=True)
@@ -382,6 +389,17 @@ def read_document(path: str, fields: Collection[str], remedy: str) -> dict[str, 
         return parse_document(handle.read(), path, fields, remedy)
 
 
+def read_document_if_there(path: str, fields: Collection[str], remedy: str) -> dict[str, Any] | None:
+    """Read a JSON object as `read_document` does, or return None where there is no such file."""
+    if is_local(path) and not os.path.exists(path):
+        return None
+    try:
+        return read_document(path, fields, remedy)
+    except FileNotFoundError:
+        # Of an object, asking first would be a second request.
+        return None
+
+
 def write_parquet(path: str, table: pa.Table, *, row_group_size: int = 65_536, durable: bool = False) -> Written:
     """Write a table to a Parquet file atomically.
 
@@ -404,7 +422,12 @@ def has_table(path: str) -> bool:
 
 
 def list_parquet(path: str, table: str) -> list[str]:
-    """List the Parquet files of a table, sorted by name.
+    """List the Parquet files of a table, sorted by name. See `find_parquet`."""
+    return [file.path for file in find_parquet(path, table)]
+
+
+def find_parquet(path: str, table: str) -> list[Found]:
+    """Find the Parquet files of a table, sorted by name.
 
     It is given as `DIR/table.parquet`, a directory `DIR/table` of Parquet files, or a file itself.
 
@@ -420,9 +443,9 @@ def list_parquet(path: str, table: str) -> list[str]:
     for name in names:
         with reading(name, f"table '{table}' cannot be listed", remedy="Look at its files."):
             # Spark and others write a directory under the name of a file.
-            found = _list_local(name, table) if is_local(name) else _list_remote(name)
+            found = find(_list_local(name, table)) if is_local(name) else _list_remote(name)
         if found:
-            return sorted(found)
+            return sorted(found, key=lambda file: file.path)
     empty = [name for name in names if is_local(name) and os.path.isdir(name)]
     note = f" ({empty[0]} is a directory without any; names that begin with _ or . do not count)" if empty else ""
     raise InputError(
@@ -441,14 +464,12 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or (name.startswith("_") and "=" not in name) or name.endswith("._COPYING_")
 
 
-def _list_remote(name: str) -> list[str]:
+def _list_remote(name: str) -> list[Found]:
     # Object stores list every name that has the given directory's name as a prefix.
     below = len(name.rstrip("/")) + 1
     found = find([name]) if name.endswith(".parquet") else []
     return [
-        file.path
-        for file in found or match(name, "**.parquet")
-        if not any(map(is_hidden, file.path[below:].split("/")))
+        file for file in found or match(name, "**.parquet") if not any(map(is_hidden, file.path[below:].split("/")))
     ]
 
 
@@ -502,12 +523,12 @@ def _is_utf8(path: str) -> bool:
     return True
 
 
-def fingerprint(paths: list[str]) -> str:
-    """Hash names, sizes and modification times of files.
+def fingerprint(found: Iterable[Found]) -> str:
+    """Hash names, sizes and versions of files.
 
-    The 16 hex digits change when any of them does.
+    The 16 hex digits change when any of them does. A local file's version is its modification time.
     """
-    lines = [f"{file.path}:{file.bytes}:{file.written_at}" for file in find(paths)]
+    lines = [f"{file.path}:{file.bytes}:{file.version or file.written_at}" for file in found]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
@@ -596,13 +617,13 @@ OWN = ".camenn"
 """Name of the record in a directory that camenn made"""
 
 
-def mark_own(directory: str) -> None:
+def mark_own(directory: str, *, new: bool = False) -> None:
     """Record in a directory that camenn made it.
 
-    `camenn gc` removes nothing from other directories.
+    `camenn gc` removes nothing from other directories. A `new` one has no record yet.
     """
     path = join(directory, OWN)
-    if not exists(path):
+    if new or not exists(path):
         write_document(path, {"made_at": clock.utc_stamp()})
 
 

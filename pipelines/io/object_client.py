@@ -16,8 +16,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0
 """Seconds between attempts: doubled each time, half of it by chance. About 24 s in all."""
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60
 """Seconds"""
-SOCKETS = 32
-"""Connections that a process keeps open to one store, at most"""
+SOCKETS = 4
+"""Connections of a process to one store, at most: requests beyond them wait"""
 PART = 8 * 2**20
 """Bytes of a part of an upload. S3 takes 10,000 parts of at least 5 MiB; gs a multiple of 256 KiB."""
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
@@ -87,6 +87,9 @@ class Client(Protocol):
 
     def read(self, bucket: str, key: str, start: int, stop: int | None, token: str | None) -> bytes:
         """Read bytes `start` to `stop`, of the version `token`. All of it where `stop` is None."""
+
+    def tail(self, bucket: str, key: str, most: int) -> tuple[Stat, bytes]:
+        """Read the last `most` bytes, or all there are. The time of the `Stat` is 0."""
 
     def put(self, bucket: str, key: str, data: bytes, token: str | None, write_id: str) -> str:
         """Write an object. `token`: None = whatever is there, '' = nothing, else that version."""

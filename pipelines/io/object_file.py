@@ -14,20 +14,26 @@ TAIL = 64 * 2**10
 class ObjectFile(io.RawIOBase):
     """An object as a file to read, by exactly the ranges that are asked for.
 
-    Nothing is read ahead, but for `TAIL`. All pieces are of one version of the object.
+    Nothing is read ahead, but for `TAIL`, which tells the size as well. All pieces are of one version
+    of the object.
     """
 
     def __init__(
-        self, path: str, look: Callable[[str], Stat], download: Callable[..., list[bytes]], found: Stat | None
+        self,
+        path: str,
+        end: Callable[[str, int], tuple[Stat, bytes]],
+        download: Callable[..., list[bytes]],
+        found: Stat | None,
     ) -> None:
-        self._path, self._look, self._download = path, look, download
+        self._path, self._end, self._download = path, end, download
         self._found = found
         self._position = 0
         self._tail: tuple[int, bytes] = (0, b"")
 
     def _stat(self) -> Stat:
         if self._found is None:
-            self._found = self._look(self._path)
+            self._found, tail = self._end(self._path, TAIL)
+            self._tail = self._found.bytes - len(tail), tail
         return self._found
 
     def readable(self) -> bool:
@@ -77,7 +83,10 @@ class ObjectFile(io.RawIOBase):
             tail_start = max(0, found.bytes - TAIL)
             (tail,) = self._download(self._path, [(tail_start, found.bytes)], found.token)
             self._tail = tail_start, tail
-        if tail and start >= tail_start:
+        if not tail or stop <= tail_start:
+            (data,) = self._download(self._path, [(start, stop)], found.token)
+            return data
+        if start >= tail_start:
             return tail[start - tail_start : stop - tail_start]
-        (data,) = self._download(self._path, [(start, stop)], found.token)
-        return data
+        (data,) = self._download(self._path, [(start, tail_start)], found.token)
+        return data + tail[: stop - tail_start]

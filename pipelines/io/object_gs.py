@@ -5,6 +5,7 @@ STORAGE_EMULATOR_HOST names another endpoint, which gets no credentials.
 
 import contextlib
 import os
+import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -42,7 +43,6 @@ NO_KEYS = (
 # Failed requests are sent again in one place: pipelines/io/object_client.py.
 _ONCE: dict[str, Any] = {"retry": None, "timeout": (CONNECT_TIMEOUT, READ_TIMEOUT)}
 _FIELDS = "items(name,size,updated,generation),nextPageToken"
-_DELETING_THREADS = 8
 T = TypeVar("T")
 
 
@@ -55,13 +55,15 @@ class GsClient:
         emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
         anonymous = os.environ.get("GS_NO_SIGN_REQUEST", "").upper() in ("YES", "TRUE", "1")
         self.endpoint = emulator or "https://storage.googleapis.com"
+        # Otherwise a thread of the library's looks at the bucket beside the first request, for traces.
+        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         try:
             # No project is needed, and looking for one may ask a metadata server that is not there.
             self._gs = Client.create_anonymous_client() if emulator or anonymous else Client(project=None)
         except (google_auth.GoogleAuthError, OSError, ValueError) as error:
             raise InputError(f"gs://: no credentials are found ({error}). {NO_KEYS}") from error
         for prefix in ("https://", "http://"):
-            self._gs._http.mount(prefix, HTTPAdapter(pool_maxsize=SOCKETS))
+            self._gs._http.mount(prefix, HTTPAdapter(pool_maxsize=SOCKETS, pool_block=True))
         self._buckets: set[str] = set()
 
     def stat(self, bucket: str, key: str) -> Stat:
@@ -91,6 +93,30 @@ class GsClient:
             raise ChangedError(f"gs://{bucket}/{key}")
         return data if stop is None else whole(f"gs://{bucket}/{key}", data, stop - start)
 
+    def tail(self, bucket: str, key: str, most: int) -> tuple[Stat, bytes]:
+        """Read the last `most` bytes, or all there are. The time of the `Stat` is 0."""
+        name = f"{urllib.parse.quote(bucket, safe='')}/o/{urllib.parse.quote(key, safe='')}"
+        url = f"{self.endpoint}/download/storage/v1/b/{name}?alt=media"
+        # Accepting gzip: an object with Content-Encoding gzip is what it is.
+        headers = {"Range": f"bytes=-{most}", "Accept-Encoding": "gzip"}
+
+        def get() -> tuple[Any, bytes]:
+            # The library's own download does not tell an object's size.
+            with self._gs._http.get(url, headers=headers, stream=True, timeout=_ONCE["timeout"]) as answer:
+                data = answer.raw.read(decode_content=False)
+            if answer.status_code >= 400 and answer.status_code != 416:
+                answer._content = data
+                raise google.from_http_response(answer)  # type: ignore[no-untyped-call]
+            return answer, data
+
+        path = f"gs://{bucket}/{key}"
+        answer, data = self.call(bucket, key, get)
+        if answer.status_code == 416:
+            # No range of an empty object can be had.
+            return self.stat(bucket, key), b""
+        size = int(answer.headers.get("Content-Range", f"/{len(data)}").rpartition("/")[2])
+        return Stat(path, size, 0.0, answer.headers["X-Goog-Generation"]), whole(path, data, min(most, size))
+
     def put(self, bucket: str, key: str, data: bytes, token: str | None, write_id: str) -> str:
         """Write an object. `token`: None = whatever is there, '' = nothing, else that version."""
         blob = self._blob(bucket, key)
@@ -109,7 +135,7 @@ class GsClient:
                 self.call(bucket, key, lambda: self._blob(bucket, key).delete(**_ONCE))
 
         # Singly: not every emulator takes batches as this library writes them.
-        with ThreadPoolExecutor(_DELETING_THREADS) as pool:
+        with ThreadPoolExecutor(SOCKETS) as pool:
             list(pool.map(remove, keys))
 
     def upload(self, bucket: str, key: str) -> "GsUpload":

@@ -7,8 +7,9 @@ import contextlib
 import datetime
 import functools
 import os
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import boto3
@@ -50,6 +51,10 @@ _PASSING = {
 """Codes of errors after which the same request is sent again"""
 
 
+class _NoRangeError(Exception):
+    """An object has no bytes of which there could be a range."""
+
+
 class S3Client:
     """Requests to one S3 endpoint."""
 
@@ -72,6 +77,8 @@ class S3Client:
             raise InputError(f"s3://: boto3 cannot be set up ({error}). Check the environment (AWS_...).") from error
         self.endpoint = str(self._s3.meta.endpoint_url)
         self._buckets: set[str] = set()
+        # The library makes more connections than it keeps, rather than to wait for one.
+        self._slots = threading.BoundedSemaphore(SOCKETS)
 
     def stat(self, bucket: str, key: str) -> Stat:
         """Look at one object."""
@@ -97,13 +104,29 @@ class S3Client:
     def read(self, bucket: str, key: str, start: int, stop: int | None, token: str | None) -> bytes:
         """Read bytes `start` to `stop`, of the version `token`. All of it where `stop` is None."""
         chosen = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
-        answer = self.call("get_object", bucket, key, **chosen, **({"IfMatch": token} if token else {}))
-        try:
-            data: bytes = answer["Body"].read()
-        except boto.BotoCoreError as error:
-            raise TransientError(str(error)) from error
+        answer, data = self._get(bucket, key, **chosen, **({"IfMatch": token} if token else {}))
+        return whole(f"s3://{bucket}/{key}", data, answer["ContentLength"] if stop is None else stop - start)
+
+    def tail(self, bucket: str, key: str, most: int) -> tuple[Stat, bytes]:
+        """Read the last `most` bytes, or all there are. The time of the `Stat` is 0."""
         path = f"s3://{bucket}/{key}"
-        return whole(path, data, answer["ContentLength"] if stop is None else stop - start)
+        try:
+            answer, data = self._get(bucket, key, Range=f"bytes=-{most}")
+        except _NoRangeError:
+            # No range of an empty object can be had.
+            return self.stat(bucket, key), b""
+        size = int(answer.get("ContentRange", f"/{len(data)}").rpartition("/")[2])
+        return Stat(path, size, 0.0, answer["ETag"]), whole(path, data, min(most, size))
+
+    def _get(self, bucket: str, key: str, **arguments: Any) -> tuple[Any, bytes]:
+        def get() -> tuple[Any, bytes]:
+            answer = self._s3.get_object(Bucket=bucket, Key=key, **arguments)
+            try:
+                return answer, answer["Body"].read()
+            except boto.BotoCoreError as error:
+                raise TransientError(str(error)) from error
+
+        return self._request(bucket, key, "", get)
 
     def put(self, bucket: str, key: str, data: bytes, token: str | None, write_id: str) -> str:
         """Write an object. `token`: None = whatever is there, '' = nothing, else that version."""
@@ -130,9 +153,14 @@ class S3Client:
         """Make a request and translate its errors."""
         if key is not None:
             arguments["Key"] = key
-        path = f"s3://{bucket}/{key or arguments.get('Prefix', '')}"
+        send = functools.partial(getattr(self._s3, operation), Bucket=bucket, **arguments)
+        return self._request(bucket, key, arguments.get("Prefix", ""), send)
+
+    def _request(self, bucket: str, key: str | None, prefix: str, send: Callable[[], Any]) -> Any:
+        path = f"s3://{bucket}/{key or prefix}"
         try:
-            answer = getattr(self._s3, operation)(Bucket=bucket, **arguments)
+            with self._slots:
+                answer = send()
         except boto.ClientError as error:
             raise self._translate(error, bucket, key, path) from error
         except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound) as error:
@@ -156,6 +184,8 @@ class S3Client:
             return missing(path)
         if status == 412:
             return ChangedError(path)
+        if status == 416:
+            return _NoRangeError(path)
         if status == 501:
             return no_conditions(path)
         if status in TRANSIENT or code in _PASSING:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines.io.cache import keep_inputs, open_input
 from pipelines.io.errors import reading
-from pipelines.io.files import Written, fingerprint, join, list_parquet, write_parquet
+from pipelines.io.files import Written, find_parquet, fingerprint, join, write_parquet
 from pipelines.io.object_file import ObjectFile
 from schemas.contract import Contract, check_output, conform, find_not_utf8, is_text, without_dictionary
 from schemas.errors import InputError
@@ -47,14 +47,15 @@ class Source:
         Raises:
             InputError: the table is missing, or a file's columns cannot be read under the contract.
         """
-        files = list_parquet(join(directory, name or contract.name), contract.name)
-        keep_inputs(files)
+        found = find_parquet(join(directory, name or contract.name), contract.name)
+        files = [file.path for file in found]
+        keep_inputs(found)
         rows = 0
         for path in files:
             with open_table(path, contract) as (_, parquet):
                 conform(parquet.schema_arrow.empty_table(), contract, path)
                 rows += parquet.metadata.num_rows
-        return cls(contract=contract, files=tuple(files), rows=rows, fingerprint=fingerprint(files))
+        return cls(contract=contract, files=tuple(files), rows=rows, fingerprint=fingerprint(found))
 
     def read_all(self, columns: list[str] | None = None) -> pa.Table:
         """Read the whole table into memory.

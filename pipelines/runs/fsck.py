@@ -17,6 +17,7 @@ from pipelines.runner.console import NO_ROWS, Bar
 from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import Manifest, published_files, read_latest, read_pointer, read_run
 from pipelines.runs.night_record import NIGHTS, RECORD, read_night
+from pipelines.runs.part_keys import files_of_part, keys_path
 from pipelines.runs.publication import Position, check_whole, effective_runs, point_to, publications
 from pipelines.runs.store import IMAGES, TITLES, Part, read_marker
 from schemas.errors import InputError
@@ -144,7 +145,11 @@ def check_output(root: str, found: Findings) -> list[Check]:
         if not os.path.exists(latest):
             found.document(latest, DamagedError(f"{latest}: this file is gone. Run fsck with --repair."))
     for part in _parts(root, found):
-        checks[part.path] = Check(part.path, part.bytes, part.sha256, remedy("embed", "image_embeddings"))
+        advice = remedy("embed", "image_embeddings")
+        checks[part.path] = Check(part.path, part.bytes, part.sha256, advice)
+        if part.keys_bytes:
+            keys = keys_path(part.path)
+            checks[keys] = Check(keys, part.keys_bytes, part.keys_sha256, advice)
     return list(checks.values())
 
 
@@ -216,7 +221,7 @@ def repair(root: str, found: Findings) -> None:
         position = Position.of(root)
         for path in [path for path in found.damaged if path.startswith(f"{root}/")]:
             if _is_document(root, path) or _is_part(root, path):
-                for side in {path, path.replace(".parquet", ".json") if _is_part(root, path) else path}:
+                for side in files_of_part(path) if _is_part(root, path) else [path]:
                     if os.path.exists(side):
                         os.replace(side, f"{side}{DAMAGED}")
                         found.repaired.append(f"{side} is set aside as {side}{DAMAGED}")

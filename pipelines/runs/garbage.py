@@ -19,6 +19,7 @@ from pipelines.io import clock, files, objects
 from pipelines.io.lease import LEASE
 from pipelines.runs.accounting import FINISHED
 from pipelines.runs.manifest import CONTENTS, RUN_NAME, read_latest, read_run
+from pipelines.runs.part_keys import KEYS_ENDING
 from pipelines.runs.publication import publications
 from pipelines.runs.store import IMAGES, TITLES, read_marker
 from schemas.errors import InputError
@@ -29,12 +30,12 @@ YOUNG = datetime.timedelta(hours=48)
 begun before the last publication."""
 
 _HEX = "[0-9a-f]{32}"
-_PART = re.compile(rf"part-{_HEX}\.(parquet|json|arrow)(\.{_HEX}\.tmp)?")
+_PART = re.compile(rf"part-{_HEX}\.(parquet|keys\.parquet|json|arrow)(\.{_HEX}\.tmp)?")
 """Parts of a generation of embeddings, and what a killed writer left of one"""
 _IN_RUN = re.compile(
     rf"((part-(\d+|{_HEX}|\d+-\d+|kept-\d+-\d+)\.(parquet|arrow))|bucket-\d+-{_HEX}\.arrows|{_HEX}\.arrows"
     r"|(images|titles)-\d+\.arrows"
-    r"|(items|store_item|pair|user_subcategory|user_brand)\.parquet"
+    r"|(items|image_root|store_item|pair|user_subcategory|user_brand)\.parquet"
     r"|(model|likeness|agreement|taste_space|directions)\.safetensors"
     r"|(config|features|calibration|metrics|retrieval|finished)\.json|curves\.csv|\.camenn"
     rf")(\.{_HEX}\.tmp|\.tmp)?|manifest\.json\.{_HEX}\.tmp"
@@ -94,8 +95,8 @@ def find_garbage(
     limit = min(now.timestamp(), _file_system_now(root), newest) - YOUNG.total_seconds()
 
     def is_garbage(file: files.Found) -> bool:
-        # A commit marker goes with its part.
-        vouched = {file.path, file.path.removesuffix(".json") + ".parquet"}
+        # A keys file and a commit marker go with their part.
+        vouched = {file.path, *(file.path.removesuffix(ending) + ".parquet" for ending in (KEYS_ENDING, ".json"))}
         return file.written_at < limit and not file.path.startswith(whole) and not vouched & reached
 
     garbage = [file for file in ours if is_garbage(file)]

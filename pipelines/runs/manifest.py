@@ -124,7 +124,7 @@ def new_run(root: str) -> tuple[str, str]:
     run = f"{stamp}-{secrets.token_hex(3)}"
     directory = files.join(root, RUNS, run)
     files.make_directory(directory)
-    files.mark_own(directory)
+    files.mark_own(directory, new=True)
     return run, directory
 
 
@@ -149,8 +149,9 @@ def read_pointer(root: str) -> dict[str, Any] | None:
         DamagedError: it is damaged, or gone although runs were published.
     """
     path = files.join(root, LATEST)
-    if files.exists(path):
-        return files.read_document(path, LATEST_FIELDS, repair_hint(root))
+    pointer = files.read_document_if_there(path, LATEST_FIELDS, repair_hint(root))
+    if pointer is not None:
+        return pointer
     # The very first publication may have been cut off between its record and the pointer.
     if len(published_files(root)) > 1:
         raise DamagedError(pointer_lost(root))
@@ -178,9 +179,10 @@ def read_run(root: str, run: str) -> Manifest:
         DamagedError: it is lost or damaged.
     """
     path = files.join(root, RUNS, run, MANIFEST)
-    if "/" in run or not files.exists(path):
+    record = None if "/" in run else files.read_document_if_there(path, MANIFEST_FIELDS, repair_hint(root))
+    if record is None:
         raise DamagedError(f"{path}: this file is gone: run {run} cannot be read. {repair_hint(root)}")
-    manifest = Manifest(**files.read_document(path, MANIFEST_FIELDS, repair_hint(root)))
+    manifest = Manifest(**record)
     if manifest.schema_version > SCHEMA_VERSION:
         raise InputError(
             f"{root}: run {run} has schema version {manifest.schema_version}, this camenn "
@@ -215,7 +217,8 @@ def write_manifest(root: str, manifest: Manifest) -> None:
     manifest.versions = versions()
     # A run without files has no directory yet.
     files.make_directory(files.join(root, RUNS, manifest.run))
-    files.sync_tree(root, _new_files(root, manifest))
+    if files.is_local(root):
+        files.sync_tree(root, _new_files(root, manifest))
     record = asdict(manifest)
     prefix = root.rstrip("/") + "/"
     for table in record["tables"].values():

@@ -4,6 +4,7 @@ Its parts are content-addressed and lie under one generation per encoder fingerp
 commit marker.
 
     STORE/images/FINGERPRINT/part-X.parquet    distinct photos' patch features
+    STORE/images/FINGERPRINT/part-X.keys.parquet   the same rows without the patch features
     STORE/images/FINGERPRINT/part-X.json       commit marker: rows, bytes, kernels, photos that
                                                could not be decoded, photos that were gone
     STORE/titles/FINGERPRINT/...               the same for titles
@@ -20,9 +21,10 @@ they have been replaced for two days and the published run does not list them.
 import datetime
 import hashlib
 import itertools
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +34,16 @@ from numpy.typing import NDArray
 from camenn_model.integrity import check_file
 from pipelines.io import clock, files
 from pipelines.io.lease import Writer
+from pipelines.io.tables import FileRecord
+from pipelines.runs.part_keys import (
+    ROW_GROUP,
+    files_of_part,
+    keys_path,
+    marker_path,
+    read_keys,
+    read_part,
+    write_keys,
+)
 from schemas.contract import Contract, check_output
 from schemas.embeddings import stamp_embeddings
 from schemas.manifest import MARKER_FIELDS, remedy
@@ -44,9 +56,7 @@ SMALL_PARTS = 32
 night would rewrite the same rows again and again."""
 READERS_HAVE = datetime.timedelta(hours=48)
 """How long a part that was replaced stays, for readers who began before."""
-ROW_GROUP = 256
-"""Rows: what is held in memory when a part is read or merged."""
-_READ_THREADS = 8
+_READ_THREADS = 4
 _REMEDY = remedy("embed", "image_embeddings")
 
 
@@ -59,6 +69,9 @@ class Part:
     bytes: int
     sha256: str = ""
     """64 hex digits over its bytes, '' where an earlier version of camenn wrote it"""
+    keys_bytes: int = 0
+    """Of its keys file, 0 where an earlier version of camenn wrote none"""
+    keys_sha256: str = ""
     failures: tuple[tuple[str, str, str], ...] = ()
     """(content key, reason, detail) of contents in the chunk that could not be encoded."""
     unread: tuple[tuple[str, str, str], ...] = ()
@@ -73,13 +86,29 @@ class Part:
     """ISO time, UTC"""
 
     def check(self) -> None:
-        """Check that the part is what was written.
+        """Check that the part and its keys file are what was written.
 
         Raises:
-            DamagedError: it is gone, or has another size or other bytes than its marker says.
+            DamagedError: one is gone, or has another size or other bytes than the marker says.
         """
         if files.is_local(self.path):
             check_file(self.path, self.bytes, self.sha256, _REMEDY)
+            if self.keys_bytes:
+                check_file(keys_path(self.path), self.keys_bytes, self.keys_sha256, _REMEDY)
+
+    def record(self, table: str) -> FileRecord:
+        """Return the part as a file of a manifest's table."""
+        return FileRecord(table, self.path, self.rows, self.bytes, sha256=self.sha256)
+
+    def keys_record(self, table: str) -> FileRecord:
+        """Return the keys file as a file of a manifest's table."""
+        return FileRecord(table, keys_path(self.path), self.rows, self.keys_bytes, sha256=self.keys_sha256)
+
+    def read_keys(self, columns: list[str]) -> pa.Table:
+        """Read columns without the embedding, from the keys file where there is one."""
+        if self.keys_bytes:
+            return read_keys(keys_path(self.path), self.keys_bytes, self.keys_sha256, columns)
+        return read_part(self.path, columns)
 
     @property
     def name(self) -> str:
@@ -100,20 +129,32 @@ def list_parts(directory: str) -> list[Part]:
 
     They are those that no other one replaces: each content is in one of them.
     """
-    parts = _all_parts(directory)
+    return standing_parts(all_parts(directory))
+
+
+def standing_parts(parts: list[Part]) -> list[Part]:
+    """Leave out the parts that others replace."""
     replaced = {name for part in parts for name in part.replaces}
     return [part for part in parts if part.name not in replaced]
 
 
-def _all_parts(directory: str) -> list[Part]:
-    markers = files.match(directory, "part-*.json")
+def all_parts(directory: str, known: Iterable[Part] = ()) -> list[Part]:
+    """List the committed parts of a generation, replaced ones included, by path.
+
+    `known`: parts of an earlier listing in this run, whose markers are not read again.
+    """
+    markers = sorted(marker.path for marker in files.match(directory, "part-*.json"))
+    found = {marker_path(part.path): part for part in known}
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return list(pool.map(read_marker, sorted(marker.path for marker in markers)))
+        return list(pool.map(lambda path: found.get(path) or read_marker(path), markers))
 
 
 def read_marker(path: str) -> Part:
     """Read the part that a commit marker vouches for."""
-    value = files.read_document(path, MARKER_FIELDS, _REMEDY)
+    return _part(path, files.read_document(path, MARKER_FIELDS, _REMEDY))
+
+
+def _part(path: str, value: dict[str, Any]) -> Part:
     failures, unread = (
         tuple((key, reason, detail) for key, reason, detail in value[name]) for name in ("failures", "unread")
     )
@@ -122,6 +163,8 @@ def read_marker(path: str) -> Part:
         rows=value["rows"],
         bytes=value["bytes"],
         sha256=value.get("sha256", ""),
+        keys_bytes=value.get("keys_bytes", 0),
+        keys_sha256=value.get("keys_sha256", ""),
         failures=failures,
         unread=unread,
         kernels=value["kernels"],
@@ -142,7 +185,8 @@ def chunk_name(run: str, keys: list[str]) -> str:
 def find_part(directory: str, name: str) -> Part | None:
     """Find the committed part of that name, if any."""
     marker = files.join(directory, f"part-{name}.json")
-    return read_marker(marker) if files.exists(marker) else None
+    value = files.read_document_if_there(marker, MARKER_FIELDS, _REMEDY)
+    return None if value is None else _part(marker, value)
 
 
 def fixed_binary(arrays: NDArray[np.float16]) -> pa.FixedSizeBinaryArray:
@@ -167,18 +211,21 @@ def commit_part(
     failures: Iterable[tuple[str, str, str]] = (),
     unread: Iterable[tuple[str, str, str]] = (),
 ) -> Part:
-    """Write a part and then its marker.
+    """Write a part, its keys file and then its marker.
 
     From that moment on its contents are never encoded again.
     """
     stamped = stamp_embeddings(check_output(table, contract), shape, kernels)
     path = files.join(directory, f"part-{name}.parquet")
     written = files.write_parquet(path, stamped, row_group_size=ROW_GROUP, durable=True)
+    keys = write_keys(path, stamped.drop_columns(["embedding"]))
     part = Part(
         path=path,
         rows=table.num_rows,
         bytes=written.bytes,
         sha256=written.sha256,
+        keys_bytes=keys.bytes,
+        keys_sha256=keys.sha256,
         failures=tuple(failures),
         unread=tuple(unread),
         kernels=kernels,
@@ -188,13 +235,15 @@ def commit_part(
 
 
 def _write_marker(part: Part) -> Part:
-    # Durable, and after its part: what it vouches for is never encoded again.
+    # Durable, and after its part and its keys: what it vouches for is never encoded again.
     files.write_document(
-        part.path.removesuffix(".parquet") + ".json",
+        marker_path(part.path),
         {
             "rows": part.rows,
             "bytes": part.bytes,
             "sha256": part.sha256,
+            "keys_bytes": part.keys_bytes,
+            "keys_sha256": part.keys_sha256,
             "kernels": part.kernels,
             "seconds": round(part.seconds, 3),
             "failures": part.failures,
@@ -247,11 +296,12 @@ def merge_parts(directory: str, group: list[Part]) -> Part:
     # What a merged part replaced must stay replaced when its own marker is gone.
     older = [name for part in group for name in part.replaces]
     if older:
-        there = {part.name for part in _all_parts(directory)}
+        there = {part.name for part in all_parts(directory)}
         names += [name for name in older if name in there]
     path = files.join(directory, f"part-{name}.parquet")
     for part in group:
         part.check()
+    rows: list[pa.Table] = []
     with files.atomic_write(path, durable=True) as sink:
         with files.open_read(group[0].path) as handle:
             schema = pq.ParquetFile(handle).schema_arrow
@@ -259,12 +309,16 @@ def merge_parts(directory: str, group: list[Part]) -> Part:
         with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
             for table in _row_groups(group):
                 writer.write_table(table, row_group_size=ROW_GROUP)
+                rows.append(table.drop_columns(["embedding"]))
+    keys = write_keys(path, pa.concat_tables(rows) if rows else schema.empty_table().drop_columns(["embedding"]))
     return _write_marker(
         Part(
             path=path,
             rows=sum(part.rows for part in group),
             bytes=sink.written.bytes,
             sha256=sink.written.sha256,
+            keys_bytes=keys.bytes,
+            keys_sha256=keys.sha256,
             failures=tuple(sorted({failure for part in group for failure in part.failures})),
             kernels=group[0].kernels,
             seconds=sum(part.seconds for part in group),
@@ -295,38 +349,40 @@ def _row_groups(group: list[Part]) -> Iterator[pa.Table]:
 
 
 def drop_replaced(
-    directory: str,
-    listed: set[str],
+    parts: Iterable[Part],
+    listed: Callable[[], set[str]],
     now: datetime.datetime | None = None,
     *,
     unseen: Container[str] = (),
     writer: Writer | None = None,
 ) -> int:
-    """Remove parts that were replaced long enough ago.
+    """Remove those of a generation's parts that were replaced long enough ago.
 
     That is `READERS_HAVE` ago, and they are not among `listed` (paths of runs that are or may be
-    published). Returned is how many.
+    published, which is asked only where it matters). Returned is how many.
 
     Those named in `unseen`, which no published run ever listed, go as soon as they are replaced.
 
-    The marker goes last: a removal that was cut off is finished by the next one.
+    Markers go last: a removal that was cut off is finished by the next one.
 
-    `writer`: the right to write to the store, which is checked before each part.
+    `writer`: the right to write to the store, which is checked before anything is removed.
     """
-    parts = {part.name: part for part in _all_parts(directory)}
+    named = {part.name: part for part in parts}
     limit = (now or clock.utc_now()) - READERS_HAVE
     replaced = {
         name
-        for part in parts.values()
+        for part in named.values()
         if part.replaces
         for name in part.replaces
         if name in unseen or datetime.datetime.fromisoformat(part.written_at) <= limit
     }
-    gone = [part for name, part in parts.items() if name in replaced and part.path not in listed]
-    for part in gone:
-        if writer is not None:
-            writer.check()
-        for path in (part.path, part.path.removesuffix(".parquet") + ".json"):
-            if files.exists(path):
-                files.delete([path])
+    old = [part for name, part in named.items() if name in replaced]
+    kept = listed() if old else set()
+    gone = [files_of_part(part.path) for part in old if part.path not in kept]
+    if gone and writer is not None:
+        writer.check()
+    files.delete_any([path for part, keys, _ in gone for path in (part, keys)])
+    if gone and writer is not None:
+        writer.check()
+    files.delete_any([marker for _, _, marker in gone])
     return len(gone)

@@ -547,7 +547,7 @@ def flip(path: Path) -> None:
 
 
 DAMAGES = {
-    "a store part": ("store/images/*/part-*.parquet", "shards", "fsck --repair"),
+    "a store part": ("store/images/*/part-*[0-9a-f].parquet", "shards", "fsck --repair"),
     "the store's items": ("store/runs/*/items/*", "score", "Run `camenn embed` again"),
     "an example file": ("shards/runs/*/examples/*/*", "train", "shards --rebuild"),
     "the weights": ("model/runs/*/model.safetensors", "score", "camenn train --rerun"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.counting_proxy import CountingProxy
+from benchmarks.support.counting_proxy import CountingProxy
 from tests.support.flink_cluster import free_port
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "object_store_local.sh"

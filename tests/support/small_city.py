@@ -321,7 +321,9 @@ def write_store(root: Path, catalog: pa.Table, *, run: str = "20240101T000000-aa
                 table.slice(first, 2),
                 kernels="fake",
             )
-            records.append(FileRecord(contract.name, part.path, part.rows, part.bytes, sha256=part.sha256))
+            records.append(part.record(contract.name))
+            # Titles are like those that a version of camenn without keys files wrote.
+            records += [part.keys_record("image_keys")] if kind == IMAGES else []
     items = [
         {
             "item_id": row["item_id"],
@@ -339,6 +341,6 @@ def write_store(root: Path, catalog: pa.Table, *, run: str = "20240101T000000-aa
         "text": {"fingerprint": f"fake-{TITLES}", "description": "made up titles"},
     }
     manifest = Manifest(stage="embed", run=run, options=encoders)
-    add_files(manifest, dict.fromkeys(("items", "image_embeddings", "title_embeddings"), ""), records)
+    add_files(manifest, dict.fromkeys(("items", "image_embeddings", "image_keys", "title_embeddings"), ""), records)
     publish(str(root), manifest)
     return root

@@ -246,7 +246,7 @@ def test_killed_run_keeps_what_it_committed(data: Path, tmp_path: Path, capfd: p
     store = Store(tmp_path / "store", data, capfd)
     store.embed()
     os.remove(store.root / "latest.json")
-    orphan = next((store.root / "titles").rglob("part-*.parquet"))
+    orphan = next((store.root / "titles").rglob("part-*[0-9a-f].parquet"))
     os.remove(orphan.with_suffix(".json"))
     summary = store.embed()
     assert summary["encoded_images"] == 0
@@ -300,7 +300,8 @@ def test_small_parts_of_earlier_runs_are_merged(
     assert {row["title_key"] for row in store.table("items").values()} - {None} <= set(rows)
     # Readers of the previous run still find its parts. Parts that the third night wrote and merged
     # at once never had a reader.
-    assert len(list(root.glob("titles/*/part-*.parquet"))) == 4
+    assert len(list(root.glob("titles/*/part-*.keys.parquet"))) == 4
+    assert len(list(root.glob("titles/*/part-*.parquet"))) == 8
     # A night that encodes nothing merges nothing.
     monkeypatch.setattr(store_module, "SMALL_PARTS", 1)
     assert store.embed("--image_root", str(data))["encoded_titles"] == 0

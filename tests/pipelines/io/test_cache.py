@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.support.counting_proxy import CountingProxy
 from camenn_model.integrity import DamagedError
 from camenn_model.published import ListedFile
-from pipelines.io import cache, objects
+from pipelines.io import cache, files, objects
 from pipelines.io.files import Written
 from schemas.errors import InputError
-from tests.support.counting_proxy import CountingProxy
 from tests.support.object_stores import LocalStores, running_stores
 
 pytestmark = [pytest.mark.slow, pytest.mark.objects]
@@ -125,7 +125,7 @@ def test_inputs_are_copied_by_version(root: str, stores: LocalStores, monkeypatc
     path, proxy = f"{root}/clicks.parquet", proxy_of(stores, root)
     for version in (b"monday" * 1_000, b"tuesday" * 1_000):
         objects.put(path, version)
-        cache.keep_inputs([path])
+        cache.keep_inputs(files.find([path]))
         proxy.clear()
         for _ in range(3):
             with cache.open_input(path) as handle:
@@ -134,7 +134,7 @@ def test_inputs_are_copied_by_version(root: str, stores: LocalStores, monkeypatc
     # What would take half of the limit is read by ranges.
     objects.put(path, b"wednesday")
     monkeypatch.setenv("CAMENN_CACHE_GB", "0.000000001")
-    cache.keep_inputs([path])
+    cache.keep_inputs(files.find([path]))
     proxy.clear()
     with cache.open_input(path) as handle:
         assert handle.read() == b"wednesday"
@@ -157,7 +157,7 @@ def test_what_is_not_used_is_forgotten(root: str, monkeypatch: pytest.MonkeyPatc
     assert [copy.exists() for copy in copies] == [True, False, False, False]
     monkeypatch.setenv("CAMENN_CACHE_GB", "much")
     with pytest.raises(InputError, match="CAMENN_CACHE_GB=much"):
-        cache.keep_inputs([entries[0].path])
+        cache.keep_inputs(files.find([entries[0].path]))
 
 
 def test_no_room(root: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,10 +39,10 @@ def test_directories_are_taken_as_they_are_named(tmp_path: Path) -> None:
 def test_a_file_that_changed_has_another_fingerprint_whatever_its_name(tmp_path: Path) -> None:
     path = tmp_path / "part[1].parquet"
     write_parquet(str(path), pa.table({"a": [1]}))
-    before = fingerprint([str(path)])
-    assert before == fingerprint([str(path)]) != fingerprint([])
+    before = fingerprint(find([str(path)]))
+    assert before == fingerprint(find([str(path)])) != fingerprint([])
     write_parquet(str(path), pa.table({"a": [1, 2, 3]}))
-    assert fingerprint([str(path)]) != before
+    assert fingerprint(find([str(path)])) != before
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.support.counting_proxy import CountingProxy
 from pipelines import cli
 from pipelines.io import files, lease, object_client, objects
 from pipelines.io.lease import InUseError, Lease, LostLeaseError
 from pipelines.ops import doctor
 from schemas.errors import InputError
-from tests.support.counting_proxy import CountingProxy
 from tests.support.object_stores import LocalStores, running_stores
 
 ROOT = Path(__file__).resolve().parents[3]

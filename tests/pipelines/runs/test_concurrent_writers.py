@@ -370,11 +370,11 @@ def test_who_lost_the_lease_drops_no_part(root: str, monkeypatch: pytest.MonkeyP
             table = pa.table({"image_key": [key], **row}, schema=contract.schema)
             commit_part(directory, contract, (2, 4), uuid.uuid4().hex, table, kernels="k")
         parts = list_parts(directory)
-        merge_parts(directory, parts)
+        merged = merge_parts(directory, parts)
         take_over(root)
         monkeypatch.setattr(lease, "RENEW", 0.0)
         with pytest.raises(LostLeaseError):
-            drop_replaced(directory, set(), unseen={part.name for part in parts}, writer=writer)
+            drop_replaced([*parts, merged], set, unseen={part.name for part in parts}, writer=writer)
     assert all(files.exists(part.path) for part in parts)
 
 

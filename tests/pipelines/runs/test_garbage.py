@@ -16,6 +16,7 @@ from pipelines.io import clock, files
 from pipelines.io.tables import FileRecord
 from pipelines.runs import garbage, publication
 from pipelines.runs.manifest import Manifest, add_files, read_latest, read_run
+from pipelines.runs.part_keys import files_of_part
 from pipelines.runs.publication import point_to, publish
 from pipelines.runs.store import commit_part
 from schemas.embeddings import image_embeddings
@@ -177,11 +178,13 @@ def test_a_store_loses_parts_with_their_markers(tmp_path: Path) -> None:
     used = FileRecord("image_embeddings", parts[2].path, 1, parts[2].bytes, sha256=parts[2].sha256)
     make_run(tmp_path, A, [used])
     age(tmp_path, 72)
-    age(Path(parts[3].path), 2)
-    age(Path(parts[3].path.replace(".parquet", ".json")), 2)
+    for path in files_of_part(parts[3].path):
+        age(Path(path), 2)
     collect(tmp_path)
     left = {path for path in remaining(tmp_path) if path.startswith("images")}
-    assert left == {f"images/{GENERATION}/{part(n, end)}" for n in (2, 3) for end in ("parquet", "json")}
+    assert left == {
+        f"images/{GENERATION}/{part(n, end)}" for n in (2, 3) for end in ("parquet", "keys.parquet", "json")
+    }
 
 
 def test_a_removal_that_was_cut_off_is_finished_by_the_next_one(
@@ -196,7 +199,7 @@ def test_a_removal_that_was_cut_off_is_finished_by_the_next_one(
     commit_part(str(directory), contract, (2, 4), f"{1:032x}", pa.table(row, schema=contract.schema), kernels="k")
     age(tmp_path, 72)
     delete = files.delete
-    for left in (3, 2, 1, 0):
+    for left in (4, 3, 2, 1, 0):
         # Each attempt removes one file, and is then killed.
         with monkeypatch.context() as patch:
             patch.setattr(files, "delete", lambda paths: delete(paths[:1]))

@@ -29,6 +29,7 @@ from pipelines.io.tables import FileRecord
 from pipelines.runs import fsck
 from pipelines.runs.manifest import Manifest, add_files, read_latest
 from pipelines.runs.night_record import new_night, read_nights
+from pipelines.runs.part_keys import files_of_part
 from pipelines.runs.publication import publications, publish
 from pipelines.runs.store import list_parts
 from pipelines.shards import stage as shards_stage
@@ -106,7 +107,8 @@ def checkpoint(_: Path, path: Path) -> Any:
 
 
 KINDS = {
-    "store: part": Kind(f"store/images/{IMAGES}/part-*.parquet", parts, "camenn embed"),
+    "store: part": Kind(f"store/images/{IMAGES}/part-*[0-9a-f].parquet", parts, "camenn embed"),
+    "store: keys": Kind(f"store/images/{IMAGES}/part-*.keys.parquet", parts, "camenn embed"),
     "store: marker": Kind(f"store/images/{IMAGES}/part-*.json", parts, "camenn embed"),
     "store: items": Kind("store/runs/*/items/*", table("store", "items"), "camenn embed"),
     "shards: examples": Kind("shards/runs/*/examples/*/*", shard_set("examples"), "camenn shards --rebuild"),
@@ -332,15 +334,17 @@ def test_publish_mends_a_pointer(tmp_path: Path) -> None:
     assert latest is not None and latest.run == "a"
 
 
-def test_a_damaged_part_is_set_aside(work: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [".parquet", ".keys.parquet"])
+def test_a_damaged_part_is_set_aside(work: Path, tmp_path: Path, ending: str) -> None:
     shutil.copytree(work / "store", tmp_path / "store")
     directory = tmp_path / "store" / "images" / IMAGES
     before = list_parts(str(directory))
-    flip(Path(before[0].path), 999)
+    flip(Path(before[0].path.replace(".parquet", ending)), 999)
     assert main(["fsck", "--out", str(tmp_path / "store"), "--repair"]) == 2
     # The rest is whole; `camenn embed` finds the part's contents missing, and encodes them.
     left = list_parts(str(directory))
     assert [part.name for part in left] == [part.name for part in before[1:]]
     for part in left:
         part.check()
-    assert Path(f"{before[0].path}.damaged").exists()
+    for path in files_of_part(before[0].path):
+        assert Path(f"{path}.damaged").exists() and not Path(path).exists()

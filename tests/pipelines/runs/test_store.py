@@ -5,6 +5,9 @@ them.
 """
 
 import datetime
+import re
+from collections.abc import Container
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from camenn_model.integrity import DamagedError
 from pipelines.io import clock, files
 from pipelines.runs import store as runs_store
-from pipelines.runs.store import Part, commit_part, drop_replaced, list_parts, merge_parts, plan_merges
-from schemas.embeddings import KERNELS_KEY, embedding_shape, image_embeddings
+from pipelines.runs.part_keys import ROW_GROUP, files_of_part, keys_path, read_part
+from pipelines.runs.store import Part, all_parts, commit_part, drop_replaced, list_parts, merge_parts, plan_merges
+from schemas.embeddings import KERNELS_KEY, ROW_GROUP_COLUMN, embedding_keys, embedding_shape, image_embeddings
 
 SHAPE = (2, 4)
 CONTRACT = image_embeddings(*SHAPE)
@@ -50,6 +55,11 @@ def rows_of(parts: list[Part]) -> list[dict[str, object]]:
     return sorted(found, key=lambda row: row["image_key"])
 
 
+def drop(directory: Path, listed: set[str], now: datetime.datetime | None = None, unseen: Container[str] = ()) -> int:
+    """Remove replaced parts of a directory."""
+    return drop_replaced(all_parts(str(directory)), lambda: listed, now, unseen=unseen)
+
+
 def test_merged_parts_hold_the_same_rows(tmp_path: Path) -> None:
     sizes = [1, 300, 256, 7, 0, 500]
     bad = [("dead", "corrupt_image", "no photo")]
@@ -60,9 +70,33 @@ def test_merged_parts_hold_the_same_rows(tmp_path: Path) -> None:
     assert rows_of([merged]) == expected
     assert (merged.rows, merged.failures, merged.seconds) == (sum(sizes), tuple(bad), sum(sizes) / 4)
     file = pq.ParquetFile(merged.path)
-    assert max(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)) <= runs_store.ROW_GROUP
+    assert max(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)) <= ROW_GROUP
     assert embedding_shape(file.schema_arrow) == SHAPE
     assert file.schema_arrow.field("embedding").metadata[KERNELS_KEY] == b"eager-batch64"
+
+
+def test_keys_files_hold_all_but_the_embeddings(tmp_path: Path) -> None:
+    parts = [commit(tmp_path, 1000 * n, size) for n, size in enumerate([1, 300, 0, 500])]
+    columns = [name for name in CONTRACT.names if name != "embedding"] + [ROW_GROUP_COLUMN]
+    for part in [*parts, merge_parts(str(tmp_path), parts)]:
+        found = part.read_keys(columns)
+        # The last is a part that an earlier version of camenn wrote.
+        assert found == read_part(part.path, columns) == replace(part, keys_bytes=0).read_keys(columns)
+        assert found.num_rows == part.rows and found.schema.names == embedding_keys(CONTRACT).names
+        assert Path(keys_path(part.path)).stat().st_size == part.keys_bytes
+
+
+@pytest.mark.parametrize("harm", ["gone", "another byte", "cut off"])
+def test_a_damaged_keys_file_is_named(tmp_path: Path, harm: str) -> None:
+    part = commit(tmp_path, 0, 3)
+    path = Path(keys_path(part.path))
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if harm == "cut off" else data[:-1] + bytes([data[-1] ^ 1]))
+    if harm == "gone":
+        path.unlink()
+    for use in (part.check, lambda: part.read_keys(["image_key"])):
+        with pytest.raises(DamagedError, match=rf"{re.escape(str(path))}: .*fsck --repair"):
+            use()
 
 
 def test_a_merge_is_done_once(tmp_path: Path) -> None:
@@ -105,7 +139,7 @@ def test_365_nights_leave_few_files_and_every_content_once(tmp_path: Path, monke
         after = list_parts(str(tmp_path))
         keys = [row["image_key"] for row in rows_of(after)] if night % 40 == 0 else []
         assert len(keys) == len(set(keys)) and sum(part.rows for part in after) == first
-        drop_replaced(str(tmp_path), published[-1])
+        drop(tmp_path, published[-1])
         # The run of last night and of the night before are still whole.
         published = [published[-1], {part.path for part in after}]
         assert all(Path(path).exists() for paths in published for path in paths)
@@ -124,15 +158,15 @@ def test_parts_are_removed_only_after_two_days_and_when_not_listed(
     second = merge_parts(str(tmp_path), [first, c])
     expected = rows_of([second])
     now = datetime.datetime.now(datetime.UTC)
-    assert drop_replaced(str(tmp_path), set(), now + NIGHT) == 0
+    assert drop(tmp_path, set(), now + NIGHT) == 0
     # A run that is still read lists a; all others are removed, and a must not be restored although
     # its replacement is gone.
-    assert drop_replaced(str(tmp_path), {a.path}, now + 3 * NIGHT) == 3
+    assert drop(tmp_path, {a.path}, now + 3 * NIGHT) == 3
     assert Path(a.path).exists() and not Path(first.path).exists()
     assert rows_of(list_parts(str(tmp_path))) == expected
     # A clock that was set back removes nothing.
-    assert drop_replaced(str(tmp_path), set(), now - 30 * NIGHT) == 0
-    assert drop_replaced(str(tmp_path), set(), now + 3 * NIGHT) == 1
+    assert drop(tmp_path, set(), now - 30 * NIGHT) == 0
+    assert drop(tmp_path, set(), now + 3 * NIGHT) == 1
 
 
 def test_a_removal_that_is_cut_off_leaves_the_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,23 +183,23 @@ def test_a_removal_that_is_cut_off_leaves_the_marker(tmp_path: Path, monkeypatch
     monkeypatch.setattr(files, "delete", cut_off)
     for part in (a, b):
         with pytest.raises(KeyboardInterrupt):
-            drop_replaced(str(tmp_path), set(), later)
+            drop(tmp_path, set(), later)
         marker = Path(part.path.replace(".parquet", ".json"))
         assert (Path(part.path).exists(), marker.exists()) == (False, True)
         assert rows_of(list_parts(str(tmp_path))) == expected
         monkeypatch.setattr(files, "delete", delete)
         if part is a:
-            assert drop_replaced(str(tmp_path), {b.path}, later) == 1
+            assert drop(tmp_path, {b.path}, later) == 1
             monkeypatch.setattr(files, "delete", cut_off)
-    assert drop_replaced(str(tmp_path), set(), later) == 1
+    assert drop(tmp_path, set(), later) == 1
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {Path(merged.path).name, Path(merged.path).with_suffix(".json").name}
+    assert left == {Path(path).name for path in files_of_part(merged.path)}
 
 
 def test_parts_that_nobody_ever_listed_go_at_once(tmp_path: Path) -> None:
     a, b, c = (commit(tmp_path, 10 * n, 3) for n in range(3))
     merged = merge_parts(str(tmp_path), [a, b, c])
-    assert drop_replaced(str(tmp_path), set(), unseen={a.name, c.name, merged.name}) == 2
+    assert drop(tmp_path, set(), unseen={a.name, c.name, merged.name}) == 2
     assert Path(b.path).exists() and Path(merged.path).exists() and not Path(a.path).exists()
     assert [part.path for part in list_parts(str(tmp_path))] == [merged.path]
 
