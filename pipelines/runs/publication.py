@@ -8,6 +8,7 @@ from typing import Any
 from camenn_model.integrity import DamagedError
 from pipelines.io import clock, files
 from pipelines.runner.log import stage_logger
+from pipelines.runs import readers_path
 from pipelines.runs.manifest import Manifest, check_records, published_files, read_latest, read_run, write_manifest
 from schemas.errors import InputError
 from schemas.manifest import LATEST, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS, repair_hint
@@ -41,6 +42,7 @@ def point_to(root: str, manifest: Manifest, **why: str) -> None:
         {"run": manifest.run, "stage": manifest.stage, "manifest": f"{RUNS}/{manifest.run}/{MANIFEST}"},
         durable=True,
     )
+    readers_path.update(root, manifest)
 
 
 def publications(root: str, last: int | None = None) -> list[dict[str, str]]:
@@ -62,17 +64,8 @@ def check_whole(root: str, manifest: Manifest) -> None:
     Raises:
         DamagedError: one is gone, or has another size or other bytes than the manifest says.
     """
-    for table in manifest.tables:
-        records = manifest.records(table)
-        check_records(records, f"Run {manifest.run} of {root} is not whole: publish another run.")
-        remote = [record for record in records if not files.is_local(record.path)]
-        there = {found.path: found.bytes for found in files.find(record.path for record in remote)}
-        for record in remote:
-            if there.get(record.path) != record.bytes:
-                raise DamagedError(
-                    f"{record.path}: is gone, or has another size than run {manifest.run} of "
-                    f"{root} wrote. Publish another run."
-                )
+    records = [record for table in manifest.tables for record in manifest.records(table)]
+    check_records(records, f"Run {manifest.run} of {root} is not whole: publish another run.", fresh=True)
 
 
 def split_run(path: str) -> tuple[str, str]:
@@ -125,6 +118,8 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
             if force:
                 why["forced"] = "; ".join(gate["words"] for gate in failed) or "no gate had failed"
             point_to(root, manifest, **why)
+        else:
+            readers_path.update(root, manifest)
     return {
         "out": root,
         "run": run,
