@@ -55,13 +55,14 @@ python - "$work" "$((SECONDS - started))" <(camenn runs --work "$work" --json) <
 import json, pathlib, sys
 work, seconds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 metrics = json.loads((work / "metrics.json").read_text())
-summary = {stage: run["summary"] for stage, run in json.loads(pathlib.Path(sys.argv[3]).read_text()).items()}
+runs = json.loads(pathlib.Path(sys.argv[3]).read_text())
+summary, readers = {stage: run["summary"] for stage, run in runs.items()}, runs["score"]["readers"]
 rows = [
     ("embeddings", f'{summary["embed"]["images_in_store"]:,} photos, {summary["embed"]["titles_in_store"]:,} titles', work / "store"),
     ("training shards", f'{summary["shards"]["rows_out"]:,} examples', work / "shards"),
     ("model", f'{metrics["train"]["examples_per_second"]:,.0f} examples/s', work / "model"),
-    ("scores", f'{summary["score"]["rows_out"]:,} rows', summary["score"]["scores"]),
-    ("listing quality", f'{summary["score"]["flagged_mismatch"]:,} flagged as mismatched', summary["score"]["listing_quality"]),
+    ("scores", f'{summary["score"]["rows_out"]:,} rows', readers.get("scores", summary["score"]["scores"])),
+    ("listing quality", f'{summary["score"]["flagged_mismatch"]:,} flagged as mismatched', readers.get("listing_quality", summary["score"]["listing_quality"])),
     ("report", "open it in a browser", work / "report" / "index.html"),
     ("metrics", "", work / "metrics.json"),
 ]

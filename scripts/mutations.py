@@ -76,6 +76,7 @@ NOBODY = (f"{_SNAPSHOT}test_a_pair_of_nobody_knows_nothing",)
 
 PUBLICATION = ("tests/pipelines/runs/test_publication.py",)
 PUBLISHED = ("tests/pipelines/runs/test_manifest.py",)
+READERS = ("tests/pipelines/runs/test_readers_path.py",)
 GATES = ("tests/pipelines/score/test_gates.py",)
 
 _STORE = "tests/pipelines/runs/test_store.py::"
@@ -692,6 +693,27 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("same-bytes", 'pointer | {"number": number}', "pointer", WRITERS),
         ("not-checked", "    if writer is not None:\n        writer.check()\n", "", WRITERS),
         ("first-publications", "entries[-last if last else None :]", "entries[:last]", PUBLICATION),
+    ),
+    *of(
+        "pipelines/runs/readers_path.py",
+        (
+            "path-stays",
+            "if run == (manifest.run if paths else None):",
+            "if run or not paths:",
+            READERS,
+        ),
+        (
+            "repeated-attempt-stays",
+            "if found.path not in listed and _OURS.fullmatch",
+            "if found.path in listed and _OURS.fullmatch",
+            READERS,
+        ),
+        ("others-files-go", "if foreign or not os.path.isdir(path):", "if not os.path.isdir(path):", READERS),
+        ("absolute-link", 'os.symlink(f"../{RUNS}/', 'os.symlink(f"{root}/{RUNS}/', READERS),
+    ),
+    *of(
+        "pipelines/runs/context.py",
+        ("cut-off-path-stays", "readers_path.update_or_warn(request.out, latest)", "pass", READERS),
     ),
     *of(
         "pipelines/runs/store.py",

@@ -26,7 +26,7 @@ from pipelines.io import clock, lease, objects
 from pipelines.io.errors import reading
 from pipelines.io.lease import InUseError as InUseError
 from pipelines.io.lease import LockedWriter, Writer
-from pipelines.io.object_client import ChangedError, Stat
+from pipelines.io.object_client import PART, ChangedError, Stat
 from schemas.errors import InputError
 
 
@@ -54,6 +54,13 @@ def absolute(path: str) -> str:
 def exists(path: str) -> bool:
     """Return whether a file or directory exists. An object store has files only."""
     return os.path.exists(path) if is_local(path) else objects.exists(path)
+
+
+def has_folder(path: str) -> bool:
+    """Return whether a directory exists. In an object store, any object below it counts."""
+    if is_local(path):
+        return os.path.exists(path)
+    return next(objects.list_objects(f"{path.rstrip('/')}/"), None) is not None
 
 
 def open_read(path: str, found: Stat | None = None) -> BinaryIO:
@@ -160,6 +167,20 @@ def delete(paths: Sequence[str]) -> None:
 def delete_any(paths: Sequence[str]) -> None:
     """Remove those files among some paths that are there."""
     delete([path for path in paths if not is_local(path) or os.path.exists(path)])
+
+
+def move(source: str, target: str) -> None:
+    """Give a file another name, in the same place.
+
+    An object has no other name: it is copied, piece by piece, and then removed.
+    """
+    if is_local(source):
+        os.replace(source, target)
+        return
+    with open_read(source) as handle, objects.upload(target) as upload:
+        while piece := handle.read(PART):
+            upload.write(piece)
+    objects.delete([source])
 
 
 @dataclass(frozen=True)
@@ -418,7 +439,7 @@ def has_table(path: str) -> bool:
     names = (f"{path}.parquet", path)
     if is_local(path):
         return any(map(os.path.lexists, names))
-    return exists(names[0]) or next(objects.list_objects(f"{path}/"), None) is not None
+    return exists(names[0]) or has_folder(path)
 
 
 def list_parquet(path: str, table: str) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pipelines.io import files
+from pipelines.io import files, objects
 from pipelines.io.errors import reading
 from pipelines.stages import STAGES
 from schemas.errors import InputError
@@ -151,11 +151,7 @@ def read_config(path: str) -> NightlyConfig:
             raise InputError(f"--config {path}: '{name}' is missing. `camenn nightly --init` shows what it is.")
         if "\0" in given[name]:
             raise InputError(f"--config {path}: '{name}' has a NUL character, which no path can have. Remove it.")
-    if not files.is_local(given["work"]):
-        raise InputError(
-            f"--config {path}: 'work' must be a local directory, not an object store's address: models and "
-            "embeddings are mapped into memory there."
-        )
+        _check_scheme(path, name, given[name])
     for name in ("beam", "on_failure"):
         if not all(isinstance(word, str) for word in given.get(name, [])):
             raise InputError(f"--config {path}: '{name}' must be a list of texts, not {show(given[name])}.")
@@ -203,6 +199,17 @@ def show(value: Any) -> str:
     It is truncated where it is long or deep.
     """
     return reprlib.repr(value)
+
+
+def _check_scheme(path: str, name: str, value: str) -> None:
+    """Refuse an address that no stage could open."""
+    if files.is_local(value):
+        return
+    if not objects.is_object(value):
+        raise InputError(f"--config {path}: '{name}' must be a directory, gs:// or s3://, not {show(value)}.")
+    lacking = objects.missing_library(objects.split(value)[0])
+    if lacking:
+        raise InputError(f"--config {path}: '{name}' is {show(value)}, but {lacking}")
 
 
 def _beside(base: str, path: str) -> str:

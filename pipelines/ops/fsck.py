@@ -39,10 +39,6 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.runs.fsck import check, find_outputs, is_output
 
     place = files.absolute(a.work or a.out)
-    if not files.is_local(place):
-        raise InputError(
-            f"--{'work' if a.work else 'out'} {place}: only local disks are read. Object stores check what they keep."
-        )
     if a.out and not is_output(place):
         raise InputError(f"--out {place}: nothing was ever published there. Give an output, as in WORK/scores.")
     roots = find_outputs(place) if a.work else [place]

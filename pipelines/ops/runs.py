@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--json",
         action="store_true",
         help="print one JSON object on the last line of stdout: by stage, the published run with its directory, "
-        "files, gates and closing table, and the publications",
+        "files, gates and closing table, the paths for readers, and the publications",
     )
     return parser
 
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, list and print."""
     arguments = build_parser().parse_args(argv)
     import json
-    import os
 
+    from pipelines.io import files
     from pipelines.runs.listing import list_runs
     from pipelines.stages import OUTPUT_FOLDERS
     from schemas.errors import InputError
@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--last {arguments.last}: must be 1 or more.")
     outs = [arguments.out]
     if arguments.out is None:
-        paths = [os.path.join(arguments.work, folder) for folder in OUTPUT_FOLDERS.values()]
-        outs = [path for path in paths if os.path.exists(os.path.join(path, LATEST))]
+        paths = [files.join(arguments.work, folder) for folder in OUTPUT_FOLDERS.values()]
+        outs = [path for path in paths if files.exists(files.join(path, LATEST))]
         if not outs:
             raise InputError(
                 f"--work {arguments.work}: no stage has published there: none of {', '.join(OUTPUT_FOLDERS.values())} "
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = {name: table["rows"] for name, table in one["tables"].items() if table["rows"]}
         if rows:
             print("    " + ", ".join(f"{name} {count:,} rows" for name, count in rows.items()))
+        for path in one["readers"].values():
+            print(f"    read it at {path}")
         for gate in one["gates"]:
             print(f"    gate {gate['name']}: {'passed' if gate['passed'] else 'FAILED'}: {gate['words']}")
     return 0

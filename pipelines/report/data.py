@@ -89,7 +89,7 @@ def read_work(root: str) -> Work:
     Raises:
         InputError: it is no directory, or one of its files is malformed.
     """
-    if files.is_local(root) and not files.exists(root):
+    if not files.has_folder(root):
         raise InputError(
             f"--run {root}: no such directory. Give the working directory that holds store/, "
             "shards/, model/ and scores/."
@@ -144,7 +144,7 @@ def read_columns(paths: list[str], columns: list[str]) -> Iterator[pa.Table]:
     for path in paths:
         with files.open_read(path) as handle:
             # A ParquetFile reads this file alone; hive folders of its path would add columns.
-            yield pq.ParquetFile(handle).read(columns=columns)
+            yield pq.ParquetFile(handle, pre_buffer=not files.is_local(path)).read(columns=columns)
 
 
 def read_items(work: Work, wanted: set[str]) -> dict[str, Item]:

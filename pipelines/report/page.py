@@ -165,6 +165,12 @@ def build_context(work: Work, photos: Photos) -> tuple[dict[str, Any], list[str]
         wanted |= set(chosen[0]["item_id"])
     items = read_items(work, wanted)
     details = listing_details.read_details(work, wanted)
+    shown = section_listings.retrieval_ids(work)
+    if flagged:
+        shown |= set(flagged[0]["item_id"])
+    if chosen:
+        shown |= set(chosen[0]["item_id"][chosen[0]["store_id"].isin(chosen[1])])
+    photos.read_ahead(items[name].image_uri for name in shown if name in items)
 
     def card(item_id: str, note: str = "", good: bool | None = None) -> section_listings.Card:
         item = items.get(item_id)

@@ -70,8 +70,27 @@ def read_scores(manifest: Manifest) -> Iterator[pa.Table]:
     """
     for path in manifest.paths("scores"):
         with files.open_read(path) as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(_BATCH, columns=["audience_id", "item_id", "cvr", "rank"]):
-                yield pa.Table.from_batches([batch])
+            parquet = pq.ParquetFile(handle, pre_buffer=not files.is_local(path))
+            for groups in _row_groups(parquet):
+                for batch in parquet.iter_batches(_BATCH, groups, ["audience_id", "item_id", "cvr", "rank"]):
+                    yield pa.Table.from_batches([batch])
+
+
+def _row_groups(parquet: pq.ParquetFile) -> Iterator[list[int]]:
+    """Yield row groups that have about `_BATCH` rows together.
+
+    What is read of an object stays in memory until all of its row groups that were asked for are.
+    """
+    groups: list[int] = []
+    rows = 0
+    for group in range(parquet.num_row_groups):
+        groups.append(group)
+        rows += parquet.metadata.row_group(group).num_rows
+        if rows >= _BATCH:
+            yield groups
+            groups, rows = [], 0
+    if groups:
+        yield groups
 
 
 def digest_scores(manifest: Manifest, *, with_stores: bool) -> ScoreDigest:

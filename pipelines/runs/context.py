@@ -20,6 +20,7 @@ from pipelines.io.tables import FileRecord
 from pipelines.runner.beam import open_pipeline
 from pipelines.runner.exit_codes import GatesFailed
 from pipelines.runner.log import stage_logger
+from pipelines.runs import readers_path
 from pipelines.runs.accounting import FinishRun, check_accounting, check_reject_rate, read_finished, read_rejects
 from pipelines.runs.gate import Gate
 from pipelines.runs.manifest import Manifest, add_files, new_run, read_latest, write_manifest
@@ -215,6 +216,8 @@ def open_run(request: Request, *, started: float, rerun: bool = False) -> Iterat
     ):
         position = Position.of(request.out)
         latest = read_latest(request.out)
+        if latest is not None:
+            readers_path.update_or_warn(request.out, latest)
         same = latest is not None and bool(request.fingerprint) and latest.request == request.fingerprint
         unchanged = same and not rerun and latest is not None and request.reads_published(latest)
         yield RunContext(

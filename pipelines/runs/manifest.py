@@ -76,10 +76,8 @@ class Manifest:
     def check(self, table: str) -> None:
         """Check that a table's files are what was written.
 
-        Object stores check what they send themselves.
-
         Raises:
-            DamagedError: see `camenn_model.integrity.check_file`.
+            DamagedError: see `check_records`.
         """
         check_records(self.records(table), remedy(self.stage, table))
 
@@ -100,10 +98,58 @@ class Manifest:
         return sum(entry["rows"] for entry in self.tables.get(table, {}).get("files", []))
 
 
-def check_records(records: Iterable[FileRecord], remedy: str) -> None:
-    """Check that local files are what was written, see `camenn_model.integrity.check_file`."""
+def check_records(records: Iterable[FileRecord], remedy: str, *, fresh: bool = False) -> None:
+    """Check that files are what was written.
+
+    Local ones are compared by size and SHA-256, see `camenn_model.integrity.check_file`. Of objects
+    the size is compared, as a listing gives it: a store checks the bytes itself.
+
+    `fresh`: list objects again, although this process has listed them before.
+
+    Raises:
+        DamagedError: one is gone or has other bytes.
+    """
+    records = list(records)
     local = [record for record in records if files.is_local(record.path)]
     check_files([(record.path, record.bytes, record.sha256) for record in local], remedy)
+    check_objects([record for record in records if not files.is_local(record.path)], remedy, fresh=fresh)
+
+
+_listed: dict[str, dict[str, int]] = {}
+"""Directory -> path -> bytes, of the objects that this process has listed to check others"""
+
+
+def check_objects(records: list[FileRecord], remedy: str, *, fresh: bool = False) -> None:
+    """Check the sizes of objects.
+
+    A thousand of one run take one request.
+
+    Raises:
+        DamagedError: one is gone or has another size.
+    """
+    again = {_directory(record.path) for record in records} if fresh else set()
+    for record in records:
+        directory = _directory(record.path)
+        if _listed.get(directory, {}).get(record.path) != record.bytes and directory not in again:
+            again.add(directory)
+    # Object stores list whole folders: a request for each file would take minutes.
+    for directory in again:
+        _listed[directory] = {found.path: found.bytes for found in files.match(directory, "**")}
+    for record in records:
+        found = _listed[_directory(record.path)].get(record.path)
+        if found is None:
+            raise DamagedError(f"{record.path}: this file is gone (`camenn gc` removed it, or it was lost). {remedy}")
+        if found != record.bytes:
+            raise DamagedError(f"{record.path}: has {found:,} bytes, {record.bytes:,} were written. {remedy}")
+
+
+def _directory(path: str) -> str:
+    """Return the directory that is listed for an object.
+
+    It is the run's, or elsewhere in an output the object's own.
+    """
+    root, runs, rest = path.rpartition(f"/{RUNS}/")
+    return f"{root}{runs}{rest.partition('/')[0]}" if root and "/" in rest else path.rpartition("/")[0]
 
 
 def request_fingerprint(inputs: dict[str, str], options: dict[str, Any]) -> str:

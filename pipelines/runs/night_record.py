@@ -1,21 +1,25 @@
 """The record that a night leaves behind.
 
 It is `WORK/nights/00000031/record.json` and `log.txt`, written as it goes, so that a night that was
-killed shows how far it came.
+killed shows how far it came. On an object store both are written whole each time: nothing can be
+appended there.
 """
 
 import contextlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pipelines.io import clock, files
 from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import versions
+from schemas.errors import InputError
 
 NIGHTS = "nights"
 RESERVED_BYTES = 64 * 2**10
 """A stage that fills the disk leaves no room for the record that reports it."""
+_READ_THREADS = 8
 RECORD = "record.json"
 LOG = "log.txt"
 
@@ -52,6 +56,10 @@ class Night:
     """Scores that readers see after it: run, at, hours since"""
     stages: list[StageRecord] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        # No field: those make the record.
+        self._lines: list[str] = []
+
     @property
     def path(self) -> str:
         """Return the path of the record."""
@@ -68,7 +76,7 @@ class Night:
             try:
                 files.write_document(self.path, record)
                 return
-            except OSError as error:
+            except (OSError, InputError) as error:
                 if last or not self._release():
                     _say(f"{self.path} cannot be written: {error}")
                     return
@@ -76,8 +84,10 @@ class Night:
     def reserve(self) -> None:
         """Reserve room on the disk for the record.
 
-        The record gets it when there is no other.
+        The record gets it when there is no other. An object store is never full.
         """
+        if not files.is_local(self.directory):
+            return
         with contextlib.suppress(OSError), open(self._reserve, "wb") as handle:
             handle.write(os.urandom(RESERVED_BYTES))
 
@@ -86,6 +96,8 @@ class Night:
 
         It returns whether there was any.
         """
+        if not files.is_local(self.directory):
+            return False
         try:
             os.remove(self._reserve)
         except OSError:
@@ -103,12 +115,18 @@ class Night:
 
     def log(self, text: str) -> None:
         """Write one line for whoever watches, and for the log."""
-        line = _say(text)
+        path = files.join(self.directory, LOG)
+        line = _say(text) + "\n"
         try:
-            with open(files.join(self.directory, LOG), "a") as handle:
-                handle.write(line + "\n")
-        except OSError as error:
-            _say(f"{files.join(self.directory, LOG)} cannot be written: {error}")
+            if files.is_local(path):
+                with open(path, "a") as handle:
+                    handle.write(line)
+            else:
+                self._lines.append(line)
+                with files.atomic_write(path) as sink:
+                    sink.write("".join(self._lines).encode())
+        except (OSError, InputError) as error:
+            _say(f"{path} cannot be written: {error}")
 
 
 def _say(text: str) -> str:
@@ -123,7 +141,8 @@ def read_nights(work: str) -> list[dict[str, Any]]:
     A night that was cut off while it wrote its first one is left out.
     """
     found = sorted(files.match(files.join(work, NIGHTS), f"*/{RECORD}"), key=lambda file: file.path)
-    return [read_night(file.path) for file in found]
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return list(pool.map(read_night, (file.path for file in found)))
 
 
 def read_night(path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pipelines.io import clock, files, objects
 from pipelines.io.lease import Writer
 from pipelines.io.object_client import ChangedError
 from pipelines.runner.log import stage_logger
+from pipelines.runs import readers_path
 from pipelines.runs.manifest import Manifest, check_records, published_files, read_latest, read_run, write_manifest
 from schemas.errors import InputError
 from schemas.manifest import LATEST, LATEST_FIELDS, MANIFEST, PUBLISHED, PUBLISHED_FIELDS, RUNS, repair_hint
@@ -100,6 +101,7 @@ def point_to(root: str, manifest: Manifest, position: Position | None = None, **
         files.write_document(files.join(root, LATEST), pointer, durable=True)
     else:
         _advance(root, manifest, pointer | {"number": number}, position.token)
+    readers_path.update(root, manifest)
 
 
 def _advance(root: str, manifest: Manifest, pointer: dict[str, Any], token: str | None) -> None:
@@ -164,17 +166,8 @@ def check_whole(root: str, manifest: Manifest) -> None:
     Raises:
         DamagedError: one is gone, or has another size or other bytes than the manifest says.
     """
-    for table in manifest.tables:
-        records = manifest.records(table)
-        check_records(records, f"Run {manifest.run} of {root} is not whole: publish another run.")
-        remote = [record for record in records if not files.is_local(record.path)]
-        there = {found.path: found.bytes for found in files.find(record.path for record in remote)}
-        for record in remote:
-            if there.get(record.path) != record.bytes:
-                raise DamagedError(
-                    f"{record.path}: is gone, or has another size than run {manifest.run} of "
-                    f"{root} wrote. Publish another run."
-                )
+    records = [record for table in manifest.tables for record in manifest.records(table)]
+    check_records(records, f"Run {manifest.run} of {root} is not whole: publish another run.", fresh=True)
 
 
 def split_run(path: str) -> tuple[str, str]:
@@ -229,6 +222,8 @@ def republish(path: str, *, force: bool, reason: str | None) -> dict[str, Any]:
                 why["forced"] = "; ".join(gate["words"] for gate in failed) or "no gate had failed"
             writer.check()
             point_to(root, manifest, position, **why)
+        else:
+            readers_path.update(root, manifest)
     return {
         "out": root,
         "run": run,

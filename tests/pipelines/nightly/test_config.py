@@ -86,13 +86,30 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str, capsys: py
     assert not (tmp_path / "work").exists()
 
 
-def test_work_is_local(tmp_path: Path) -> None:
+def test_data_and_work_may_lie_on_object_stores(tmp_path: Path) -> None:
     path = tmp_path / "city.toml"
-    path.write_text('data = "gs://city/data"\nwork = "gs://city/work"')
-    with pytest.raises(InputError, match="'work' must be a local directory"):
-        read_config(str(path))
+    path.write_text('data = "gs://city/data"\nwork = "s3://city/work/"\n[embed]\nimage_root = "gs://city/photos"')
+    config = read_config(str(path))
+    assert (config.data, config.work, config.output("store")) == (
+        "gs://city/data",
+        "s3://city/work/",
+        "s3://city/work/store",
+    )
+    assert config.flags["embed"]["image_root"] == "gs://city/photos"
     path.write_text('data = "gs://city/data"\nwork = "~/work"')
     assert read_config(str(path)).data == "gs://city/data"
+
+
+@pytest.mark.parametrize("name", ["data", "work"])
+@pytest.mark.parametrize(
+    ("address", "said"), [("hdfs://city/x", "must be a directory, gs:// or s3://"), ("s3://", "is no object's address")]
+)
+def test_an_address_that_no_stage_opens_is_refused(tmp_path: Path, name: str, address: str, said: str) -> None:
+    path = tmp_path / "city.toml"
+    given = {"data": "data", "work": "work", name: address}
+    path.write_text("\n".join(f'{key} = "{value}"' for key, value in given.items()))
+    with pytest.raises(InputError, match=f"{address}.*{said}|{said}.*{address}"):
+        read_config(str(path))
 
 
 @pytest.mark.parametrize("text", ['work = "w"', 'data = ""\nwork = "w"', "# nothing"])

@@ -190,7 +190,7 @@ def test_a_flipped_bit_is_told_or_changes_nothing(work: Path, kind: str) -> None
         waiting = fsck.check_output(str(folder), found) if folder.name != "nights" else []
         fsck.check_rest(str(work), found)
         for entry in waiting:
-            found.file(entry)
+            found.file(entry, fsck.find_fault(entry))
         missed += bool(found.damaged) == same
         path.write_bytes(whole)
     assert (wrong, missed) == (0, 0)
