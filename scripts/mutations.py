@@ -719,11 +719,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         "pipelines/runs/store.py",
         (
             "marker-first",
-            'for path in (part.path, part.path.removesuffix(".parquet") + ".json"):',
-            'for path in (part.path.removesuffix(".parquet") + ".json", part.path):',
+            "[path for part, keys, _ in some for path in (part, keys)]",
+            "[marker for _, _, marker in some]",
             REPLACED,
         ),
-        ("listed-parts-go", "if name in replaced and part.path not in listed]", "if name in replaced]", REPLACED),
+        ("listed-parts-go", "for part in old if part.path not in kept]", "for part in old]", REPLACED),
         ("replaced-come-back", "names += [name for name in older if name in there]", "pass", REPLACED),
         ("kernels-not-sorted", "(part.kernels, part.bytes, part.path)", "(part.bytes, part.path)", PLANNED),
         (

@@ -56,6 +56,8 @@ SMALL_PARTS = 32
 night would rewrite the same rows again and again."""
 READERS_HAVE = datetime.timedelta(hours=48)
 """How long a part that was replaced stays, for readers who began before."""
+REMOVED_AT_ONCE = 100
+"""Parts between two looks at whether the store is still this process's to write to"""
 _READ_THREADS = 4
 _REMEDY = remedy("embed", "image_embeddings")
 
@@ -379,10 +381,10 @@ def drop_replaced(
     old = [part for name, part in named.items() if name in replaced]
     kept = listed() if old else set()
     gone = [files_of_part(part.path) for part in old if part.path not in kept]
-    if gone and writer is not None:
-        writer.check()
-    files.delete_any([path for part, keys, _ in gone for path in (part, keys)])
-    if gone and writer is not None:
-        writer.check()
-    files.delete_any([marker for _, _, marker in gone])
+    for start in range(0, len(gone), REMOVED_AT_ONCE):
+        if writer is not None:
+            writer.check()
+        some = gone[start : start + REMOVED_AT_ONCE]
+        files.delete_any([path for part, keys, _ in some for path in (part, keys)])
+        files.delete_any([marker for _, _, marker in some])
     return len(gone)

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from camenn_model.integrity import DamagedError
 from pipelines import cli
-from pipelines.runs import manifest
+from pipelines.runs import manifest, publication
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.publication import check_whole
 
@@ -83,7 +83,7 @@ class Shim:
 
         builtins.open = open_counted
         if self.within:
-            for module, name in ((manifest, "write_manifest"), (manifest, "point_to")):
+            for module, name in ((manifest, "write_manifest"), (publication, "point_to")):
                 self._around(module, name)
 
     def _mkdir(self, path: Any, *_: Any, **__: Any) -> None:
