@@ -44,6 +44,7 @@ class CountingProxy:
         self.requests: list[Request] = []
         self.sockets = 0
         self._faults: list[tuple[str, int | str]] = []
+        self._numbered: dict[int, int | str] = {}
         self._lock = threading.Lock()
         proxy = self
 
@@ -60,10 +61,20 @@ class CountingProxy:
         with self._lock:
             self._faults += [(method, fault) for fault in faults]
 
+    def spoil_at(self, faults: dict[int, int | str]) -> None:
+        """Spoil requests of any method by their numbers from now on, 1 = the next one."""
+        with self._lock:
+            self._numbered = {len(self.requests) + number: fault for number, fault in faults.items()}
+
+    @property
+    def waiting(self) -> int:
+        """Return the faults that nobody ran into yet."""
+        return len(self._faults) + len(self._numbered)
+
     def clear(self) -> None:
         """Forget all requests. Faults that nobody ran into are an error."""
         with self._lock:
-            assert self._faults == []
+            assert self._faults == [] and self._numbered == {}
             self.requests.clear()
 
     def close(self) -> None:
@@ -72,6 +83,9 @@ class CountingProxy:
 
     def next_fault(self, method: str) -> int | str | None:
         with self._lock:
+            due = [number for number in self._numbered if number <= len(self.requests) + 1]
+            if due:
+                return self._numbered.pop(min(due))
             for number, (wanted, fault) in enumerate(self._faults):
                 if wanted == method:
                     del self._faults[number]
