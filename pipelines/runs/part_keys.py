@@ -1,4 +1,4 @@
-"""Keys files: what a part of the embedding store holds, apart from the embeddings.
+"""Keys files: parts of the store without their embeddings.
 
 Each committed part `part-X.parquet` has a small file `part-X.keys.parquet` beside it, some 100 bytes
 a row, so that whoever asks what is stored does not open the part. Parts of earlier versions of
@@ -36,9 +36,9 @@ def marker_path(part: str) -> str:
 
 
 def files_of_part(path: str) -> tuple[str, str, str]:
-    """Return the part, its keys file and its marker, of which `path` is one.
+    """Return a part, its keys file and its marker.
 
-    In this order they may be removed: the marker vouches for the others.
+    `path` is one of them. In this order they may be removed: the marker vouches for the others.
     """
     for ending in (KEYS_ENDING, ".parquet", ".json"):
         if path.endswith(ending):
@@ -58,7 +58,9 @@ def write_keys(part: str, rows: pa.Table) -> Written:
 
 
 def read_keys(path: str, size: int, sha256: str, columns: list[str]) -> pa.Table:
-    """Read columns of a keys file, which is read whole and held against its checksum.
+    """Read columns of a keys file.
+
+    It is read whole and held against its checksum.
 
     Raises:
         DamagedError: it is gone, or is not what was written.
@@ -75,7 +77,10 @@ def read_keys(path: str, size: int, sha256: str, columns: list[str]) -> pa.Table
 
 
 def read_part(path: str, columns: list[str]) -> pa.Table:
-    """Read the same of a part that has no keys file, its row groups included."""
+    """Read the same of a part without keys file.
+
+    Row groups are included.
+    """
     with files.open_read(path) as handle:
         parquet = open_parquet(handle)
         table = parquet.read(columns=[name for name in columns if name != ROW_GROUP_COLUMN])
