@@ -120,7 +120,8 @@ class PhotoListing:
     def look(self, paths: Iterable[str]) -> dict[str, Stat | None]:
         """Look photos up in the listing.
 
-        The result has those below its root, and None for what is not there. Paths elsewhere are left out. The file is read once for a process.
+        The result has those below its root, and None for what is not there. Paths elsewhere are
+        left out. The file is read once for a process.
         """
         if self.path is None:
             return {}

@@ -119,7 +119,8 @@ def exists(path: str) -> bool:
 def list_objects(prefix: str) -> Iterator[Stat]:
     """Yield the objects whose paths begin with `prefix`.
 
-    They come in the order of their names. A thousand take one request. Names are taken literally, and a slash is a character like others.
+    They come in the order of their names. A thousand take one request. Names are taken literally,
+    and a slash is a character like others.
 
     Raises:
         InputError: there is no such bucket.
@@ -195,7 +196,8 @@ def read(path: str, ranges: Sequence[tuple[int, int]] | None = None, token: str 
 def read_end(path: str, most: int) -> tuple[Stat, bytes]:
     """Read the last `most` bytes of an object.
 
-    They come with its size and token. It takes one request where looking first would take two. The time of the `Stat` is 0.
+    They come with its size and token. It takes one request where looking first would take two. The
+    time of the `Stat` is 0.
 
     Raises:
         FileNotFoundError: there is none.

@@ -146,7 +146,8 @@ def standing_parts(parts: list[Part]) -> list[Part]:
 def all_parts(directory: str, known: Iterable[Part] = ()) -> list[Part]:
     """List the committed parts, replaced ones included.
 
-    They are a generation's, by path. `known`: parts of an earlier listing in this run, whose markers are not read again.
+    They are a generation's, by path. `known`: parts of an earlier listing in this run, whose
+    markers are not read again.
     """
     markers = sorted(marker.path for marker in files.match(directory, "part-*.json"))
     found = {marker_path(part.path): part for part in known}
@@ -363,8 +364,9 @@ def drop_replaced(
 ) -> int:
     """Remove parts that were replaced long enough ago.
 
-    `parts`: all of a generation. That is `READERS_HAVE` ago, and they are not among `listed` (paths of runs that are or may be
-    published, which is asked only where it matters). Returned is how many.
+    `parts`: all of a generation. That is `READERS_HAVE` ago, and they are not among `listed` (paths
+    of runs that are or may be published, which is asked only where it matters). Returned is how
+    many.
 
     Those named in `unseen`, which no published run ever listed, go as soon as they are replaced.
 
