@@ -19,8 +19,6 @@ from pipelines.io.tables import open_parquet
 from schemas.embeddings import ROW_GROUP_COLUMN
 from schemas.manifest import remedy
 
-ROW_GROUP = 256
-"""Rows of a part's row group: what is held in memory when a part is read or merged."""
 _GROUP = pa.field(ROW_GROUP_COLUMN, pa.int32(), nullable=False)
 KEYS_ENDING = ".keys.parquet"
 
@@ -47,12 +45,13 @@ def files_of_part(path: str) -> tuple[str, str, str]:
     raise ValueError(f"{path}: is no file of a part")
 
 
-def write_keys(part: str, rows: pa.Table) -> Written:
+def write_keys(part: str, rows: pa.Table, row_group: int) -> Written:
     """Write a part's keys file.
 
-    `rows`: the part's columns without `embedding`, in its order.
+    `rows`: the part's columns without `embedding`, in its order. `row_group`: rows of each of its
+    row groups but the last.
     """
-    group = pa.array(np.arange(rows.num_rows, dtype=np.int32) // ROW_GROUP)
+    group = pa.array(np.arange(rows.num_rows, dtype=np.int32) // row_group)
     keys = rows.replace_schema_metadata(None).append_column(_GROUP, group)
     return files.write_parquet(keys_path(part), keys, durable=True)
 

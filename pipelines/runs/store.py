@@ -36,7 +36,6 @@ from pipelines.io import clock, files
 from pipelines.io.lease import Writer
 from pipelines.io.tables import FileRecord
 from pipelines.runs.part_keys import (
-    ROW_GROUP,
     files_of_part,
     keys_path,
     marker_path,
@@ -58,6 +57,8 @@ READERS_HAVE = datetime.timedelta(hours=48)
 """How long a part that was replaced stays, for readers who began before."""
 REMOVED_AT_ONCE = 100
 """Parts between two looks at whether the store is still this process's to write to"""
+ROW_GROUP = 256
+"""Rows: what is held in memory when a part is read or merged."""
 _READ_THREADS = 4
 _REMEDY = remedy("embed", "image_embeddings")
 
@@ -224,7 +225,7 @@ def commit_part(
     stamped = stamp_embeddings(check_output(table, contract), shape, kernels)
     path = files.join(directory, f"part-{name}.parquet")
     written = files.write_parquet(path, stamped, row_group_size=ROW_GROUP, durable=True)
-    keys = write_keys(path, stamped.drop_columns(["embedding"]))
+    keys = write_keys(path, stamped.drop_columns(["embedding"]), ROW_GROUP)
     part = Part(
         path=path,
         rows=table.num_rows,
@@ -316,7 +317,8 @@ def merge_parts(directory: str, group: list[Part]) -> Part:
             for table in _row_groups(group):
                 writer.write_table(table, row_group_size=ROW_GROUP)
                 rows.append(table.drop_columns(["embedding"]))
-    keys = write_keys(path, pa.concat_tables(rows) if rows else schema.empty_table().drop_columns(["embedding"]))
+    nothing = schema.empty_table().drop_columns(["embedding"])
+    keys = write_keys(path, pa.concat_tables([nothing, *rows]), ROW_GROUP)
     return _write_marker(
         Part(
             path=path,
