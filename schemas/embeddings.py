@@ -81,7 +81,7 @@ def embedding_keys(embeddings: Contract) -> Contract:
 
 
 def keys_table(embeddings: str) -> str:
-    """Return the name of the table of keys files beside `image_embeddings` or `title_embeddings`."""
+    """Return the table of keys files beside `embeddings`."""
     return embeddings.replace("_embeddings", "_keys")
 
 

@@ -119,7 +119,7 @@ class Generations:
 
 
 def part_records(parts: Parts) -> list[FileRecord]:
-    """Return the parts and their keys files as files of a manifest's tables."""
+    """Return parts and keys files as a manifest's files."""
     records = []
     for kind, found in parts.items():
         table = f"{kind[:-1]}_embeddings"

@@ -16,8 +16,7 @@ from pipelines.io import cache, files
 from pipelines.io.tables import FileRecord
 from pipelines.runner.log import stage_logger
 from pipelines.runs.manifest import CONTENTS, Manifest, check_records
-from pipelines.runs.part_keys import ROW_GROUP
-from pipelines.runs.store import chunk_name
+from pipelines.runs.store import ROW_GROUP, chunk_name
 from schemas.embeddings import embedding_shape
 
 CONTENT_FILE_BYTES = 128 * 2**20

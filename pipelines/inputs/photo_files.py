@@ -138,7 +138,10 @@ def _resolve_object(uri: str, column: str, image_root: str, allow_absolute: bool
 
 
 def object_root(image_root: str) -> str:
-    """Return a root as the paths of photos below it have it: without a slash at its end."""
+    """Return a root as paths below it begin.
+
+    It has no slash at its end.
+    """
     root = image_root.rstrip("/")
     return root if files.is_local(root) else _lower_scheme(root)
 

@@ -1,4 +1,4 @@
-"""List the photos below an image root in an object store.
+"""List the photos in an object store once.
 
 A look at each listing's photo would be a request each. A listing tells a thousand objects at once,
 so the submitter lists the root once, and every worker looks the photos of its buckets up there.
@@ -118,9 +118,10 @@ class PhotoListing:
     path: str | None
 
     def look(self, paths: Iterable[str]) -> dict[str, Stat | None]:
-        """Return what the listing says of the photos below its root. None = it is not there.
+        """Look photos up in the listing.
 
-        Paths elsewhere are left out. The file is read once for a process.
+        The result has those below its root, and None for what is not there. Paths elsewhere are
+        left out. The file is read once for a process.
         """
         if self.path is None:
             return {}

@@ -411,7 +411,10 @@ def read_document(path: str, fields: Collection[str], remedy: str) -> dict[str, 
 
 
 def read_document_if_there(path: str, fields: Collection[str], remedy: str) -> dict[str, Any] | None:
-    """Read a JSON object as `read_document` does, or return None where there is no such file."""
+    """Read a JSON object, or return None.
+
+    It is read as `read_document` does. None = there is no such file.
+    """
     if is_local(path) and not os.path.exists(path):
         return None
     try:
@@ -443,7 +446,7 @@ def has_table(path: str) -> bool:
 
 
 def list_parquet(path: str, table: str) -> list[str]:
-    """List the Parquet files of a table, sorted by name. See `find_parquet`."""
+    """List a table's Parquet files as `find_parquet` does."""
     return [file.path for file in find_parquet(path, table)]
 
 

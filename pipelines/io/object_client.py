@@ -1,4 +1,4 @@
-"""Shared parts of the object stores' clients: results, errors and repeated attempts."""
+"""Shared parts of the object stores' clients."""
 
 import contextlib
 import errno
@@ -83,16 +83,28 @@ class Client(Protocol):
         """Look at one object."""
 
     def page(self, bucket: str, prefix: str, most: int, after: str | None) -> tuple[list[Stat], str | None]:
-        """List up to `most` objects whose keys begin with `prefix`, and where the next page begins."""
+        """List up to `most` objects below a prefix.
+
+        Returned are they, and where the next page begins.
+        """
 
     def read(self, bucket: str, key: str, start: int, stop: int | None, token: str | None) -> bytes:
-        """Read bytes `start` to `stop`, of the version `token`. All of it where `stop` is None."""
+        """Read bytes `start` to `stop`.
+
+        They are of the version `token`. None = to the end.
+        """
 
     def tail(self, bucket: str, key: str, most: int) -> tuple[Stat, bytes]:
-        """Read the last `most` bytes, or all there are. The time of the `Stat` is 0."""
+        """Read the last `most` bytes, or all.
+
+        The time of the `Stat` is 0.
+        """
 
     def put(self, bucket: str, key: str, data: bytes, token: str | None, write_id: str) -> str:
-        """Write an object. `token`: None = whatever is there, '' = nothing, else that version."""
+        """Write an object.
+
+        `token`: None = whatever is there, '' = nothing, else that version.
+        """
 
     def delete(self, bucket: str, keys: Sequence[str]) -> None:
         """Remove objects, at most 1,000. Missing ones are no error."""

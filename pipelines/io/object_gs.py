@@ -73,13 +73,19 @@ class GsClient:
         return _stat(bucket, blob)
 
     def page(self, bucket: str, prefix: str, most: int, after: str | None) -> tuple[list[Stat], str | None]:
-        """List up to `most` objects whose keys begin with `prefix`, and where the next page begins."""
+        """List up to `most` objects below a prefix.
+
+        Returned are they, and where the next page begins.
+        """
         found = self._gs.list_blobs(bucket, prefix=prefix, page_size=most, page_token=after, fields=_FIELDS, **_ONCE)
         page = self.call(bucket, None, lambda: [_stat(bucket, blob) for blob in next(found.pages)], prefix)
         return page, found.next_page_token
 
     def read(self, bucket: str, key: str, start: int, stop: int | None, token: str | None) -> bytes:
-        """Read bytes `start` to `stop`, of the version `token`. All of it where `stop` is None."""
+        """Read bytes `start` to `stop`.
+
+        They are of the version `token`. None = to the end.
+        """
         blob = self._blob(bucket, key)
         chosen = {} if stop is None else {"start": start, "end": stop - 1}
         matching = {"if_generation_match": int(token)} if token else {}
@@ -94,7 +100,10 @@ class GsClient:
         return data if stop is None else whole(f"gs://{bucket}/{key}", data, stop - start)
 
     def tail(self, bucket: str, key: str, most: int) -> tuple[Stat, bytes]:
-        """Read the last `most` bytes, or all there are. The time of the `Stat` is 0."""
+        """Read the last `most` bytes, or all.
+
+        The time of the `Stat` is 0.
+        """
         name = f"{urllib.parse.quote(bucket, safe='')}/o/{urllib.parse.quote(key, safe='')}"
         url = f"{self.endpoint}/download/storage/v1/b/{name}?alt=media"
         # Accepting gzip: an object with Content-Encoding gzip is what it is.
@@ -118,7 +127,10 @@ class GsClient:
         return Stat(path, size, 0.0, answer.headers["X-Goog-Generation"]), whole(path, data, min(most, size))
 
     def put(self, bucket: str, key: str, data: bytes, token: str | None, write_id: str) -> str:
-        """Write an object. `token`: None = whatever is there, '' = nothing, else that version."""
+        """Write an object.
+
+        `token`: None = whatever is there, '' = nothing, else that version.
+        """
         blob = self._blob(bucket, key)
         if write_id:
             blob.metadata = {WRITE_ID: write_id}

@@ -52,7 +52,7 @@ _PASSING = {
 
 
 class _NoRangeError(Exception):
-    """An object has no bytes of which there could be a range."""
+    """An object is empty, so it has no ranges."""
 
 
 class S3Client:
@@ -92,7 +92,10 @@ class S3Client:
         )
 
     def page(self, bucket: str, prefix: str, most: int, after: str | None) -> tuple[list[Stat], str | None]:
-        """List up to `most` objects whose keys begin with `prefix`, and where the next page begins."""
+        """List up to `most` objects below a prefix.
+
+        Returned are they, and where the next page begins.
+        """
         more = {} if after is None else {"ContinuationToken": after}
         answer = self.call("list_objects_v2", bucket, None, Prefix=prefix, MaxKeys=most, **more)
         found = [
@@ -102,13 +105,19 @@ class S3Client:
         return found, answer["NextContinuationToken"] if answer.get("IsTruncated") else None
 
     def read(self, bucket: str, key: str, start: int, stop: int | None, token: str | None) -> bytes:
-        """Read bytes `start` to `stop`, of the version `token`. All of it where `stop` is None."""
+        """Read bytes `start` to `stop`.
+
+        They are of the version `token`. None = to the end.
+        """
         chosen = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         answer, data = self._get(bucket, key, **chosen, **({"IfMatch": token} if token else {}))
         return whole(f"s3://{bucket}/{key}", data, answer["ContentLength"] if stop is None else stop - start)
 
     def tail(self, bucket: str, key: str, most: int) -> tuple[Stat, bytes]:
-        """Read the last `most` bytes, or all there are. The time of the `Stat` is 0."""
+        """Read the last `most` bytes, or all.
+
+        The time of the `Stat` is 0.
+        """
         path = f"s3://{bucket}/{key}"
         try:
             answer, data = self._get(bucket, key, Range=f"bytes=-{most}")
@@ -129,7 +138,10 @@ class S3Client:
         return self._request(bucket, key, "", get)
 
     def put(self, bucket: str, key: str, data: bytes, token: str | None, write_id: str) -> str:
-        """Write an object. `token`: None = whatever is there, '' = nothing, else that version."""
+        """Write an object.
+
+        `token`: None = whatever is there, '' = nothing, else that version.
+        """
         condition: dict[str, Any] = {} if token is None else {"IfMatch": token} if token else {"IfNoneMatch": "*"}
         if write_id:
             condition["Metadata"] = {WRITE_ID: write_id}

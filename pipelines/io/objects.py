@@ -117,9 +117,10 @@ def exists(path: str) -> bool:
 
 
 def list_objects(prefix: str) -> Iterator[Stat]:
-    """Yield the objects whose paths begin with `prefix`, in the order of their names.
+    """Yield the objects whose paths begin with `prefix`.
 
-    A thousand take one request. Names are taken literally, and a slash is a character like others.
+    They come in the order of their names. A thousand take one request. Names are taken literally,
+    and a slash is a character like others.
 
     Raises:
         InputError: there is no such bucket.
@@ -148,7 +149,10 @@ def match(directory: str, pattern: str) -> Iterator[Stat]:
 
 
 def stat_all(paths: Iterable[str]) -> list[Stat]:
-    """Look at several objects at once. Those that are not there are left out."""
+    """Look at several objects at once.
+
+    Those that are not there are left out.
+    """
 
     def look(path: str) -> Stat | None:
         try:
@@ -190,9 +194,10 @@ def read(path: str, ranges: Sequence[tuple[int, int]] | None = None, token: str 
 
 
 def read_end(path: str, most: int) -> tuple[Stat, bytes]:
-    """Read the last `most` bytes of an object, which tells its size and token too.
+    """Read the last `most` bytes of an object.
 
-    It takes one request where looking first would take two. The time of the `Stat` is 0.
+    They come with its size and token. It takes one request where looking first would take two. The
+    time of the `Stat` is 0.
 
     Raises:
         FileNotFoundError: there is none.

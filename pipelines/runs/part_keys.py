@@ -1,4 +1,4 @@
-"""Keys files: what a part of the embedding store holds, apart from the embeddings.
+"""Keys files: parts of the store without their embeddings.
 
 Each committed part `part-X.parquet` has a small file `part-X.keys.parquet` beside it, some 100 bytes
 a row, so that whoever asks what is stored does not open the part. Parts of earlier versions of
@@ -19,8 +19,6 @@ from pipelines.io.tables import open_parquet
 from schemas.embeddings import ROW_GROUP_COLUMN
 from schemas.manifest import remedy
 
-ROW_GROUP = 256
-"""Rows of a part's row group: what is held in memory when a part is read or merged."""
 _GROUP = pa.field(ROW_GROUP_COLUMN, pa.int32(), nullable=False)
 KEYS_ENDING = ".keys.parquet"
 
@@ -36,9 +34,9 @@ def marker_path(part: str) -> str:
 
 
 def files_of_part(path: str) -> tuple[str, str, str]:
-    """Return the part, its keys file and its marker, of which `path` is one.
+    """Return a part, its keys file and its marker.
 
-    In this order they may be removed: the marker vouches for the others.
+    `path` is one of them. In this order they may be removed: the marker vouches for the others.
     """
     for ending in (KEYS_ENDING, ".parquet", ".json"):
         if path.endswith(ending):
@@ -47,18 +45,21 @@ def files_of_part(path: str) -> tuple[str, str, str]:
     raise ValueError(f"{path}: is no file of a part")
 
 
-def write_keys(part: str, rows: pa.Table) -> Written:
+def write_keys(part: str, rows: pa.Table, row_group: int) -> Written:
     """Write a part's keys file.
 
-    `rows`: the part's columns without `embedding`, in its order.
+    `rows`: the part's columns without `embedding`, in its order. `row_group`: rows of each of its
+    row groups but the last.
     """
-    group = pa.array(np.arange(rows.num_rows, dtype=np.int32) // ROW_GROUP)
+    group = pa.array(np.arange(rows.num_rows, dtype=np.int32) // row_group)
     keys = rows.replace_schema_metadata(None).append_column(_GROUP, group)
     return files.write_parquet(keys_path(part), keys, durable=True)
 
 
 def read_keys(path: str, size: int, sha256: str, columns: list[str]) -> pa.Table:
-    """Read columns of a keys file, which is read whole and held against its checksum.
+    """Read columns of a keys file.
+
+    It is read whole and held against its checksum.
 
     Raises:
         DamagedError: it is gone, or is not what was written.
@@ -75,7 +76,10 @@ def read_keys(path: str, size: int, sha256: str, columns: list[str]) -> pa.Table
 
 
 def read_part(path: str, columns: list[str]) -> pa.Table:
-    """Read the same of a part that has no keys file, its row groups included."""
+    """Read the same of a part without keys file.
+
+    Row groups are included.
+    """
     with files.open_read(path) as handle:
         parquet = open_parquet(handle)
         table = parquet.read(columns=[name for name in columns if name != ROW_GROUP_COLUMN])

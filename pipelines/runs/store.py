@@ -36,7 +36,6 @@ from pipelines.io import clock, files
 from pipelines.io.lease import Writer
 from pipelines.io.tables import FileRecord
 from pipelines.runs.part_keys import (
-    ROW_GROUP,
     files_of_part,
     keys_path,
     marker_path,
@@ -58,6 +57,8 @@ READERS_HAVE = datetime.timedelta(hours=48)
 """How long a part that was replaced stays, for readers who began before."""
 REMOVED_AT_ONCE = 100
 """Parts between two looks at whether the store is still this process's to write to"""
+ROW_GROUP = 256
+"""Rows: what is held in memory when a part is read or merged."""
 _READ_THREADS = 4
 _REMEDY = remedy("embed", "image_embeddings")
 
@@ -88,7 +89,7 @@ class Part:
     """ISO time, UTC"""
 
     def check(self) -> None:
-        """Check that the part and its keys file are what was written.
+        """Check that part and keys file are whole.
 
         Raises:
             DamagedError: one is gone, or has another size or other bytes than the marker says.
@@ -103,11 +104,14 @@ class Part:
         return FileRecord(table, self.path, self.rows, self.bytes, sha256=self.sha256)
 
     def keys_record(self, table: str) -> FileRecord:
-        """Return the keys file as a file of a manifest's table."""
+        """Return the keys file as a manifest's file."""
         return FileRecord(table, keys_path(self.path), self.rows, self.keys_bytes, sha256=self.keys_sha256)
 
     def read_keys(self, columns: list[str]) -> pa.Table:
-        """Read columns without the embedding, from the keys file where there is one."""
+        """Read columns other than the embedding.
+
+        They come from the keys file where there is one.
+        """
         if self.keys_bytes:
             return read_keys(keys_path(self.path), self.keys_bytes, self.keys_sha256, columns)
         return read_part(self.path, columns)
@@ -141,9 +145,10 @@ def standing_parts(parts: list[Part]) -> list[Part]:
 
 
 def all_parts(directory: str, known: Iterable[Part] = ()) -> list[Part]:
-    """List the committed parts of a generation, replaced ones included, by path.
+    """List the committed parts, replaced ones included.
 
-    `known`: parts of an earlier listing in this run, whose markers are not read again.
+    They are a generation's, by path. `known`: parts of an earlier listing in this run, whose
+    markers are not read again.
     """
     markers = sorted(marker.path for marker in files.match(directory, "part-*.json"))
     found = {marker_path(part.path): part for part in known}
@@ -220,7 +225,7 @@ def commit_part(
     stamped = stamp_embeddings(check_output(table, contract), shape, kernels)
     path = files.join(directory, f"part-{name}.parquet")
     written = files.write_parquet(path, stamped, row_group_size=ROW_GROUP, durable=True)
-    keys = write_keys(path, stamped.drop_columns(["embedding"]))
+    keys = write_keys(path, stamped.drop_columns(["embedding"]), ROW_GROUP)
     part = Part(
         path=path,
         rows=table.num_rows,
@@ -312,7 +317,8 @@ def merge_parts(directory: str, group: list[Part]) -> Part:
             for table in _row_groups(group):
                 writer.write_table(table, row_group_size=ROW_GROUP)
                 rows.append(table.drop_columns(["embedding"]))
-    keys = write_keys(path, pa.concat_tables(rows) if rows else schema.empty_table().drop_columns(["embedding"]))
+    nothing = schema.empty_table().drop_columns(["embedding"])
+    keys = write_keys(path, pa.concat_tables([nothing, *rows]), ROW_GROUP)
     return _write_marker(
         Part(
             path=path,
@@ -358,10 +364,11 @@ def drop_replaced(
     unseen: Container[str] = (),
     writer: Writer | None = None,
 ) -> int:
-    """Remove those of a generation's parts that were replaced long enough ago.
+    """Remove parts that were replaced long enough ago.
 
-    That is `READERS_HAVE` ago, and they are not among `listed` (paths of runs that are or may be
-    published, which is asked only where it matters). Returned is how many.
+    `parts`: all of a generation. That is `READERS_HAVE` ago, and they are not among `listed` (paths
+    of runs that are or may be published, which is asked only where it matters). Returned is how
+    many.
 
     Those named in `unseen`, which no published run ever listed, go as soon as they are replaced.
 

@@ -18,7 +18,7 @@ import pytest
 from camenn_model.integrity import DamagedError
 from pipelines.io import clock, files
 from pipelines.runs import store as runs_store
-from pipelines.runs.part_keys import ROW_GROUP, files_of_part, keys_path, read_part
+from pipelines.runs.part_keys import files_of_part, keys_path, read_part
 from pipelines.runs.store import Part, all_parts, commit_part, drop_replaced, list_parts, merge_parts, plan_merges
 from schemas.embeddings import KERNELS_KEY, ROW_GROUP_COLUMN, embedding_keys, embedding_shape, image_embeddings
 
@@ -70,7 +70,7 @@ def test_merged_parts_hold_the_same_rows(tmp_path: Path) -> None:
     assert rows_of([merged]) == expected
     assert (merged.rows, merged.failures, merged.seconds) == (sum(sizes), tuple(bad), sum(sizes) / 4)
     file = pq.ParquetFile(merged.path)
-    assert max(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)) <= ROW_GROUP
+    assert max(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)) <= runs_store.ROW_GROUP
     assert embedding_shape(file.schema_arrow) == SHAPE
     assert file.schema_arrow.field("embedding").metadata[KERNELS_KEY] == b"eager-batch64"
 
