@@ -163,7 +163,7 @@ def test_two_nights(
     assert run("publish", f"{scores}/runs/{first}")["published"]
     assert latest(scores).run == first
     assert run("rollback", "--out", scores)["run"] == second
-    assert run("runs", "--out", scores)["run"] == second
+    assert run("runs", "--out", scores)["score"]["run"] == second
     assert [entry["run"] for entry in publications(scores)] == [first, second, first, second]
 
     monkeypatch.setattr(garbage, "YOUNG", datetime.timedelta(seconds=-5))
