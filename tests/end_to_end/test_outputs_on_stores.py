@@ -6,6 +6,8 @@ work on the copy.
 
 import datetime
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -237,13 +239,56 @@ def read_all_ways(stores: LocalStores, path: str) -> pd.DataFrame:
     dataset = ds.dataset(name, filesystem=system).to_table().to_pandas()
     wrapped = ArrowFSWrapper(system)
     with duckdb.connect() as connection:
-        # DuckDB's own httpfs must be fetched from the network.
+        # Its own httpfs is tried below.
         connection.register_filesystem(wrapped)
         duck = connection.sql(f"SELECT * FROM read_parquet('{wrapped.protocol}://{name}/*.parquet')").df()
     assert len(frame) == len(dataset) == len(duck) > 0
     pd.testing.assert_frame_equal(dataset, frame)
     pd.testing.assert_frame_equal(duck, frame, check_dtype=False, check_categorical=False)
     return frame
+
+
+HTTPFS = ("duckdb==1.5.5", "duckdb-extensions==1.5.5", "duckdb-extension-httpfs==1.5.5")
+"""The latest DuckDB whose extension is a package too: others fetch it from a server of DuckDB's own."""
+
+
+@pytest.fixture(scope="module")
+def httpfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a Python with DuckDB and its extension for object stores."""
+    place = tmp_path_factory.mktemp("duckdb") / "env"
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+    install = [str(place / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", *HTTPFS]
+    subprocess.run([*install, "pandas", "pyarrow"], check=True, timeout=300)
+    return place / "bin" / "python"
+
+
+@pytest.mark.parametrize("scheme", ["s3"])
+def test_duckdb_opens_the_path_by_itself(
+    outputs: str, stores: LocalStores, work: Path, httpfs: Path, tmp_path: Path
+) -> None:
+    """Through its own extension, which speaks to S3 only (and to gs with S3's words, which the emulator lacks)."""
+    assert main(["publish", f"{outputs}/scores/runs/{FIRST}"]) == 0
+    keys = stores.direct
+    query = f"SELECT * FROM read_parquet('{outputs}/scores/published/scores/*.parquet')"
+    program = f"""
+import duckdb
+from duckdb_extensions import import_extension
+
+import_extension("httpfs")
+connection = duckdb.connect()
+connection.execute("LOAD httpfs")
+connection.execute(
+    "CREATE SECRET (TYPE s3, KEY_ID '{keys["AWS_ACCESS_KEY_ID"]}', SECRET '{keys["AWS_SECRET_ACCESS_KEY"]}', "
+    "REGION 'us-east-1', ENDPOINT '{stores.proxies["s3"].url.removeprefix("http://")}', USE_SSL false, "
+    "URL_STYLE 'path')"
+)
+connection.sql(\"\"\"{query}\"\"\").df().to_parquet({str(tmp_path / "found.parquet")!r})
+"""
+    done = subprocess.run([str(httpfs), "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected = pd.read_parquet(work / "scores" / "runs" / FIRST / "scores")
+    found = pd.read_parquet(tmp_path / "found.parquet")
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_categorical=False)
 
 
 @BOTH
