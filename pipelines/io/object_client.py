@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import posixpath
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,15 @@ TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 WRITE_ID = "camenn-write"
 """Metadata of an object that was written on a condition: which write it comes from"""
 
+TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".txt": "text/plain; charset=utf-8"}
+"""Ending of a name -> content type, by which a browser shows a report, or a log, instead of saving it"""
+
 T = TypeVar("T")
+
+
+def content_type(key: str) -> str:
+    """Return the content type of an object's name."""
+    return TYPES.get(posixpath.splitext(key)[1], "application/octet-stream")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pipelines.io.object_client import (
     ChangedError,
     Stat,
     TransientError,
+    content_type,
     last_attempt,
     missing,
     no_bucket,
@@ -135,7 +136,7 @@ class GsClient:
         if write_id:
             blob.metadata = {WRITE_ID: write_id}
         condition = {} if token is None else {"if_generation_match": int(token or 0)}
-        kind = "application/octet-stream"
+        kind = content_type(key)
         self.call(bucket, key, lambda: blob.upload_from_string(data, content_type=kind, **condition, **_ONCE))
         return str(blob.generation)
 
@@ -199,7 +200,7 @@ class GsUpload:
     def __init__(self, client: GsClient, bucket: str, key: str, blob: Any) -> None:
         self._client, self._bucket, self._key = client, bucket, key
         # It sends a failed part again itself: only it knows how much of it arrived.
-        self._writer = blob.open("wb", chunk_size=PART, ignore_flush=True)
+        self._writer = blob.open("wb", chunk_size=PART, ignore_flush=True, content_type=content_type(key))
 
     def add(self, part: bytes) -> None:
         """Send one part."""

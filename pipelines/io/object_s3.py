@@ -27,6 +27,7 @@ from pipelines.io.object_client import (
     Stat,
     TransientError,
     attempt,
+    content_type,
     missing,
     no_bucket,
     no_conditions,
@@ -145,6 +146,7 @@ class S3Client:
         condition: dict[str, Any] = {} if token is None else {"IfMatch": token} if token else {"IfNoneMatch": "*"}
         if write_id:
             condition["Metadata"] = {WRITE_ID: write_id}
+        condition["ContentType"] = content_type(key)
         return str(self.call("put_object", bucket, key, Body=data, **condition)["ETag"])
 
     def delete(self, bucket: str, keys: Sequence[str]) -> None:
@@ -222,7 +224,12 @@ class S3Upload:
         self._parts: list[dict[str, Any]] = []
         self._write_id = uuid.uuid4().hex
         begin = functools.partial(
-            client.call, "create_multipart_upload", bucket, key, Metadata={WRITE_ID: self._write_id}
+            client.call,
+            "create_multipart_upload",
+            bucket,
+            key,
+            Metadata={WRITE_ID: self._write_id},
+            ContentType=content_type(key),
         )
         self._id = str(attempt(self._path, begin)["UploadId"])
 

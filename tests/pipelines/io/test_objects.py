@@ -440,3 +440,16 @@ def test_only_two_schemes_are_objects() -> None:
     assert objects.is_object("gs://b/k") and objects.is_object("s3://b/k")
     assert not any(map(objects.is_object, ["/a/b", "a/gs", "hdfs://h/p", "gs:/b", ""]))
     assert set(ENDPOINTS) == set(objects.SCHEMES)
+
+
+def test_a_browser_is_told_what_a_page_is(place: str) -> None:
+    for name, size in (("small.html", 10), ("large.html", PART + 1), ("rows.parquet", 10)):
+        with objects.upload(f"{place}/{name}") as upload:
+            upload.write(b"x" * size)
+        scheme, bucket, key = objects.split(f"{place}/{name}")
+        client: Any = objects._client(scheme)
+        if scheme == "s3":
+            found = client._s3.head_object(Bucket=bucket, Key=key)["ContentType"]
+        else:
+            found = client._gs.bucket(bucket).get_blob(key).content_type
+        assert found == ("text/html; charset=utf-8" if name.endswith(".html") else "application/octet-stream")
