@@ -89,7 +89,7 @@ def test_two_processes_give_the_same_rows(night: Night) -> None:
 
 
 @pytest.mark.flink
-@pytest.mark.parametrize("parallelism", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
+@pytest.mark.parametrize("parallelism", [2, pytest.param(4, marks=SLOW)])
 def test_flink_gives_the_same_rows(night: Night, cluster: FlinkCluster, parallelism: int) -> None:
     flags = cluster.flags(parallelism)
     store, shards, scores, model = (f"{name}-flink-{parallelism}" for name in ("store", "shards", "scores", "model"))
