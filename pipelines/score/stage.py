@@ -92,7 +92,7 @@ def check_containers(out: str, beam_flags: list[str]) -> None:
         _LOG.warning(
             "Dataflow starts a container for each core, and each would download and keep all embeddings in use. Give "
             "--experiments=no_use_multiple_sdk_containers --number_of_worker_harness_threads=CORES: one container, "
-            "whose threads share them. See docs/guides/dataflow.md"
+            "whose threads share them. When that pays: docs/guides/dataflow.md"
         )
 
 

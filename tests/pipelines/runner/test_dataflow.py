@@ -203,12 +203,12 @@ def test_documented_flags_reach_the_job(city: City, stage: str) -> None:
     options = environment.sdk_pipeline_options["options"]
     assert (options["project"], options["region"]) == ("my-project", "europe-west4")
     assert options["staging_location"].startswith("gs://my-bucket/staging/")
-    machines = {"embed": "n1-standard-2", "shards": "n1-highmem-4", "score": "n1-standard-8"}
+    machines = {"embed": "n1-standard-2", "shards": "n1-highmem-4", "score": "n1-highmem-2"}
     assert pool.machine_type == machines[stage]
     # One process for all threads of a worker, hence one model of each kind on its GPU, and one copy of the embeddings.
     assert ("no_use_multiple_sdk_containers" in environment.experiments) == (stage != "shards")
     assert ("use_multiple_sdk_containers" in environment.experiments) == (stage == "shards")
-    assert pool.num_threads_per_worker == {"embed": 2, "shards": 0, "score": 8}[stage]
+    assert pool.num_threads_per_worker == {"embed": 2, "shards": 0, "score": 2}[stage]
 
 
 def test_setup_file_stages_every_module_that_the_guard_compares(city: City, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_plan_says_what_a_worker_of_score_downloads(
     assert 0 < tables <= planned["tables_at_most"]
     kept = sum(path.stat().st_size for path in (tmp_path / "worker").rglob("*") if path.suffix not in ("", ".lock"))
     assert 1e9 * said["worker_disk_gigabytes"]["copies"] == pytest.approx(kept, rel=0.1)
-    assert said["disk_size_gb"] == 26 and said["worker_threads"] == 8
+    assert said["disk_size_gb"] == 26 and said["worker_threads"] == 2
     memory = said["worker_memory_megabytes"]
     # Nothing was scored: the tiles of both threads are not in it.
     assert 1e6 * (memory["sum"] - memory["tile"]) == pytest.approx(worker["peak"], rel=0.3)
