@@ -262,7 +262,10 @@ class ContentsPlan:
 
 
 def look_at_contents(store: Manifest, items: pa.Table, latest: Manifest | None, root: str) -> ContentsPlan:
-    """Find what is in `contents/` and what is to be copied there. Nothing is written."""
+    """Find what lies in `contents/` and what is lacking.
+
+    Nothing is written.
+    """
     pieces: list[ContentPiece] = []
     kept: list[FileRecord] = []
     for kind in KINDS:
@@ -278,7 +281,7 @@ def _contents_directory(kind: str, store: Manifest, root: str) -> str:
 
 
 def _present(kind: str, latest: Manifest | None, directory: str) -> list[FileRecord]:
-    """List the contents files of the last run that stay in use."""
+    """List the last run's contents files that stay."""
     return [
         record
         for record in (latest.records(f"contents_{kind}") if latest else [])

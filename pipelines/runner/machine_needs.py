@@ -22,16 +22,19 @@ LIBRARIES_MB = {"embed": 950.0, "shards": 216.0, "score": 706.0}
 
 
 def threads_of(beam_flags: list[str]) -> int:
-    """Return the worker threads of a process that the flags name.
+    """Return the threads of a worker process.
 
-    It is 1 where they name none.
+    It is 1 where the flags name none.
     """
     return int(pipeline_options(beam_flags).get_all_options()["number_of_worker_harness_threads"] or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineNeeds:
-    """What one process of a stage downloads, keeps and holds. All are bytes."""
+    """The downloads, disk and memory of a worker process.
+
+    All are bytes.
+    """
 
     stage: str
     threads: int

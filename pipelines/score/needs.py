@@ -1,4 +1,6 @@
-"""Compute what a worker of `camenn score` downloads, keeps on disk and holds in memory.
+"""Compute the needs of a worker of `camenn score`.
+
+They are what it downloads, keeps on disk and holds in memory.
 
 Sizes come from the store's manifest, the package and the tables that were read. Rows of one width
 are counted, and one row, or some, are encoded to see their width.
@@ -79,7 +81,10 @@ def worker_needs(
 
 
 def size_of(values: Iterable[Any]) -> int:
-    """Add up the bytes of arrays and tensors, also of those inside of other things."""
+    """Add up the bytes of arrays and tensors.
+
+    Those inside of other things count too.
+    """
     total = 0
     for value in values:
         if isinstance(value, np.ndarray | pa.Array | pa.ChunkedArray) or hasattr(value, "untyped_storage"):
@@ -94,10 +99,10 @@ def size_of(values: Iterable[Any]) -> int:
 
 
 def tile_size(package: "Package", table: "ItemTable", audience: Any, precision: str, top_k: int) -> float:
-    """Compute the bytes of a tile in work: its rows, their states, its numbers.
+    """Compute the bytes of a tile in work.
 
-    A small tile is scored, and its states are counted after all experts that its pairs choose are
-    among them.
+    They are of its rows, their states and its numbers. A small tile is scored, and its states are
+    counted after all experts that its pairs choose are among them.
     """
     import torch
 

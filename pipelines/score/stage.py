@@ -87,7 +87,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
 
 
 def check_containers(out: str, beam_flags: list[str]) -> None:
-    """Warn where each core of a worker would download the embeddings for itself."""
+    """Warn where each core would download the embeddings for itself."""
     if has_process_per_core(beam_flags) and not files.is_local(out):
         _LOG.warning(
             "Dataflow starts a container for each core, and each would download and keep all embeddings in use. Give "

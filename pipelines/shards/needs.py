@@ -14,7 +14,10 @@ from pipelines.shards.planning import Found
 
 
 def worker_needs(found: Found, contents: ContentsPlan, threads: int) -> MachineNeeds:
-    """Compute the needs of all workers together, and the disk of one. They keep nothing."""
+    """Compute the needs of all workers together.
+
+    They keep nothing on disk.
+    """
     kept = sum(part.record.bytes for log in found.logs.values() for part in log.parts)
     open_days = {path for paths in found.kept.open_paths.values() for path in paths}
     return MachineNeeds(
@@ -31,7 +34,7 @@ def worker_needs(found: Found, contents: ContentsPlan, threads: int) -> MachineN
 
 
 def log_bytes(log: LogPlan) -> int:
-    """Add up the row groups of a log that are read."""
+    """Add up a log's row groups that are read."""
     wanted: dict[str, list[Slice]] = {}
     for place in log.fresh:
         wanted.setdefault(place.file, []).append(place)
@@ -43,7 +46,7 @@ def log_bytes(log: LogPlan) -> int:
 
 
 def embedding_bytes(contents: ContentsPlan) -> int:
-    """Add up the row groups of the store's parts that are read."""
+    """Add up the store's row groups that are read."""
     groups: dict[str, set[int]] = {}
     for piece in contents.pieces:
         for path, numbers in piece.groups:
@@ -56,7 +59,10 @@ def embedding_bytes(contents: ContentsPlan) -> int:
 
 
 def group_bytes(parquet: pq.ParquetFile, groups: Iterable[int], columns: set[str] | None = None) -> int:
-    """Add up some row groups of a file, as they lie in it. `columns`: None = all."""
+    """Add up some row groups of a file.
+
+    `columns`: None = all.
+    """
     metadata = parquet.metadata
     return sum(
         metadata.row_group(group).column(number).total_compressed_size

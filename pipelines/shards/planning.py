@@ -85,7 +85,10 @@ def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndar
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What the logs and the published run say before anything is written."""
+    """The facts of the logs and the published run.
+
+    Nothing is written yet.
+    """
 
     clicked_at: np.ndarray
     """Times of all clicks, int64 microseconds"""

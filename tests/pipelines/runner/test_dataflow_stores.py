@@ -23,6 +23,7 @@ from apache_beam.internal import pickler
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 
+from benchmarks.support.counting_proxy import Request
 from benchmarks.support.stub_encoders import StubImageHandler, stub_handler, stub_specs
 from camenn_model.encoders.spec import ImageSpec, TextSpec
 from pipelines import cli
@@ -36,7 +37,6 @@ from pipelines.runner.flags import parse_with_beam
 from pipelines.runs.manifest import read_latest
 from pipelines.score.command import build_parser
 from pipelines.score.stage import check_containers
-from tests.support.counting_proxy import Request
 from tests.support.dataflow_jobs import MAINS, documented_command, write_city
 from tests.support.object_stores import LocalStores, running_stores
 
