@@ -1,4 +1,7 @@
-"""Compute what a worker of `camenn embed` downloads, keeps on disk and holds in memory."""
+"""Compute the needs of a worker of `camenn embed`.
+
+They are what it downloads, keeps on disk and holds in memory.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +13,9 @@ from pipelines.runner.machine_needs import MachineNeeds
 
 
 def worker_needs(options: EmbedOptions, photos: Mapping[str, int], threads: int) -> MachineNeeds:
-    """Compute the needs of all workers together, and of a process with so many threads.
+    """Compute the needs of the workers.
+
+    They are those of all together, and of a process with so many threads.
 
     `photos`: bytes of those that are read to know them, and of those that are read again to be
     encoded.
@@ -30,7 +35,10 @@ def worker_needs(options: EmbedOptions, photos: Mapping[str, int], threads: int)
 
 
 def weights_bytes(spec: EncoderSpec) -> int:
-    """Return the bytes of an encoder's weights, 0 where they are drawn at random."""
+    """Return the bytes of an encoder's weights.
+
+    They are 0 where they are drawn at random.
+    """
     if not spec.path:
         return 0
     path = Path(spec.path)

@@ -47,7 +47,7 @@ class ContentJob:
 
 @dataclass(frozen=True)
 class ContentPiece:
-    """What one contents file will hold, and where it comes from."""
+    """The content and origin of one contents file."""
 
     groups: tuple[tuple[str, tuple[int, ...]], ...]
     """See `ContentJob`"""
@@ -244,7 +244,7 @@ def contents_jobs(
 
 @dataclass(frozen=True)
 class ContentsPlan:
-    """What `contents_jobs` would find."""
+    """The result of `look_at_contents`."""
 
     pieces: tuple[ContentPiece, ...]
     """To copy from the store"""
