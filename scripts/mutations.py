@@ -823,8 +823,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("not-calibrated", "self.package.calibration(logits)", "1 / (1 + np.exp(-logits))", TILES),
         (
             "pairs-before-items",
-            'names = [*NUMERIC_GROUPS["item_counts"], *NUMERIC_GROUPS["pair_counts"]]',
-            'names = [*NUMERIC_GROUPS["pair_counts"], *NUMERIC_GROUPS["item_counts"]]',
+            'return [*NUMERIC_GROUPS["item_counts"], *NUMERIC_GROUPS["pair_counts"]]',
+            'return [*NUMERIC_GROUPS["pair_counts"], *NUMERIC_GROUPS["item_counts"]]',
             TILES,
         ),
     ),

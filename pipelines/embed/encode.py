@@ -29,6 +29,8 @@ from schemas.rejects import DEFECTS
 
 KEY_COLUMNS = {IMAGES: "image_key", TITLES: "title_key"}
 CHUNK = 256
+ENCODED = "photos_encoded"
+"""What counts bytes of photo files to encode"""
 
 
 class ReadKeys(beam.DoFn):
@@ -81,10 +83,15 @@ class CountPending(beam.DoFn):
         _, kinds = element
         column = KEY_COLUMNS[self.kind]
         wanted = pc.count_distinct(kinds["wanted"][column]).as_py() if "wanted" in kinds else 0
-        due = pending(kinds, column).num_rows
+        due = pending(kinds, column)
         yield Count(self.kind, "in", wanted)
-        yield Count(self.kind, "stored", wanted - due)
-        yield Count(self.kind, "due", due)
+        yield Count(self.kind, "stored", wanted - due.num_rows)
+        yield Count(self.kind, "due", due.num_rows)
+        if self.kind == IMAGES and due.num_rows:
+            # Photos in the catalog itself travel with it.
+            size = pc.sum(due["size"].filter(pc.is_null(due["bytes"]))).as_py() or 0
+            yield Count(ENCODED, "in", size)
+            yield Count(ENCODED, "due", size)
 
 
 @dataclass(frozen=True)

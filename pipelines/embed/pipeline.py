@@ -47,9 +47,9 @@ class EmbedCatalog(beam.PTransform[beam.Pipeline, Any]):
             {"catalog": clean.rows, "previous": previous}
             | "ByItem" >> ShuffleByBucket({"catalog": "item_id", "previous": "item_id"}, job.buckets, "zstd")
             | "Resolve"
-            >> beam.ParDo(ResolveItems(options.image_root, options.allow_absolute, job.photo_listing)).with_outputs(
-                "images", "titles", "rejects", "counts", main="items"
-            )
+            >> beam.ParDo(
+                ResolveItems(options.image_root, options.allow_absolute, job.photo_listing, job.plan)
+            ).with_outputs("images", "titles", "rejects", "counts", main="items")
         )
         images = resolved.images | "EncodeImages" >> EncodeContents(IMAGES, job)
         titles = resolved.titles | "EncodeTitles" >> EncodeContents(TITLES, job)

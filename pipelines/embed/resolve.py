@@ -35,8 +35,12 @@ from schemas.embeddings import EMBEDDED_ITEMS
 from schemas.reasons import Reason
 
 READ_THREADS = 8
+HASHED = "photos_hashed"
+"""What counts bytes of photos that were read to know them"""
 
-WANTED_IMAGE = pa.schema([("image_key", pa.string()), ("path", pa.string()), ("bytes", pa.binary())])
+WANTED_IMAGE = pa.schema(
+    [("image_key", pa.string()), ("path", pa.string()), ("bytes", pa.binary()), ("size", pa.int64())]
+)
 WANTED_TITLE = pa.schema([("title_key", pa.string()), ("title", pa.string())])
 
 
@@ -98,14 +102,16 @@ class ResolveItems(beam.DoFn):
     A photo whose (address, size, modification time) is the previous run's is not opened: its key is
     known. Of an object its version counts, not its time.
 
-    `listing`: file of `list_photos`, if any.
+    `listing`: file of `list_photos`, if any. `plan`: count the bytes of photos that are opened.
     """
 
-    def __init__(self, image_root: str, allow_absolute: bool, listing: str | None = None) -> None:
+    def __init__(self, image_root: str, allow_absolute: bool, listing: str | None = None, plan: bool = False) -> None:
         self.photos = PhotoFiles(image_root, allow_absolute)
         self.listing = PhotoListing(image_root, listing)
         self.listed: dict[str, Stat | None] = {}
         self.keys: dict[Stat, str] = {}
+        self.plan = plan
+        self.hashed: list[int] = []
         self.real_directory: Callable[[str], str] = os.path.realpath
         self.read = beam.metrics.Metrics.counter(STAGE, "photos-read")
 
@@ -123,6 +129,7 @@ class ResolveItems(beam.DoFn):
         # Again for each bucket: links may be changed between runs of a worker that lives on.
         self.real_directory = functools.lru_cache(4_096)(os.path.realpath)
         self.listed, self.keys = self._look_up(uris, inline), {}
+        self.hashed = []
         with ThreadPoolExecutor(READ_THREADS) as pool:
             photos = list(
                 pool.map(
@@ -153,6 +160,7 @@ class ResolveItems(beam.DoFn):
                     "image_key": list(wanted),
                     "path": [p.path for p in wanted.values()],
                     "bytes": [p.data for p in wanted.values()],
+                    "size": [p.size for p in wanted.values()],
                 },
                 schema=WANTED_IMAGE,
             ),
@@ -166,6 +174,9 @@ class ResolveItems(beam.DoFn):
         yield beam.pvalue.TaggedOutput("counts", Count("catalog", "out", rows.num_rows))
         yield beam.pvalue.TaggedOutput("counts", Count("catalog", "rejected", rejects.num_rows))
         yield beam.pvalue.TaggedOutput("counts", Count("catalog", "duplicates", copies))
+        if self.plan:
+            for where in ("in", "hashed"):
+                yield beam.pvalue.TaggedOutput("counts", Count(HASHED, where, sum(self.hashed)))
 
     def _look_up(self, uris: list[str | None], inline: list[bytes | None]) -> dict[str, Stat | None]:
         paths = []
@@ -187,7 +198,9 @@ class ResolveItems(beam.DoFn):
     def _key(self, path: str, status: PhotoStatus) -> str:
         key = self.keys.get(status.found) if status.found is not None else None
         if key is None:
-            key = content_key(self.photos.read(path, status.found))
+            data = self.photos.read(path, status.found)
+            key = content_key(data)
+            self.hashed.append(len(data))
             self.read.inc()
             if status.found is not None:
                 # Other listings of the bucket may have the same photo.

@@ -24,16 +24,20 @@ from camenn_model.hashing import stable_hash
 from camenn_model.integrity import DamagedError
 from pipelines.embed.coverage import PhotoIds, check_image_root, check_photos, first_defect, read_items
 from pipelines.embed.defects import failed_photos, write_defects
+from pipelines.embed.encode import ENCODED
 from pipelines.embed.generations import KINDS, Generations, Parts, part_records
 from pipelines.embed.handlers import MakeHandler, chunk_handler, measure_pace
+from pipelines.embed.needs import worker_needs
 from pipelines.embed.options import STAGE, EmbedJob, EmbedOptions
 from pipelines.embed.pipeline import EmbedCatalog
+from pipelines.embed.resolve import HASHED
 from pipelines.inputs.photo_listing import list_photos
 from pipelines.io import files
 from pipelines.io.tables import Source
 from pipelines.runner.beam import is_local_run, local_workers, worker_threads
 from pipelines.runner.console import watch
 from pipelines.runner.log import stage_logger
+from pipelines.runner.machine_needs import threads_of
 from pipelines.runs.context import Outcome, Request, RunContext, execute, open_run
 from pipelines.runs.manifest import Manifest, new_run, read_latest, request_fingerprint
 from pipelines.runs.outputs import check_output
@@ -235,6 +239,9 @@ def plan(options: EmbedOptions, beam_flags: list[str]) -> dict[str, Any]:
         elif encode_seconds is not None:
             encode_seconds += rows * pace / local_workers(beam_flags)
         sources.append(origin)
+    if not (files.is_local(options.store) and is_local_run(beam_flags)):
+        photos = {name: counts.get(name, {}).get("in", 0) for name in (HASHED, ENCODED)}
+        summary |= worker_needs(options, photos, threads_of(beam_flags)).lines()
     return summary | {
         # Three digits, not tenths: a fast machine's small run is no run of 0 seconds.
         "encode_seconds": None if encode_seconds is None else float(f"{encode_seconds:.3g}"),

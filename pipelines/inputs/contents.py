@@ -21,8 +21,13 @@ from schemas.embeddings import embedding_shape
 
 CONTENT_FILE_BYTES = 128 * 2**20
 """Most embeddings of a contents file: they are in memory while it is written"""
+KEY_BYTES = 36
+"""Of a content key in a contents file: 32 hex digits and where they begin"""
+FRAME_BYTES = 900
+"""Of a contents file beside its rows: Arrow's schema, footer and padding, measured on files of few rows"""
 
 
+KINDS = ("images", "titles")
 _LOG = stage_logger("contents")
 
 
@@ -40,14 +45,46 @@ class ContentJob:
     """
 
 
+@dataclass(frozen=True)
+class ContentPiece:
+    """The content and origin of one contents file."""
+
+    groups: tuple[tuple[str, tuple[int, ...]], ...]
+    """See `ContentJob`"""
+    keys: pa.Table
+    """One column, ordered"""
+    row_bytes: int
+    """Of one embedding"""
+
+    @property
+    def bytes(self) -> int:
+        """Compute the size of the file, to within its frame."""
+        return self.keys.num_rows * (self.row_bytes + KEY_BYTES) + FRAME_BYTES
+
+
 def plan_contents(
     kind: str, store: Manifest, wanted: pa.ChunkedArray, present: list[str], directory: str
 ) -> list[ContentJob]:
     """Plan how the embeddings of `wanted` keys are copied.
 
-    Keys that a file of `present` holds already are left out. All jobs together read the store's
-    parts once. Jobs cut in order of keys, which are hashes and occur in all parts, would read every
-    part once for each contents file. Each job's keys are written under `directory`.
+    Keys that a file of `present` holds already are left out. Each job's keys are written under
+    `directory`.
+    """
+    jobs = []
+    for number, piece in enumerate(cut_contents(kind, store, wanted, present)):
+        path = files.join(directory, f"{kind}-{number}.arrows")
+        with files.atomic_write(path) as handle:
+            handle.write(files.ipc_bytes(piece.keys))
+        jobs.append(ContentJob(kind, piece.groups, path))
+    return jobs
+
+
+def cut_contents(kind: str, store: Manifest, wanted: pa.ChunkedArray, present: list[str]) -> Iterator[ContentPiece]:
+    """Cut the embeddings to copy into contents files.
+
+    Keys that a file of `present` holds already are left out. All pieces together read the store's
+    parts once. Pieces cut in order of keys, which are hashes and occur in all parts, would read
+    every part once for each contents file.
     """
     key, table = f"{kind[:-1]}_key", f"{kind[:-1]}_embeddings"
     stored = read_stored(store, table, [key])
@@ -56,29 +93,26 @@ def plan_contents(
         keep = pc.and_not(keep, pc.is_in(stored[key], read_keys(path, key)))
     chosen = stored.filter(keep)
     if not chosen.num_rows:
-        return []
+        return
     paths = sorted(store.paths(table))
     with files.open_read(paths[0]) as handle:
         shape = embedding_shape(pq.ParquetFile(handle).schema_arrow)
-    limit = max(1, CONTENT_FILE_BYTES // (2 * shape[0] * shape[1]))
+    row_bytes = 2 * shape[0] * shape[1]
+    limit = max(1, CONTENT_FILE_BYTES // row_bytes)
     numbers, groups = chosen["part"].to_numpy(), chosen["group"].to_numpy()
     edges = np.append(np.flatnonzero((np.diff(numbers) != 0) | (np.diff(groups) != 0)) + 1, len(numbers))
-    jobs: list[ContentJob] = []
     start = 0
     while start < len(numbers):
         # Whole row groups, at least one: none is read by two jobs.
         place = int(np.searchsorted(edges, start + limit, side="right")) - 1
         end = int(edges[place]) if place >= 0 and edges[place] > start else int(edges[place + 1])
-        path = files.join(directory, f"{kind}-{len(jobs)}.arrows")
-        with files.atomic_write(path) as handle:
-            handle.write(files.ipc_bytes(chosen.slice(start, end - start).select([key]).sort_by(key)))
         read = {
             paths[number]: tuple(np.unique(groups[start:end][numbers[start:end] == number]).tolist())
             for number in np.unique(numbers[start:end])
         }
-        jobs.append(ContentJob(kind, tuple(read.items()), path))
+        keys = chosen.slice(start, end - start).select([key]).sort_by(key)
+        yield ContentPiece(tuple(read.items()), keys, row_bytes)
         start = end
-    return jobs
 
 
 def read_keys(path: str, key: str) -> pa.ChunkedArray:
@@ -189,16 +223,11 @@ def contents_jobs(
     """
     jobs: list[PlacedJob] = []
     kept: list[FileRecord] = []
-    for kind in ("images", "titles"):
-        generation = str(store.options["image" if kind == "images" else "text"]["fingerprint"])
-        directory = files.join(root, CONTENTS, kind, generation)
+    for kind in KINDS:
+        directory = _contents_directory(kind, store, root)
         files.make_directory(directory)
         files.mark_own(directory)
-        present = [
-            record
-            for record in (latest.records(f"contents_{kind}") if latest else [])
-            if record.path.startswith(directory) and _is_whole(record)
-        ]
+        present = _present(kind, latest, directory)
         kept += present
         jobs += [
             PlacedJob(directory, job, root if keep else None)
@@ -211,6 +240,53 @@ def contents_jobs(
             )
         ]
     return jobs, kept
+
+
+@dataclass(frozen=True)
+class ContentsPlan:
+    """The result of `look_at_contents`."""
+
+    pieces: tuple[ContentPiece, ...]
+    """To copy from the store"""
+    kept: tuple[FileRecord, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Compute the size of all contents files in use then."""
+        return sum(piece.bytes for piece in self.pieces) + sum(record.bytes for record in self.kept)
+
+    @property
+    def rows(self) -> int:
+        """Count the contents in them."""
+        return sum(piece.keys.num_rows for piece in self.pieces) + sum(record.rows for record in self.kept)
+
+
+def look_at_contents(store: Manifest, items: pa.Table, latest: Manifest | None, root: str) -> ContentsPlan:
+    """Find what lies in `contents/` and what is lacking.
+
+    Nothing is written.
+    """
+    pieces: list[ContentPiece] = []
+    kept: list[FileRecord] = []
+    for kind in KINDS:
+        present = _present(kind, latest, _contents_directory(kind, store, root))
+        kept += present
+        pieces += cut_contents(kind, store, items[f"{kind[:-1]}_key"], [record.path for record in present])
+    return ContentsPlan(tuple(pieces), tuple(kept))
+
+
+def _contents_directory(kind: str, store: Manifest, root: str) -> str:
+    generation = str(store.options["image" if kind == "images" else "text"]["fingerprint"])
+    return files.join(root, CONTENTS, kind, generation)
+
+
+def _present(kind: str, latest: Manifest | None, directory: str) -> list[FileRecord]:
+    """List the last run's contents files that stay."""
+    return [
+        record
+        for record in (latest.records(f"contents_{kind}") if latest else [])
+        if record.path.startswith(directory) and _is_whole(record)
+    ]
 
 
 def _is_whole(record: FileRecord) -> bool:

@@ -167,6 +167,15 @@ def is_dataflow(beam_flags: list[str]) -> bool:
     return str(runner).rpartition(".")[2].lower() in DATAFLOW_RUNNERS
 
 
+def has_process_per_core(beam_flags: list[str]) -> bool:
+    """Return whether Dataflow starts a process for each core.
+
+    It is its default. Each is a container of its own, and they share neither disk nor memory.
+    """
+    experiments = pipeline_options(beam_flags).get_all_options()["experiments"] or []
+    return is_dataflow(beam_flags) and "no_use_multiple_sdk_containers" not in experiments
+
+
 def is_local_run(beam_flags: list[str]) -> bool:
     """Return whether the workers are on this machine."""
     runner = pipeline_options(beam_flags).get_all_options()["runner"]

@@ -281,6 +281,30 @@ class Snapshot:
             user_brand=grouped(log.attributes.brand, USER_BRAND),
         )
 
+    @staticmethod
+    def size(log: Log) -> int:
+        """Compute the bytes of a log's snapshot, without building it."""
+        e, attributes = log.events, log.attributes
+        _, item = _distinct(
+            np.concatenate([e.click_store, e.order_store]), np.concatenate([e.click_item, e.order_item])
+        )
+        user, bought = _distinct(
+            np.concatenate([e.click_user, e.order_user]), np.concatenate([e.click_item, e.order_item])
+        )
+
+        def groups(codes: Ints) -> int:
+            known = codes[bought] >= 0
+            return len(_distinct(user[known], codes[bought][known])[0])
+
+        rows = (
+            (len(item), STORE_ITEM),
+            (len(user), PAIR),
+            (groups(attributes.subcategory), USER_SUBCATEGORY),
+            (groups(attributes.brand), USER_BRAND),
+        )
+        # A key is int64, a feature float32.
+        return 4 * len(ITEM) * attributes.size + sum(count * (8 + 4 * len(names)) for count, names in rows)
+
     def write(self, directory: str) -> None:
         """Write five small Parquet files."""
         files.write_parquet(files.join(directory, "items.parquet"), pa.table(dict(self.items)))

@@ -14,8 +14,10 @@ import numpy as np
 
 from pipelines.io import files
 from pipelines.io.files import output_place
-from pipelines.runner.beam import is_local_run, local_workers, use_all_cores
+from pipelines.runner.beam import has_process_per_core, is_local_run, local_workers, use_all_cores
 from pipelines.runner.console import NO_ROWS, watch
+from pipelines.runner.log import stage_logger
+from pipelines.runner.machine_needs import threads_of
 from pipelines.runs.context import Outcome, Request, RunContext, open_run
 from pipelines.runs.copies import open_shards
 from pipelines.runs.manifest import Manifest, read_latest
@@ -33,6 +35,7 @@ from pipelines.score.gates import (
     score_statistics,
 )
 from pipelines.score.inputs import STAGE, ScoreInputs, ScoreOptions, open_inputs
+from pipelines.score.needs import worker_needs
 from pipelines.score.pairs import Pairs
 from pipelines.score.pipeline import ScoreCatalog, prepare
 from pipelines.score.tiles import WorkerInput, measure_pace
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from camenn_model.package import Package
 
 
+_LOG = stage_logger(STAGE)
 PAIRS_FOR_ALL_CORES = 200_000
 """Pairs from which worker processes, which take some ten seconds to start, pay."""
 CONTRACTS = {contract.name: contract.fingerprint() for contract in (SCORES, LISTING_QUALITY, ITEMS, AUDIENCE, REJECTS)}
@@ -59,6 +63,7 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
     Returns the closing table.
     """
     started = time.monotonic()
+    check_containers(options.out, beam_flags)
     inputs = open_inputs(options)
     request = Request(
         stage=STAGE,
@@ -79,6 +84,16 @@ def run(options: ScoreOptions, beam_flags: list[str], rerun: bool = False) -> di
         statistics = score_pairs(context, inputs, pairs, options.top_k, options.precision, beam_flags)
         calibration = judge_model(options.shards, inputs.package)
         return context.publish(describe_night(context, inputs, pairs, coverage, statistics, calibration))
+
+
+def check_containers(out: str, beam_flags: list[str]) -> None:
+    """Warn where each core would download the embeddings for itself."""
+    if has_process_per_core(beam_flags) and not files.is_local(out):
+        _LOG.warning(
+            "Dataflow starts a container for each core, and each would download and keep all embeddings in use. Give "
+            "--experiments=no_use_multiple_sdk_containers --number_of_worker_harness_threads=CORES: one container, "
+            "whose threads share them. When that pays: docs/guides/dataflow.md"
+        )
 
 
 def score_pairs(
@@ -206,6 +221,10 @@ def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:
             / workers,
             "a tile scored just now; start-up is not in it",
         )
+    needs = {}
+    if not (files.is_local(options.out) and is_local_run(beam_flags)):
+        place, threads = files.output_place(options.out, "--out"), threads_of(beam_flags)
+        needs = worker_needs(inputs, pairs, latest, place, options.precision, options.top_k, threads).lines()
     return {
         **NO_ROWS,
         "rows_in": pairs.audience.num_rows,
@@ -217,6 +236,7 @@ def plan(options: ScoreOptions, beam_flags: list[str]) -> dict[str, Any]:
         "nothing_to_do": latest is not None and latest.request == inputs.request,
         "score_seconds": None if pace is None else round(pace * pairs.count, 3),
         "estimated_from": source,
+        **needs,
         "seconds": round(time.monotonic() - started, 1),
         "out": options.out,
     }

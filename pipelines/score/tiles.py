@@ -31,6 +31,7 @@ from schemas.training import ITEMS
 
 if TYPE_CHECKING:
     from camenn_model.data.item_table import ItemTable
+    from camenn_model.model.camenn import CameNN
     from camenn_model.package import Package
     from camenn_model.scoring.scorer import Scorer
     from camenn_model.scoring.shortlist import Shortlist
@@ -82,12 +83,12 @@ class WorkerInput:
     """Caches a process's inputs for all DoFns that share it"""
 
 
-def make_scorer(package: "Package", precision: str, top_k: int) -> "Scorer | Shortlist":
+def make_scorer(model: "CameNN", precision: str, top_k: int) -> "Scorer | Shortlist":
     """Make the scorer for `--precision`."""
     from camenn_model.scoring.scorer import Scorer
     from camenn_model.scoring.shortlist import Shortlist
 
-    return Shortlist(package.model(), top_k) if precision == "bf16" else Scorer(package.model())
+    return Shortlist(model, top_k) if precision == "bf16" else Scorer(model)
 
 
 def _read_part(directory: str, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -101,11 +102,19 @@ def _read_part(directory: str, name: str, columns: list[str] | None = None) -> p
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The data that all DoFns of a process read."""
+    """The data that all DoFns of a process read.
+
+    They are its threads', and none of them writes to it.
+    """
 
     package: "Package"
+    model: "CameNN"
     table: "ItemTable"
     attributes: ItemAttributes
+    snapshot: Snapshot
+    audience: AudienceRows
+    candidates: Ints | None
+    """Places of the pairs that were asked for, audience row × listings + item row, in order"""
 
 
 def _load(given: WorkerInput) -> _Loaded:
@@ -118,13 +127,25 @@ def _load(given: WorkerInput) -> _Loaded:
     found = CatalogFeatures(*(catalog_features[name].to_numpy() for name in CatalogFeatures._fields))
     images, titles = (cache.local_copies(given.out, records, AGAIN) for records in (given.images, given.titles))
     table = ItemTable.of_files(items, images, titles, package.config).encode(package.space, found)
-    return _Loaded(package, table, item_attributes(items))
+    asked = _read_part(given.directory, "candidate_rows")
+    return _Loaded(
+        package=package,
+        model=package.model(),
+        table=table,
+        attributes=item_attributes(items),
+        snapshot=Snapshot.read(files.join(given.directory, "snapshot")),
+        audience=AudienceRows.read(_read_part(given.directory, "audience_features")),
+        candidates=(
+            asked["audience"].to_numpy() * np.int64(len(table)) + asked["item"].to_numpy() if asked.num_rows else None
+        ),
+    )
 
 
-class _ModelDoFn(beam.DoFn):
-    """A DoFn that loads the package and item table.
+class ScoreTile(beam.DoFn):
+    """A step from a tile to its rows' best.
 
-    They are loaded once per process, whatever the number of DoFns.
+    It yields (chunk, Arrow IPC of its rows' best: audience row, item row, cvr). A process loads its
+    inputs once, whatever the number of its threads.
     """
 
     def __init__(self, given: WorkerInput) -> None:
@@ -139,29 +160,13 @@ class _ModelDoFn(beam.DoFn):
         torch.set_num_threads(1)
         self.loaded = self.given.shared.acquire(lambda: _load(self.given), self.given.directory)
         self.package, self.table = self.loaded.package, self.loaded.table
+        self.attributes, self.snapshot = self.loaded.attributes, self.loaded.snapshot
+        self.audience, self.candidates = self.loaded.audience, self.loaded.candidates
+        # A thread's own: a shortlist learns as it goes.
+        self.scorer: Any = make_scorer(self.loaded.model, self.given.precision, self.given.top_k)
+        self.latest: tuple[int, Any] | None = None
         self.progress = ProgressFile(self.given.progress)
         release_memory()
-
-
-class ScoreTile(_ModelDoFn):
-    """A step from a tile to its rows' best.
-
-    It yields (chunk, Arrow IPC of its rows' best: audience row, item row, cvr).
-    """
-
-    def setup(self) -> None:
-        super().setup()
-        self.scorer: Any = make_scorer(self.package, self.given.precision, self.given.top_k)
-        self.attributes = self.loaded.attributes
-        self.snapshot = Snapshot.read(files.join(self.given.directory, "snapshot"))
-        self.audience = AudienceRows.read(_read_part(self.given.directory, "audience_features"))
-        candidates = _read_part(self.given.directory, "candidate_rows")
-        self.candidates = (
-            candidates["audience"].to_numpy() * np.int64(len(self.table)) + candidates["item"].to_numpy()
-            if candidates.num_rows
-            else None
-        )
-        self.latest: tuple[int, Any] | None = None
 
     def process(self, tile: Tile) -> Iterator[tuple[int, bytes]]:
         import torch
@@ -221,10 +226,10 @@ def measure_pace(
     images = Contents([], "image_key", (config.patch_grid**2, config.image_width))
     titles = Contents([], "title_key", (config.text_tokens, config.text_width))
     table = ItemTable(items, images, titles).encode(package.space)
-    scorer: Any = make_scorer(package, precision, top_k)
+    scorer: Any = make_scorer(package.model(), precision, top_k)
     rows = met[:TIMED]
     batch, history = audience.batch(slice(0, TIMED))
-    shape = (len(batch.cats), len(rows), len(NUMERIC_GROUPS["item_counts"]) + len(NUMERIC_GROUPS["pair_counts"]))
+    shape = (len(batch.cats), len(rows), len(tile_numbers()))
     values, buckets = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -240,6 +245,11 @@ def measure_pace(
     return min(seconds) / (shape[0] * shape[1])
 
 
+def tile_numbers() -> list[str]:
+    """List the numbers that each pair of a tile has."""
+    return [*NUMERIC_GROUPS["item_counts"], *NUMERIC_GROUPS["pair_counts"]]
+
+
 def encode_tile(
     numbers: dict[str, Any], columns: dict[str, NDArray[np.float32]], shape: tuple[int, int]
 ) -> tuple[NDArray[np.float32], Ints]:
@@ -248,7 +258,7 @@ def encode_tile(
     Returns (values float32, buckets int64), [S, I, n]. Each column is encoded at its own, smaller
     shape and then broadcast.
     """
-    names = [*NUMERIC_GROUPS["item_counts"], *NUMERIC_GROUPS["pair_counts"]]
+    names = tile_numbers()
     values = np.empty((*shape, len(names)), dtype=np.float32)
     buckets = np.empty((*shape, len(names)), dtype=np.int64)
     for place, name in enumerate(names):

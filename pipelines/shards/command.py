@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
             "is (default %(default)s)"
         ),
     )
+    parser.add_argument("--plan", action="store_true", help="print what a run would read and build, and build nothing")
     parser.add_argument("--rerun", action="store_true", help="run again although neither inputs nor flags changed")
     parser.add_argument(
         "--rebuild", action="store_true", help="build all days again, also final ones; the manifest records it"
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.io import files
     from pipelines.runner.console import closing_table
     from pipelines.shards.options import STAGE, ShardOptions, check_flags
-    from pipelines.shards.stage import run
+    from pipelines.shards.stage import plan, run
 
     options = ShardOptions(
         data=files.absolute(a.data),
@@ -72,7 +73,11 @@ def main(argv: list[str] | None = None) -> int:
         late_days=a.late_days,
     )
     check_flags(options)
-    closing_table(STAGE, run(options, beam_flags, rerun=a.rerun, rebuild=a.rebuild), as_json=a.json)
+    if a.plan:
+        summary = plan(options, beam_flags, rebuild=a.rebuild)
+    else:
+        summary = run(options, beam_flags, rerun=a.rerun, rebuild=a.rebuild)
+    closing_table(STAGE, summary, as_json=a.json)
     return 0
 
 

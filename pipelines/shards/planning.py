@@ -21,6 +21,7 @@ from pipelines.io.tables import write_table
 from pipelines.runner.log import stage_logger
 from pipelines.runs.accounting import Count
 from pipelines.runs.context import RunContext
+from pipelines.runs.manifest import Manifest
 from pipelines.shards import sizes
 from pipelines.shards.examples import cut_long_days
 from pipelines.shards.final_days import (
@@ -33,7 +34,7 @@ from pipelines.shards.final_days import (
     sample_days,
 )
 from pipelines.shards.inputs import ShardInputs
-from pipelines.shards.log_cache import plan_logs
+from pipelines.shards.log_cache import LogPlan, plan_logs
 from pipelines.shards.options import STAGE, Plan, ShardOptions, Tables
 from pipelines.shards.splits import split_times
 from schemas.errors import InputError
@@ -82,21 +83,39 @@ def resolve_as_of(as_of: str | None, clicked_at: np.ndarray, ordered_at: np.ndar
     return min(asked, end)
 
 
-def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, rebuild: bool, local: bool) -> Prepared:
-    """Plan what to read and build.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The facts of the logs and the published run.
 
-    Args:
-        context: the run.
-        options: its options.
-        inputs: its inputs.
-        rebuild: build days again that were final.
-        local: workers are on this machine, and shuffles lie on its disk.
+    Nothing is written yet.
+    """
+
+    clicked_at: np.ndarray
+    """Times of all clicks, int64 microseconds"""
+    closed: np.ndarray
+    """Of those whose attribution window is closed"""
+    as_of: int
+    latest_event: int
+    """Events after it are impossible"""
+    kept: Kept
+    logs: dict[str, LogPlan]
+    user_buckets: int
+
+    @property
+    def built(self) -> np.ndarray:
+        """Return the times of the clicks that become examples."""
+        return self.closed[self.closed >= self.kept.frozen_before]
+
+
+def look(options: ShardOptions, inputs: ShardInputs, latest: Manifest | None, out: str) -> Found:
+    """Find what is to be read and built.
+
+    `latest`: published run to go on from, None = build all days.
 
     Raises:
-        InputError: there is no click to learn from, no attribution window is closed, or the log is
-            another one than the published run's.
+        InputError: there is no click to learn from, or no attribution window is closed.
     """
-    clicks, orders, out = inputs.tables.clicks, inputs.tables.orders, context.request.out
+    clicks, orders = inputs.tables.clicks, inputs.tables.orders
     window = int(options.attribution_hours * HOUR_US)
     latest_event = latest_time()
     clicked_at, ordered_at = read_times(clicks, latest_event), read_times(orders, latest_event)
@@ -115,9 +134,37 @@ def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, 
         )
     settings = {name: getattr(options, name) for name in ROW_SETTINGS}
     late = window + int(options.late_days * DAY_US)
-    latest = None if rebuild else context.latest
-    kept = Kept() if rebuild else keep_days(latest, settings, as_of, late, out)
+    kept = keep_days(latest, settings, as_of, late, out)
     logs, user_buckets = plan_logs([clicks, orders], latest, sizes.ROWS_PER_BUCKET)
+    return Found(
+        clicked_at=clicked_at,
+        closed=closed,
+        as_of=as_of,
+        latest_event=latest_event,
+        kept=kept,
+        logs=logs,
+        user_buckets=user_buckets,
+    )
+
+
+def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, rebuild: bool, local: bool) -> Prepared:
+    """Plan what to read and build.
+
+    Args:
+        context: the run.
+        options: its options.
+        inputs: its inputs.
+        rebuild: build days again that were final.
+        local: workers are on this machine, and shuffles lie on its disk.
+
+    Raises:
+        InputError: see `look`, or the log is another one than the published run's.
+    """
+    clicks, orders, out = inputs.tables.clicks, inputs.tables.orders, context.request.out
+    window = int(options.attribution_hours * HOUR_US)
+    found = look(options, inputs, None if rebuild else context.latest, out)
+    clicked_at, closed, kept, logs = found.clicked_at, found.closed, found.kept, found.logs
+    latest_event, user_buckets = found.latest_event, found.user_buckets
     begins = day_of(int(clicked_at.min()))
     unsampled, changed = logs["clicks"].unsampled()
     sampled = {
@@ -131,7 +178,7 @@ def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, 
     gone = [record for record in kept.records if date_of(record.path) < begins]
     splits = split_times(np.concatenate([closed, *map(read_starts, gone)]), window, options.test_share)
     items, tables = write_tables(context, inputs, kept, local=local)
-    built = closed[closed >= kept.frozen_before]
+    built = found.built
     # Each click that is built asks for counts. Of what lies before, a bucket of users has sums of
     # each listing's clicks, orders and conversions.
     item_rows = clicks.rows + orders.rows
@@ -144,7 +191,7 @@ def prepare(context: RunContext, options: ShardOptions, inputs: ShardInputs, *, 
         user_buckets=user_buckets,
         item_rows=item_rows,
         items_path=tables.records[0].path,
-        as_of=as_of,
+        as_of=found.as_of,
         latest=latest_event,
         window=window,
         splits=splits,

@@ -19,19 +19,24 @@ import numpy as np
 from camenn_model.data.shard_set import date_of
 from pipelines.features.as_of import FEATURES_VERSION
 from pipelines.features.time_index import day_of
+from pipelines.inputs.contents import look_at_contents
+from pipelines.inputs.items import load_items
 from pipelines.io import files
 from pipelines.io.files import output_place
 from pipelines.io.tables import Source
 from pipelines.runner.beam import is_local_run
-from pipelines.runner.console import watch
+from pipelines.runner.console import NO_ROWS, watch
+from pipelines.runner.machine_needs import threads_of
 from pipelines.runs.context import Outcome, Request, RunContext, open_run
-from pipelines.runs.manifest import Manifest
+from pipelines.runs.manifest import Manifest, read_latest
+from pipelines.runs.outputs import check_output
 from pipelines.shards.final_days import Kept
 from pipelines.shards.inputs import ShardInputs, open_inputs
 from pipelines.shards.log_cache import kept_table, remember
+from pipelines.shards.needs import worker_needs
 from pipelines.shards.options import STAGE, ShardOptions
 from pipelines.shards.pipeline import BuildShards
-from pipelines.shards.planning import Prepared, prepare
+from pipelines.shards.planning import Prepared, look, prepare
 from pipelines.shards.splits import split_records
 from schemas.errors import InputError
 from schemas.rejects import REJECTS
@@ -72,6 +77,39 @@ def run(options: ShardOptions, beam_flags: list[str], rerun: bool = False, rebui
             context.rows("examples"), prepared.due, prepared.plan.kept, context.counts, inputs.tables.catalog
         )
         return context.publish(describe_shards(context, inputs, prepared, rebuilt=rebuild))
+
+
+def plan(options: ShardOptions, beam_flags: list[str], rebuild: bool = False) -> dict[str, Any]:
+    """Report what `run` would have to do.
+
+    Returns the closing table. Times of the logs are read. Nothing is built or written.
+    """
+    started = time.monotonic()
+    inputs, out = open_inputs(options), output_place(options.out, "--out")
+    check_output(out, "--out", STAGE, {"--data": options.data, "--store": options.store})
+    latest = read_latest(out)
+    found = look(options, inputs, None if rebuild else latest, out)
+    items, rejects, _ = load_items(STAGE, inputs.tables.catalog, inputs.store)
+    contents = look_at_contents(inputs.store, items, latest, out)
+    needs = {}
+    if not (files.is_local(out) and is_local_run(beam_flags)):
+        needs = worker_needs(found, contents, threads_of(beam_flags)).lines()
+    return {
+        **NO_ROWS,
+        "rows_in": inputs.tables.clicks.rows,
+        "rejected": rejects.num_rows,
+        "nothing_to_do": latest is not None and not rebuild and latest.request == inputs.request,
+        "clicks_to_build": len(found.built),
+        "days_kept": len(found.kept.dates),
+        "log_rows_to_read": sum(log.fresh_rows for log in found.logs.values()),
+        "log_rows_kept": sum(log.known_rows for log in found.logs.values()),
+        "contents_to_copy": sum(piece.keys.num_rows for piece in contents.pieces),
+        "contents_kept": sum(record.rows for record in contents.kept),
+        "as_of": str(np.datetime64(found.as_of, "us")),
+        **needs,
+        "seconds": round(time.monotonic() - started, 1),
+        "out": out,
+    }
 
 
 def check_examples(built: int, due: int, kept: Kept, counts: dict[str, dict[str, int]], catalog: Source) -> None:

@@ -5,47 +5,32 @@ network.
 """
 
 import copy
-import json
-import re
-import shlex
 import shutil
 import socket
 import sys
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import Any
 
-import numpy as np
 import pytest
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import translations
-from safetensors.numpy import save_file
 
-from camenn_model.calibration import PlattScaling
-from camenn_model.data.shard_set import ShardSet
-from camenn_model.training.corpus import TrainOptions, open_corpus
 from pipelines import cli
 from pipelines.embed import command as embed_command
 from pipelines.embed import stage as embed_stage
 from pipelines.embed.options import EmbedOptions
 from pipelines.runner.exit_codes import DryRun
-from pipelines.runs.manifest import Manifest, read_latest
-from pipelines.runs.publication import publish
-from pipelines.score import command as score_command
-from pipelines.shards import command as shards_command
+from pipelines.runs.manifest import read_latest
 from schemas.errors import InputError
-from tests.support.small_city import catalog_table, random_city, write_data, write_store
+from tests.support.dataflow_jobs import MAINS, PROJECT, documented_command, write_city
 
 apiclient = pytest.importorskip(
     "apache_beam.runners.dataflow.internal.apiclient", reason="apache_beam[gcp] is not installed"
 )
 
-PROJECT = Path(__file__).parents[3]
-DOCUMENT = (PROJECT / "docs" / "guides" / "dataflow.md").read_text()
 L4 = "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
 DRY = [
     "--runner=DataflowRunner",
@@ -79,40 +64,10 @@ class City:
         return [f"--data={self.root / 'data'}", f"--store={self.root / 'dry' / 'embed'}", *encoders]
 
 
-def write_bert(directory: Path) -> None:
-    """The files of a BERT that submission reads, without layers."""
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 4}))
-    (directory / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
-    save_file({"embeddings": np.zeros((4, 4), dtype=np.float32)}, directory / "model.safetensors")
-
-
-def write_model(root: Path, shards: str) -> None:
-    """The files of a model package that submission reads, without weights."""
-    corpus = open_corpus(TrainOptions(shards=shards, out=str(root)))
-    run = root / "runs" / "20240101T000000-bbbbbb"
-    run.mkdir(parents=True)
-    options = ShardSet(shards).manifest["options"]
-    meta = {"model": json.loads(corpus.config.to_json())}
-    meta |= {name: options[name] for name in ("encoders", "attribution_hours")}
-    (run / "config.json").write_text(json.dumps(meta))
-    corpus.space.write(run)
-    (run / "calibration.json").write_text(PlattScaling(slope=1.0, intercept=0.0).to_json())
-    (run / "metrics.json").write_text("{}")
-    (run / "model.safetensors").write_bytes(b"")
-    publish(str(root), Manifest(stage="train", run=run.name))
-
-
 @pytest.fixture(scope="module")
 def city(tmp_path_factory: pytest.TempPathFactory) -> City:
     root = tmp_path_factory.mktemp("dataflow")
-    clicks, orders = random_city(7, 900, 500)
-    write_data(root / "data", clicks, orders)
-    write_store(root / "store", catalog_table())
-    write_bert(root / "bert")
-    flags = ["--data", str(root / "data"), "--store", str(root / "store"), "--out", str(root / "shards")]
-    assert shards_command.main([*flags, "--max_reject_rate=1", "--attribution_hours=6"]) == 0
-    write_model(root / "model", str(root / "shards"))
+    write_city(root, root / "bert")
     return City(root)
 
 
@@ -127,25 +82,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-MAINS: dict[str, Callable[[list[str]], int]] = {
-    "embed": embed_command.main,
-    "shards": shards_command.main,
-    "score": score_command.main,
-}
-
-
 def documented(city: City, stage: str) -> list[str]:
-    """The command of docs/guides/dataflow.md as a shell would pass it on, with the city's directories and encoders."""
-    variables = {name: value.strip('"') for name, value in re.findall(r'([A-Z_]+)=("[^"]*"|\S+)', DOCUMENT)}
-    variables |= {"DATA": str(city.root / "data"), "MOUNT": str(city.root), "STORE": str(city.root / "store")}
-    variables |= {"IMAGE_WEIGHTS": "random:0", "TEXT_ENCODER": str(city.root / "bert")}
-    variables["DATAFLOW"] = Template(variables["DATAFLOW"]).substitute(variables)
-    found = re.search(rf"^camenn {stage} ((?:.*\\\n)*.*)$", DOCUMENT, re.MULTILINE)
-    assert found is not None
-    flags = shlex.split(Template(found[1].replace("\\\n", " ")).substitute(variables))
+    """The command of docs/guides/dataflow.md with the city's directories and encoders."""
+    places = {"DATA": city.root / "data", "PHOTOS": city.root / "data", "WORK": city.root}
     # The outputs of a dry run are separate from the other tests' inputs.
-    place = flags.index("--store" if stage == "embed" else "--out") + 1
-    return [*flags[:place], str(city.root / "dry" / stage), *flags[place + 1 :], "--dry_run=True"]
+    return documented_command(stage, places, city.root / "bert", city.root / "dry" / stage)
 
 
 def build(city: City, stage: str, flags: list[str] | None = None) -> Any:
@@ -262,12 +203,12 @@ def test_documented_flags_reach_the_job(city: City, stage: str) -> None:
     options = environment.sdk_pipeline_options["options"]
     assert (options["project"], options["region"]) == ("my-project", "europe-west4")
     assert options["staging_location"].startswith("gs://my-bucket/staging/")
-    machines = {"embed": "n1-standard-2", "shards": "n1-highmem-4", "score": "n1-standard-8"}
+    machines = {"embed": "n1-standard-2", "shards": "n1-highmem-4", "score": "n1-highmem-2"}
     assert pool.machine_type == machines[stage]
-    # One process for all threads of a worker, hence one model of each kind on its GPU.
-    assert ("no_use_multiple_sdk_containers" in environment.experiments) == (stage == "embed")
-    assert ("use_multiple_sdk_containers" in environment.experiments) == (stage != "embed")
-    assert pool.num_threads_per_worker == (2 if stage == "embed" else 0)
+    # One process for all threads of a worker, hence one model of each kind on its GPU, and one copy of the embeddings.
+    assert ("no_use_multiple_sdk_containers" in environment.experiments) == (stage != "shards")
+    assert ("use_multiple_sdk_containers" in environment.experiments) == (stage == "shards")
+    assert pool.num_threads_per_worker == {"embed": 2, "shards": 0, "score": 2}[stage]
 
 
 def test_setup_file_stages_every_module_that_the_guard_compares(city: City, tmp_path: Path) -> None:
