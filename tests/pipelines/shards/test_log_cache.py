@@ -4,6 +4,7 @@ Whatever was added, removed or rewritten, a run with the previous night's cache 
 reads everything.
 """
 
+import logging
 import os
 import random
 import shutil
@@ -185,7 +186,7 @@ def test_a_night_that_knows_the_log_gives_what_one_gives_that_reads_it(
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "flipped"])
 def test_kept_rows_that_are_not_whole_are_read_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
 ) -> None:
     logs = Logs(tmp_path, 5)
     logs.add_days(*range(7))
@@ -194,7 +195,7 @@ def test_kept_rows_that_are_not_whole_are_read_again(
     assert manifest is not None
     path = manifest.paths("kept_clicks")[0]
     logs.add_days(7)
-    capsys.readouterr()
+    caplog.clear()
     if harm == "cut":
         os.truncate(path, os.path.getsize(path) - 1)
     elif harm == "gone":
@@ -207,7 +208,7 @@ def test_kept_rows_that_are_not_whole_are_read_again(
             handle.write(bytes([byte ^ 0x10]))
     summary = logs.build_both()
     assert summary["log_rows_kept"] == 0
-    told_of = next(line for line in capsys.readouterr().err.splitlines() if line.startswith(f"shards: {path}: "))
+    told_of = next(line for line in map(logging.LogRecord.getMessage, caplog.records) if line.startswith(f"{path}: "))
     assert told_of.endswith("The whole log is read again.")
     logs.add_days(8)
     assert logs.build_both()["log_rows_kept"] > 0
