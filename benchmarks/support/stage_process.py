@@ -24,9 +24,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.support import loop_runner
 from camenn_model.data.contents import Contents
+from camenn_model.integrity import file_sha256
 from pipelines.io import cache, files
+from pipelines.io.tables import FileRecord
 from pipelines.runner.exit_codes import run_main
-from pipelines.runs.manifest import Manifest, new_run, read_latest
+from pipelines.runs.manifest import Manifest, add_files, new_run, read_latest
 from pipelines.runs.publication import publish
 from schemas.training import EXAMPLE_ORDER, EXAMPLES
 
@@ -158,7 +160,14 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
     ):
         (Path(directory) / f"{name}.json").write_text(text)
     corpus.space.write(Path(directory))
-    publish(out, Manifest(stage="train", run=run))
+    manifest = Manifest(stage="train", run=run)
+    names = sorted(path.name for path in Path(directory).iterdir() if not path.name.startswith("."))
+    records = [
+        FileRecord(name, str(path), 0, path.stat().st_size, sha256=file_sha256(path))
+        for name, path in ((name, Path(directory) / name) for name in names)
+    ]
+    add_files(manifest, dict.fromkeys(names, ""), records)
+    publish(out, manifest)
     return {"rows_out": 0}
 
 
