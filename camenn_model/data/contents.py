@@ -38,15 +38,14 @@ class Contents:
         wanted: pa.ChunkedArray | None = None,
         keep: bool = True,
     ) -> None:
-        import pyarrow.compute as pc
-
         self.keep = keep
+        self.paths = sorted(paths)
         self.views: list[NDArray[np.float16]] = []
         self.maps: list[mmap.mmap] = []
         self.map_of: list[mmap.mmap] = []
         keys: list[pa.Array] = []
         self.shape = shape
-        for path in sorted(paths):
+        for path in self.paths:
             with open(path, "rb") as handle:
                 self.maps.append(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
             reader = pa.ipc.open_file(pa.py_buffer(self.maps[-1]))
@@ -60,6 +59,12 @@ class Contents:
                 self.views.append(data[first : first + len(column) * size].reshape(len(column), *self.shape))
                 self.map_of.append(self.maps[-1])
                 keys.append(batch.column(batch.schema.get_field_index(key)))
+        self._arrange(keys, wanted)
+
+    def _arrange(self, keys: list[pa.Array], wanted: pa.ChunkedArray | None) -> None:
+        """Put the rows in order of their keys, which are given for each view."""
+        import pyarrow.compute as pc
+
         every: pa.Array = pa.concat_arrays(keys) if keys else pa.array([], pa.string())
         order = pc.array_sort_indices(every).to_numpy()
         if wanted is not None:
@@ -70,7 +75,7 @@ class Contents:
             first = np.append(True, pc.not_equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False))
             order, ordered = order[first], ordered.filter(pa.array(first))
         self.keys: pa.Array = ordered
-        lengths = np.array([len(view) for view in self.views], dtype=np.int64)
+        lengths = np.array([len(of_view) for of_view in keys], dtype=np.int64)
         self.view_of: NDArray[np.int64] = np.repeat(np.arange(len(lengths)), lengths)[order]
         """Location of each row: number of the view, int64 [n] ..."""
         self.place: NDArray[np.int64] = order.astype(np.int64) - (np.cumsum(lengths) - lengths)[self.view_of]
@@ -84,7 +89,7 @@ class Contents:
 
         A city without any photo is an example.
         """
-        if not self.maps:
+        if not self.paths:
             self.shape = shape
 
     def rows_of(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:

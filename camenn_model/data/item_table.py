@@ -20,6 +20,7 @@ from camenn_model.content.price_against_similar import Likeness, alike_prices
 from camenn_model.data.contents import Contents, Means
 from camenn_model.data.feature_space import CatalogFeatures, FeatureSpace
 from camenn_model.data.field_encoders import to_float
+from camenn_model.data.range_contents import RangeContents, Read
 from camenn_model.hashing import stable_hash
 
 HELD_OUT_SHARE = 0.1
@@ -38,7 +39,7 @@ class ItemTable:
 
     Args:
         items: table under the contract `ITEMS`.
-        images, titles: mapped embeddings. Their keys are the items' image_key and title_key.
+        images, titles: embeddings, mapped or read by ranges. Their keys are the items' image_key and title_key.
         keep: keep the mean features of all photos and titles in memory, and the columns after they
             are encoded. Scoring needs few of them.
         config: of the model that will read them, which gives the shape of contents where there are
@@ -94,6 +95,28 @@ class ItemTable:
             items,
             Contents(list(images), "image_key", wanted=items["image_key"], keep=False),
             Contents(list(titles), "title_key", wanted=items["title_key"], keep=False),
+            keep=False,
+            config=config,
+        )
+
+    @classmethod
+    def of_ranges(
+        cls,
+        items: pa.Table,
+        images: Sequence[tuple[str, int]],
+        titles: Sequence[tuple[str, int]],
+        *,
+        read: Read,
+        config: ModelConfig,
+    ) -> "ItemTable":
+        """Open contents files that lie elsewhere, for scoring.
+
+        They are (path, bytes). Only the rows of batches are read, by `read`.
+        """
+        return cls(
+            items,
+            RangeContents(images, "image_key", read, wanted=items["image_key"]),
+            RangeContents(titles, "title_key", read, wanted=items["title_key"]),
             keep=False,
             config=config,
         )

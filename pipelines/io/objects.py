@@ -193,6 +193,17 @@ def read(path: str, ranges: Sequence[tuple[int, int]] | None = None, token: str 
         return list(pool.map(piece, ranges))
 
 
+def read_ranges(wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Read ranges of several objects.
+
+    They are (path, start, stop). Errors are those of `read`.
+    """
+    if not wanted:
+        return []
+    with ThreadPoolExecutor(min(THREADS, len(wanted))) as pool:
+        return list(pool.map(lambda where: read(where[0], [where[1:]])[0], wanted))
+
+
 def read_end(path: str, most: int) -> tuple[Stat, bytes]:
     """Read the last `most` bytes of an object.
 

@@ -3,11 +3,13 @@
 The units are pairs, chunks and tiles.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from camenn_model.data.range_contents import GAP
 from pipelines.features.time_index import Ints
 from pipelines.runs.accounting import Count
 from pipelines.score.joins import Join
@@ -104,6 +106,30 @@ def cut_tiles(chunks: list[Chunk]) -> list[Tile]:
         for number, chunk in enumerate(chunks)
         for first in range(0, len(chunk.items), TILE_ITEMS)
     ]
+
+
+def ranges_pay(chunks: list[Chunk], history: Ints, contents: Iterable[tuple[int, int]]) -> bool:
+    """Return whether workers read contents by ranges.
+
+    They do where all tiles together read less than half of the contents' bytes that way. A row costs
+    a request too, which counts as the bytes that take as long. No tile costs more than all contents.
+
+    Args:
+        chunks: of the pairs to score.
+        history: item rows of each audience row's history, int64 [S, H], -1 = none.
+        contents: (rows, bytes) of the photos, and of the titles.
+    """
+    tiles: list[int] = []
+    for chunk in chunks:
+        known = np.unique(history[slice(*chunk.audience)])
+        # Wherever a tile is scored, the histories of its audience rows are read.
+        heard, met = int((known >= 0).sum()), len(chunk.items)
+        tiles += [heard + min(TILE_ITEMS, met - first) for first in range(0, met, TILE_ITEMS)]
+    read, whole = 0.0, 0
+    for rows, size in contents:
+        whole += size
+        read += sum(min(count * (size / rows + GAP), size) for count in tiles) if rows else 0
+    return read < whole / 2
 
 
 def listings_met(chunks: list[Chunk], candidates: Ints | None, audience_rows: int) -> Ints:

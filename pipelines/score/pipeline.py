@@ -18,9 +18,10 @@ from pipelines.io import cache, files
 from pipelines.io.tables import FileRecord, WriteTable, write_table
 from pipelines.runner.memory import release_memory
 from pipelines.runs.manifest import Manifest
+from pipelines.score.audience_rows import AudienceRows
 from pipelines.score.find_pairs import encode_audience
 from pipelines.score.inputs import ScoreInputs
-from pipelines.score.pairs import Pairs, cut_tiles
+from pipelines.score.pairs import Pairs, cut_tiles, ranges_pay
 from pipelines.score.snapshot import Snapshot, recent_activity
 from pipelines.score.tiles import AGAIN, JudgeListings, RankChunk, ScoreTile, WorkerInput
 from schemas.audience import AUDIENCE
@@ -35,19 +36,25 @@ class Prepared:
     """The files that workers read, under the run's directory.
 
     `records`: the files of it that are published. `images`, `titles`: the files of `contents/`.
+    `by_ranges`: whether workers read single rows of those, and copy none.
     """
 
     records: list[FileRecord]
     images: tuple[FileRecord, ...]
     titles: tuple[FileRecord, ...]
+    by_ranges: bool
 
 
-def prepare(inputs: ScoreInputs, pairs: Pairs, latest: Manifest | None, out: str, directory: str) -> Prepared:
+def prepare(
+    inputs: ScoreInputs, pairs: Pairs, latest: Manifest | None, out: str, directory: str, *, local: bool
+) -> Prepared:
     """Write what workers read.
 
     Contents that the published run has already are kept, and not copied from the store again.
+    `local`: whether the workers are on this machine, which has copies of all contents.
     """
-    write_submitters_tables(inputs.package, pairs, directory)
+    encoded = encode_audience(inputs.package, pairs)
+    write_submitters_tables(encoded, pairs, directory)
     audience = pairs.audience.select(AUDIENCE.names).cast(AUDIENCE.schema)
     records = [write_table(directory, "items", pairs.items), write_table(directory, "audience", audience)]
     if pairs.rejects.num_rows:
@@ -59,17 +66,19 @@ def prepare(inputs: ScoreInputs, pairs: Pairs, latest: Manifest | None, out: str
     )
     release_memory()
     # Once, not in every worker: it needs the whole catalog.
-    local = (cache.local_copies(out, records, AGAIN) for records in (images, titles))
-    write_table(directory, "catalog_features", compare_listings(inputs.package, pairs.items, *local))
+    copies = (cache.local_copies(out, records, AGAIN) for records in (images, titles))
+    write_table(directory, "catalog_features", compare_listings(inputs.package, pairs.items, *copies))
     release_memory()
-    return Prepared(records=[*records, *contents], images=images, titles=titles)
+    sizes = [(sum(file.rows for file in kind), sum(file.bytes for file in kind)) for kind in (images, titles)]
+    by_ranges = not local and not files.is_local(out) and ranges_pay(pairs.chunks, encoded.history, sizes)
+    return Prepared(records=[*records, *contents], images=images, titles=titles, by_ranges=by_ranges)
 
 
-def write_submitters_tables(package: "Package", pairs: Pairs, directory: str) -> None:
+def write_submitters_tables(encoded: AudienceRows, pairs: Pairs, directory: str) -> None:
     """Write what was computed from the logs, for workers alone."""
     Snapshot.build(pairs.log).write(files.join(directory, "snapshot"))
     wanted = pairs.candidates if pairs.candidates is not None else np.zeros((0, 2), dtype=np.int64)
-    write_table(directory, "audience_features", encode_audience(package, pairs).table())
+    write_table(directory, "audience_features", encoded.table())
     write_table(directory, "activity", pa.table(recent_activity(pairs.log)))
     write_table(directory, "candidate_rows", pa.table({"audience": wanted[:, 0], "item": wanted[:, 1]}))
 

@@ -103,8 +103,8 @@ def score_pairs(
 
     It is checked that each has its score. Returns the scores' `score_statistics`.
     """
-    prepared = prepare(inputs, pairs, context.latest, context.request.out, context.directory)
     local = is_local_run(beam_flags)
+    prepared = prepare(inputs, pairs, context.latest, context.request.out, context.directory, local=local)
     if pairs.count > PAIRS_FOR_ALL_CORES:
         beam_flags = use_all_cores(beam_flags)
     with watch(STAGE, pairs.count, "pairs", local) as progress:
@@ -114,6 +114,7 @@ def score_pairs(
             model=files.join(inputs.model, RUNS, inputs.package.directory.name),
             images=prepared.images,
             titles=prepared.titles,
+            by_ranges=prepared.by_ranges,
             top_k=top_k,
             precision=precision,
             progress=progress,

@@ -19,17 +19,19 @@ from numpy.typing import NDArray
 from camenn_model.data.feature_space import NUMERIC_GROUPS, CatalogFeatures
 from pipelines.features.as_of import ItemAttributes, item_attributes
 from pipelines.features.time_index import Ints
-from pipelines.io import cache, files
+from pipelines.io import cache, files, objects
 from pipelines.io.tables import FileRecord
 from pipelines.runner.console import ProgressFile
 from pipelines.runner.memory import release_memory
 from pipelines.runs.copies import package_directory
+from pipelines.runs.manifest import check_records
 from pipelines.score.audience_rows import AudienceRows
 from pipelines.score.snapshot import Snapshot
 from schemas.scores import LISTING_QUALITY, SCORES
 from schemas.training import ITEMS
 
 if TYPE_CHECKING:
+    from camenn_model.config import ModelConfig
     from camenn_model.data.item_table import ItemTable
     from camenn_model.model.camenn import CameNN
     from camenn_model.package import Package
@@ -76,6 +78,8 @@ class WorkerInput:
     """Directory of the package's run"""
     images: tuple[FileRecord, ...]
     titles: tuple[FileRecord, ...]
+    by_ranges: bool
+    """Whether single rows of them are read from the object store, and no file is copied"""
     top_k: int
     precision: str
     progress: str | None
@@ -118,15 +122,13 @@ class _Loaded:
 
 
 def _load(given: WorkerInput) -> _Loaded:
-    from camenn_model.data.item_table import ItemTable
     from camenn_model.package import read_package
 
     package = read_package(package_directory(given.model))
     items = _read_part(given.directory, "items", ITEMS_READ)
     catalog_features = _read_part(given.directory, "catalog_features", list(CatalogFeatures._fields))
     found = CatalogFeatures(*(catalog_features[name].to_numpy() for name in CatalogFeatures._fields))
-    images, titles = (cache.local_copies(given.out, records, AGAIN) for records in (given.images, given.titles))
-    table = ItemTable.of_files(items, images, titles, package.config).encode(package.space, found)
+    table = open_items(given, items, package.config).encode(package.space, found)
     asked = _read_part(given.directory, "candidate_rows")
     return _Loaded(
         package=package,
@@ -139,6 +141,18 @@ def _load(given: WorkerInput) -> _Loaded:
             asked["audience"].to_numpy() * np.int64(len(table)) + asked["item"].to_numpy() if asked.num_rows else None
         ),
     )
+
+
+def open_items(given: WorkerInput, items: pa.Table, config: "ModelConfig") -> "ItemTable":
+    """Open the items, with contents mapped or read by ranges."""
+    from camenn_model.data.item_table import ItemTable
+
+    if given.by_ranges:
+        check_records([*given.images, *given.titles], AGAIN)
+        sizes = ([(record.path, record.bytes) for record in kind] for kind in (given.images, given.titles))
+        return ItemTable.of_ranges(items, *sizes, read=objects.read_ranges, config=config)
+    images, titles = (cache.local_copies(given.out, kind, AGAIN) for kind in (given.images, given.titles))
+    return ItemTable.of_files(items, images, titles, config)
 
 
 class ScoreTile(beam.DoFn):
