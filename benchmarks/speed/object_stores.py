@@ -193,6 +193,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     if not files.exists(files.join(remote.path, "data/catalog.parquet")):
         log("uploading")
         copy_tree(data, files.join(remote.path, "data"))
+    if read_latest(files.join(remote.path, "model")) is None:
         copy_tree(Path(local.path, "model"), files.join(remote.path, "model"))
     if read_latest(files.join(remote.path, "store")) is None:
         with counted(scheme) as (proxy, environment):

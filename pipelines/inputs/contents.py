@@ -1,6 +1,7 @@
 """Copy embeddings from the store into a run's `contents/`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import apache_beam as beam
@@ -173,14 +174,30 @@ def copy_contents(job: ContentJob, directory: str, keep_in: str | None = None) -
 def _read_batches(job: ContentJob, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Yield some columns of a job's row groups in batches.
 
-    A batch has `ROW_GROUP` rows at a time.
+    A batch has `ROW_GROUP` rows at a time. Of an object, the next row group is downloaded meanwhile.
     """
     for path, groups in job.groups:
         with files.open_read(path) as source:
             # With read-ahead, each reading thread would hold 33 MB until the process ends.
-            yield from pq.ParquetFile(source, pre_buffer=False).iter_batches(
-                ROW_GROUP, row_groups=list(groups), columns=columns, use_threads=False
-            )
+            parquet = pq.ParquetFile(source, pre_buffer=False)
+            if files.is_local(path):
+                yield from parquet.iter_batches(ROW_GROUP, row_groups=list(groups), columns=columns, use_threads=False)
+            else:
+                yield from _read_ahead(parquet, groups, columns)
+
+
+def _read_ahead(parquet: pq.ParquetFile, groups: Sequence[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
+    def read(group: int) -> list[pa.RecordBatch]:
+        batches: list[pa.RecordBatch] = parquet.read_row_group(group, columns=columns, use_threads=False).to_batches()
+        return batches
+
+    with ThreadPoolExecutor(1, thread_name_prefix="contents") as thread:
+        waiting = [thread.submit(read, group) for group in groups[:1]]
+        for group in [*groups[1:], None]:
+            batches = waiting.pop().result()
+            if group is not None:
+                waiting.append(thread.submit(read, group))
+            yield from batches
 
 
 @dataclass(frozen=True)

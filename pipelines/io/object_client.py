@@ -68,8 +68,11 @@ class Upload(Protocol):
     It repeats failed requests itself: what may be sent again differs between stores.
     """
 
-    def add(self, part: bytes) -> None:
-        """Send one part. All but the last have `PART` bytes."""
+    threads: int
+    """That may send parts at once"""
+
+    def add(self, number: int, part: bytes) -> None:
+        """Send one part, of which the first has number 1. All but the last have `PART` bytes."""
 
     def finish(self) -> None:
         """Publish what was sent."""

@@ -197,12 +197,15 @@ class GsClient:
 class GsUpload:
     """A resumable upload, which nobody sees before it is finished."""
 
+    threads = 1
+    """Parts go one after another"""
+
     def __init__(self, client: GsClient, bucket: str, key: str, blob: Any) -> None:
         self._client, self._bucket, self._key = client, bucket, key
         # It sends a failed part again itself: only it knows how much of it arrived.
         self._writer = blob.open("wb", chunk_size=PART, ignore_flush=True, content_type=content_type(key))
 
-    def add(self, part: bytes) -> None:
+    def add(self, number: int, part: bytes) -> None:
         """Send one part."""
         self._call(lambda: self._writer.write(part))
 

@@ -218,10 +218,12 @@ def _seconds(time: datetime.datetime) -> float:
 class S3Upload:
     """An upload in parts, which nobody sees before it is finished."""
 
+    threads = 2
+
     def __init__(self, client: S3Client, bucket: str, key: str) -> None:
         self._client, self._bucket, self._key = client, bucket, key
         self._path = f"s3://{bucket}/{key}"
-        self._parts: list[dict[str, Any]] = []
+        self._parts: dict[int, dict[str, Any]] = {}
         self._write_id = uuid.uuid4().hex
         begin = functools.partial(
             client.call,
@@ -233,19 +235,19 @@ class S3Upload:
         )
         self._id = str(attempt(self._path, begin)["UploadId"])
 
-    def add(self, part: bytes) -> None:
+    def add(self, number: int, part: bytes) -> None:
         """Send one part."""
-        number = len(self._parts) + 1
         answer = attempt(self._path, lambda: self._call("upload_part", PartNumber=number, Body=part))
         sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
-        self._parts.append({"PartNumber": number, "ETag": answer["ETag"], **sums})
+        self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **sums}
 
     def finish(self) -> None:
         """Publish what was sent."""
         attempt(self._path, self._complete, again=self._complete_again)
 
     def _complete(self) -> None:
-        self._call("complete_multipart_upload", MultipartUpload={"Parts": self._parts})
+        parts = [self._parts[number] for number in sorted(self._parts)]
+        self._call("complete_multipart_upload", MultipartUpload={"Parts": parts})
 
     def _complete_again(self) -> None:
         try:

@@ -14,11 +14,12 @@ import os
 import re
 import threading
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from pipelines.io.object_client import PART, SOCKETS, ChangedError, Client, Stat, attempt
+from pipelines.io.object_client import PART, SOCKETS, ChangedError, Client, Stat, Upload, attempt
 from pipelines.io.object_file import ObjectFile
 from schemas.errors import InputError
 
@@ -278,25 +279,49 @@ def delete(paths: Iterable[str]) -> None:
 
 
 class UploadSink:
-    """A binary handle whose bytes become an object."""
+    """A binary handle whose bytes become an object.
+
+    Parts are sent by threads while the next one is written.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._waiting = bytearray()
-        self._upload: Any = None
+        self._waiting: list[bytes] = []
+        self._size = 0
+        self._upload: Upload | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._sending: deque[Future[None]] = deque()
+        self._parts = 0
 
     def write(self, data: Any) -> int:
         """Write bytes and return how many."""
-        size = memoryview(data).nbytes
-        self._waiting += data
+        view = memoryview(data).cast("B")
+        size = len(view)
         # The last part waits for the end: an object of one part is written with one request.
-        while len(self._waiting) > PART:
-            if self._upload is None:
-                scheme, bucket, key = split(self._path)
-                self._upload = _client(scheme).upload(bucket, key)
-            self._upload.add(bytes(self._waiting[:PART]))
-            del self._waiting[:PART]
+        while self._size + len(view) > PART:
+            room = PART - self._size
+            self._waiting.append(bytes(view[:room]))
+            view = view[room:]
+            self._send()
+        if view:
+            self._waiting.append(bytes(view))
+            self._size += len(view)
         return size
+
+    def _send(self) -> None:
+        """Send what waits as a part."""
+        if self._upload is None:
+            scheme, bucket, key = split(self._path)
+            self._upload = _client(scheme).upload(bucket, key)
+            self._threads = ThreadPoolExecutor(self._upload.threads, thread_name_prefix="upload")
+        assert self._threads is not None
+        part = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
+        self._waiting, self._size = [], 0
+        # No more parts than threads are in memory, beside the one that is written.
+        if len(self._sending) >= self._upload.threads:
+            self._sending.popleft().result()
+        self._parts += 1
+        self._sending.append(self._threads.submit(self._upload.add, self._parts, part))
 
     def flush(self) -> None:
         """Do nothing: parts of an object are sent when they are full."""
@@ -304,17 +329,25 @@ class UploadSink:
     def finish(self) -> None:
         """Publish the object."""
         if self._upload is None:
-            put(self._path, bytes(self._waiting))
-        else:
-            self._upload.add(bytes(self._waiting))
-            self._upload.finish()
+            put(self._path, b"".join(self._waiting))
+            return
+        self._send()
+        while self._sending:
+            self._sending.popleft().result()
+        self._upload.finish()
+        self._end()
 
     def abort(self) -> None:
         """Drop what was sent."""
         if self._upload is not None:
+            self._end()
             # The error that led here is the one to report. What stays is invisible.
             with contextlib.suppress(InputError, OSError):
                 self._upload.abort()
+
+    def _end(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -44,10 +44,11 @@ class CountedUpload:
 
     def __init__(self, upload: Any, step: Callable[[str], None]) -> None:
         self._upload, self._step = upload, step
+        self.threads = upload.threads
 
-    def add(self, part: bytes) -> None:
+    def add(self, number: int, part: bytes) -> None:
         self._step("part")
-        self._upload.add(part)
+        self._upload.add(number, part)
         self._step("part")
 
     def finish(self) -> None:
