@@ -124,10 +124,13 @@ def read_keys(path: str, key: str) -> pa.ChunkedArray:
         return pa.ipc.open_file(handle, options=options).read_all()[key]
 
 
-def copy_contents(job: ContentJob, directory: str, keep_in: str | None = None) -> FileRecord:
+def copy_contents(
+    job: ContentJob, directory: str, keep_in: str | None = None, uploads: cache.Uploads | None = None
+) -> FileRecord:
     """Copy a job's rows into one Arrow IPC file.
 
     `keep_in`: output whose copies on this machine get it too, where it lies on an object store.
+    `uploads`: of those, which go on meanwhile.
 
     It is not compressed, so that a reader can map it and gather rows without decoding. Columns: the
     content key, in order, and `embedding` as fixed_size_binary (float16, shape in the field's
@@ -165,7 +168,7 @@ def copy_contents(job: ContentJob, directory: str, keep_in: str | None = None) -
     path = files.join(directory, f"part-{chunk_name(CONTENTS, wanted.to_pylist())}.arrow")
     schema = pa.schema([pa.field(key, pa.string()), pa.field("embedding", field.type, metadata=field.metadata)])
     embeddings = pa.FixedSizeBinaryArray.from_buffers(field.type, len(rows), [None, pa.py_buffer(rows)])
-    opened = files.atomic_write(path) if keep_in is None else cache.write_through(keep_in, path)
+    opened = files.atomic_write(path) if keep_in is None else cache.write_through(keep_in, path, uploads)
     with opened as handle, pa.ipc.new_file(handle, schema) as writer:
         writer.write_batch(pa.record_batch([wanted, embeddings], schema=schema))
     return FileRecord.of(f"contents_{job.kind}", path, len(wanted), handle.written)
@@ -217,12 +220,20 @@ class CopyContents(beam.DoFn):
         super().__init__()  # type: ignore[no-untyped-call]  # Beam's own has no annotations
 
     @staticmethod
-    def copy(placed: PlacedJob) -> FileRecord:
-        """Do one job, here and now."""
-        return copy_contents(placed.job, placed.directory, placed.keep_in)
+    def copy(placed: PlacedJob, uploads: cache.Uploads) -> FileRecord:
+        """Do one job, here and now, but for its upload."""
+        return copy_contents(placed.job, placed.directory, placed.keep_in, uploads)
+
+    def start_bundle(self) -> None:
+        self.uploads = cache.Uploads()
 
     def process(self, placed: PlacedJob) -> Iterator[FileRecord]:
-        yield self.copy(placed)
+        yield self.copy(placed, self.uploads)
+
+    def finish_bundle(self) -> None:
+        # What a bundle emitted counts from here on.
+        with self.uploads as uploads:
+            uploads.wait()
 
 
 def contents_jobs(

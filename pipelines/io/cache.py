@@ -21,8 +21,9 @@ import os
 import shutil
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -206,22 +207,71 @@ def copy_document(root: str, path: str) -> None:
         handle.write(data)
 
 
+class Uploads:
+    """Uploads that go on while more is written.
+
+    One is sent at a time, and one more may wait. Leaving the context waits for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="uploads")
+        self._sending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "Uploads":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+
+    def add(self, temporary: str, path: str, target: str) -> None:
+        """Upload a temporary file, and then give it its name."""
+        while len(self._sending) > 1:
+            self._sending.popleft().result()
+        self._sending.append(self._thread.submit(_send, temporary, path, target))
+
+    def wait(self) -> None:
+        """Wait for all.
+
+        Raises:
+            InputError, OSError: one failed. It left neither object nor copy.
+        """
+        while self._sending:
+            self._sending.popleft().result()
+
+
+def _send(temporary: str, path: str, target: str) -> None:
+    try:
+        upload_file(temporary, path)
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+    _use(target)
+
+
 @contextlib.contextmanager
-def write_through(root: str, path: str) -> Iterator[files.Sink]:
+def write_through(root: str, path: str, uploads: Uploads | None = None) -> Iterator[files.Sink]:
     """Yield a sink to a file, and keep a copy.
 
-    On an object store it is written here first, and uploaded when the block ends without an error.
+    On an object store it is written here first, and uploaded when the block ends without an error:
+    by `uploads`, if they are given.
     """
     if files.is_local(path):
         with files.atomic_write(path) as sink:
             yield sink
         return
     target = copy_path(root, path)
-    with _new_file(target) as handle:
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    with _new_file(temporary) as handle:
         yield files.Sink(handle)
-        handle.flush()
-        upload_file(handle.name, path)
-    _use(target)
+    if uploads is None:
+        _send(temporary, path, target)
+    else:
+        uploads.add(temporary, path, target)
 
 
 def keep_copy(local: str, root: str, path: str) -> None:

@@ -60,7 +60,8 @@ def prepare(
     if pairs.rejects.num_rows:
         records.append(write_table(directory, "rejects", pairs.rejects))
     jobs, kept = contents_jobs(inputs.store, pairs.items, latest, out, directory, keep=True)
-    contents = [*(CopyContents.copy(job) for job in jobs), *kept]
+    with cache.Uploads() as uploads:
+        contents = [*(CopyContents.copy(job, uploads) for job in jobs), *kept]
     images, titles = (
         tuple(record for record in contents if record.table == f"contents_{kind}") for kind in ("images", "titles")
     )
