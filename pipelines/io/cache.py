@@ -29,6 +29,7 @@ from typing import BinaryIO, Protocol
 
 from camenn_model.integrity import DamagedError, cache_directory, check_file
 from pipelines.io import files, objects
+from pipelines.io.object_client import PART
 from schemas.errors import InputError
 
 LIMIT_GB = 100.0
@@ -285,7 +286,8 @@ def keep_copy(local: str, root: str, path: str) -> None:
 def upload_file(local: str, path: str) -> None:
     """Upload a local file to an object."""
     with open(local, "rb") as handle, objects.upload(path) as upload:
-        while piece := handle.read(PIECE):
+        # Whole parts, which are sent as they are.
+        while piece := handle.read(PART):
             upload.write(piece)
 
 

@@ -19,7 +19,7 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60
 """Seconds"""
 SOCKETS = 4
 """Connections of a process to one store, at most: requests beyond them wait"""
-PART = 8 * 2**20
+PART = 5 * 2**20
 """Bytes of a part of an upload. S3 takes 10,000 parts of at least 5 MiB; gs a multiple of 256 KiB."""
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP statuses after which the same request is sent again"""
