@@ -24,6 +24,10 @@ class Checkpoints:
     def saved(self) -> None:
         """Take note of a checkpoint that was just written."""
 
-    def remove(self) -> None:
-        """Remove them: the training is over."""
+    def finished(self) -> None:
+        """Take note that the package is written."""
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove them: nothing will go on from them."""
         shutil.rmtree(self.directory, ignore_errors=True)

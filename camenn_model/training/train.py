@@ -110,7 +110,7 @@ def train(
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
     (directory / "retrieval.json").write_text(json.dumps(retrieval, indent=1))
     write_curves(directory / "curves.csv", state.curves)
-    trainer.checkpoints.remove()
+    trainer.checkpoints.finished()
     return metrics
 
 

@@ -174,7 +174,9 @@ class Trainer:
         It resumes from a checkpoint where there is one.
         """
         options = self.options
-        if not self._restore():
+        restored = self._restore()
+        self._check_same_step(self.state.step if restored else -1)
+        if not restored:
             self._begin()
         state = self.state
         every = max(1, self.corpus.rows("train") // options.evaluations)
@@ -202,6 +204,18 @@ class Trainer:
             self._evaluate()
         self.model.load_state_dict(self.best)
         self.model.eval()
+
+    def _check_same_step(self, step: int) -> None:
+        """Check that all processes go on from the same step.
+
+        Raises:
+            InputError: they found different checkpoints.
+        """
+        if self.processes.sums([float(step)])[0] != step * self.processes.count:
+            raise InputError(
+                f"{self.checkpoints.path}: the processes of this training found different checkpoints. Start them on "
+                "one machine, or remove this file on each."
+            )
 
     def _align_every(self) -> int:
         """Return the interval of steps that include alignment.

@@ -9,7 +9,7 @@ CACHE/scratch/RUN/           spilled partitions of a job on this machine
 CACHE is `CAMENN_CACHE`, or ~/.cache/camenn. Only objects that never change are copied: a name in an
 output has one content for ever, which a checksum proves, and a name in `inputs` includes the version.
 What was not used for the longest time is removed where all copies together take more than
-`CAMENN_CACHE_GB`, but nothing of the last day.
+`CAMENN_CACHE_GB`, but nothing of the last day, and nothing of an output that a process is reading.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import functools
 import hashlib
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections import deque
@@ -41,6 +42,8 @@ PIECE = 4 * 2**20
 PIECES = 4
 """Pieces in memory at once"""
 LOCKS = 256
+IN_USE = ".in-use"
+"""File in an output's directory that its readers lock shared for as long as they live"""
 USED = ".used"
 """Ending of the empty file beside a copy, whose time is the copy's last use"""
 
@@ -102,6 +105,8 @@ def local_copies(root: str, listed: Iterable[Listed], remedy: str) -> list[str]:
     wanted = list(listed)
     if files.is_local(root):
         return [entry.path for entry in wanted]
+    _forget_unused()
+    _hold(Path(copy_root(root)))
     # Small files are downloaded at once, of a large one its pieces are.
     small = [entry for entry in wanted if entry.bytes <= PIECE]
     with ThreadPoolExecutor(objects.THREADS) as pool:
@@ -109,7 +114,6 @@ def local_copies(root: str, listed: Iterable[Listed], remedy: str) -> list[str]:
     for entry in wanted:
         if entry.bytes > PIECE:
             _copy(root, entry, remedy)
-    _forget_unused()
     return [copy_path(root, entry.path) for entry in wanted]
 
 
@@ -138,12 +142,13 @@ def _copy(root: str, entry: Listed, remedy: str) -> None:
 def _is_here(target: str, entry: Listed, remedy: str) -> bool:
     if not os.path.exists(target):
         return False
+    # First: what is in use is not forgotten while its bytes are read.
+    _use(target)
     try:
         check_file(target, entry.bytes, entry.sha256, remedy)
-    except DamagedError:
+    except (DamagedError, FileNotFoundError):
         # A copy is no one's only one: it is made again.
         return False
-    _use(target)
     return True
 
 
@@ -170,14 +175,10 @@ def _download(path: str, size: int, handle: BinaryIO, token: str | None = None) 
 
 
 @contextlib.contextmanager
-def _new_file(target: str) -> Iterator[BinaryIO]:
-    """Yield a file that appears when the block ends well."""
-    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+def _explained(target: str) -> Iterator[None]:
+    """Report in one line that the cache cannot be written to."""
     try:
-        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-        with open(temporary, "wb") as handle:
-            yield handle
-        os.replace(temporary, target)
+        yield
     except OSError as error:
         if str(error.filename).startswith(str(cache_directory())) or error.errno == errno.ENOSPC:
             raise InputError(
@@ -185,6 +186,24 @@ def _new_file(target: str) -> Iterator[BinaryIO]:
                 "directory with room for it."
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _new_file(target: str, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """Yield a file that appears when the block ends well.
+
+    `durable`: its bytes are on the disk before its name is. What has a checksum needs no wait.
+    """
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        with _explained(target):
+            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+            with open(temporary, "wb") as handle:
+                yield handle
+                if durable:
+                    handle.flush()
+                    os.fsync(handle.fileno())
+            os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.remove(temporary)
@@ -195,9 +214,11 @@ def _locked(target: str) -> Iterator[None]:
     """Hold a copy for one process of this machine."""
     number = int(hashlib.sha256(target.encode()).hexdigest(), 16) % LOCKS
     directory = cache_directory() / "locks"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(directory / f"{number}.lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with _explained(target):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle = stack.enter_context(open(directory / f"{number}.lock", "w"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
@@ -217,6 +238,7 @@ class Uploads:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="uploads")
         self._sending: deque[Future[None]] = deque()
+        self._temporary: list[str] = []
 
     def __enter__(self) -> "Uploads":
         return self
@@ -227,9 +249,13 @@ class Uploads:
                 self.wait()
         finally:
             self._thread.shutdown(cancel_futures=True)
+            for left in self._temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(left)
 
     def add(self, temporary: str, path: str, target: str) -> None:
         """Upload a temporary file, and then give it its name."""
+        self._temporary.append(temporary)
         while len(self._sending) > 1:
             self._sending.popleft().result()
         self._sending.append(self._thread.submit(_send, temporary, path, target))
@@ -246,8 +272,9 @@ class Uploads:
 
 def _send(temporary: str, path: str, target: str) -> None:
     try:
-        upload_file(temporary, path)
-        os.replace(temporary, target)
+        with _explained(target):
+            upload_file(temporary, path)
+            os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -278,8 +305,9 @@ def write_through(root: str, path: str, uploads: Uploads | None = None) -> Itera
 def keep_copy(local: str, root: str, path: str) -> None:
     """Move a local file to where its object's copy belongs."""
     target = copy_path(root, path)
-    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-    shutil.move(local, target)
+    with _explained(target):
+        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+        shutil.move(local, target)
     _use(target)
 
 
@@ -315,15 +343,16 @@ def keep_inputs(found: Sequence[files.Found]) -> None:
     remote = [file for file in found if not files.is_local(file.path)]
     if not remote or sum(file.bytes for file in remote) > _limit() / 2:
         return
+    _forget_unused()
     for file in remote:
         target = _input_path(file.path, file.bytes, file.version)
-        if not os.path.exists(target):
-            with _locked(target):
-                if not os.path.exists(target):
-                    with _new_file(target) as handle:
-                        _download(file.path, file.bytes, handle, file.version)
         _use(target)
-    _forget_unused()
+        if not _has_size(target, file.bytes):
+            with _locked(target):
+                if not _has_size(target, file.bytes):
+                    with _new_file(target, durable=True) as handle:
+                        _download(file.path, file.bytes, handle, file.version)
+            _use(target)
 
 
 def open_input(path: str) -> BinaryIO:
@@ -335,10 +364,17 @@ def open_input(path: str) -> BinaryIO:
         return files.open_read(path)
     found = objects.stat(path)
     target = _input_path(path, found.bytes, found.token)
+    if _has_size(target, found.bytes):
+        with contextlib.suppress(FileNotFoundError):
+            return open(target, "rb")
+    return files.open_read(path, found)
+
+
+def _has_size(target: str, size: int) -> bool:
     try:
-        return open(target, "rb")
-    except FileNotFoundError:
-        return files.open_read(path, found)
+        return os.path.getsize(target) == size
+    except OSError:
+        return False
 
 
 def scratch_directory(run_directory: str) -> str:
@@ -374,11 +410,38 @@ def _use(target: str) -> None:
         Path(target + USED).touch()
 
 
+_held: dict[str, BinaryIO] = {}
+_guard = threading.Lock()
+
+
+def _hold(directory: Path) -> None:
+    """Keep an output's copies from being forgotten, for as long as this process lives.
+
+    Who reads them opens them again and again by their names.
+    """
+    with _guard, contextlib.suppress(OSError):
+        if str(directory) not in _held:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle = open(directory / IN_USE, "ab")  # noqa: SIM115 - the lock lasts as long as it is open
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            _held[str(directory)] = handle
+
+
+def _is_free(directory: Path, stack: contextlib.ExitStack) -> bool:
+    """Lock an output's copies, unless a process reads them."""
+    try:
+        handle = stack.enter_context((directory / IN_USE).open("ab"))
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 @functools.cache
 def _forget_unused() -> None:
     """Remove the least recently used copies.
 
-    This is done once in a process.
+    This is done once in a process, before it reads any.
     """
     copies, limit = [], time.time() - IN_USE_S
     for place in ("objects", "inputs"):
@@ -387,7 +450,7 @@ def _forget_unused() -> None:
                 path = os.path.join(directory, name)
                 with contextlib.suppress(OSError):
                     status = os.stat(path)
-                    if name.endswith(USED):
+                    if name.endswith(USED) or name == IN_USE:
                         continue
                     if name.endswith(".tmp"):
                         # What a killed process left.
@@ -397,14 +460,22 @@ def _forget_unused() -> None:
                     used = os.stat(path + USED).st_mtime if os.path.exists(path + USED) else status.st_mtime
                     copies.append((used, status.st_size, path))
     left = sum(size for _, size, _ in copies)
-    for used, size, path in sorted(copies):
-        if left <= _limit() or used > limit:
-            return
-        # Who has mapped it keeps it: on a local disk a file lives as long as it is open.
-        for gone in (path, path + USED):
-            with contextlib.suppress(OSError):
-                os.remove(gone)
-        left -= size
+    free: dict[Path, bool] = {}
+    with contextlib.ExitStack() as stack:
+        for used, size, path in sorted(copies):
+            if left <= _limit() or used > limit:
+                return
+            kind, name = Path(path).relative_to(cache_directory()).parts[:2]
+            output = cache_directory() / kind / name
+            if kind == "objects":
+                if output not in free:
+                    free[output] = _is_free(output, stack)
+                if not free[output]:
+                    continue
+            for gone in (path, path + USED):
+                with contextlib.suppress(OSError):
+                    os.remove(gone)
+            left -= size
 
 
 @functools.cache

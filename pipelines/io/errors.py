@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from pipelines.io.object_client import CHANGED
 from schemas.errors import InputError
 
 REMEDIES = {
@@ -180,6 +181,8 @@ def explain_system_error(error: OSError, given: Sequence[str] = ()) -> InputErro
 
 def _explain(number: int, path: str | None, words: str, given: Sequence[str]) -> InputError | None:
     place = path or words
+    if CHANGED in words:
+        return InputError(f"{place}: {CHANGED}. Run again." if path else f"{words}. Run again.")
     if number in (errno.ENOSPC, errno.EDQUOT):
         return InputError(
             f"{place}: the disk is full ({os.strerror(number)}). "

@@ -20,7 +20,7 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60
 SOCKETS = 4
 """Connections of a process to one store, at most: requests beyond them wait"""
 PART = 5 * 2**20
-"""Bytes of a part of an upload. S3 takes 10,000 parts of at least 5 MiB; gs a multiple of 256 KiB."""
+"""Bytes of the first parts of an upload. S3 takes parts of at least 5 MiB; gs a multiple of 256 KiB."""
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP statuses after which the same request is sent again"""
 WRITE_ID = "camenn-write"
@@ -51,11 +51,14 @@ class Stat:
     """See `WRITE_ID`. Listings leave it out."""
 
 
+CHANGED = "was written by another process meanwhile"
+
+
 class ChangedError(OSError):
     """An object is not in the state that a write or a read asked for."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(errno.EEXIST, "was written by another process meanwhile", path)
+        super().__init__(errno.EEXIST, CHANGED, path)
 
 
 class TransientError(Exception):
@@ -72,7 +75,7 @@ class Upload(Protocol):
     """That may send parts at once"""
 
     def add(self, number: int, part: bytes) -> None:
-        """Send one part, of which the first has number 1. All but the last have `PART` bytes."""
+        """Send one part, of which the first has number 1. All but the last have a multiple of `PART` bytes."""
 
     def finish(self) -> None:
         """Publish what was sent."""

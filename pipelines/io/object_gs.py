@@ -215,8 +215,12 @@ class GsUpload:
 
     def abort(self) -> None:
         """Drop what was sent."""
-        with contextlib.suppress(FileNotFoundError):
-            self._call(self._writer.terminate)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                self._call(self._writer.terminate)
+        finally:
+            # Otherwise the collected writer would close itself, and so publish what had been sent.
+            self._writer._buffer.close()
 
     def _call(self, request: Callable[[], Any]) -> None:
         with last_attempt(f"gs://{self._bucket}/{self._key}"):

@@ -298,8 +298,8 @@ class UploadSink:
         view = memoryview(data).cast("B")
         size = len(view)
         # The last part waits for the end: an object of one part is written with one request.
-        while self._size + len(view) > PART:
-            room = PART - self._size
+        while self._size + len(view) > self._part_bytes:
+            room = self._part_bytes - self._size
             self._waiting.append(bytes(view[:room]))
             view = view[room:]
             self._send()
@@ -308,6 +308,11 @@ class UploadSink:
             self._waiting.append(data if isinstance(data, bytes) and len(view) == size else bytes(view))
             self._size += len(view)
         return size
+
+    @property
+    def _part_bytes(self) -> int:
+        """Return the size of the next part: S3 takes 10,000 of them, so that they grow by the thousand."""
+        return PART << (self._parts // 1_000)
 
     def _send(self) -> None:
         """Send what waits as a part."""

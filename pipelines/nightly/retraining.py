@@ -7,12 +7,13 @@ model's drift.
 import datetime
 from dataclasses import dataclass
 
+from camenn_model.integrity import DamagedError
 from pipelines.io import files
 from pipelines.nightly.config import NightlyConfig
-from pipelines.runs.copies import open_published_package, open_shards
+from pipelines.runs.copies import open_shards, package_directory
 from pipelines.runs.manifest import Manifest, read_latest, read_run
 from schemas.errors import InputError
-from schemas.manifest import MANIFEST
+from schemas.manifest import MANIFEST, RUNS
 
 AS_OF = "shards_as_of"
 """Key of a training's summary: the time up to which its shards had read the logs"""
@@ -44,9 +45,15 @@ def decide(config: NightlyConfig) -> Decision:
     if model is None:
         return Decision(True, "there is no model yet")
     from camenn_model.evaluation.challenge import judge_calibration, reads_embeddings_of
+    from camenn_model.package import read_package
 
     try:
-        package = open_published_package(config.output("model"))
+        directory = package_directory(files.join(config.output("model"), RUNS, model.run))
+    except DamagedError as error:
+        return Decision(True, f"the published model cannot be read ({error})")
+    # A store that does not answer, or a full disk, is no reason to train.
+    try:
+        package = read_package(directory)
     except InputError as error:
         # For example after an upgrade that encodes features differently: without this no night
         # could score until a manual training.

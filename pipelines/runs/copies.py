@@ -48,8 +48,10 @@ class RunCopies:
         cache.copy_document(self.root, files.join(self.root, RUNS, self.run, MANIFEST))
 
 
-def open_shards(root: str) -> "ShardSet":
+def open_shards(root: str, run: str | None = None) -> "ShardSet":
     """Open the published shard set of an output.
+
+    `run`: the one that is published, where it is known already.
 
     Raises:
         InputError: nothing is published there, or another stage's output.
@@ -58,7 +60,7 @@ def open_shards(root: str) -> "ShardSet":
 
     if files.is_local(root):
         return ShardSet(root)
-    copies = RunCopies(root, require_latest(root, "shards", "--shards").run)
+    copies = RunCopies(root, run or require_latest(root, "shards", "--shards").run)
     copies.copy_manifest()
     return ShardSet(root, copies)
 

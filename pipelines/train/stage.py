@@ -3,6 +3,7 @@
 That knows nothing of Beam or of publication.
 """
 
+import hashlib
 import os
 import time
 from contextlib import ExitStack, nullcontext
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from camenn_model.config import LossConfig
 from camenn_model.encoders.machine import resolve_device_precision
+from camenn_model.integrity import DamagedError
 from pipelines.io import files
 from pipelines.io.files import output_place
 from pipelines.runner.console import Bar
+from pipelines.runner.exit_codes import GatesFailed
 from pipelines.runner.log import stage_logger
 from pipelines.runs.context import Outcome, Request, RunContext, open_run
 from pipelines.runs.copies import open_shards, package_directory
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from camenn_model.data.shard_set import ShardSet
     from camenn_model.evaluation.challenge import ModelComparison
     from camenn_model.training.corpus import TrainOptions
+    from camenn_model.training.distributed import Processes
 
 _LOG = stage_logger(STAGE)
 
@@ -68,7 +72,7 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
 
     from camenn_model.training.distributed import join_processes
     from camenn_model.training.train import train
-    from pipelines.train.workplace import checkpoints_of, workplace
+    from pipelines.train.workplace import checkpoints_of, clear_workplace, workplace
 
     training = resolve_training(options, out, shards_root)
     inputs = {"shards": shards.request}
@@ -91,17 +95,36 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
         unchanged = processes.sums([float(context is not None and context.unchanged)])[0]
         if unchanged:
             return None if context is None else context.repeat_summary()
-        shard_set = open_shards(shards_root)
+        check_same_shards(processes, shards.run)
+        shard_set = open_shards(shards_root, shards.run)
         checkpoints = checkpoints_of(out, None if context is None else context.writer)
         if context is None:
             train(training, workplace(out), _nothing, processes, shards=shard_set, checkpoints=checkpoints)
             return None
+        clear_workplace(out)
         package = workplace(out) / RUNS / context.name
         package.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             metrics = train(training, package, _Bars(stack), processes, shards=shard_set, checkpoints=checkpoints)
         comparison = compare_with_published(context, package, shard_set) if options.challenge else None
-        return context.publish(describe_model(context, package, metrics, shards, comparison))
+        try:
+            summary = context.publish(describe_model(context, package, metrics, shards, comparison))
+        except GatesFailed:
+            checkpoints.discard()
+            raise
+        checkpoints.discard()
+        return summary
+
+
+def check_same_shards(processes: "Processes", run: str) -> None:
+    """Check that all processes train on the same run of the shard set.
+
+    Raises:
+        InputError: another one was published while they started.
+    """
+    number = float(int(hashlib.sha256(run.encode()).hexdigest()[:8], 16))
+    if processes.sums([number])[0] != number * processes.count:
+        raise InputError("--shards: another run was published while the training's processes started. Run again.")
 
 
 def resolve_training(options: TrainFlags, out: str, shards: str) -> "TrainOptions":
@@ -178,7 +201,12 @@ def is_readable(directory: str) -> bool:
     from camenn_model.package import read_package
 
     try:
-        read_package(package_directory(directory))
+        package = package_directory(directory)
+    except DamagedError:
+        return False
+    # A store that does not answer, or a full disk, says nothing of the package.
+    try:
+        read_package(package)
     except InputError:
         return False
     return True
@@ -196,7 +224,13 @@ def compare_with_published(context: RunContext, package: Path, shards: "ShardSet
     from camenn_model.package import read_package
 
     try:
-        champion = read_package(package_directory(files.join(context.request.out, RUNS, context.latest.run)))
+        directory = package_directory(files.join(context.request.out, RUNS, context.latest.run))
+    except DamagedError as error:
+        _LOG.warning("the published model cannot be compared, and the new one takes over: %s", error)
+        return None
+    # Only what it is tells that it cannot be compared: not a store that does not answer, or a full disk.
+    try:
+        champion = read_package(directory)
     except InputError as error:
         _LOG.warning("the published model cannot be compared, and the new one takes over: %s", error)
         return None

@@ -13,9 +13,13 @@ from pathlib import Path
 from camenn_model.integrity import cache_directory
 from camenn_model.training.checkpoints import Checkpoints
 from pipelines.io import cache, files
-from pipelines.io.lease import Writer
+from pipelines.io.lease import LostLeaseError, Writer
 from pipelines.io.tables import FileRecord
+from pipelines.runner.log import stage_logger
 from pipelines.runs.outputs import CHECKPOINTS
+from pipelines.train.options import STAGE
+from schemas.errors import InputError
+from schemas.manifest import RUNS
 
 UPLOAD_EVERY_S = 180.0
 """Seconds between uploads of checkpoints"""
@@ -75,18 +79,45 @@ class UploadedCheckpoints(Checkpoints):
             cache.download_file(self._remote, str(self.path))
 
     def saved(self) -> None:
-        """Upload it, if the last upload was long ago."""
-        if self.writer is not None and time.monotonic() - self.uploaded >= UPLOAD_EVERY_S:
+        """Upload it, if the last upload was long ago.
+
+        A store that does not answer for a while ends no training of hours: it is tried again later.
+
+        Raises:
+            LostLeaseError: another process took the output over.
+        """
+        if self.writer is None or time.monotonic() - self.uploaded < UPLOAD_EVERY_S:
+            return
+        self.uploaded = time.monotonic()
+        try:
             self.writer.check()
             cache.upload_file(str(self.path), self._remote)
-            self.uploaded = time.monotonic()
+        except LostLeaseError:
+            raise
+        except (InputError, OSError) as error:
+            stage_logger(STAGE).warning("the checkpoint is not uploaded, and stays on this machine: %s", error)
 
-    def remove(self) -> None:
-        """Remove them, here and there."""
-        super().remove()
+    def finished(self) -> None:
+        """Keep them: the package is not published yet."""
+
+    def discard(self) -> None:
+        """Remove them, here and there.
+
+        What cannot be removed does no harm: another training does not go on from it.
+        """
+        super().discard()
         if self.writer is not None:
-            self.writer.check()
-            files.delete([self._remote])
+            try:
+                self.writer.check()
+                files.delete([self._remote])
+            except (InputError, OSError) as error:
+                stage_logger(STAGE).warning("%s stays there: %s", self._remote, error)
+
+
+def clear_workplace(out: str) -> None:
+    """Remove packages that a killed training left on this machine."""
+    if not files.is_local(out):
+        shutil.rmtree(workplace(out) / RUNS, ignore_errors=True)
 
 
 def upload_package(local: Path, out: str, directory: str, names: list[str]) -> list[FileRecord]:

@@ -1,6 +1,9 @@
 """Copies of objects on this machine: made once, whole or not at all, and forgotten in time."""
 
+import errno
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +15,22 @@ from benchmarks.support.counting_proxy import CountingProxy
 from camenn_model.integrity import DamagedError
 from camenn_model.published import ListedFile
 from pipelines.io import cache, files, objects
+from pipelines.io.errors import explain_system_error
 from pipelines.io.files import Written
+from pipelines.io.object_client import ChangedError
 from schemas.errors import InputError
 from tests.support.object_stores import LocalStores, running_stores
 
 pytestmark = [pytest.mark.slow, pytest.mark.objects]
 AGAIN = "Run it again."
+READ = """
+import pathlib, sys
+from pipelines.io import cache
+
+cache._hold(pathlib.Path(sys.argv[1]))
+print(1, flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +134,32 @@ def test_a_write_that_fails_leaves_nothing(root: str, own_cache: Path) -> None:
     assert [path for path in own_cache.rglob("*") if path.is_file()] == []
 
 
+def test_uploads_that_fail_leave_nothing(root: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of a thread is the command's, and what waited behind it is not sent either."""
+
+    def fail(local: str, path: str) -> None:
+        raise OSError(errno.EIO, "no network", path)
+
+    monkeypatch.setattr(cache, "upload_file", fail)
+    with pytest.raises(OSError, match="no network"), cache.Uploads() as uploads:
+        for number in range(4):
+            with cache.write_through(root, f"{root}/part-{number}.arrow", uploads) as sink:
+                sink.write(b"x" * 1_000)
+    assert list(objects.list_objects(f"{root}/")) == []
+    assert [path.name for path in own_cache.rglob("*.arrow*") if path.is_file()] == []
+
+
+def test_a_changed_table_is_told(root: str) -> None:
+    path = f"{root}/clicks.parquet"
+    objects.put(path, b"x" * 100)
+    found = files.find([path])
+    objects.put(path, b"y" * 100)
+    with pytest.raises(ChangedError) as raised:
+        cache.keep_inputs(found)
+    explained = explain_system_error(raised.value, [root])
+    assert str(explained) == f"{path}: was written by another process meanwhile. Run again."
+
+
 def test_inputs_are_copied_by_version(root: str, stores: LocalStores, monkeypatch: pytest.MonkeyPatch) -> None:
     path, proxy = f"{root}/clicks.parquet", proxy_of(stores, root)
     for version in (b"monday" * 1_000, b"tuesday" * 1_000):
@@ -150,6 +189,17 @@ def test_what_is_not_used_is_forgotten(root: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CAMENN_CACHE_GB", "0.0000025")
     cache._forget_unused()
     assert [copy.exists() for copy in copies] == [True, True, False, False]
+    # What a process reads stays, even if it was not used for days.
+    reading = subprocess.Popen(
+        [sys.executable, "-c", READ, cache.copy_root(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert reading.stdin is not None and reading.stdout is not None
+    reading.stdout.read(1)
+    monkeypatch.setenv("CAMENN_CACHE_GB", "0")
+    cache._forget_unused.cache_clear()
+    cache._forget_unused()
+    assert [copy.exists() for copy in copies] == [True, True, False, False]
+    reading.communicate()
     # The last day's stay, whatever the limit.
     monkeypatch.setenv("CAMENN_CACHE_GB", "0")
     cache._forget_unused.cache_clear()

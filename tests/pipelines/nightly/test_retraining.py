@@ -36,7 +36,7 @@ def training(root: Path, day: int, *, held: bool = False, **summary: Any) -> Non
 def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A fake of the published model's calibration."""
     found: dict[str, Any] = {"reads": True, "calibration": Calibration("a", "b", 3_000, 500, 1.02, 0.02, 0.4)}
-    monkeypatch.setattr(package, "open_package", lambda root: None)
+    monkeypatch.setattr(package, "read_package", lambda directory: None)
     monkeypatch.setattr(challenge, "reads_embeddings_of", lambda package, shard_set: found["reads"])
     monkeypatch.setattr(challenge, "judge_calibration", lambda package, shard_set: found["calibration"])
     return found
@@ -110,7 +110,7 @@ def test_a_model_that_cannot_be_read_any_more_is_replaced(tmp_path: Path, monkey
     def refuse(root: str) -> None:
         raise InputError("another version of camenn trained this model")
 
-    monkeypatch.setattr(package, "open_package", refuse)
+    monkeypatch.setattr(package, "read_package", refuse)
     training(tmp_path, 10)
     # The very shards that it was trained on.
     shards(tmp_path, 10)
