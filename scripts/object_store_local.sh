@@ -56,6 +56,8 @@ start() {  # name, command...: in the background, its id kept
     local name=$1; shift
     nohup "$@" >"$state/$name.log" 2>&1 </dev/null &
     echo $! >"$state/$name.pid"
+    # A busy machine takes a moment to turn this shell's child into that command.
+    until alive "$name" || ! kill -0 "$(cat "$state/$name.pid")" 2>/dev/null; do sleep 0.05; done
 }
 
 answers() {  # port
