@@ -1,4 +1,6 @@
-"""The cost of an object store: the same night on a local disk and on gs:// or s3://.
+"""The cost of an object store.
+
+The same night is run on a local disk and on gs:// or s3://.
 
     scripts/object_store_local.sh up s3 && eval "$(scripts/object_store_local.sh env)"
     python -m benchmarks.speed.object_stores --place s3://camenn/bench --work WORK
@@ -48,14 +50,17 @@ STAGES = ("shards", "score")
 
 @dataclass(frozen=True)
 class Place:
-    """A directory, or a prefix of an object store, with a city and its outputs."""
+    """A place with a city and its outputs.
+
+    It is a directory, or a prefix of an object store.
+    """
 
     name: str
     path: str
     caches: Path
 
     def run(self, stage: str, out: str, cache_name: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
-        """Run one command, and return its seconds, CPU seconds and peak memory."""
+        """Run one command, and return what it took."""
         at = {name: files.join(self.path, name) for name in ("data", "store", "shards", "model")}
         flags = {
             "shards": ["--data", at["data"], "--store", at["store"], "--out", out, "--rebuild"],
@@ -101,7 +106,7 @@ class Place:
 
 
 def lay_out_photos(data: Path) -> int:
-    """Move the catalog's inline photos to files of their own, and return how many."""
+    """Move inline photos to files, and return how many."""
     path = data / "catalog.parquet"
     catalog = pq.ParquetFile(path).read()
     if "image_bytes" not in catalog.column_names:
@@ -129,7 +134,7 @@ def copy_tree(source: Path, place: str) -> None:
 
 @contextmanager
 def counted(scheme: str) -> Iterator[tuple[CountingProxy, dict[str, str]]]:
-    """Yield a proxy to the store, and the environment that leads through it."""
+    """Yield a proxy to the store, and its environment."""
     proxy = CountingProxy(os.environ[ENDPOINTS[scheme]])
     try:
         yield proxy, {ENDPOINTS[scheme]: proxy.url}
@@ -138,7 +143,7 @@ def counted(scheme: str) -> Iterator[tuple[CountingProxy, dict[str, str]]]:
 
 
 def count_requests(place: Place, scheme: str, results: dict[str, Any]) -> None:
-    """Count requests, bytes and sockets of each step of two nights."""
+    """Count requests, bytes and sockets of each step."""
     with counted(scheme) as (proxy, environment):
 
         def step(name: str, work: Any) -> None:
@@ -168,7 +173,7 @@ def count_requests(place: Place, scheme: str, results: dict[str, Any]) -> None:
 
 
 def prepare_local(local: Place) -> None:
-    """Make the local store, shard set and model, where they are not there yet."""
+    """Make the missing ones of store, shards and model."""
     if read_latest(files.join(local.path, "store")) is None:
         local.embed("local")
     if read_latest(files.join(local.path, "shards")) is None:

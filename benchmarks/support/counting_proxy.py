@@ -1,4 +1,4 @@
-"""A proxy on loopback that counts the requests to an object store, and spoils some of them."""
+"""A proxy that counts requests, and spoils some of them."""
 
 import http.client
 import http.server
@@ -62,7 +62,7 @@ class CountingProxy:
             self._faults += [(method, fault) for fault in faults]
 
     def spoil_at(self, faults: dict[int, int | str]) -> None:
-        """Spoil requests of any method by their numbers from now on, 1 = the next one."""
+        """Spoil requests by their numbers, 1 = the next one."""
         with self._lock:
             self._numbered = {len(self.requests) + number: fault for number, fault in faults.items()}
 
@@ -72,7 +72,10 @@ class CountingProxy:
         return len(self._faults) + len(self._numbered)
 
     def clear(self) -> None:
-        """Forget all requests. Faults that nobody ran into are an error."""
+        """Forget all requests.
+
+        Faults that nobody ran into are an error.
+        """
         with self._lock:
             assert self._faults == [] and self._numbered == {}
             self.requests.clear()
@@ -102,7 +105,10 @@ class CountingProxy:
 
 
 def unconditional(method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[str, dict[str, str]]:
-    """Leave the conditions out of a request. Returned are its path and headers."""
+    """Leave the conditions out of a request.
+
+    Returned are its path and headers.
+    """
     path = re.sub(r"[?&]ifGenerationMatch=\d+", "", path)
     kept = {name: value for name, value in headers.items() if name.lower() not in ("if-match", "if-none-match")}
     if len(kept) == len(headers):

@@ -172,7 +172,7 @@ def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
 
 
 def read_whole(path: str, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or some columns of it, wherever it lies."""
+    """Read a Parquet file, or some columns of it."""
     with files.open_read(path) as handle:
         return pq.ParquetFile(handle).read(columns=columns)
 

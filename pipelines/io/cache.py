@@ -176,7 +176,7 @@ def _download(path: str, size: int, handle: BinaryIO, token: str | None = None) 
 
 @contextlib.contextmanager
 def _explained(target: str) -> Iterator[None]:
-    """Report in one line that the cache cannot be written to."""
+    """Report that the cache cannot be written to."""
     try:
         yield
     except OSError as error:
@@ -415,9 +415,9 @@ _guard = threading.Lock()
 
 
 def _hold(directory: Path) -> None:
-    """Keep an output's copies from being forgotten, for as long as this process lives.
+    """Keep an output's copies from being forgotten.
 
-    Who reads them opens them again and again by their names.
+    They stay for as long as this process lives. Who reads them opens them again and again by their names.
     """
     with _guard, contextlib.suppress(OSError):
         if str(directory) not in _held:

@@ -1,4 +1,4 @@
-"""Read and write files, on this machine or in an object store.
+"""Read and write files, here or in an object store.
 
 Local paths, gs:// and s3:// are treated the same: pipelines/io/objects.py has the latter two. Every
 write is atomic: a unique temporary name, then the final one.

@@ -108,7 +108,7 @@ def _read(path: str) -> _Found | None:
 
 @contextlib.contextmanager
 def hold(root: str) -> Iterator["Lease"]:
-    """Hold an output on an object store while a block runs.
+    """Hold an output while a block runs.
 
     Raises:
         InUseError: another process holds it.
@@ -149,7 +149,7 @@ def _is_free(path: str, found: _Found) -> bool:
 
 
 def store_time(path: str) -> float:
-    """Return the time by the clock of a store, seconds since 1970.
+    """Return a store's time, seconds since 1970.
 
     It is that of a small object beside `path`, which is written and removed.
     """
@@ -162,7 +162,9 @@ def store_time(path: str) -> float:
 
 
 def try_conditions(root: str) -> list[float]:
-    """Try on an object of its own what leases and publication need.
+    """Try what leases and publication need.
+
+    It is tried on an object of its own.
 
     Returned are the seconds of each request.
 

@@ -36,7 +36,7 @@ class Position:
 
     @classmethod
     def of(cls, root: str) -> "Position":
-        """Read the state of an output that this process may write to."""
+        """Read the state of an output that is held."""
         # The pointer first: what is written between the two reads is then noticed in either.
         pointer = files.join(root, LATEST)
         token = None

@@ -117,7 +117,7 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
 
 
 def check_same_shards(processes: "Processes", run: str) -> None:
-    """Check that all processes train on the same run of the shard set.
+    """Check that all processes train on one shard run.
 
     Raises:
         InputError: another one was published while they started.

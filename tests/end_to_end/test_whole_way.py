@@ -566,7 +566,7 @@ def test_damage_is_one_line_that_says_what_to_run(
     pattern, command, remedy = DAMAGES[damage]
     copy = City(tmp_path)
     copy.data = city.data
-    shutil.copytree(city.work, copy.work)
+    shutil.copytree(city.work, copy.work, symlinks=True)
     path = max(copy.work.glob(pattern))
     flip(path)
     flags = {
@@ -587,7 +587,7 @@ def test_damaged_copies_are_made_again(city: City, tmp_path: Path, capfd: pytest
     """Embeddings that shards and scores keep, and the kept log, are in the store and the logs too."""
     copy = City(tmp_path)
     copy.data = city.data
-    shutil.copytree(city.work, copy.work)
+    shutil.copytree(city.work, copy.work, symlinks=True)
     before = {name: table(copy.work / root, name) for root, name in (("scores", "scores"), ("shards", "examples"))}
     flip(max(copy.work.glob("scores/contents/images/*/part-*")))
     for path in copy.work.glob("scores/contents/titles/*/part-*"):

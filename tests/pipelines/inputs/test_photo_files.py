@@ -14,7 +14,7 @@ from pipelines.embed.resolve import ResolveItems
 from pipelines.inputs import photo_files
 from pipelines.inputs.photo_files import FileDefect, PhotoFiles, UriDefect, check_root_scheme, photo_status, resolve_uri
 from pipelines.inputs.photos import Limits
-from pipelines.io import files
+from pipelines.io import objects
 from pipelines.report.photos import Photos
 from schemas.errors import InputError
 
@@ -285,7 +285,7 @@ def test_an_object_is_read_no_further_than_a_photo_may_have(monkeypatch: pytest.
 
     handle = Endless()
     monkeypatch.setattr(photo_files, "LIMITS", Limits(bytes=10))
-    monkeypatch.setattr(files, "open_read", lambda path: handle)
+    monkeypatch.setattr(objects, "open_read", lambda path, found: handle)
     with pytest.raises(FileDefect, match="too_many_bytes"):
         PhotoFiles(BUCKET, False).read(f"{BUCKET}/1.jpg")
     assert handle.asked == 11
