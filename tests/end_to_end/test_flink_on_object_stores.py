@@ -8,7 +8,7 @@ import pytest
 from pipelines import cli
 from pipelines.io import objects
 from tests.support.flink_cluster import ElsewhereCluster
-from tests.support.object_stores import LocalStores, running_stores
+from tests.support.object_stores import LocalStores
 from tests.support.published_rows import assert_same, assert_scores_close
 from tests.support.tiny_encoders import write_text_model, write_timm_model
 
@@ -34,12 +34,6 @@ class Night:
     def run(self, beam: list[str]) -> None:
         for argv in self.commands():
             assert cli.main([*argv, *([] if argv[0] == "train" else beam)]) == 0
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import datetime
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipelines.runs import garbage
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.night_record import read_nights
 from pipelines.runs.publication import publications
-from tests.support.object_stores import LocalStores, running_stores
+from tests.support.object_stores import LocalStores
 from tests.support.published_rows import assert_same, assert_scores_close, latest
 from tests.support.tiny_encoders import write_text_model, write_timm_model
 
@@ -72,12 +72,6 @@ class City:
             if night == "one" or path.suffix == ".parquet":
                 with files.atomic_write(files.join(place, "data", *inner.split("/"))) as sink:
                     sink.write(path.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

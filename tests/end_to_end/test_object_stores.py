@@ -3,7 +3,6 @@
 import json
 import re
 import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pipelines.io.object_client import SOCKETS
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.store import IMAGES, SMALL_PARTS, TITLES, commit_part, generation, list_parts
 from schemas.embeddings import embedding_shape, image_embeddings, title_embeddings
-from tests.support.object_stores import LocalStores, running_stores
+from tests.support.object_stores import LocalStores
 from tests.support.tiny_encoders import write_text_model, write_timm_model
 
 A_LISTING, BESIDE = 0.01, 50
@@ -83,12 +82,6 @@ def read_store(store: str) -> dict[str, list[Any]]:
                 rows += pq.read_table(handle).drop_columns(OF_PLACE if name == "items" else []).to_pylist()
         found[name] = sorted(rows, key=lambda row: next(iter(row.values())))
     return found
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -32,19 +32,13 @@ from pipelines.runs.publication import check_whole, publish
 from pipelines.runs.store import list_parts
 from pipelines.stages import OUTPUT_FOLDERS
 from tests.support.documents import edit_document
-from tests.support.object_stores import ENDPOINTS, LocalStores, running_stores
+from tests.support.object_stores import ENDPOINTS, LocalStores
 from tests.support.small_city import catalog_table, write_store
 from tests.support.work_directory import make_work
 
 pytestmark = [pytest.mark.slow, pytest.mark.objects]
 FIRST, SECOND = "20240311T020000-bbbbbb", "20240312T020000-bbbbbb"
 BOTH = pytest.mark.parametrize("scheme", ["gs", "s3"])
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

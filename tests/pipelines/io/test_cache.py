@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from pipelines.io.errors import explain_system_error
 from pipelines.io.files import Written
 from pipelines.io.object_client import ChangedError
 from schemas.errors import InputError
-from tests.support.object_stores import LocalStores, running_stores
+from tests.support.object_stores import LocalStores
 
 pytestmark = [pytest.mark.slow, pytest.mark.objects]
 AGAIN = "Run it again."
@@ -31,12 +30,6 @@ cache._hold(pathlib.Path(sys.argv[1]))
 print(1, flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)

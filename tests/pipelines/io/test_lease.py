@@ -22,16 +22,10 @@ from pipelines.io import files, lease, object_client, objects
 from pipelines.io.lease import InUseError, Lease, LostLeaseError
 from pipelines.ops import doctor
 from schemas.errors import InputError
-from tests.support.object_stores import LocalStores, running_stores
+from tests.support.object_stores import LocalStores
 
 ROOT = Path(__file__).resolve().parents[3]
 SCHEMES = ("gs", "s3")
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 def place_in(scheme: str) -> str:

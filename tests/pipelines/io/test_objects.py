@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,18 +22,12 @@ from pipelines.io import files, object_client, objects
 from pipelines.io.object_client import PART, SOCKETS, ChangedError
 from pipelines.io.object_file import TAIL
 from schemas.errors import InputError
-from tests.support.object_stores import ENDPOINTS, LocalStores, running_stores
+from tests.support.object_stores import ENDPOINTS, LocalStores
 
 WRITERS = 16
 SLASHES = ["a//b", "back\\slash.txt"]
 """Names as well, but SeaweedFS, which keeps objects in folders, takes them for a/b and back/slash.txt"""
 ODD_NAMES = ["[1]*?.txt", "space and ümläut.txt", "%41#;&=+.txt", "'\".txt", "nested/x/y.txt", "日本.txt"]
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 @pytest.fixture(params=["gs", "s3"])

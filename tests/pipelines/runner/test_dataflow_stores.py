@@ -38,18 +38,12 @@ from pipelines.runs.manifest import read_latest
 from pipelines.score.command import build_parser
 from pipelines.score.stage import check_containers
 from tests.support.dataflow_jobs import MAINS, documented_command, write_city
-from tests.support.object_stores import LocalStores, running_stores
+from tests.support.object_stores import LocalStores
 
 pytest.importorskip("apache_beam.runners.dataflow.internal.apiclient", reason="apache_beam[gcp] is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.objects]
 
 PLACE = "gs://camenn/night"
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 @dataclass

@@ -5,7 +5,6 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,9 @@ from pipelines.runs.store import commit_part, drop_replaced, list_parts, merge_p
 from pipelines.train import workplace
 from schemas.embeddings import image_embeddings
 from schemas.manifest import LATEST_FIELDS
-from tests.support.object_stores import LocalStores, running_stores
+from tests.support.object_stores import LocalStores
 
 PAIRS = 25
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 @pytest.fixture(params=["gs", "s3"])

@@ -1,7 +1,6 @@
 """Workers that read single rows of contents: when they do, and that batches are the same."""
 
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pipelines.score.pairs import TILE_ITEMS, Chunk, ranges_pay
 from pipelines.score.tiles import WorkerInput, open_items
 from schemas.embeddings import SHAPE_KEY
 from schemas.training import ITEMS
-from tests.support.object_stores import LocalStores, running_stores
+from tests.support.object_stores import LocalStores
 from tests.support.random_batches import tiny_config
 
 MB = 10**6
@@ -62,12 +61,6 @@ def test_small_contents_are_copied() -> None:
 
 PHOTO, TITLE = (4, 40_000), (5, 12)
 """A photo is 320 kB: gaps between two are not read"""
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStores]:
-    with running_stores(tmp_path_factory.mktemp("stores")) as running:
-        yield running
 
 
 def write_contents(root: str, kind: str, name: str, numbers: list[int], shape: tuple[int, int]) -> FileRecord:
