@@ -19,6 +19,7 @@ COPY camenn_model camenn_model
 COPY pipelines pipelines
 COPY simulator simulator
 COPY benchmarks benchmarks
+COPY examples examples
 RUN pip install --no-cache-dir --no-deps --force-reinstall . && pip check
 
 # From here on the installed package is found, not the copy above: a package that is staged with a job must be able to replace it.

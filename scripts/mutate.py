@@ -28,7 +28,7 @@ from typing import Any
 from scripts.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("schemas", "camenn_model", "pipelines", "simulator", "benchmarks", "docs", "tests")
+OURS = ("schemas", "camenn_model", "pipelines", "simulator", "benchmarks", "examples", "docs", "tests")
 LIBRARIES = (
     "numpy",
     "pandas",

@@ -128,7 +128,7 @@ def test_sources_name_pages_that_exist() -> None:
     """What messages, docstrings and scripts say of docs/."""
     files = [path for folder in generate.PACKAGES for path in (ROOT / folder).rglob("*.py")]
     files += [
-        path for folder in ("schemas", "simulator", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*")
+        path for folder in ("schemas", "simulator", "benchmarks", "examples", "scripts") for path in (ROOT / folder).rglob("*")
     ]
     files += [ROOT / name for name in ("Dockerfile", "Makefile", "run_local.sh", "run_tests.sh")]
     for path in files:

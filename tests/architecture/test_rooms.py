@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("schemas", "camenn_model", "pipelines", "simulator", "benchmarks", "tests", "docs")
+OURS = ("schemas", "camenn_model", "pipelines", "simulator", "benchmarks", "examples", "tests", "docs")
 HEAVY = {"torch", "timm", "transformers"}
 ROOMS: dict[str, dict[str, set[str]]] = {
     "pipelines": {
@@ -112,14 +112,14 @@ def test_schemas_import_pyarrow_and_nothing_of_ours() -> None:
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
-    [("camenn_model", {"schemas"}), ("pipelines", {"schemas", "camenn_model"}), ("simulator", {"schemas"})],
+    [("camenn_model", {"schemas"}), ("pipelines", {"schemas", "camenn_model"}), ("simulator", {"schemas"}), ("examples", {"schemas"})],
 )
 def test_packages_import_only_those_below_them(package: str, allowed: set[str]) -> None:
     wrong = {(name, i) for name, i in imports_of(package) if top(i) in OURS and top(i) not in allowed | {package}}
     assert not wrong
 
 
-@pytest.mark.parametrize("package", ["camenn_model", "simulator", "schemas"])
+@pytest.mark.parametrize("package", ["camenn_model", "simulator", "examples", "schemas"])
 def test_only_pipelines_import_beam(package: str) -> None:
     assert not {(name, i) for name, i in imports_of(package) if top(i) == "apache_beam"}
 

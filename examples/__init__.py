@@ -1,0 +1,1 @@
+"""Data directories made from public data sets. No part of the product imports them."""
