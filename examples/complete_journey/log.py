@@ -44,6 +44,12 @@ def draw_weights(journey: Journey, half: str) -> NDArray[np.float64]:
     return weights / weights.sum()
 
 
+def _distinct(keys: Ints) -> Ints:
+    """Return the distinct keys in order, in less time than `np.unique` takes for so many."""
+    keys = np.sort(keys)
+    return keys[np.diff(keys, prepend=-1) > 0]
+
+
 def make_log(journey: Journey, half: str, seed: int) -> HalfLog:
     """Make the log of one half of the households.
 
@@ -66,14 +72,13 @@ def make_log(journey: Journey, half: str, seed: int) -> HalfLog:
 
     # A basket of which nothing was paid has no session.
     touched = inside[np.isin(journey.basket[inside], baskets)]
-    bought = basket_number(line) * products + journey.product[line]
-    bought = np.unique(bought)
+    bought = _distinct(basket_number(line) * products + journey.product[line])
     not_drawn = basket_number(touched) * products + journey.product[touched]
 
     count = 1 + rng.geometric(1 / MEAN_NEGATIVES, size=len(baskets))
     bounds = np.cumsum(draw_weights(journey, half))
     drawn = np.searchsorted(bounds, rng.random(count.sum()) * bounds[-1], side="right")
-    drawn = np.unique(np.repeat(np.arange(len(baskets)), count) * products + drawn)
+    drawn = _distinct(np.repeat(np.arange(len(baskets)), count) * products + drawn)
     drawn = drawn[~np.isin(drawn, not_drawn)]
 
     key = np.concatenate([bought, drawn])

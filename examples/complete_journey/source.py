@@ -92,7 +92,7 @@ def read_source(name: str) -> pd.DataFrame:
 
 def _titles(products: pd.DataFrame) -> "pd.Series[Any]":
     parts = products[["brand", "product_type", "package_size"]].fillna("")
-    return parts.agg(" ".join, axis=1).str.lower().str.rstrip()
+    return (parts["brand"] + " " + parts["product_type"] + " " + parts["package_size"]).str.lower().str.rstrip()
 
 
 def read_journey() -> Journey:

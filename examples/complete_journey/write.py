@@ -25,7 +25,7 @@ from schemas.users import STORES, USERS
 RECORD = "complete_journey.json"
 """In the data directory: what it was made from, and what came out."""
 TIMEZONE = "America/New_York"
-"""Of all stores. Converted to it, the source's times are those that the R package of the log shows."""
+"""Of all stores: the zone of the times in the R package of the same log."""
 
 Progress = Callable[[str], None]
 """Called with what is done next."""
@@ -126,7 +126,9 @@ def _write_journey(
 ) -> JourneySummary:
     progress("reading the purchases")
     journey = read_journey()
-    images = [None] * len(journey.products) if photos is None else assign_photos(journey.products, photos, seed)
+    images: list[str | None] = [None] * len(journey.products)
+    if photos is not None:
+        images = assign_photos(journey.products, photos, seed)
     halves = sorted(HALVES) if households is None else [households]
     logs = []
     for half in halves:

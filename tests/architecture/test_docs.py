@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.quality import publish
 from docs import generate
+from examples.complete_journey.cli import build_parser
 from pipelines.cli import COMMANDS
 from pipelines.runner import exit_codes
 from pipelines.runner.exit_codes import ExitCode
@@ -128,7 +129,9 @@ def test_sources_name_pages_that_exist() -> None:
     """What messages, docstrings and scripts say of docs/."""
     files = [path for folder in generate.PACKAGES for path in (ROOT / folder).rglob("*.py")]
     files += [
-        path for folder in ("schemas", "simulator", "benchmarks", "examples", "scripts") for path in (ROOT / folder).rglob("*")
+        path
+        for folder in ("schemas", "simulator", "benchmarks", "examples", "scripts")
+        for path in (ROOT / folder).rglob("*")
     ]
     files += [ROOT / name for name in ("Dockerfile", "Makefile", "run_local.sh", "run_tests.sh")]
     for path in files:
@@ -147,7 +150,7 @@ def test_readme_names_every_command_and_no_unknown_flag() -> None:
     text = (ROOT / "README.md").read_text()
     for command in COMMANDS:
         assert f"camenn {command}" in text or f"**{command}**" in text or command == "simulate", command
-    known = generate.flags()
+    known = generate.flags() + build_parser().format_help()
     beam = {"--runner", "--flink_master", "--flink_job_server_jar", "--environment_type", "--environment_config"}
     beam |= {"--direct_num_workers", "--direct_running_mode", "--all"}
     beam |= {"--standalone", "--nproc_per_node"}

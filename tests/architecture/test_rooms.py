@@ -112,7 +112,12 @@ def test_schemas_import_pyarrow_and_nothing_of_ours() -> None:
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
-    [("camenn_model", {"schemas"}), ("pipelines", {"schemas", "camenn_model"}), ("simulator", {"schemas"}), ("examples", {"schemas"})],
+    [
+        ("camenn_model", {"schemas"}),
+        ("pipelines", {"schemas", "camenn_model"}),
+        ("simulator", {"schemas"}),
+        ("examples", {"schemas"}),
+    ],
 )
 def test_packages_import_only_those_below_them(package: str, allowed: set[str]) -> None:
     wrong = {(name, i) for name, i in imports_of(package) if top(i) in OURS and top(i) not in allowed | {package}}
