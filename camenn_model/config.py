@@ -14,6 +14,7 @@ from typing import Any, Literal
 Kind = Literal["categorical", "numeric"]
 Attention = Literal["prefix", "full"]
 Weighting = Literal["fixed", "uncertainty"]
+Tokens = Literal["pooled", "all"]
 
 ITEM_HASH = "item_hash"
 """Name of the field in group ``item`` that holds the hashed item id (id dropout applies; shared with the history)."""
@@ -82,14 +83,31 @@ class _ProfileSizes:
     top_k: int
     text_tokens: int
     patch_grid: int
+    cvr_tokens: Tokens
 
 
 PROFILES: dict[str, _ProfileSizes] = {
     "small": _ProfileSizes(
-        width=64, heads=4, ffn=256, shared_layers=1, experts=4, top_k=2, text_tokens=16, patch_grid=4
+        width=64,
+        heads=4,
+        ffn=256,
+        shared_layers=1,
+        experts=4,
+        top_k=2,
+        text_tokens=16,
+        patch_grid=4,
+        cvr_tokens="pooled",
     ),
     "base": _ProfileSizes(
-        width=256, heads=8, ffn=1024, shared_layers=2, experts=8, top_k=2, text_tokens=32, patch_grid=8
+        width=256,
+        heads=8,
+        ffn=1024,
+        shared_layers=2,
+        experts=8,
+        top_k=2,
+        text_tokens=32,
+        patch_grid=8,
+        cvr_tokens="pooled",
     ),
 }
 
@@ -104,7 +122,9 @@ class ModelConfig:
     their order here. ``text_width`` and ``image_width`` are the frozen encoders' widths,
     ``patch_grid`` the side of the patch grid, ``position_size`` the rows of the display position's
     table (0 = unknown), ``base_rate`` the share of training clicks with an order (the CVR head
-    starts at its logit). Rates of dropout are probabilities of dropping.
+    starts at its logit). ``cvr_tokens``: with ``pooled`` a listing's title, its photo and the pair have
+    one token each in the CVR task. With ``all`` each title token, each patch and each group of the
+    pair's counts has one. The alignment tasks always see all. Rates of dropout are probabilities of dropping.
     """
 
     profile_name: str
@@ -123,6 +143,7 @@ class ModelConfig:
     position_size: int
     base_rate: float
     attention: Attention = "prefix"
+    cvr_tokens: Tokens = "all"
     dropout: float = 0.1
     attention_dropout: float = 0.1
     id_dropout: float = 0.1
@@ -144,6 +165,8 @@ class ModelConfig:
             raise ValueError(f"shared_layers {self.shared_layers}: at least 1")
         if self.attention not in ("prefix", "full"):
             raise ValueError(f"attention {self.attention!r}: 'prefix' or 'full'")
+        if self.cvr_tokens not in ("pooled", "all"):
+            raise ValueError(f"cvr_tokens {self.cvr_tokens!r}: 'pooled' or 'all'")
         if not 0.0 < self.base_rate < 1.0:
             raise ValueError(f"base_rate {self.base_rate} must lie strictly between 0 and 1")
         for name in ("dropout", "attention_dropout", "id_dropout", "modality_dropout", "position_dropout"):

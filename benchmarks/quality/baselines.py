@@ -16,7 +16,7 @@ import io
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ class Inputs:
         reader = ExampleReader(space, table, shards.users, history, positions)
         rows = {split: concat_rows([reader.read(path) for path, _ in shards.examples(split)]) for split in SPLITS}
         return cls(table, space, rows)
+
+    def latest(self, share: float) -> "Inputs":
+        """Return the same with the latest share of the training examples."""
+        train = self.rows["train"]
+        rows = np.argsort(train.start, kind="stable")[round((1 - share) * len(train)) :]
+        return replace(self, rows=self.rows | {"train": train.take(rows)})
 
     def frame(self, split: str, *, content: NDArray[np.float32] | None = None, ids: bool = False) -> pd.DataFrame:
         """Return one split's features."""
@@ -200,16 +206,13 @@ def _mmoe_columns(frame: pd.DataFrame) -> dict[str, NDArray[Any]]:
     return columns
 
 
-def _try_mmoe(
-    inputs: Inputs, content: NDArray[np.float32] | None, given: dict[str, Any], seed: int, threads: int
-) -> tuple[float, Callable[[str], Floats]]:
+def mmoe_model(frame: pd.DataFrame, given: dict[str, Any], seed: int) -> Any:
+    """Build deepctr-torch's MMoE for the columns of a frame, ready to fit."""
     import torch
     from deepctr_torch.inputs import DenseFeat, SparseFeat
     from deepctr_torch.models.multitask import MMOE
 
-    torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    frame = inputs.frame("train", content=content, ids=True)
     columns = [
         SparseFeat(name, max(2, len(frame[name].cat.categories)), embedding_dim=given["embedding"])
         if isinstance(frame[name].dtype, pd.CategoricalDtype)
@@ -227,13 +230,28 @@ def _try_mmoe(
         device="cpu",
         **{name: given[name] for name in names},
     )
-    model.compile(
-        torch.optim.Adam(model.parameters(), lr=given["learning_rate"]), loss=["binary_crossentropy"] * 2, metrics=[]
-    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=given["learning_rate"])
+    model.compile(optimizer, loss=["binary_crossentropy"] * 2, metrics=[])
+    return model
+
+
+def mmoe_data(inputs: Inputs, frame: pd.DataFrame) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
+    """Return MMoE's columns and targets of the training examples."""
     train = inputs.rows["train"]
     ordered = np.bincount(train.session, weights=train.label) > 0
-    targets = np.stack([train.label, ordered[train.session]], axis=1).astype(np.float32)
-    cache: dict[str, dict[str, NDArray[Any]]] = {"train": _mmoe_columns(frame)}
+    return _mmoe_columns(frame), np.stack([train.label, ordered[train.session]], axis=1).astype(np.float32)
+
+
+def _try_mmoe(
+    inputs: Inputs, content: NDArray[np.float32] | None, given: dict[str, Any], seed: int, threads: int
+) -> tuple[float, Callable[[str], Floats]]:
+    import torch
+
+    torch.set_num_threads(threads)
+    frame = inputs.frame("train", content=content, ids=True)
+    model = mmoe_model(frame, given, seed)
+    columns, targets = mmoe_data(inputs, frame)
+    cache: dict[str, dict[str, NDArray[Any]]] = {"train": columns}
 
     def raw(split: str) -> Floats:
         if split not in cache:
@@ -258,6 +276,11 @@ def _try_mmoe(
     return best, raw
 
 
+def draw_settings(name: str) -> dict[str, Any]:
+    """Return a baseline's own defaults, the first that are tried."""
+    return DRAW[name](np.random.default_rng(0), True)
+
+
 DRAW = {"lightgbm": _draw_lightgbm, "lightgbm_content": _draw_lightgbm, "mmoe": _draw_mmoe}
 TRY = {"lightgbm": _try_lightgbm, "lightgbm_content": _try_lightgbm, "mmoe": _try_mmoe}
 WITH_CONTENT = ("lightgbm_content", "mmoe")
@@ -272,11 +295,13 @@ def tune(
     kept: Path,
     log: Callable[[str], None],
     settings: dict[str, Any] | None = None,
+    share: float = 1.0,
 ) -> tuple[dict[str, Floats], dict[str, Any]]:
     """Tune a baseline and return its best raw scores.
 
     Returns (raw scores, trials). The scores are of the parts that models are calibrated on and of
-    test, by the best of `trials`, or by given settings.
+    test, by the best of `trials`, or by given settings. With a `share` below 1 the trials are fitted
+    on the latest part of the training examples, and the best settings then on all of them.
 
     Trials are written to `kept` one by one, and those recorded there are not repeated.
     """
@@ -285,17 +310,18 @@ def tune(
     drawn = [settings] if settings is not None else [DRAW[name](rng, number == 0) for number in range(trials)]
     tried: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
     best_loss, best = min((trial["early_stop_log_loss"] for trial in tried), default=np.inf), None
+    few = inputs if share == 1.0 or settings is not None else inputs.latest(share)
     for number in range(len(tried), len(drawn)):
         started = time.monotonic()
-        loss, raw = TRY[name](inputs, content, drawn[number], seed, threads)
+        loss, raw = TRY[name](few, content, drawn[number], seed, threads)
         tried.append({**drawn[number], "early_stop_log_loss": loss, "seconds": round(time.monotonic() - started, 1)})
         write_json(str(kept), tried)
         if loss < best_loss:
-            best_loss, best = loss, raw
+            best_loss, best = loss, raw if share == 1.0 else None
         log(f"{name} trial {number + 1}/{len(drawn)}: {loss:.5f}, best {best_loss:.5f}, {tried[-1]['seconds']} s")
     found = drawn[int(np.argmin([trial["early_stop_log_loss"] for trial in tried]))]
     if best is None:
-        # Another process ran the best trial.
-        _, best = TRY[name](inputs, content, found, seed, threads)
+        # Another process ran the best trial, or the trials were fitted on fewer examples.
+        best_loss, best = TRY[name](inputs, content, found, seed, threads)
     raw_scores = {split: best(split) for split in (*CALIBRATED_ON, "test")}
     return raw_scores, {"settings": found, "trials": tried, "early_stop_log_loss": best_loss}

@@ -1,7 +1,20 @@
-"""The cost of training: loader, deduplication, attention, mixing.
+"""The cost of training: against an earlier tree, loader, deduplication, attention, mixing.
 
-    python -m benchmarks.speed.train
+    python -m benchmarks.speed.train --before f7f002f
     python -m benchmarks.speed.train --shards WORK/shards --parts mixing
+
+`against` measures this tree and a revision of it, in a git worktree, each with its own defaults, on
+the same shards. Every measurement is a process of one thread, in turns, and seconds are CPU
+seconds of all of its threads:
+
+    small.vs_before, base.vs_before: examples/s of steps with their loader, over the revision's.
+    small.share_of_products: operations/s of these steps (matrix products alone) over those of
+        large float32 products. `small.operations` is a share of the revision's operations.
+    whole.vs_before: CPU seconds of the revision's whole training over this tree's.
+    vs_mmoe, vs_lightgbm: examples/s of `small` over those of deepctr-torch's MMoE (one epoch, its
+        defaults) and of LightGBM (a whole fit with early stop).
+
+The revision cannot read what a newer `camenn shards` publishes, so it makes the shards.
 
 The loader is measured against the same model fed from memory. Further ratios are of encoding each
 listing once, of `prefix` against `full` attention, and of mixing.
@@ -32,6 +45,7 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +56,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.speed.against import run_stage as run_in_tree
 from benchmarks.support.city import make_city
 from benchmarks.support.command import machine, names_of, progress_log, work_directory
 from benchmarks.support.stage_process import Job, run_stage
@@ -58,7 +73,8 @@ from pipelines.runs.manifest import read_latest
 
 log = progress_log("train")
 
-PARTS = ("speed", "mixing")
+PARTS = ("against", "speed", "mixing")
+HERE = Path(__file__).resolve().parents[2]
 IMAGE_SHAPE, TEXT_SHAPE = (16, 1536), (32, 384)
 
 
@@ -81,6 +97,18 @@ def prepare(work: Path, items: int, clicks: int) -> str:
                     text_shape=TEXT_SHAPE,
                 )
             )
+    return str(work / "shards")
+
+
+def prepare_shards(work: Path, arguments: argparse.Namespace) -> str:
+    """Make the benchmarks' own shard set, by the revision where one is measured."""
+    if "against" not in arguments.parts:
+        return prepare(work, arguments.items, arguments.clicks)
+    before = _worktree(arguments.before, work / "before")
+    make_city(work / "data", arguments.items, arguments.clicks, 1)
+    for stage, name in (("embed", "store"), ("shards", "shards")):
+        if not (work / name / "latest.json").exists():
+            run_in_tree(before, work, stage, name)
     return str(work / "shards")
 
 
@@ -195,6 +223,75 @@ def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: 
     }
 
 
+def _worktree(revision: str, place: Path) -> Path:
+    """Check a revision of this tree out into `place`, unless it is there."""
+    if not (place / "setup.py").exists():
+        subprocess.run(["git", "worktree", "add", "--detach", str(place), revision], cwd=HERE, check=True)
+    return place
+
+
+def _in_tree(tree: Path, script: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Run a script on a tree, in a process of one thread, and return its result."""
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(job)],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _rate(found: dict[str, Any]) -> float:
+    return float(found["examples"] / found["cpu"])
+
+
+def measure_against(shards: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure this tree against a revision of it, and both peers."""
+    before = _worktree(arguments.before, out.parent / "before")
+    trees = {"before": before, "now": HERE}
+    steps = HERE / "benchmarks" / "support" / "train_steps.py"
+    found: dict[str, Any] = {"before": arguments.before}
+    rates: dict[str, list[float]] = {}
+    for profile in arguments.profiles:
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
+        examples = arguments.examples if profile == "small" else max(1, arguments.examples // 16)
+        for turn in range(arguments.turns):
+            for name in list(trees)[:: 1 if turn % 2 == 0 else -1]:
+                job = {"way": "steps", "shards": shards, "profile": profile, "examples": examples}
+                turns[name].append(_in_tree(trees[name], steps, job))
+            log(f"{profile}: " + ", ".join(f"{name} {_rate(each[-1]):,.0f}/s" for name, each in turns.items()))
+        rates[profile] = [_rate(each) for each in turns["now"]]
+        shares = [each["operations"] * _rate(each) / each["products"]["float32"] for each in turns["now"]]
+        ratios = [_rate(now) / _rate(old) for old, now in zip(*turns.values(), strict=True)]
+        walls = [
+            now["examples"] / now["wall"] / (old["examples"] / old["wall"])
+            for old, now in zip(*turns.values(), strict=True)
+        ]
+        operations = [each[0]["operations"] for each in turns.values()]
+        found[profile] = {
+            "vs_before": round(statistics.median(ratios), 3),
+            "vs_before_wall": round(statistics.median(walls), 3),
+            "share_of_products": round(statistics.median(shares), 3),
+            "operations": round(operations[1] / operations[0], 3),
+            "megaflops": [round(each / 1e6, 1) for each in operations],
+            "examples_per_cpu_second": round(statistics.median(rates[profile])),
+        }
+    job = {"way": "whole", "shards": shards, "profile": "small"}
+    whole = {name: _in_tree(tree, steps, job) for name, tree in trees.items()} if arguments.whole else {}
+    if whole:
+        found["whole"] = {
+            "vs_before": round(whole["before"]["cpu"] / whole["now"]["cpu"], 3),
+            **{name: {key: each[key] for key in ("cpu", "wall", "phases", "auc")} for name, each in whole.items()},
+        }
+    if "small" in rates:
+        peers = _in_tree(HERE, HERE / "benchmarks" / "support" / "peer_rates.py", {"shards": shards})
+        own = statistics.median(rates["small"])
+        found |= {f"vs_{name}": round(own / rate, 3) for name, rate in peers.items()} | {"peers": peers}
+    return found
+
+
 def measure_speed(shards: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the ratios of each profile."""
     found = {}
@@ -250,7 +347,7 @@ def measure_mixing(shards: str, out: Path, arguments: argparse.Namespace) -> dic
     return {"mixing": found | {"auc_cost": round(-statistics.mean(difference), 5)}}
 
 
-MEASURES = {"speed": measure_speed, "mixing": measure_mixing}
+MEASURES = {"against": measure_against, "speed": measure_speed, "mixing": measure_mixing}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -261,7 +358,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", help="shard set that `camenn shards` wrote (default: one is made)")
     parser.add_argument("--items", type=int, default=20_000, help="listings of the city (default %(default)s)")
     parser.add_argument("--clicks", type=int, default=300_000, help="clicks of the city (default %(default)s)")
-    parser.add_argument("--parts", type=names_of(PARTS), default=list(PARTS), help="of speed,mixing (default: all)")
+    parser.add_argument(
+        "--parts", type=names_of(PARTS), default=["against"], help=f"of {','.join(PARTS)} (default: against)"
+    )
+    parser.add_argument("--before", default="f7f002f", help="revision to measure against (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each tree (default %(default)s)")
+    parser.add_argument(
+        "--examples", type=int, default=16_384, help="examples of a measurement of small (default %(default)s)"
+    )
+    parser.add_argument("--no_whole", dest="whole", action="store_false", help="leave out the whole training")
     profiles = tuple(sorted(PROFILES, reverse=True))
     parser.add_argument("--profiles", type=names_of(profiles), default=list(profiles), help="(default: all)")
     parser.add_argument("--batch_size", type=int, default=512, help="examples a step (default %(default)s)")
@@ -280,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 1) // 2))
     found: dict[str, Any] = {}
     with work_directory(arguments.work, "train") as work:
-        shards = arguments.shards or prepare(work, arguments.items, arguments.clicks)
+        shards = arguments.shards or prepare_shards(work, arguments)
         for part in arguments.parts:
             found |= MEASURES[part](shards, work / "models", arguments)
     found |= {

@@ -61,6 +61,7 @@ class ItemTable:
         config: ModelConfig | None = None,
     ) -> None:
         self.items, self.keep = items, keep
+        self.pooled = config is not None and config.cvr_tokens == "pooled"
         if config is not None:
             images.expect((config.patches, config.image_width))
             titles.expect((config.text_tokens, config.text_width))
@@ -191,11 +192,16 @@ class ItemTable:
     def batch(self, rows: Ints, *, content_only: bool = False) -> ItemBatch:
         """Gather an ItemBatch of table rows, int64 [I].
 
-        With `content_only`, fields are left empty (the alignment tasks never read them).
+        With `content_only`, fields are left empty (the alignment tasks never read them). Otherwise,
+        and where the model pools them, title and photo are one token each: their means.
         """
         image_row, title_row = self.image_row[rows], self.title_row[rows]
-        text = self.titles.gather(title_row)
         tokens = np.where(title_row >= 0, self.tokens[rows], 0)
+        if self.pooled and not content_only:
+            text = _rows_or_zero(self.pooled_titles, title_row)[:, None]
+            patches = _rows_or_zero(self.pooled_images, image_row)[:, None]
+        else:
+            text, patches = self.titles.gather(title_row), self.images.gather(image_row)
         cats, values, buckets = (
             array[rows, :0] if content_only else array[rows] for array in (self.cats, self.values, self.buckets)
         )
@@ -203,7 +209,7 @@ class ItemTable:
             text=torch.from_numpy(text),
             text_mask=torch.from_numpy(np.arange(text.shape[1])[None, :] < tokens[:, None]),
             has_text=torch.from_numpy(title_row >= 0),
-            patches=torch.from_numpy(self.images.gather(image_row)),
+            patches=torch.from_numpy(patches),
             has_image=torch.from_numpy(image_row >= 0),
             cats=torch.from_numpy(cats),
             values=torch.from_numpy(values),

@@ -138,7 +138,7 @@ def pair_content(content: Content, image_of: Tensor, text_of: Tensor) -> Side:
     return Side(
         tokens=torch.cat([content.text.index_select(0, text_of), content.image.index_select(0, image_of)], dim=1),
         mask=torch.cat([content.text_mask[text_of], content.image_mask[image_of]], dim=1),
-        index=torch.arange(len(text_of), device=text_of.device),
+        index=None,
     )
 
 

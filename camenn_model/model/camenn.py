@@ -109,10 +109,8 @@ class CameNN(nn.Module):
         pooled = (text * mask[..., None]).sum(1)[titled] / mask.sum(1)[titled, None]
         self.item_tokens.text.fit(text[mask])
         self.item_tokens.patch.fit(patches.flatten(0, 1))
-        for part in (self.audience_tokens.text, self.contrastive.text_frozen):
-            part.fit(pooled)
-        for part in (self.audience_tokens.image, self.contrastive.image_frozen):
-            part.fit(patches.mean(1))
+        self.contrastive.text_frozen.fit(pooled)
+        self.contrastive.image_frozen.fit(patches.mean(1))
 
     @torch.no_grad()
     def start_projections(
@@ -129,12 +127,8 @@ class CameNN(nn.Module):
         given = images.numpy(), titles.numpy(), self.config.width, self.contrastive.size
         start = find_start(*given, aligned=aligned, penalty=penalty)
         center = images.mean(0), titles.mean(0)
-        for patch, text in (
-            (self.item_tokens.patch, self.item_tokens.text),
-            (self.audience_tokens.image, self.audience_tokens.text),
-        ):
-            patch.start(torch.from_numpy(start.image), center[0])
-            text.start(torch.from_numpy(start.text), center[1])
+        self.item_tokens.patch.start(torch.from_numpy(start.image), center[0])
+        self.item_tokens.text.start(torch.from_numpy(start.text), center[1])
         if aligned:
             self.contrastive.start(start, *center)
 
@@ -145,13 +139,15 @@ class CameNN(nn.Module):
         """
         pairs = batch.pairs
         items = self.item_tokens(batch.items)
-        audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.liked(batch.history))
+        audience = self.audience_tokens(batch.audience, *self.item_tokens.liked(batch.history))
         gate = self.cvr_gate((items.gate, audience.gate), (pairs.item, pairs.audience))
         sides = (
-            Side(items.tokens, items.mask, pairs.item),
-            Side(audience.tokens, audience.mask, pairs.audience),
+            Side.of(items.tokens, items.mask, pairs.item),
+            Side.of(audience.tokens, audience.mask, pairs.audience, audience.memory),
         )
+        assert items.entry is not None
         ours, our_task = self.affinity.vectors(items.summary, side=0)
+        our_task = our_task + items.entry
         theirs, their_task = self.affinity.vectors(audience.summary, side=1)
         context = our_task.index_select(0, pairs.item) + their_task.index_select(0, pairs.audience)
         factors = (
@@ -189,7 +185,7 @@ class CameNN(nn.Module):
         They are items' [I, 3 d] and audience rows' [S, 3 d].
         """
         items = self.item_tokens(batch.items)
-        audience = self.audience_tokens(batch.audience, batch.history, self.item_tokens.liked(batch.history))
+        audience = self.audience_tokens(batch.audience, *self.item_tokens.liked(batch.history))
         return self.affinity.vectors(items.summary, side=0)[0], self.affinity.vectors(audience.summary, side=1)[0]
 
     def _stores(self, batch: Batch) -> Tensor:
@@ -267,7 +263,7 @@ class CameNN(nn.Module):
         """
         side = pair_content(content, pairs.image_of, pairs.text_of)
         features = torch.cat([content.text_gate[pairs.text_of], content.image_gate[pairs.image_of]], dim=-1)
-        chosen = gate((features,), (side.index,))
+        chosen = gate((features,), (torch.arange(len(pairs), device=features.device),))
         if len(pairs) == 0:
             return chosen.logits.sum(1), chosen, torch.zeros(self.config.experts, dtype=torch.int64)
         mixed = self._bottom_and_experts((side,), self.task_tokens(task, len(pairs)), chosen)
@@ -304,8 +300,8 @@ class CameNN(nn.Module):
         x_mask = None
         if self.config.attention == "full":
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            x_mask = torch.cat([real, *(side.mask.index_select(0, side.index) for side in sides)], dim=1)
-            x = torch.cat([x, *(side.tokens.index_select(0, side.index) for side in sides)], dim=1)
+            x_mask = torch.cat([real, *(side.mask_of_pairs() for side in sides)], dim=1)
+            x = torch.cat([x, *(side.tokens_of_pairs() for side in sides)], dim=1)
             sides = ()
         for layer in layers_of(self.shared):
             sides, x = layer(sides, x, x_mask)

@@ -94,15 +94,26 @@ class Gate(nn.Module):
 
 
 @dataclass(frozen=True)
+class Routed:
+    """One expert's normalised output for one side, and the pairs that read it."""
+
+    pairs: Tensor  # [n] int64, ascending
+    weight: Tensor  # [n] float: the pairs' gate weights
+    side: Side  # rows of the expert's output, indexed by these pairs
+
+
+@dataclass(frozen=True)
 class Mixed:
     """The experts' normalised outputs, mixed for each pair.
 
-    The pair's gate weighs them. A tower attends to them.
+    The pair's gate weighs them. A tower attends to them. A side's outputs are not mixed here: the
+    tower's scores and sums are linear in them, so it mixes what it has read of each expert.
     """
 
     x: Tensor  # [B, X, d], the task token first
     x_mask: Tensor | None  # [B, X] bool
-    sides: tuple[tuple[Tensor, Tensor], ...]  # per side: tokens [B, N, d], mask [B, N] bool
+    sides: tuple[tuple[Routed, ...], ...]  # of each side, by expert
+    masks: tuple[Tensor, ...]  # of each side: [B, N] bool, of the pairs' rows
     computed: Tensor  # [E, 1 + sides] int64: pairs, then rows of each side, that each expert was computed for
 
 
@@ -124,47 +135,25 @@ class Mixture(nn.Module):
         Sides and x [B, X, d] are the outputs of the shared bottom. No expert is run on a pair that
         did not choose it.
         """
-        slots = torch.zeros_like(gate.chosen)  # row of each (pair, slot) in the concatenated outputs
-        side_slots = [torch.zeros_like(gate.chosen) for _ in sides]
-        outputs: list[Tensor] = []
-        side_outputs: list[list[Tensor]] = [[] for _ in sides]
+        mixed = torch.zeros_like(x)
+        routed: list[list[Routed]] = [[] for _ in sides]
         computed = torch.zeros(len(self.experts), 1 + len(sides), dtype=torch.int64)
-        filled = [0] * (1 + len(sides))
         for expert, (layer, norm) in enumerate(zip(layers_of(self.experts), self.norms, strict=True)):
             pairs, slot = (gate.chosen == expert).nonzero(as_tuple=True)
             if len(pairs) == 0:
                 continue
             kept = tuple(side.keep(pairs) for side in sides)
             after, tokens = layer(kept, x.index_select(0, pairs), None if x_mask is None else x_mask[pairs])
-            outputs.append(norm(tokens))
-            slots[pairs, slot] = torch.arange(len(pairs), device=pairs.device) + filled[0]
+            weight = gate.weights[pairs, slot].to(tokens.dtype)
+            mixed = mixed.index_add(0, pairs, norm(tokens).to(mixed.dtype) * weight[:, None, None].to(mixed.dtype))
             for number, side in enumerate(after):
-                side_outputs[number].append(norm(side.tokens))
-                side_slots[number][pairs, slot] = side.index + filled[1 + number]
-            sizes = [len(pairs), *(side.tokens.shape[0] for side in after)]
-            computed[expert] = torch.tensor(sizes)
-            filled = [a + b for a, b in zip(filled, sizes, strict=True)]
+                normal = Side(norm(side.tokens), side.mask, side.index, side.memory, side.layout)
+                routed[number].append(Routed(pairs, weight, normal))
+            computed[expert] = torch.tensor([len(pairs), *(side.tokens.shape[0] for side in after)])
         return Mixed(
-            x=_mix(torch.cat(outputs), slots, gate.weights),
+            x=mixed,
             x_mask=x_mask,
-            sides=tuple(
-                (_mix(torch.cat(outputs), slots, gate.weights), side.mask.index_select(0, side.index))
-                for side, outputs, slots in zip(sides, side_outputs, side_slots, strict=True)
-            ),
+            sides=tuple(map(tuple, routed)),
+            masks=tuple(side.mask_of_pairs() for side in sides),
             computed=computed,
         )
-
-
-def _mix(outputs: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Sum the chosen rows by their weights, [B, N, d].
-
-    Args:
-        outputs: [rows, N, d].
-        slots: [B, K] rows of ``outputs``.
-        weights: [B, K]. The result is the sum over K of weight x row.
-    """
-    weights = weights.to(outputs.dtype)
-    mixed = outputs.index_select(0, slots[:, 0]) * weights[:, 0, None, None]
-    for slot in range(1, slots.shape[1]):
-        mixed = mixed + outputs.index_select(0, slots[:, slot]) * weights[:, slot, None, None]
-    return mixed

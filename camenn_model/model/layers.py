@@ -29,8 +29,87 @@ FAST = 5.0
 
 Adam changes each by about the learning rate, whatever its gradient.
 """
+SHARED = 3
+"""Pairs for each row of a side from which they are laid out by row"""
+GROUPS = (4, 8, 16, 32)
+"""Sizes of such groups: at most half of the mean number of pairs, so that few places stay empty"""
 MASKED = -1e9
 """Added to the score of a masked key: its weight underflows to exactly 0 in float32 and bfloat16."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Pairs laid out by the row that they look at, in groups of one row each.
+
+    A product of a group's queries with its row's keys reads the keys once, where a copy of them for
+    each pair would be larger than everything else of a step.
+    """
+
+    row: Tensor  # [G] int64: the row of each group
+    place: Tensor  # [B] int64: each pair's place among the G x size places
+    size: int
+
+    @classmethod
+    def of(cls, index: Tensor, rows: int) -> Layout | None:
+        """Lay out pairs by their rows.
+
+        ``index`` is [B] int64. None where so few pairs share a row that copies are cheaper.
+        """
+        count = len(index)
+        if count < SHARED * rows:
+            return None
+        size = next((size for size in GROUPS if count < 2 * size * rows), GROUPS[-1])
+        pairs = torch.bincount(index, minlength=rows)
+        ordered, order = index.sort(stable=True)
+        number = torch.arange(count, device=index.device) - (pairs.cumsum(0) - pairs)[ordered]
+        groups = (pairs + size - 1) // size
+        first = groups.cumsum(0) - groups
+        place = torch.empty_like(index)
+        place[order] = (first[ordered] + number // size) * size + number % size
+        row = torch.arange(rows, device=index.device).repeat_interleave(groups)
+        return cls(row, place, size)
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """Lay out pairs' tensors, [B, ...] as [G, size, ...]. Places without a pair are 0."""
+        laid: Tensor = _LayOut.apply(x, self.place, len(self.row) * self.size)
+        return laid.unflatten(0, (len(self.row), self.size))
+
+    def take(self, x: Tensor) -> Tensor:
+        """Take pairs' tensors out of the layout, [G, size, ...] as [B, ...]."""
+        taken: Tensor = _Take.apply(x.flatten(0, 1), self.place)
+        return taken
+
+
+class _LayOut(torch.autograd.Function):
+    """Rows written to distinct places of a larger tensor.
+
+    Its gradient is a copy, where autograd's of an indexed read would add row by row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, places: int) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.new_zeros(places, *x.shape[1:]).index_copy_(0, place, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Take(torch.autograd.Function):
+    """Rows read from distinct places, the reverse of ``_LayOut``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.places = x.shape[0]
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0]
+        written = gradient.new_zeros(ctx.places, *gradient.shape[1:])
+        return written.index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
 @dataclass(frozen=True)
@@ -39,17 +118,60 @@ class Side:
 
     tokens: Tensor  # [R, N, d] float
     mask: Tensor  # [R, N] bool, True = real
-    index: Tensor  # [B] int64: the row that each pair looks at
+    index: Tensor | None  # [B] int64: the row that each pair looks at. None: pair b looks at row b
+    memory: int = 0  # number of last tokens that are read by others, and stay as they are
+    layout: Layout | None = None
+
+    @classmethod
+    def of(cls, tokens: Tensor, mask: Tensor, index: Tensor, memory: int = 0) -> Side:
+        """Make a side of the rows that pairs look at, with their layout."""
+        return cls(tokens, mask, index, memory, Layout.of(index, tokens.shape[0]))
 
     def keep(self, pairs: Tensor) -> Side:
         """Keep the rows that the given pairs use, each once.
 
         The pairs are [b] int64. Returns the side indexed by these pairs.
         """
+        if self.index is None:
+            return Side(self.tokens.index_select(0, pairs), self.mask.index_select(0, pairs), None, self.memory)
         rows, index = torch.unique(self.index[pairs], return_inverse=True)
         if rows.shape[0] == self.tokens.shape[0]:
-            return Side(self.tokens, self.mask, index)
-        return Side(self.tokens.index_select(0, rows), self.mask.index_select(0, rows), index)
+            return Side.of(self.tokens, self.mask, index, self.memory)
+        return Side.of(self.tokens.index_select(0, rows), self.mask.index_select(0, rows), index, self.memory)
+
+    def mask_of_pairs(self) -> Tensor:
+        """Return the mask of each pair's row, [B, N] bool."""
+        return self.mask if self.index is None else self.mask.index_select(0, self.index)
+
+    def tokens_of_pairs(self) -> Tensor:
+        """Return the tokens of each pair's row, [B, N, d]."""
+        return self.tokens if self.index is None else self.tokens.index_select(0, self.index)
+
+    def score(self, query: Tensor) -> Tensor:
+        """Multiply pairs' queries [B, h, d] with their rows' tokens, [B, h, N]."""
+        return _per_pair(query, self.tokens.transpose(1, 2), self.index, self.layout)
+
+    def read(self, weights: Tensor) -> Tensor:
+        """Sum their rows' tokens by pairs' weights [B, h, N], [B, h, d]."""
+        return _per_pair(weights, self.tokens, self.index, self.layout)
+
+
+def _per_pair(x: Tensor, rows: Tensor, index: Tensor | None, layout: Layout | None) -> Tensor:
+    """Multiply each pair's [..., n, k] with its row's [..., k, m].
+
+    ``x`` is [B, n, k] and ``rows`` [R, k, m], or both have a dimension of heads after the first.
+    """
+    if index is None:
+        return x @ rows
+    if layout is None:
+        return x @ rows.index_select(0, index)
+    laid = layout.lay_out(x)  # [G, size, (h,) n, k]
+    if x.dim() == 4:
+        laid = laid.transpose(1, 2)
+    asked = laid.flatten(-3, -2)  # [G, (h,) size n, k]
+    answer = asked @ (rows if len(layout.row) == len(rows) else rows.index_select(0, layout.row))
+    answer = answer.unflatten(-2, (layout.size, -1))
+    return layout.take(answer.transpose(1, 2) if x.dim() == 4 else answer)
 
 
 class _ByteDropout(torch.autograd.Function):
@@ -106,6 +228,7 @@ class Keys:
     kv: Tensor  # [R, N, 2, h, c]
     mask: Tensor | None  # [R, N] bool, None = all real
     index: Tensor | None
+    layout: Layout | None = None
 
 
 def attend(query: Tensor, parts: list[Keys], dropout: float, training: bool) -> Tensor:
@@ -115,21 +238,20 @@ def attend(query: Tensor, parts: list[Keys], dropout: float, training: bool) -> 
     """
     rows, queries, heads, head_width = query.shape
     query = query.transpose(1, 2) * head_width**-0.5  # [B, h, Q, c]
-    scores, values = [], []
+    scores = []
     for part in parts:
-        kv = part.kv if part.index is None else part.kv.index_select(0, part.index)
-        score = query @ kv[:, :, 0].permute(0, 2, 3, 1)  # [B, h, Q, N]
+        score = _per_pair(query, part.kv[:, :, 0].permute(0, 2, 3, 1), part.index, part.layout)  # [B, h, Q, N]
         if part.mask is not None:
             mask = part.mask if part.index is None else part.mask.index_select(0, part.index)
             score = score + mask_bias(mask)[:, None, None, :]
         scores.append(score)
-        values.append(kv[:, :, 1].transpose(1, 2))  # [B, h, N, c]
     joint = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     weights = drop(joint.softmax(dim=-1), dropout, training)
-    split = weights.split([value.shape[2] for value in values], dim=-1)
-    mixed = split[0] @ values[0]
-    for weight, value in zip(split[1:], values[1:], strict=True):
-        mixed = mixed + weight @ value
+    mixed = None
+    for weight, part in zip(weights.split([score.shape[-1] for score in scores], dim=-1), parts, strict=True):
+        read = _per_pair(weight, part.kv[:, :, 1].transpose(1, 2), part.index, part.layout)
+        mixed = read if mixed is None else mixed + read
+    assert mixed is not None
     return mixed.transpose(1, 2).reshape(rows, queries, heads * head_width)
 
 
@@ -176,14 +298,23 @@ class EncoderLayer(nn.Module):
         tokens = tokens + drop(self.out(attended), self.dropout, self.training)
         return tokens + drop(self.ffn(self.ffn_norm(tokens)), self.dropout, self.training)
 
-    def own(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def own(self, tokens: Tensor, mask: Tensor | None, memory: int = 0) -> tuple[Tensor, Tensor]:
         """Run the layer on tokens that attend to themselves only.
 
-        The tokens are [R, N, d]. Returns their output and their key-value [R, N, 2, h, c].
+        The tokens are [R, N, d]. The last ``memory`` of them are attended to and stay as they are.
+        Returns their output and their key-value [R, N, 2, h, c].
         """
-        query, kv = self.project(tokens)
+        if not memory:
+            query, kv = self.project(tokens)
+            attended = attend(query, [Keys(kv, mask, None)], self.attention_dropout, self.training)
+            return self.finish(tokens, attended), kv
+        active, kept = tokens.split([tokens.shape[1] - memory, memory], dim=1)
+        query, kv = self.project(active)
+        width = tokens.shape[-1]
+        kept_kv = F.linear(self.attention_norm(kept), self.qkv.weight[width:], self.qkv.bias[width:])
+        kv = torch.cat([kv, kept_kv.unflatten(-1, kv.shape[2:])], dim=1)
         attended = attend(query, [Keys(kv, mask, None)], self.attention_dropout, self.training)
-        return self.finish(tokens, attended), kv
+        return torch.cat([self.finish(active, attended), kept], dim=1), kv
 
     def forward(self, sides: tuple[Side, ...], x: Tensor, x_mask: Tensor | None) -> tuple[tuple[Side, ...], Tensor]:
         """Run the layer on the sides and the pairs' tokens.
@@ -193,9 +324,9 @@ class EncoderLayer(nn.Module):
         """
         after, parts = [], []
         for side in sides:
-            tokens, kv = self.own(side.tokens, side.mask)
-            after.append(Side(tokens, side.mask, side.index))
-            parts.append(Keys(kv, side.mask, side.index))
+            tokens, kv = self.own(side.tokens, side.mask, side.memory)
+            after.append(Side(tokens, side.mask, side.index, side.memory, side.layout))
+            parts.append(Keys(kv, side.mask, side.index, side.layout))
         query, kv = self.project(x)
         parts.append(Keys(kv, x_mask, None))
         return tuple(after), self.finish(x, attend(query, parts, self.attention_dropout, self.training))

@@ -26,6 +26,8 @@ from camenn_model.content.preference_directions import PreferenceSpace
 from camenn_model.model.layers import drop, init_embedding, init_linear, wide_scale
 from schemas.training import CLICKED, PURCHASED
 
+GAPS, GAPS_PER_UNIT = 32, 3.4
+"""Number of buckets of an entry's age, and buckets for each unit of the log1p of its hours: a year is the last."""
 DOUBT, GAIN = 3.0, 4.0
 """Initial shrinkage of a history's means, and their factor.
 
@@ -59,6 +61,19 @@ def init_tables(tables: Iterable[nn.Module]) -> None:
     for table in tables:
         for weight in table.parameters():
             init_embedding(weight)
+
+
+def project_present(part: nn.Module, x: Tensor, present: Tensor, absent: Tensor) -> Tensor:
+    """Map rows [R, inputs] where ``present`` [R], and give the others ``absent`` [d].
+
+    On a CPU absent rows are not computed: in many catalogs few listings have a photo.
+    """
+    if x.device.type == "cpu":
+        rows = present.nonzero().squeeze(1)
+        if len(rows) < len(present):
+            known = part(x.index_select(0, rows))
+            return absent.to(known.dtype).expand(len(x), -1).index_copy(0, rows, known)
+    return torch.where(present[:, None], part(x), absent)
 
 
 class FrozenProjection(nn.Module):
@@ -142,8 +157,8 @@ class PreferenceMap(nn.Module):
         They map mean features [R, image_width] and [R, text_width].
         """
         with torch.autocast(image.device.type, enabled=False):
-            image_vectors = torch.where(has_image[:, None], self.image(image.float()), self.no_image)
-            text_vectors = torch.where(has_text[:, None], self.text(text.float()), self.no_text)
+            image_vectors = project_present(self.image, image.float(), has_image, self.no_image)
+            text_vectors = project_present(self.text, text.float(), has_text, self.no_text)
         return image_vectors, text_vectors
 
 
@@ -227,6 +242,8 @@ class SideTokens:
     mask: Tensor  # [R, N] bool
     gate: Tensor  # [R, gate width]
     summary: Tensor  # input of ``Affinity``: [I, 3 d] or [S, 7 d]
+    memory: int = 0  # number of last tokens that no layer changes
+    entry: Tensor | None = None  # [I, d]: each item as an entry of a history; None for audience rows
 
 
 class ItemTokens(nn.Module):
@@ -254,21 +271,45 @@ class ItemTokens(nn.Module):
         self.text_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.field_norm = nn.LayerNorm(width)
+        self.entry_image = nn.Linear(width, width, bias=False)
+        self.entry_text = nn.Linear(width, width, bias=False)
+        self.entry_norm = nn.LayerNorm(width)
+        for part in (self.entry_image, self.entry_text):
+            nn.init.orthogonal_(part.weight, gain=0.02)
         names = [field.name for field in config.item_categorical]
         self.identity_columns = (names.index(ITEM_HASH), names.index(SUBCATEGORY))
         for weight in self.parameters(recurse=False):
             init_embedding(weight)
         init_tables(self.tables)
 
-    def content(self, items: ItemBatch, modality_dropout: float = 0.0) -> Content:
-        """Return the photo and title of each item.
+    def content(self, items: ItemBatch) -> Content:
+        """Return the photo and title of each item, token by token."""
+        return self._every_token(items, items.has_text, items.has_image)
 
-        In training a share ``modality_dropout`` of either is treated as absent.
+    def _pooled(self, items: ItemBatch, has_text: Tensor, has_image: Tensor) -> Content:
+        """Return the photo and title of each item, one token each.
+
+        A projection of means is the mean of projections.
         """
-        text_mask, has_text, has_image = items.text_mask, items.has_text, items.has_image
-        if self.training and modality_dropout > 0.0:
-            has_text = has_text & (torch.rand(has_text.shape, device=has_text.device) >= modality_dropout)
-            has_image = has_image & (torch.rand(has_image.shape, device=has_image.device) >= modality_dropout)
+        title = masked_mean(items.text.float(), items.text_mask & has_text[:, None])
+        photo = items.patches.mean(1, dtype=torch.float32)
+        text = self.text_norm(project_present(self.text, title, has_text, self.no_text) + self.text_summary)
+        image = self.image_norm(project_present(self.patch, photo, has_image, self.no_image) + self.image_summary)
+        image_vectors, text_vectors = self.tastes(photo, has_image, title, has_text)
+        always = torch.ones_like(has_text)[:, None]
+        return Content(
+            text=drop(text, self.config.dropout, self.training)[:, None],
+            text_mask=always,
+            image=drop(image, self.config.dropout, self.training)[:, None],
+            image_mask=always,
+            text_gate=text,
+            image_gate=image,
+            image_vectors=image_vectors,
+            text_vectors=text_vectors,
+        )
+
+    def _every_token(self, items: ItemBatch, has_text: Tensor, has_image: Tensor) -> Content:
+        text_mask = items.text_mask
         text_mask = text_mask & has_text[:, None]
         patch_mask = has_image[:, None].expand(-1, items.patches.shape[1])
 
@@ -304,15 +345,22 @@ class ItemTokens(nn.Module):
 
         The gate input is mean of fields ‖ [TXT] ‖ mean of patches, [I, 3 d].
         """
-        content = self.content(items, self.config.modality_dropout)
-        fields = []
+        has_text, has_image, rate = items.has_text, items.has_image, self.config.modality_dropout
+        if self.training and rate > 0.0:
+            has_text = has_text & (torch.rand(has_text.shape, device=has_text.device) >= rate)
+            has_image = has_image & (torch.rand(has_image.shape, device=has_image.device) >= rate)
+        pooled = self.config.cvr_tokens == "pooled"
+        content = (self._pooled if pooled else self._every_token)(items, has_text, has_image)
+        values = []
         for column, table in enumerate(self.tables):
             ids = items.cats[:, column]
             if column == self.identity_columns[0]:
                 ids = forget_ids(ids, self.config.id_dropout, self.training)
-            fields.append(table(ids) + self.field_type[column])
+            values.append(table(ids))
+        identity = sum((values[column] for column in self.identity_columns[1:]), values[self.identity_columns[0]])
+        fields = [value + self.field_type[column] for column, value in enumerate(values)]
         fields += self.groups(items.values, items.buckets)
-        field_tokens = self.field_norm(torch.stack(fields, dim=1))
+        field_tokens = self.field_norm(_stack(fields, pooled=pooled))
         mean_field = field_tokens.mean(1)
         field_tokens = drop(field_tokens, self.config.dropout, self.training)
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=field_tokens.device)
@@ -322,7 +370,16 @@ class ItemTokens(nn.Module):
             mask=torch.cat([content.text_mask, content.image_mask, real], dim=1),
             gate=gate,
             summary=torch.cat([mean_field, content.image_vectors, content.text_vectors], dim=-1),
+            entry=self.entry(identity, content.image_vectors, content.text_vectors),
         )
+
+    def entry(self, identity: Tensor, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
+        """Return items as entries of a history, [R, d].
+
+        The same map makes the entries of a history and the listing that is compared with them, so
+        attention finds similar ones from the first step on.
+        """
+        return self.entry_norm(identity + self.entry_image(image_vectors) + self.entry_text(text_vectors))
 
     def identity(self, cats: Tensor) -> Tensor:
         """Embed history items by item hash and subcategory.
@@ -333,13 +390,14 @@ class ItemTokens(nn.Module):
         item_table, subcategory_table = (self.tables[column] for column in self.identity_columns)
         return item_table(hashes) + subcategory_table(cats[:, 1])
 
-    def liked(self, history: HistoryItems) -> Tensor:
-        """Return the history items' features for preferences.
+    def liked(self, history: HistoryItems) -> tuple[Tensor, Tensor]:
+        """Return the history items' features for preferences, and their entries.
 
-        They are identity, image and text embedding, [G, 3 d].
+        The features are identity, image and text embedding, [G, 3 d], the entries [G, d].
         """
-        places = self.tastes(history.image, history.has_image, history.text, history.has_text)
-        return torch.cat([self.identity(history.cats), *places], dim=-1)
+        identity = self.identity(history.cats)
+        vectors = self.tastes(history.image, history.has_image, history.text, history.has_text)
+        return torch.cat([identity, *vectors], dim=-1), self.entry(identity, *vectors)
 
 
 class AudienceTokens(nn.Module):
@@ -356,29 +414,24 @@ class AudienceTokens(nn.Module):
         self.field_type = nn.Parameter(torch.empty(len(config.audience_categorical), width))
         counts = config.audience_numeric
         self.counts = NumericToken(counts, width) if counts else None
-        self.image = FrozenProjection(config.image_width, width)
-        self.text = FrozenProjection(config.text_width, width)
-        self.no_image = nn.Parameter(torch.empty(width))
-        self.no_text = nn.Parameter(torch.empty(width))
         self.history_type = nn.Parameter(torch.empty(width))
         self.kind = nn.Embedding(3, width)
-        self.gap = nn.Parameter(torch.empty(width))
+        self.gap = nn.Embedding(GAPS, width)
         self.log_doubt = nn.Parameter(torch.full((2,), math.log(DOUBT)))
         self.log_gain = nn.Parameter(torch.full((2,), math.log(GAIN)))
-        self.slot = nn.Parameter(torch.empty(config.history_length, width))
         self.field_norm = nn.LayerNorm(width)
         self.history_norm = nn.LayerNorm(width)
         self.user_column = [field.name for field in config.audience_categorical].index(USER_HASH)
         for name, weight in self.named_parameters(recurse=False):
             if not name.startswith("log_"):
                 init_embedding(weight)
-        init_tables([*self.tables, self.kind])
+        init_tables([*self.tables, self.kind, self.gap])
 
-    def forward(self, audience: AudienceBatch, history: HistoryItems, liked: Tensor) -> SideTokens:
+    def forward(self, audience: AudienceBatch, liked: Tensor, entries: Tensor) -> SideTokens:
         """Return all audience tokens: fields and history.
 
-        ``liked`` [G, 3 d] is the output of ``ItemTokens.liked``. The gate input is mean of fields ‖
-        mean of history, [S, 2 d].
+        ``liked`` [G, 3 d] and ``entries`` [G, d] are the output of ``ItemTokens.liked``. The gate
+        input is mean of fields ‖ mean of history, [S, 2 d].
         """
         fields = []
         for column, table in enumerate(self.tables):
@@ -388,17 +441,11 @@ class AudienceTokens(nn.Module):
             fields.append(table(ids) + self.field_type[column])
         if self.counts is not None:
             fields.append(self.counts(audience.values, audience.buckets))
-        field_tokens = self.field_norm(torch.stack(fields, dim=1))
+        pooled = self.config.cvr_tokens == "pooled"
+        field_tokens = self.field_norm(_stack(fields, pooled=pooled))
 
-        image_vectors = torch.where(history.has_image[:, None], self.image(history.image), self.no_image)
-        text_vectors = torch.where(history.has_text[:, None], self.text(history.text), self.no_text)
-        past = (
-            _padded(liked[:, : image_vectors.shape[1]] + image_vectors + text_vectors, audience.history)
-            + self.kind(audience.history_kind)
-            + audience.history_gap.to(self.gap.dtype)[..., None] * self.gap
-            + self.slot[: audience.history.shape[1]]
-            + self.history_type
-        )
+        gap = (audience.history_gap * GAPS_PER_UNIT).long().clamp(max=GAPS - 1)
+        past = _padded(entries, audience.history) + self.kind(audience.history_kind) + self.gap(gap) + self.history_type
         past = self.history_norm(past)
         past_mask = audience.history >= 0
         mean_field = field_tokens.mean(1)
@@ -413,7 +460,13 @@ class AudienceTokens(nn.Module):
             mask=torch.cat([real, past_mask], dim=1),
             gate=torch.cat([mean_field, masked_mean(past, past_mask)], dim=-1),
             summary=torch.cat([mean_field, *kinds], dim=-1),
+            memory=past.shape[1] if pooled else 0,
         )
+
+
+def _stack(fields: list[Tensor], *, pooled: bool) -> Tensor:
+    """Stack fields' embeddings [R, d] as tokens [R, n, d], or as one, their sum."""
+    return torch.stack([sum(fields[1:], start=fields[0])] if pooled else fields, dim=1)
 
 
 def _padded(known: Tensor, history: Tensor) -> Tensor:
@@ -471,5 +524,6 @@ class PairTokens(nn.Module):
         ``values`` and ``buckets`` are [..., n], ``position`` [...], ``context`` [..., d].
         """
         groups = self.groups(values, buckets)
-        tokens = [sum(groups, self.task + context), *groups, self.position(position)]
+        task, place = sum(groups, self.task + context), self.position(position)
+        tokens = [task + place] if self.config.cvr_tokens == "pooled" else [task, *groups, place]
         return self.norm(torch.stack(tokens, dim=-2))

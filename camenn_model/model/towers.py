@@ -81,15 +81,22 @@ class Tower(nn.Module):
         width = task.shape[-1]
         by_head = (self.heads, width // self.heads, width)
         query = torch.einsum("bhc,hcd->bhd", self.ask(task), self.key.weight.view(by_head))
-        scores = []
-        for tokens, mask in ((mixed.x, mixed.x_mask), *mixed.sides):
-            score = query @ tokens.transpose(1, 2)  # [B, h, N]
-            scores.append(score if mask is None else score + mask_bias(mask)[:, None])
+        scores = [query @ mixed.x.transpose(1, 2)]  # [B, h, X]
+        if mixed.x_mask is not None:
+            scores[0] = scores[0] + mask_bias(mixed.x_mask)[:, None]
+        for experts, mask in zip(mixed.sides, mixed.masks, strict=True):
+            score = torch.zeros(len(query), self.heads, mask.shape[1], device=query.device)
+            for routed in experts:
+                part = routed.side.score(query.index_select(0, routed.pairs)) * routed.weight[:, None, None]
+                score = score.index_add(0, routed.pairs, part.float())
+            scores.append(score + mask_bias(mask)[:, None])
         weights = drop(torch.cat(scores, dim=-1).softmax(dim=-1), self.attention_dropout, self.training)
         split = weights.split([score.shape[-1] for score in scores], dim=-1)
         read = split[0] @ mixed.x
-        for weight, (tokens, _) in zip(split[1:], mixed.sides, strict=True):
-            read = read + weight @ tokens
+        for weight, experts in zip(split[1:], mixed.sides, strict=True):
+            for routed in experts:
+                share = weight.index_select(0, routed.pairs) * routed.weight[:, None, None]
+                read = read.index_add(0, routed.pairs, routed.side.read(share).to(read.dtype))
         attended = torch.einsum("bhd,hcd->bhc", read, self.value.weight.view(by_head)).flatten(1)
         return self.answer(task, attended)
 

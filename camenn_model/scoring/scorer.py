@@ -44,6 +44,7 @@ class SideStates:
 
     gate: Tensor  # [R, E] float32, the side's part of the CVR gate's logits
     mask: Tensor  # [R, N] bool
+    memory: int  # number of last tokens that no layer changes
     shared: list[Part]  # per shared layer
     tokens: Tensor  # [R, N, d] out of the shared bottom
     filled: Tensor  # [E, R] bool: expert computed for this row
@@ -89,7 +90,7 @@ class Scorer:
             ValueError: training mode or ``full`` attention.
         """
         self._check()
-        tokens = self.model.audience_tokens(audience, history, self.model.item_tokens.liked(history))
+        tokens = self.model.audience_tokens(audience, *self.model.item_tokens.liked(history))
         counts = self.model.counts.of_audience(audience)
         return self._states(tokens, self.model.wide.audience_factors(audience), counts, side=1)
 
@@ -167,15 +168,27 @@ class Scorer:
         tokens, shared = side_tokens.tokens, []
         with self._layers():
             for layer in layers_of(self.model.shared):
-                tokens, kv = layer.own(tokens, side_tokens.mask)
+                tokens, kv = layer.own(tokens, side_tokens.mask, side_tokens.memory)
                 shared.append(keys_values(kv, kv.shape[-1] ** -0.5, side_tokens.mask))
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
         filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
         vector, task = self.model.affinity.vectors(side_tokens.summary, side)
+        if side_tokens.entry is not None:
+            task = task + side_tokens.entry
         if side == 0:
             vector = self.model.affinity.of_orders(vector)
         vector = torch.cat([vector, wide], dim=1)
-        return SideStates(gate, side_tokens.mask, shared, tokens, filled, vector, task, counts)
+        return SideStates(
+            gate=gate,
+            mask=side_tokens.mask,
+            memory=side_tokens.memory,
+            shared=shared,
+            tokens=tokens,
+            filled=filled,
+            vector=vector,
+            task=task,
+            counts=counts,
+        )
 
     def _layers(self) -> torch.autocast:
         """Return the precision that transformer layers are computed in."""
@@ -310,7 +323,7 @@ def _fill(model: CameNN, states: SideStates, expert: int, rows: Tensor) -> None:
         return
     layer, norm, tower = layers_of(model.mixture.experts)[expert], model.mixture.norms[expert], model.cvr_tower
     mask = states.mask.index_select(0, rows)
-    tokens, kv = layer.own(states.tokens.index_select(0, rows), mask)
+    tokens, kv = layer.own(states.tokens.index_select(0, rows), mask, states.memory)
     normal = norm(tokens)
     of_expert = keys_values(kv, kv.shape[-1] ** -0.5, mask)
     pairs = torch.stack([tower.key(normal), tower.value(normal)], dim=2)

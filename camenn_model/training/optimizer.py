@@ -54,7 +54,7 @@ def build_optimizer(modules: Iterable[nn.Module], config: OptimizerConfig) -> to
             if parameter.requires_grad:
                 (decayed if name in names else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
 def rate_factor(step: int, total: int, warmup: float) -> float:
@@ -119,8 +119,8 @@ class WeightAverage:
         """Update the average with the module's present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for name, parameter in module.named_parameters():
-            self.average[name].lerp_(parameter.detach().float(), 1.0 - decay)
+        parameters = [parameter.detach().float() for parameter in module.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), parameters, 1.0 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

@@ -19,20 +19,21 @@ from camenn_model.model.towers import Tower
 def reference_logits(model: CameNN, batch: Batch) -> Tensor:
     """Logits [B] of a model in eval mode with prefix attention."""
     items = model.item_tokens(batch.items)
-    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.liked(batch.history))
+    audience = model.audience_tokens(batch.audience, *model.item_tokens.liked(batch.history))
     logits = []
     for pair in range(len(batch.pairs)):
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
         x, affinity = embed_pair(model, batch, pair)
         item, user, tokens = items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]], x
+        memory = int(audience.mask[u][len(audience.mask[u]) - audience.memory :].sum())
         for layer in layers_of(model.shared):
-            item, user, tokens = prefix_layer(layer, item, user, tokens)
+            item, user, tokens = prefix_layer(layer, item, user, tokens, memory)
         score = model.cvr_gate.weights[0].weight @ items.gate[i] + model.cvr_gate.weights[1].weight @ audience.gate[u]
         order = sorted(range(len(score)), key=lambda e: (-float(score[e]), e))[: model.config.top_k]
         gate = torch.softmax(score[order], dim=0)
         mixed = [torch.zeros_like(group) for group in (item, user, tokens)]
         for weight, expert in zip(gate, order, strict=True):
-            outputs = prefix_layer(layers_of(model.mixture.experts)[expert], item, user, tokens)
+            outputs = prefix_layer(layers_of(model.mixture.experts)[expert], item, user, tokens, memory)
             norm = norm_of(model, expert)
             mixed = [total + weight * layer_norm(norm, output) for total, output in zip(mixed, outputs, strict=True)]
         logits.append(tower_logit(model.cvr_tower, torch.cat(mixed), mixed[2][0]) + affinity)
@@ -42,7 +43,7 @@ def reference_logits(model: CameNN, batch: Batch) -> Tensor:
 def full_logits(model: CameNN, batch: Batch) -> Tensor:
     """Logits [B] of a model in eval mode with full attention: all tokens of a pair attend to all."""
     items = model.item_tokens(batch.items)
-    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.liked(batch.history))
+    audience = model.audience_tokens(batch.audience, *model.item_tokens.liked(batch.history))
     logits = []
     for pair in range(len(batch.pairs)):
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
@@ -70,14 +71,15 @@ def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
     items, history, sides = batch.items, batch.history, (model.item_tokens, model.audience_tokens)
     item = model.item_tokens(items).tokens[i]
-    fields = item[2 + model.config.text_tokens + model.config.patches :].mean(0)
+    pooled = model.config.cvr_tokens == "pooled"
+    fields = item[2 + (0 if pooled else model.config.text_tokens + model.config.patches) :].mean(0)
     tastes = model.item_tokens.tastes
     image_vectors = linear(tastes.image, items.patches[i].float().mean(0)) if items.has_image[i] else tastes.no_image
     titled = items.has_text[i] and items.text_mask[i].any()
     text_vectors = linear(tastes.text, items.text[i][items.text_mask[i]].float().mean(0)) if titled else tastes.no_text
     ours = [fields, image_vectors, text_vectors]
     identity = model.item_tokens.identity(history.cats)
-    user = model.audience_tokens(batch.audience, history, model.item_tokens.liked(history)).tokens[u]
+    user = model.audience_tokens(batch.audience, *model.item_tokens.liked(history)).tokens[u]
     theirs = [user[: len(user) - batch.audience.history.shape[1]].mean(0)]
     for place, kind in enumerate((2, 1)):  # bought, clicked
         count, total = 0, [torch.zeros_like(fields) for _ in range(3)]
@@ -99,9 +101,15 @@ def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     product = torch.cat([vectors[0], image_vectors, text_vectors]) * torch.cat([vectors[1], *likes]) * worth
     product[: len(image_vectors)] /= model.config.width**0.5
     part = model.pair_tokens
+    own = items.cats[i, list(model.item_tokens.identity_columns)]
+    known = model.item_tokens.identity(own[None])[0]
+    known = known + model.item_tokens.entry_image.weight @ image_vectors
+    known = known + model.item_tokens.entry_text.weight @ text_vectors
     extra = model.affinity.item_task.weight @ vectors[0] + model.affinity.audience_task.weight @ vectors[1]
+    extra = extra + layer_norm(model.item_tokens.entry_norm, known)
     groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])
-    tokens = layer_norm(part.norm, torch.stack([part.task + extra + sum(groups), *groups, part.position.weight[0]]))
+    parts = [part.task + extra + sum(groups), *groups, part.position.weight[0]]
+    tokens = layer_norm(part.norm, torch.stack([parts[0] + parts[-1]] if pooled else parts))
     deep = model.affinity.deep.weight[0] @ F.gelu(linear(model.affinity.deep_hidden, tokens[0]))
     return tokens, product.sum() + deep + wide_logit(model, batch, pair) + counts_logit(model, batch, pair)
 
@@ -166,11 +174,14 @@ def wide_logit(model: CameNN, batch: Batch, pair: int) -> Tensor:
     return total
 
 
-def prefix_layer(layer: EncoderLayer, item: Tensor, user: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """I' = f(I; I), U' = f(U; U), X' = f(X; [I, U, X])."""
+def prefix_layer(
+    layer: EncoderLayer, item: Tensor, user: Tensor, x: Tensor, memory: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """I' = f(I; I), U' = f(U; U), X' = f(X; [I, U, X]). The last ``memory`` tokens of U stay as they are."""
+    active = len(user) - memory
     return (
         layer_output(layer, item, item),
-        layer_output(layer, user, user),
+        torch.cat([layer_output(layer, user[:active], user), user[active:]]),
         layer_output(layer, x, torch.cat([item, user, x])),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from camenn_model.batch import AlignmentBatch, AlignmentPairs, AudienceBatch, Batch, HistoryItems, ItemBatch, PairBatch
-from camenn_model.config import Attention, FieldSpec, ModelConfig
+from camenn_model.config import Attention, FieldSpec, ModelConfig, Tokens
 
 FIELDS = (
     FieldSpec(name="item_hash", group="item", kind="categorical", size=50),
@@ -33,6 +33,7 @@ def tiny_config(
     width: int = 16,
     heads: int = 2,
     fields: tuple[FieldSpec, ...] = FIELDS,
+    cvr_tokens: Tokens = "all",
 ) -> ModelConfig:
     """A model that runs in milliseconds."""
     return ModelConfig(
@@ -52,6 +53,7 @@ def tiny_config(
         position_size=7,
         base_rate=0.2,
         attention=attention,
+        cvr_tokens=cvr_tokens,
     )
 
 

@@ -109,8 +109,9 @@ def test_no_image_vector_stands_in_for_an_absent_photo() -> None:
 def test_modality_dropout_hides_whole_photos_in_training() -> None:
     config = tiny_config()
     tokens = CameNN(config).item_tokens.train()
-    items = random_alignment(config, items=2000).items
-    masks = tokens.content(items, modality_dropout=0.1)
-    hidden = ~masks.image_mask[:, 1:].any(1)
+    items = random_batch(config, items=2000).items
+    shown = dataclasses.replace(items, has_image=torch.ones(2000, dtype=torch.bool))
+    patches = tokens(shown).mask[:, 2 + config.text_tokens :][:, : config.patches]
+    hidden = ~patches.any(1)
     assert 0.07 < float(hidden.float().mean()) < 0.13
-    assert bool((masks.image_mask[:, 1:].all(1) | hidden).all())
+    assert bool((patches.all(1) | hidden).all())

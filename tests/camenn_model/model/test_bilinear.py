@@ -101,7 +101,7 @@ def test_tastes_start_as_large_as_they_are_worth_and_hand_both_sides_gradients(c
 def liked_by_orders(model: CameNN, batch: Batch) -> torch.Tensor:
     """Pieces of the product [B, 3] as in the CVR logit."""
     items = model.item_tokens(batch.items)
-    audience = model.audience_tokens(batch.audience, batch.history, model.item_tokens.liked(batch.history))
+    audience = model.audience_tokens(batch.audience, *model.item_tokens.liked(batch.history))
     ours, _ = model.affinity.vectors(items.summary, side=0)
     theirs, _ = model.affinity.vectors(audience.summary, side=1)
     return model.affinity.pieces(model.affinity.of_orders(ours), theirs, batch.pairs.item, batch.pairs.audience)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from camenn_model.batch import Batch, check_batch
-from camenn_model.config import ModelConfig
+from camenn_model.config import ModelConfig, Tokens
 from camenn_model.model.camenn import CameNN
 from tests.support.plain_reference import full_logits, reference_logits
 from tests.support.random_batches import awake, random_alignment, random_batch, tiny_config
@@ -36,14 +36,22 @@ def test_forward_starts_at_the_base_rate() -> None:
     items=st.integers(1, 6),
     audience=st.integers(1, 5),
     history=st.integers(0, 5),
-    pairs=st.integers(1, 12),
+    pairs=st.integers(1, 40),
     layers=st.integers(1, 3),
     routing=st.sampled_from([(1, 1), (3, 1), (4, 2), (3, 3)]),
+    cvr_tokens=st.sampled_from(["all", "pooled"]),
 )
 def test_prefix_forward_equals_the_plain_reference(
-    seed: int, items: int, audience: int, history: int, pairs: int, layers: int, routing: tuple[int, int]
+    seed: int,
+    items: int,
+    audience: int,
+    history: int,
+    pairs: int,
+    layers: int,
+    routing: tuple[int, int],
+    cvr_tokens: Tokens,
 ) -> None:
-    config = tiny_config(shared_layers=layers, experts=routing[0], top_k=routing[1])
+    config = tiny_config(shared_layers=layers, experts=routing[0], top_k=routing[1], cvr_tokens=cvr_tokens)
     model = woken_model(config, seed)
     batch = random_batch(config, items=items, audience=audience, history=history, pairs=pairs, seed=seed)
     check_batch(batch, config)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from camenn_model.batch import Batch
-from camenn_model.config import ModelConfig
+from camenn_model.config import ModelConfig, Tokens
 from camenn_model.model.camenn import CameNN
 from camenn_model.scoring import scorer as scorer_module
 from camenn_model.scoring.scorer import Scorer
@@ -42,11 +42,19 @@ def grid_batch(config: ModelConfig, items: int, audience: int, history: int, see
     layers=st.integers(1, 3),
     routing=st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3)]),
     tile=st.sampled_from([1, 5, 4096]),
+    cvr_tokens=st.sampled_from(["all", "pooled"]),
 )
 def test_score_tile_equals_the_plain_forward(
-    seed: int, items: int, audience: int, history: int, layers: int, routing: tuple[int, int], tile: int
+    seed: int,
+    items: int,
+    audience: int,
+    history: int,
+    layers: int,
+    routing: tuple[int, int],
+    tile: int,
+    cvr_tokens: Tokens,
 ) -> None:
-    config = tiny_config(shared_layers=layers, experts=routing[0], top_k=routing[1])
+    config = tiny_config(shared_layers=layers, experts=routing[0], top_k=routing[1], cvr_tokens=cvr_tokens)
     model = woken(config, seed)
     batch = grid_batch(config, items, audience, history, seed)
     scorer = Scorer(model)

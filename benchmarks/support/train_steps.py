@@ -1,0 +1,122 @@
+"""Training of this or of an earlier checkout, in its own process.
+
+    python benchmarks/support/train_steps.py JOB
+
+JOB is a JSON job. The tree on PYTHONPATH is measured, so nothing else of the benchmarks is imported
+here. The last line of stdout is the result. Seconds are CPU seconds of all threads and wall
+seconds.
+"""
+
+import importlib
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WARM_STEPS = 3
+PRODUCT = 1_024
+"""Rows and columns of the matrices by which the machine's own pace is measured"""
+PRODUCTS = 24
+
+
+def part(*names: str) -> Any:
+    """Import the first module that the measured tree has."""
+    for name in names[:-1]:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    return importlib.import_module(names[-1])
+
+
+@contextmanager
+def measured(found: dict[str, Any], examples: int = 0) -> Iterator[None]:
+    """Write the seconds of a block, CPU and wall, and its examples a second to `found`."""
+    cpu, wall = time.process_time(), time.monotonic()
+    yield
+    found["cpu"], found["wall"] = time.process_time() - cpu, time.monotonic() - wall
+    if examples:
+        found["examples"] = examples
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Measure the floating-point operations a CPU second of large matrix products."""
+    left, right = (torch.rand(PRODUCT, PRODUCT).to(dtype) for _ in range(2))
+    left @ right
+    started = time.process_time()
+    for _ in range(PRODUCTS):
+        left @ right
+    return PRODUCTS * 2 * PRODUCT**3 / (time.process_time() - started)
+
+
+def run_steps(job: dict[str, Any], out: str) -> dict[str, Any]:
+    """Measure training steps with their loader, and the operations of one example."""
+    corpora, trainers = (
+        part("camenn_model.training.corpus", "camenn_model.corpus"),
+        part("camenn_model.training.trainer", "camenn_model.train"),
+    )
+    given = {"batch_size": job["batch_size"]} if job.get("batch_size") else {}
+    options = corpora.TrainOptions(shards=job["shards"], out=out, profile=job["profile"], **given)
+    corpus = corpora.open_corpus(options)
+    trainer = trainers.Trainer(corpus, options, lambda *_: None)
+    stream = itertools.chain.from_iterable(trainer.stream() for _ in itertools.count())
+    for share in itertools.islice(stream, WARM_STEPS):
+        trainer.step(share)
+    found: dict[str, Any] = {"batch_size": options.batch_size}
+    examples = 0
+    with measured(found):
+        for share in stream:
+            trainer.step(share)
+            examples += share.examples
+            if examples >= job["examples"]:
+                break
+    found["examples"] = examples
+    share = next(stream)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
+        trainer.step(share)
+    found["operations"] = sum(event.flops for event in profile.key_averages()) / share.examples
+    found["products"] = {name: product_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    return found
+
+
+def run_whole(job: dict[str, Any], out: str) -> dict[str, Any]:
+    """Measure the whole of `camenn train`, from opening the shards to the package."""
+    corpora = part("camenn_model.training.corpus", "camenn_model.corpus")
+    training = part("camenn_model.training.train", "camenn_model.train")
+    options = corpora.TrainOptions(shards=job["shards"], out=out, profile=job["profile"])
+    found: dict[str, Any] = {}
+    phases: dict[str, float] = {}
+    latest = ["open", time.process_time()]
+
+    def progress(phase: str, *_: object) -> None:
+        if phase != latest[0]:
+            now = time.process_time()
+            phases[latest[0]] = phases.get(latest[0], 0.0) + now - latest[1]
+            latest[:] = [phase, now]
+
+    with measured(found):
+        metrics = training.train(options, Path(out), progress)
+    progress("")
+    return found | {"phases": phases, "auc": metrics["test"]["auc"], "log_loss": metrics["test"]["log_loss"]}
+
+
+WAYS = {"steps": run_steps, "whole": run_whole}
+
+
+def main() -> None:
+    """Run the job of the first argument."""
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as out:
+        print(json.dumps(WAYS[job["way"]](job, out)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
