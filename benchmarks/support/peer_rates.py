@@ -28,8 +28,13 @@ def lightgbm_rate(inputs: Inputs) -> float:
     started = time.process_time()
     train = lightgbm.Dataset(frames["train"], inputs.labels("train"))
     stop = train.create_valid(frames["early_stop"], inputs.labels("early_stop"))
-    callbacks = [lightgbm.early_stopping(PATIENCE, verbose=False)]
-    lightgbm.train(PARAMETERS | {"num_threads": 1}, train, ROUNDS, valid_sets=[stop], callbacks=callbacks)
+    lightgbm.train(
+        PARAMETERS | {"num_threads": 1},
+        train,
+        ROUNDS,
+        valid_sets=[stop],
+        callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)],
+    )
     return len(frames["train"]) / (time.process_time() - started)
 
 

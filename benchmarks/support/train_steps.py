@@ -93,13 +93,14 @@ def run_whole(job: dict[str, Any], out: str) -> dict[str, Any]:
     options = corpora.TrainOptions(shards=job["shards"], out=out, profile=job["profile"])
     found: dict[str, Any] = {}
     phases: dict[str, float] = {}
-    latest = ["open", time.process_time()]
+    latest, since = "open", time.process_time()
 
     def progress(phase: str, *_: object) -> None:
-        if phase != latest[0]:
+        nonlocal latest, since
+        if phase != latest:
             now = time.process_time()
-            phases[latest[0]] = phases.get(latest[0], 0.0) + now - latest[1]
-            latest[:] = [phase, now]
+            phases[latest] = phases.get(latest, 0.0) + now - since
+            latest, since = phase, now
 
     with measured(found):
         metrics = training.train(options, Path(out), progress)

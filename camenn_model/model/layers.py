@@ -48,6 +48,7 @@ class Layout:
     row: Tensor  # [G] int64: the row of each group
     place: Tensor  # [B] int64: each pair's place among the G x size places
     size: int
+    each: bool  # True where every row has exactly one group, in order
 
     @classmethod
     def of(cls, index: Tensor, rows: int) -> Layout | None:
@@ -67,7 +68,7 @@ class Layout:
         place = torch.empty_like(index)
         place[order] = (first[ordered] + number // size) * size + number % size
         row = torch.arange(rows, device=index.device).repeat_interleave(groups)
-        return cls(row, place, size)
+        return cls(row, place, size, bool((groups == 1).all()))
 
     def lay_out(self, x: Tensor) -> Tensor:
         """Lay out pairs' tensors, [B, ...] as [G, size, ...]. Places without a pair are 0."""
@@ -169,7 +170,7 @@ def _per_pair(x: Tensor, rows: Tensor, index: Tensor | None, layout: Layout | No
     if x.dim() == 4:
         laid = laid.transpose(1, 2)
     asked = laid.flatten(-3, -2)  # [G, (h,) size n, k]
-    answer = asked @ (rows if len(layout.row) == len(rows) else rows.index_select(0, layout.row))
+    answer = asked @ (rows if layout.each else rows.index_select(0, layout.row))
     answer = answer.unflatten(-2, (layout.size, -1))
     return layout.take(answer.transpose(1, 2) if x.dim() == 4 else answer)
 

@@ -232,6 +232,8 @@ class Content:
     image_gate: Tensor  # [I, d]: mean of patches
     image_vectors: Tensor  # [I, d] float32, ``PreferenceMap``
     text_vectors: Tensor  # [I, d]
+    image_mean: Tensor  # [I, d]: the projected mean of its patches, ``no image`` where there is none
+    text_mean: Tensor  # [I, d]
 
 
 @dataclass(frozen=True)
@@ -271,11 +273,7 @@ class ItemTokens(nn.Module):
         self.text_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.field_norm = nn.LayerNorm(width)
-        self.entry_image = nn.Linear(width, width, bias=False)
-        self.entry_text = nn.Linear(width, width, bias=False)
         self.entry_norm = nn.LayerNorm(width)
-        for part in (self.entry_image, self.entry_text):
-            nn.init.orthogonal_(part.weight, gain=0.02)
         names = [field.name for field in config.item_categorical]
         self.identity_columns = (names.index(ITEM_HASH), names.index(SUBCATEGORY))
         for weight in self.parameters(recurse=False):
@@ -293,8 +291,9 @@ class ItemTokens(nn.Module):
         """
         title = masked_mean(items.text.float(), items.text_mask & has_text[:, None])
         photo = items.patches.mean(1, dtype=torch.float32)
-        text = self.text_norm(project_present(self.text, title, has_text, self.no_text) + self.text_summary)
-        image = self.image_norm(project_present(self.patch, photo, has_image, self.no_image) + self.image_summary)
+        text_mean = project_present(self.text, title, has_text, self.no_text)
+        image_mean = project_present(self.patch, photo, has_image, self.no_image)
+        text, image = self.text_norm(text_mean + self.text_summary), self.image_norm(image_mean + self.image_summary)
         image_vectors, text_vectors = self.tastes(photo, has_image, title, has_text)
         always = torch.ones_like(has_text)[:, None]
         return Content(
@@ -306,6 +305,8 @@ class ItemTokens(nn.Module):
             image_gate=image,
             image_vectors=image_vectors,
             text_vectors=text_vectors,
+            image_mean=image_mean,
+            text_mean=text_mean,
         )
 
     def _every_token(self, items: ItemBatch, has_text: Tensor, has_image: Tensor) -> Content:
@@ -314,14 +315,14 @@ class ItemTokens(nn.Module):
         patch_mask = has_image[:, None].expand(-1, items.patches.shape[1])
 
         text = self.text(items.text)
-        summary = torch.where(has_text[:, None], masked_mean(text, text_mask), self.no_text)
+        text_mean = torch.where(has_text[:, None], masked_mean(text, text_mask), self.no_text)
         text = text + self.text_type + self.text_position[: text.shape[1]]
-        text = torch.cat([(summary + self.text_summary)[:, None], text], dim=1)
+        text = torch.cat([(text_mean + self.text_summary)[:, None], text], dim=1)
         patches = self.patch(items.patches)
-        summary = torch.where(has_image[:, None], masked_mean(patches, patch_mask), self.no_image)
+        image_mean = torch.where(has_image[:, None], masked_mean(patches, patch_mask), self.no_image)
         place = (self.row[:, None] + self.column[None, :]).flatten(0, 1)  # row-major
         patches = patches + self.patch_type + place
-        image = torch.cat([(summary + self.image_summary)[:, None], patches], dim=1)
+        image = torch.cat([(image_mean + self.image_summary)[:, None], patches], dim=1)
 
         image_vectors, text_vectors = self.tastes(
             items.patches.mean(1, dtype=torch.float32), has_image, masked_mean(items.text.float(), text_mask), has_text
@@ -338,6 +339,8 @@ class ItemTokens(nn.Module):
             image_gate=mean_patch,
             image_vectors=image_vectors,
             text_vectors=text_vectors,
+            image_mean=image_mean,
+            text_mean=text_mean,
         )
 
     def forward(self, items: ItemBatch) -> SideTokens:
@@ -360,8 +363,10 @@ class ItemTokens(nn.Module):
         identity = sum((values[column] for column in self.identity_columns[1:]), values[self.identity_columns[0]])
         fields = [value + self.field_type[column] for column, value in enumerate(values)]
         fields += self.groups(items.values, items.buckets)
-        field_tokens = self.field_norm(_stack(fields, pooled=pooled))
+        field_tokens = self.field_norm(torch.stack(fields, dim=1))
         mean_field = field_tokens.mean(1)
+        if pooled:
+            field_tokens = mean_field[:, None]
         field_tokens = drop(field_tokens, self.config.dropout, self.training)
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=field_tokens.device)
         gate = torch.cat([mean_field, content.text_gate, content.image_gate], dim=-1)
@@ -370,16 +375,16 @@ class ItemTokens(nn.Module):
             mask=torch.cat([content.text_mask, content.image_mask, real], dim=1),
             gate=gate,
             summary=torch.cat([mean_field, content.image_vectors, content.text_vectors], dim=-1),
-            entry=self.entry(identity, content.image_vectors, content.text_vectors),
+            entry=self.entry(identity, content.image_mean, content.text_mean),
         )
 
-    def entry(self, identity: Tensor, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
+    def entry(self, identity: Tensor, image: Tensor, text: Tensor) -> Tensor:
         """Return items as entries of a history, [R, d].
 
         The same map makes the entries of a history and the listing that is compared with them, so
         attention finds similar ones from the first step on.
         """
-        return self.entry_norm(identity + self.entry_image(image_vectors) + self.entry_text(text_vectors))
+        return self.entry_norm(identity + image + text)
 
     def identity(self, cats: Tensor) -> Tensor:
         """Embed history items by item hash and subcategory.
@@ -397,7 +402,9 @@ class ItemTokens(nn.Module):
         """
         identity = self.identity(history.cats)
         vectors = self.tastes(history.image, history.has_image, history.text, history.has_text)
-        return torch.cat([identity, *vectors], dim=-1), self.entry(identity, *vectors)
+        image = project_present(self.patch, history.image, history.has_image, self.no_image)
+        text = project_present(self.text, history.text, history.has_text, self.no_text)
+        return torch.cat([identity, *vectors], dim=-1), self.entry(identity, image, text)
 
 
 class AudienceTokens(nn.Module):
@@ -442,13 +449,15 @@ class AudienceTokens(nn.Module):
         if self.counts is not None:
             fields.append(self.counts(audience.values, audience.buckets))
         pooled = self.config.cvr_tokens == "pooled"
-        field_tokens = self.field_norm(_stack(fields, pooled=pooled))
+        field_tokens = self.field_norm(torch.stack(fields, dim=1))
+        mean_field = field_tokens.mean(1)
+        if pooled:
+            field_tokens = mean_field[:, None]
 
         gap = (audience.history_gap * GAPS_PER_UNIT).long().clamp(max=GAPS - 1)
         past = _padded(entries, audience.history) + self.kind(audience.history_kind) + self.gap(gap) + self.history_type
         past = self.history_norm(past)
         past_mask = audience.history >= 0
-        mean_field = field_tokens.mean(1)
         doubts, gains = self.log_doubt.exp(), self.log_gain.exp()
         kinds = [
             gain * _mean_of_kind(liked, audience, kind, doubt)
@@ -462,11 +471,6 @@ class AudienceTokens(nn.Module):
             summary=torch.cat([mean_field, *kinds], dim=-1),
             memory=past.shape[1] if pooled else 0,
         )
-
-
-def _stack(fields: list[Tensor], *, pooled: bool) -> Tensor:
-    """Stack fields' embeddings [R, d] as tokens [R, n, d], or as one, their sum."""
-    return torch.stack([sum(fields[1:], start=fields[0])] if pooled else fields, dim=1)
 
 
 def _padded(known: Tensor, history: Tensor) -> Tensor:

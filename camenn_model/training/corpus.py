@@ -158,7 +158,6 @@ def open_corpus(options: TrainOptions, shards: ShardSet | None = None) -> Corpus
         patch_grid=math.isqrt(patches),
         attention=options.attention,
     )
-    table.pooled = config.cvr_tokens == "pooled"
     reader = ExampleReader(space, table, shards.users, config.history_length, config.position_size)
     return Corpus(shards, space, table, reader, config)
 

@@ -103,8 +103,12 @@ def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     part = model.pair_tokens
     own = items.cats[i, list(model.item_tokens.identity_columns)]
     known = model.item_tokens.identity(own[None])[0]
-    known = known + model.item_tokens.entry_image.weight @ image_vectors
-    known = known + model.item_tokens.entry_text.weight @ text_vectors
+    known = known + (model.item_tokens.patch(items.patches[i].float()).mean(0) if items.has_image[i] else sides[0].no_image)
+    known = known + (
+        (model.item_tokens.text(items.text[i][items.text_mask[i]].float()).mean(0) if titled else 0 * known)
+        if items.has_text[i]
+        else sides[0].no_text
+    )
     extra = model.affinity.item_task.weight @ vectors[0] + model.affinity.audience_task.weight @ vectors[1]
     extra = extra + layer_norm(model.item_tokens.entry_norm, known)
     groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])

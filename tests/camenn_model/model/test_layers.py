@@ -35,4 +35,5 @@ def test_side_keep_leaves_out_unused_rows() -> None:
     side = Side(torch.arange(4.0).view(4, 1, 1), torch.ones(4, 1, dtype=torch.bool), torch.tensor([3, 1, 3, 0]))
     kept = side.keep(torch.tensor([0, 1, 2]))
     assert kept.tokens.flatten().tolist() == [1.0, 3.0]
+    assert kept.index is not None
     assert kept.index.tolist() == [1, 0, 1]
