@@ -1,1 +1,4 @@
-"""Data directories made from public data sets. No part of the product imports them."""
+"""Data directories made from public data sets.
+
+No part of the product imports them.
+"""

@@ -57,7 +57,7 @@ class Inputs:
         return cls(table, space, rows)
 
     def latest(self, share: float) -> "Inputs":
-        """Return the same with the latest share of the training examples."""
+        """Return the same with the latest training examples."""
         train = self.rows["train"]
         rows = np.argsort(train.start, kind="stable")[round((1 - share) * len(train)) :]
         return replace(self, rows=self.rows | {"train": train.take(rows)})
@@ -207,7 +207,7 @@ def _mmoe_columns(frame: pd.DataFrame) -> dict[str, NDArray[Any]]:
 
 
 def mmoe_model(frame: pd.DataFrame, given: dict[str, Any], seed: int) -> Any:
-    """Build deepctr-torch's MMoE for the columns of a frame, ready to fit."""
+    """Build deepctr-torch's MMoE for a frame's columns."""
     import torch
     from deepctr_torch.inputs import DenseFeat, SparseFeat
     from deepctr_torch.models.multitask import MMOE

@@ -1,4 +1,6 @@
-"""The cost of training: against an earlier tree, loader, deduplication, attention, mixing.
+"""The cost of training, part by part.
+
+It is measured against an earlier tree, and so are loader, deduplication, attention and mixing.
 
     python -m benchmarks.speed.train --before f7f002f
     python -m benchmarks.speed.train --shards WORK/shards --parts mixing
@@ -101,7 +103,10 @@ def prepare(work: Path, items: int, clicks: int) -> str:
 
 
 def prepare_shards(work: Path, arguments: argparse.Namespace) -> str:
-    """Make the benchmarks' own shard set, by the revision where one is measured."""
+    """Make the benchmarks' own shard set.
+
+    The revision makes it where one is measured.
+    """
     if "against" not in arguments.parts:
         return prepare(work, arguments.items, arguments.clicks)
     before = _worktree(arguments.before, work / "before")
@@ -224,14 +229,17 @@ def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: 
 
 
 def _worktree(revision: str, place: Path) -> Path:
-    """Check a revision of this tree out into `place`, unless it is there."""
+    """Check out a revision into `place`, unless it is there."""
     if not (place / "setup.py").exists():
         subprocess.run(["git", "worktree", "add", "--detach", str(place), revision], cwd=HERE, check=True)
     return place
 
 
 def _in_tree(tree: Path, script: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Run a script on a tree, in a process of one thread, and return its result."""
+    """Run a script on a tree.
+
+    It is a process of one thread. Returns its result.
+    """
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(job)],
         cwd=tree,
@@ -248,7 +256,7 @@ def _rate(found: dict[str, Any]) -> float:
 
 
 def measure_against(shards: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure this tree against a revision of it, and both peers."""
+    """Measure this tree against a revision and peers."""
     before = _worktree(arguments.before, out.parent / "before")
     trees = {"before": before, "now": HERE}
     steps = HERE / "benchmarks" / "support" / "train_steps.py"

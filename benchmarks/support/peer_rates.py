@@ -1,4 +1,4 @@
-"""Training rates of common peers on a shard set, in a process of its own.
+"""Training rates of common peers on a shard set.
 
     python -m benchmarks.support.peer_rates JOB
 
@@ -21,7 +21,7 @@ from camenn_model.training.corpus import TrainOptions, open_corpus
 
 
 def lightgbm_rate(inputs: Inputs) -> float:
-    """Measure LightGBM: training examples over the CPU seconds of a fit."""
+    """Measure LightGBM's training examples a CPU second."""
     import lightgbm
 
     frames = {split: inputs.frame(split) for split in ("train", "early_stop")}

@@ -1,4 +1,4 @@
-"""Training of this or of an earlier checkout, in its own process.
+"""Training of any checkout, in a process.
 
     python benchmarks/support/train_steps.py JOB
 
@@ -38,7 +38,7 @@ def part(*names: str) -> Any:
 
 @contextmanager
 def measured(found: dict[str, Any], examples: int = 0) -> Iterator[None]:
-    """Write the seconds of a block, CPU and wall, and its examples a second to `found`."""
+    """Write the seconds of a block to `found`."""
     cpu, wall = time.process_time(), time.monotonic()
     yield
     found["cpu"], found["wall"] = time.process_time() - cpu, time.monotonic() - wall
@@ -47,7 +47,7 @@ def measured(found: dict[str, Any], examples: int = 0) -> Iterator[None]:
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Measure the floating-point operations a CPU second of large matrix products."""
+    """Measure the operations a second of large products."""
     left, right = (torch.rand(PRODUCT, PRODUCT).to(dtype) for _ in range(2))
     left @ right
     started = time.process_time()
@@ -57,7 +57,10 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 def run_steps(job: dict[str, Any], out: str) -> dict[str, Any]:
-    """Measure training steps with their loader, and the operations of one example."""
+    """Measure training steps with their loader.
+
+    The operations of one example come with them.
+    """
     corpora, trainers = (
         part("camenn_model.training.corpus", "camenn_model.corpus"),
         part("camenn_model.training.trainer", "camenn_model.train"),
@@ -87,7 +90,7 @@ def run_steps(job: dict[str, Any], out: str) -> dict[str, Any]:
 
 
 def run_whole(job: dict[str, Any], out: str) -> dict[str, Any]:
-    """Measure the whole of `camenn train`, from opening the shards to the package."""
+    """Measure the whole of a training."""
     corpora = part("camenn_model.training.corpus", "camenn_model.corpus")
     training = part("camenn_model.training.train", "camenn_model.train")
     options = corpora.TrainOptions(shards=job["shards"], out=out, profile=job["profile"])

@@ -95,7 +95,10 @@ class Gate(nn.Module):
 
 @dataclass(frozen=True)
 class Routed:
-    """One expert's normalised output for one side, and the pairs that read it."""
+    """One expert's output for one side.
+
+    It is normalised, and comes with the pairs that read it.
+    """
 
     pairs: Tensor  # [n] int64, ascending
     weight: Tensor  # [n] float: the pairs' gate weights

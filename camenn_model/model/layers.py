@@ -39,7 +39,9 @@ MASKED = -1e9
 
 @dataclass(frozen=True)
 class Layout:
-    """Pairs laid out by the row that they look at, in groups of one row each.
+    """Pairs laid out by the row that they look at.
+
+    A group is of one row.
 
     A product of a group's queries with its row's keys reads the keys once, where a copy of them for
     each pair would be larger than everything else of a step.
@@ -71,12 +73,18 @@ class Layout:
         return cls(row, place, size, bool((groups == 1).all()))
 
     def lay_out(self, x: Tensor) -> Tensor:
-        """Lay out pairs' tensors, [B, ...] as [G, size, ...]. Places without a pair are 0."""
+        """Lay out pairs' tensors.
+
+        [B, ...] gives [G, size, ...]. Places without a pair are 0.
+        """
         laid: Tensor = _LayOut.apply(x, self.place, len(self.row) * self.size)
         return laid.unflatten(0, (len(self.row), self.size))
 
     def take(self, x: Tensor) -> Tensor:
-        """Take pairs' tensors out of the layout, [G, size, ...] as [B, ...]."""
+        """Take pairs' tensors out of the layout.
+
+        [G, size, ...] gives [B, ...].
+        """
         taken: Tensor = _Take.apply(x.flatten(0, 1), self.place)
         return taken
 
@@ -125,7 +133,7 @@ class Side:
 
     @classmethod
     def of(cls, tokens: Tensor, mask: Tensor, index: Tensor, memory: int = 0) -> Side:
-        """Make a side of the rows that pairs look at, with their layout."""
+        """Make a side, with the layout of its pairs."""
         return cls(tokens, mask, index, memory, Layout.of(index, tokens.shape[0]))
 
     def keep(self, pairs: Tensor) -> Side:
@@ -149,16 +157,24 @@ class Side:
         return self.tokens if self.index is None else self.tokens.index_select(0, self.index)
 
     def score(self, query: Tensor) -> Tensor:
-        """Multiply pairs' queries [B, h, d] with their rows' tokens, [B, h, N]."""
+        """Multiply pairs' queries with their rows' tokens.
+
+        [B, h, d] gives [B, h, N].
+        """
         return _per_pair(query, self.tokens.transpose(1, 2), self.index, self.layout)
 
     def read(self, weights: Tensor) -> Tensor:
-        """Sum their rows' tokens by pairs' weights [B, h, N], [B, h, d]."""
+        """Sum rows' tokens by their pairs' weights.
+
+        [B, h, N] gives [B, h, d].
+        """
         return _per_pair(weights, self.tokens, self.index, self.layout)
 
 
 def _per_pair(x: Tensor, rows: Tensor, index: Tensor | None, layout: Layout | None) -> Tensor:
-    """Multiply each pair's [..., n, k] with its row's [..., k, m].
+    """Multiply each pair's matrix with its row's.
+
+    They are [..., n, k] and [..., k, m].
 
     ``x`` is [B, n, k] and ``rows`` [R, k, m], or both have a dimension of heads after the first.
     """

@@ -64,7 +64,9 @@ def init_tables(tables: Iterable[nn.Module]) -> None:
 
 
 def project_present(part: nn.Module, x: Tensor, present: Tensor, absent: Tensor) -> Tensor:
-    """Map rows [R, inputs] where ``present`` [R], and give the others ``absent`` [d].
+    """Map the rows that are present.
+
+    Rows are [R, inputs]. Those where ``present`` [R] is False become ``absent`` [d].
 
     On a CPU absent rows are not computed: in many catalogs few listings have a photo.
     """
@@ -281,11 +283,11 @@ class ItemTokens(nn.Module):
         init_tables(self.tables)
 
     def content(self, items: ItemBatch) -> Content:
-        """Return the photo and title of each item, token by token."""
+        """Return each item's photo and title, token by token."""
         return self._every_token(items, items.has_text, items.has_image)
 
     def _pooled(self, items: ItemBatch, has_text: Tensor, has_image: Tensor) -> Content:
-        """Return the photo and title of each item, one token each.
+        """Return each item's photo and title, one token each.
 
         A projection of means is the mean of projections.
         """

@@ -1,1 +1,4 @@
-"""A real log: the purchases of 2,469 households in 2017, as `camenn` reads them."""
+"""A purchase log as `camenn` reads it.
+
+It holds the purchases of 2,469 households in 2017.
+"""

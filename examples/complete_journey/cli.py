@@ -1,4 +1,7 @@
-"""`python -m examples.complete_journey`: make a data directory from a real purchase log."""
+"""Make a data directory from a purchase log.
+
+`python -m examples.complete_journey` does it.
+"""
 
 import argparse
 import json

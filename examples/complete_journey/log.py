@@ -1,4 +1,7 @@
-"""Clicks for real purchases: each basket's own lines, and products that it did not buy."""
+"""Clicks made around purchases.
+
+They are each basket's own lines, and products that it did not buy.
+"""
 
 from dataclasses import dataclass
 
@@ -45,7 +48,10 @@ def draw_weights(journey: Journey, half: str) -> NDArray[np.float64]:
 
 
 def _distinct(keys: Ints) -> Ints:
-    """Return the distinct keys in order, in less time than `np.unique` takes for so many."""
+    """Return the distinct keys, in order.
+
+    `np.unique` takes longer for so many.
+    """
     keys = np.sort(keys)
     return keys[np.diff(keys, prepend=-1) > 0]
 
@@ -101,7 +107,9 @@ def make_log(journey: Journey, half: str, seed: int) -> HalfLog:
 
 
 def conversion_rate(journey: Journey, log: HalfLog) -> float:
-    """Compute the share of clicks that a purchase follows within a day.
+    """Compute the share of clicks with a purchase.
+
+    It must follow within a day.
 
     It is a purchase of the same product by the same household, in whatever basket.
     """

@@ -1,4 +1,6 @@
-"""Photos of the Grocery Store Dataset for listings of their kind.
+"""Photos for listings of their kind.
+
+They are of the Grocery Store Dataset.
 
 The data set (Klasson, Zhang and Kjellström, WACV 2019) has photos of fruit, vegetables and cartons,
 taken by phone in shops. Its `train.txt` and `val.txt` name them by class.
@@ -189,7 +191,8 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "YOGURT": {"YOGURT MULTI-PACKS": _YOGHURT, "YOGURT NOT MULTI-PACKS": _YOGHURT},
 }
 """{product category: {product type: classes whose photos show it}}, names as the two sources write them.
-Types that no class shows, cranberry juice or red onions for one, are left out."""
+Types that no class shows, cranberry juice or red onions for one, are left out.
+"""
 
 
 def read_photos(folder: Path) -> dict[str, list[str]]:
@@ -224,12 +227,15 @@ def read_photos(folder: Path) -> dict[str, list[str]]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a fingerprint of the data set's lists, 16 hex digits."""
+    """Return a fingerprint of the data set's lists.
+
+    It has 16 hex digits.
+    """
     return hashlib.sha256(b"\n".join((folder / name).read_bytes() for name in LISTS)).hexdigest()[:16]
 
 
 def assign_photos(products: pd.DataFrame, photos: dict[str, list[str]], seed: int) -> list[str | None]:
-    """Choose a photo of its kind for each product, or None.
+    """Choose a photo for each product, or None.
 
     Products of the same kind share its photos evenly. Equal seeds give equal photos.
     """

@@ -1,4 +1,7 @@
-"""The Complete Journey as its package ships it, narrowed to food that is sold again and again."""
+"""The Complete Journey as its package ships it.
+
+It is narrowed to food that is sold more than once.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -36,7 +39,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Journey:
-    """The products that are kept, their purchase lines and the households.
+    """The kept products, purchase lines and households.
 
     `products` and `households` are frames in the order of their numbers. The arrays have one value
     per purchase line, in the order of the source: `product` is a row of `products`, `second` is
@@ -55,7 +58,7 @@ class Journey:
     """False: nothing was paid or given, as for a voided or a free line. No purchase, but no negative either."""
 
     def in_half(self, half: str) -> NDArray[np.bool_]:
-        """Return whether each line is of this half of the households."""
+        """Return whether each line is of this half."""
         return self.household % 2 == HALVES[half]
 
 

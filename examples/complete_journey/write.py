@@ -47,7 +47,10 @@ class JourneySummary:
 
 
 def catalog_table(products: pd.DataFrame, images: list[str | None]) -> pa.Table:
-    """Make the table `catalog`; `images` has one path, or None, per product."""
+    """Make the table `catalog`.
+
+    `images` has one path, or None, per product.
+    """
     return pa.table(
         {
             "item_id": _ids(products["product_id"].to_numpy(np.int64)),
@@ -93,7 +96,10 @@ def orders_table(journey: Journey, log: HalfLog) -> pa.Table:
 
 
 def users_table(households: pd.DataFrame) -> pa.Table:
-    """Make the table `users` of the households whose demographics are known."""
+    """Make the table `users`.
+
+    It has the households whose demographics are known.
+    """
     fields = {name: _texts(households[name]) for name in households.columns if name != "household_id"}
     return pa.table({"user_id": _ids(households["household_id"].to_numpy(np.int64)), **fields})
 
@@ -162,7 +168,7 @@ def _settings(households: str | None, seed: int, photos: Path | None) -> dict[st
 
 
 def read_existing(out: Path, settings: dict[str, Any]) -> JourneySummary | None:
-    """Read the summary of `out` where it holds this very log.
+    """Read the summary of `out`, if it is this log's.
 
     None where `out` is absent or an empty folder.
 

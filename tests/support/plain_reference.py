@@ -103,7 +103,9 @@ def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     part = model.pair_tokens
     own = items.cats[i, list(model.item_tokens.identity_columns)]
     known = model.item_tokens.identity(own[None])[0]
-    known = known + (model.item_tokens.patch(items.patches[i].float()).mean(0) if items.has_image[i] else sides[0].no_image)
+    known = known + (
+        model.item_tokens.patch(items.patches[i].float()).mean(0) if items.has_image[i] else sides[0].no_image
+    )
     known = known + (
         (model.item_tokens.text(items.text[i][items.text_mask[i]].float()).mean(0) if titled else 0 * known)
         if items.has_text[i]
