@@ -103,6 +103,7 @@ SHORTLIST = (
     f"{_SHORTLIST}::test_errors_are_probed_all_over_the_first_tile",
     f"{_SHORTLIST}::test_the_best_are_found_whatever_drafts_err_within_the_slack",
 )
+LAYOUT = ("tests/camenn_model/model/test_layout.py",)
 EXPERTS = ("tests/camenn_model/model/test_experts.py", "tests/camenn_model/model/test_camenn.py")
 MODEL = ("tests/camenn_model/model/test_camenn.py",)
 LOSSES = ("tests/camenn_model/training/test_losses.py",)
@@ -241,30 +242,25 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("chosen-without-noise", "*choose(logits, self.keep))", "*choose(quiet, self.keep))", EXPERTS),
         ("quiet-is-noisy", "GateOutput(logits, quiet, *", "GateOutput(logits, logits, *", EXPERTS),
         ("use-of-slots", ".sum(1).float().mean(0)", ".float().mean((0, 1))", EXPERTS),
+        ("weights-of-the-first", "gate.weights[pairs, slot]", "gate.weights[pairs, 0]", EXPERTS),
+        ("sides-not-normal", "Side(norm(side.tokens), side.mask", "Side(side.tokens, side.mask", EXPERTS),
+        ("outputs-not-normal", "norm(tokens).to(mixed.dtype)", "tokens.to(mixed.dtype)", EXPERTS),
+    ),
+    *of(
+        "camenn_model/model/layers.py",
+        ("groups-for-rows", "bool((groups == 1).all())", "len(row) == rows", LAYOUT),
+        ("number-not-of-the-group", "number % size", "number % (size - 1)", LAYOUT),
         (
-            "slots-not-moved",
-            "torch.arange(len(pairs), device=pairs.device) + filled[0]",
-            "torch.arange(len(pairs), device=pairs.device)",
-            EXPERTS,
-        ),
-        ("sides-not-moved", "side.index + filled[1 + number]", "side.index", EXPERTS),
-        (
-            "sides-not-normal",
-            "side_outputs[number].append(norm(side.tokens))",
-            "side_outputs[number].append(side.tokens)",
-            EXPERTS,
-        ),
-        (
-            "weights-of-the-first",
-            "outputs.index_select(0, slots[:, slot]) * weights[:, slot, None, None]",
-            "outputs.index_select(0, slots[:, slot]) * weights[:, 0, None, None]",
-            EXPERTS,
+            "memory-is-changed",
+            "torch.cat([self.finish(active, attended), kept], dim=1)",
+            "torch.cat([self.finish(active, attended), kept + attended.sum()], dim=1)",
+            MODEL,
         ),
     ),
     *of(
         "camenn_model/model/towers.py",
         ("scaled-by-all-heads", "* width**-0.5", "* query.shape[-1] ** -0.5", MODEL),
-        ("padding-is-attended", "score if mask is None else score + mask_bias(mask)[:, None]", "score", MODEL),
+        ("padding-is-attended", "score + mask_bias(mask)[:, None]", "score", MODEL),
         ("no-residual", "task = task + drop(self.out(attended)", "task = drop(self.out(attended)", MODEL),
         ("feed-forward-not-normal", "self.ffn(self.ffn_norm(task))", "self.ffn(task)", MODEL),
         ("log-of-the-rate", "math.log(base_rate / (1.0 - base_rate))", "math.log(base_rate)", MODEL),
@@ -275,7 +271,12 @@ MUTATIONS: tuple[Mutation, ...] = (
             MODEL,
         ),
         ("attention-drops-always", "self.attention_dropout, self.training)", "self.attention_dropout, True)", MODEL),
-        ("sides-not-read", "read = read + weight @ tokens", "read = read + 0 * (weight @ tokens)", MODEL),
+        (
+            "sides-not-read",
+            "routed.side.read(share).to(read.dtype)",
+            "0 * routed.side.read(share).to(read.dtype)",
+            MODEL,
+        ),
     ),
     *of(
         "camenn_model/package.py",
