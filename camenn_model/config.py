@@ -16,6 +16,8 @@ Attention = Literal["prefix", "full"]
 Weighting = Literal["fixed", "uncertainty"]
 Tokens = Literal["pooled", "all"]
 
+BATCH_SIZES = (128, 256, 512, 1_024)
+"""Examples of a step, of which training chooses by the size of the log"""
 ITEM_HASH = "item_hash"
 """Name of the field in group ``item`` that holds the hashed item id (id dropout applies; shared with the history)."""
 CATEGORY = "category"

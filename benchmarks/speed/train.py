@@ -214,7 +214,7 @@ def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: 
 
     drained = 0
     started = time.monotonic()
-    for share in itertools.islice(trainer.stream(), max(1, 100_000 // options.batch_size)):
+    for share in itertools.islice(trainer.stream(), max(1, 100_000 // trainer.batch_size)):
         drained += share.examples
     loader_pace = drained / (time.monotonic() - started)
     return {
@@ -224,7 +224,7 @@ def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: 
         "prefix_speedup": ratio("full", "memory"),
         "loader_alone": round(loader_pace * statistics.median(found["loader"]), 1),
         "examples_per_second": {name: round(1 / statistics.median(values), 1) for name, values in found.items()},
-        "batch_size": options.batch_size,
+        "batch_size": trainer.batch_size,
     }
 
 

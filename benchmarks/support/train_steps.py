@@ -72,7 +72,7 @@ def run_steps(job: dict[str, Any], out: str) -> dict[str, Any]:
     stream = itertools.chain.from_iterable(trainer.stream() for _ in itertools.count())
     for share in itertools.islice(stream, WARM_STEPS):
         trainer.step(share)
-    found: dict[str, Any] = {"batch_size": options.batch_size}
+    found: dict[str, Any] = {"batch_size": getattr(trainer, "batch_size", options.batch_size)}
     examples = 0
     with measured(found):
         for share in stream:

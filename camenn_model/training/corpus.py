@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from camenn_model.config import Attention, LossConfig, ModelConfig
+from camenn_model.config import BATCH_SIZES, Attention, LossConfig, ModelConfig
 from camenn_model.content.agreement import Agreement
 from camenn_model.data.batching import list_units
 from camenn_model.data.examples import ExampleReader, Rows, Unit, count_rows, read_examples
@@ -29,6 +29,8 @@ FIT_ROWS = 1_000_000
 """Training examples that vocabularies and quantiles are fitted on: the latest whole blocks."""
 LATEST_ROWS = 500_000
 """Training examples that the preference space and the linear part are fitted on: the latest whole blocks."""
+LEAST_STEPS = 400
+"""Steps of an epoch that a batch size must leave"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class TrainOptions:
     profile: str = "small"
     attention: Attention = "prefix"
     epochs: int = 1
-    batch_size: int = 128
-    """Examples a step, over all processes"""
+    batch_size: int = 0
+    """Examples a step, over all processes. 0 = by the size of the log (`Corpus.batch_size`)"""
     micro_batches: int = 1
     """Pieces that a step's batch is cut into. The number of processes divides it."""
     by_store: bool = False
@@ -97,6 +99,17 @@ class Corpus:
     def rows(self, split: str) -> int:
         """Count the examples of a split."""
         return sum(rows for _, rows in self.files(split))
+
+    def batch_size(self, options: TrainOptions) -> int:
+        """Return the examples of a step.
+
+        Large steps take less time for each example, but a log that gives too few of them is learned
+        less well.
+        """
+        if options.batch_size:
+            return options.batch_size
+        fitting = [size for size in BATCH_SIZES if self.rows("train") >= LEAST_STEPS * size]
+        return fitting[-1] if fitting else BATCH_SIZES[0]
 
     def latest(self, split: str) -> Iterator[Rows]:
         """Yield whole blocks of a split, the latest first.

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+
+from camenn_model.config import BATCH_SIZES
+
+BATCH = BATCH_SIZES[0]
+"""Examples of the steps that rates are given for. Smaller steps have the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Settings of the optimiser and its schedule.
 
-    ``warmup`` is the share of steps with a rising rate. Then the rate falls linearly to 0. ``clip``
-    is the largest gradient norm.
+    ``learning_rate`` and ``ema_decay`` are those of steps of ``BATCH`` examples. ``warmup`` is the
+    share of steps with a rising rate. Then the rate falls linearly to 0. ``clip`` is the largest
+    gradient norm.
     """
 
     learning_rate: float = 3e-4
@@ -26,6 +32,14 @@ class OptimizerConfig:
     warmup: float = 0.1
     clip: float = 1.0
     ema_decay: float = 0.999
+
+    def of_batch(self, size: int) -> OptimizerConfig:
+        """Return the settings of steps of ``size`` examples.
+
+        The rate grows by the root of the batch, and weights are averaged over as many examples.
+        """
+        larger = max(1.0, size / BATCH)
+        return replace(self, learning_rate=self.learning_rate * larger**0.5, ema_decay=self.ema_decay**larger)
 
 
 def decayed_names(module: nn.Module) -> frozenset[str]:

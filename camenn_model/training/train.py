@@ -85,6 +85,7 @@ def train(
         "train": {
             "examples": state.examples,
             "steps": state.step,
+            "batch_size": trainer.batch_size,
             "best_step": state.best_step,
             "epochs": options.epochs,
             "seconds": round(state.seconds, 1),

@@ -135,6 +135,8 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.corpus, self.options, self.progress = corpus, options, progress
+        self.batch_size = corpus.batch_size(options)
+        self.rates = options.optimizer.of_batch(self.batch_size)
         self.processes = processes or Processes(device=options.device)
         if options.micro_batches % self.processes.count:
             raise InputError(
@@ -149,14 +151,14 @@ class Trainer:
         fit_inputs(self.model, corpus.table, options.seed, aligned=options.alignment, penalty=penalty)
         self.model.to(self.device)
         self.loss = MultiTaskLoss(options.loss).to(self.device)
-        self.optimizer = build_optimizer((self.model, self.loss), options.optimizer)
-        self.ema = WeightAverage(self.model, options.optimizer.ema_decay)
+        self.optimizer = build_optimizer((self.model, self.loss), self.rates)
+        self.ema = WeightAverage(self.model, self.rates.ema_decay)
         self.state = State()
         self.best: dict[str, Tensor] = {}
         sampler = AlignmentSampler(corpus.table)
         self.sampler = sampler if options.alignment and len(sampler) >= 2 else None
         self.total = options.epochs * corpus.rows("train")
-        self.aligned_pairs = max(2, options.batch_size // options.micro_batches // 16)
+        self.aligned_pairs = max(2, self.batch_size // options.micro_batches // 16)
         self.align_every = self._align_every()
         self.checkpoints = checkpoints or Checkpoints(Path(options.out) / "checkpoints")
         self.objective: nn.Module = Objective(self.model, self.loss, options.precision == "bf16")
@@ -227,7 +229,7 @@ class Trainer:
         options = self.options
         if self.sampler is None or not options.alignment_passes:
             return 0
-        steps = math.ceil(self.total / options.batch_size)
+        steps = math.ceil(self.total / self.batch_size)
         drawn = options.micro_batches * min(LISTINGS_PER_PAIR * self.aligned_pairs, len(self.sampler))
         return max(1, math.ceil(steps * drawn / (options.alignment_passes * len(self.sampler))))
 
@@ -240,7 +242,7 @@ class Trainer:
         if self.processes.first:
             self.pretraining().run()
         self.processes.copy_from_first([*self.model.state_dict().values(), *self.loss.state_dict().values()])
-        self.ema = WeightAverage(self.model, self.options.optimizer.ema_decay)
+        self.ema = WeightAverage(self.model, self.rates.ema_decay)
 
     def pretraining(self) -> Pretraining:
         """Build the phases before training proper.
@@ -253,7 +255,7 @@ class Trainer:
             corpus=self.corpus,
             options=self.options,
             sampler=self.sampler,
-            steps=max(1, self.total // self.options.batch_size),
+            steps=max(1, self.total // self.batch_size),
             device=self.device,
             progress=self.progress,
         )
@@ -267,7 +269,7 @@ class Trainer:
         options, state = self.options, self.state
         rng = np.random.default_rng([options.seed, 1, state.epoch])
         units = list_units(self.corpus.files("train"))
-        batches = stream_batches(self.corpus.reader, units, options.batch_size, rng, by_store=options.by_store)
+        batches = stream_batches(self.corpus.reader, units, self.batch_size, rng, by_store=options.by_store)
         numbered = enumerate(itertools.islice(batches, state.batch, None), start=state.step)
         return map_ahead(self._gather, numbered, options.workers)
 
@@ -296,12 +298,12 @@ class Trainer:
         Raises:
             InputError: a loss or the gradient is not finite. The rows are written aside.
         """
-        options, state = self.options, self.state
-        rate = set_rate(self.optimizer, options.optimizer, (state.examples + share.examples / 2) / self.total)
+        state = self.state
+        rate = set_rate(self.optimizer, self.rates, (state.examples + share.examples / 2) / self.total)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         figures = torch.stack([self._backward(piece, piece is share.pieces[-1]) for piece in share.pieces]).sum(dim=0)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.optimizer.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.rates.clip)
         # One copy from the device for all of a step's figures.
         *values, length = torch.cat([figures, norm.reshape(1)]).tolist()
         losses = dict(zip(Losses._fields, values, strict=False))

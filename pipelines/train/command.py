@@ -33,7 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         help="epochs over the training part (default %(default)s: ids overfit after about one)",
     )
-    parser.add_argument("--batch_size", type=int, default=128, help="examples a step (default %(default)s)")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=0,
+        help="examples a step; 0 = 128, or up to 1024 where an epoch has 400 such steps (default %(default)s)",
+    )
     parser.add_argument(
         "--micro_batches",
         type=int,
@@ -52,7 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="fill a batch from few stores: it holds fewer distinct listings, and mixes less",
     )
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="largest learning rate (default %(default)s)")
+    parser.add_argument(
+        "--learning_rate",
+        type=float,
+        default=1e-3,
+        help="largest learning rate of steps of "
+        "128 examples; that of larger ones grows by the root of the batch (default %(default)s)",
+    )
     parser.add_argument(
         "--weighting",
         default="fixed",

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from camenn_model.config import BATCH_SIZES
 from schemas.errors import InputError
 
 STAGE = "train"
@@ -21,7 +22,7 @@ class TrainFlags:
     profile: str = "small"
     attention: Literal["prefix", "full"] = "prefix"
     epochs: int = 1
-    batch_size: int = 128
+    batch_size: int = 0
     micro_batches: int = 0
     processes: int = 1
     by_store: bool = False
@@ -39,7 +40,6 @@ class TrainFlags:
     def __post_init__(self) -> None:
         for name, least in (
             ("epochs", 1),
-            ("batch_size", 2),
             ("processes", 1),
             ("micro_batches", 0),
             ("threads", 0),
@@ -47,10 +47,15 @@ class TrainFlags:
         ):
             if getattr(self, name) < least:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}.")
+        if self.batch_size < 0 or self.batch_size == 1:
+            raise InputError(
+                f"--batch_size {self.batch_size}: must be at least 2, or 0 for the size that fits the log."
+            )
         if not self.learning_rate > 0 or math.isinf(self.learning_rate):
             raise InputError(f"--learning_rate {self.learning_rate}: must be a number above 0, such as 0.001.")
-        if self.micro_batches > self.batch_size:
+        least = self.batch_size or BATCH_SIZES[0]
+        if self.micro_batches > least:
             raise InputError(
-                f"--micro_batches {self.micro_batches}: a batch of {self.batch_size} examples "
+                f"--micro_batches {self.micro_batches}: a batch of {least} examples "
                 "cannot be cut into so many. Give fewer, or a larger --batch_size."
             )

@@ -33,6 +33,7 @@ from camenn_model.data.prefetch import map_ahead
 from camenn_model.data.shard_set import ShardSet
 from camenn_model.evaluation.predictions import Predictions
 from camenn_model.model.bilinear import ENOUGH_COEFFICIENT, LEAST_COEFFICIENT
+from camenn_model.model.count_network import Counts
 from camenn_model.model.layers import FAST
 from camenn_model.model.wide import Catalog, Wide, WideRows
 from camenn_model.package import read_package
@@ -40,7 +41,7 @@ from camenn_model.tensors import load_tensors, save_tensors
 from camenn_model.training.corpus import Corpus, TrainOptions, open_corpus
 from camenn_model.training.fit_counts import CountRows, predict_logits
 from camenn_model.training.fit_wide import Fit
-from camenn_model.training.optimizer import rate_at
+from camenn_model.training.optimizer import OptimizerConfig, rate_at
 from camenn_model.training.train import train, write_curves
 from camenn_model.training.trainer import Trainer
 from pipelines.runner.exit_codes import GatesFailed, run_main
@@ -268,7 +269,13 @@ def test_orders_begin_with_what_each_part_is_worth(
         said.append(train.part_logits)
         return Fit(penalty=1.0, loss=0.5, coefficients=(0.1, 0.3, -0.2, 0.5))
 
+    def counted(counts: Counts, *_: object) -> float:
+        # On so few rows no epoch may be better than predicting 0.
+        torch.nn.init.normal_(counts.out.weight)
+        return 0.5
+
     monkeypatch.setattr("camenn_model.training.pretraining.fit_wide", fitted)
+    monkeypatch.setattr("camenn_model.training.pretraining.fit_counts", counted)
     trainer = Trainer(open_corpus(asked), asked, no_progress)
     trainer._begin()
     (before,) = said
@@ -666,3 +673,21 @@ def test_contents_gather_equals_the_stored_rows(shards: str) -> None:
     assert not gathered[2].any()
     flat = np.concatenate(list(images.views))
     assert np.array_equal(gathered[[0, 1, 3]], flat[[len(images) - 1, 0, 1]])
+
+
+@pytest.mark.parametrize(("rows", "size"), [(0, 128), (102_399, 128), (102_400, 256), (409_600, 1_024), (9**9, 1_024)])
+def test_steps_are_as_large_as_the_log_bears(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, size: int
+) -> None:
+    corpus = open_corpus(options(shards, tmp_path))
+    monkeypatch.setattr(corpus, "rows", lambda split: rows)
+    assert corpus.batch_size(TrainOptions(shards=shards, out="")) == size
+    assert corpus.batch_size(options(shards, tmp_path)) == 32
+
+
+def test_larger_steps_learn_faster_and_average_as_many_examples() -> None:
+    given = OptimizerConfig(learning_rate=1e-3, ema_decay=0.99)
+    assert given.of_batch(128) == given.of_batch(32) == given
+    larger = given.of_batch(512)
+    assert larger.learning_rate == pytest.approx(2e-3)
+    assert larger.ema_decay == pytest.approx(0.99**4)
