@@ -17,7 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,12 @@ def run_stage(tree: Path, place: Path, stage: str, out: str, *, rebuild: bool = 
         text_shape=TEXT_SHAPE,
         rebuild=rebuild,
     )
+    # Defaults are left out: an earlier tree may not know the field.
+    defaults = {field.name: field.default for field in fields(job)}
+    given = {name: value for name, value in asdict(job).items() if value != defaults[name]}
     module = next(name for name in PROCESSES if (tree / name.replace(".", "/")).with_suffix(".py").exists())
     done = subprocess.run(
-        [sys.executable, "-m", module, json.dumps(asdict(job))],
+        [sys.executable, "-m", module, json.dumps(given)],
         cwd=tree,
         env=os.environ | {"PYTHONPATH": str(tree)},
         stdout=subprocess.PIPE,
