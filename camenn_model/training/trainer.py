@@ -39,6 +39,11 @@ from camenn_model.training.optimizer import WeightAverage, build_optimizer, set_
 from camenn_model.training.pretraining import Pretraining, fit_inputs
 from schemas.errors import InputError
 
+CLICKS_PER_PAIR = 16
+"""Clicks for each ITA pair, and for each TIA pair, where a log has so many listings"""
+ALIGNED_STEP = 4
+"""Steps of which one includes alignment, for all of them: small batches are mostly overhead, and the
+contrastive loss compares more listings in a large one."""
 LISTINGS_PER_PAIR = 4
 """Listings of the contrastive loss in a step with clicks, for each of its ITA pairs"""
 PIECE_SEED = 2_654_435_769
@@ -158,7 +163,7 @@ class Trainer:
         sampler = AlignmentSampler(corpus.table)
         self.sampler = sampler if options.alignment and len(sampler) >= 2 else None
         self.total = options.epochs * corpus.rows("train")
-        self.aligned_pairs = max(2, self.batch_size // options.micro_batches // 16)
+        self.aligned_pairs = max(2, self.batch_size // options.micro_batches * ALIGNED_STEP // CLICKS_PER_PAIR)
         self.align_every = self._align_every()
         self.checkpoints = checkpoints or Checkpoints(Path(options.out) / "checkpoints")
         self.objective: nn.Module = Objective(self.model, self.loss, options.precision == "bf16")
@@ -231,7 +236,7 @@ class Trainer:
             return 0
         steps = math.ceil(self.total / self.batch_size)
         drawn = options.micro_batches * min(LISTINGS_PER_PAIR * self.aligned_pairs, len(self.sampler))
-        return max(1, math.ceil(steps * drawn / (options.alignment_passes * len(self.sampler))))
+        return max(ALIGNED_STEP, math.ceil(steps * drawn / (options.alignment_passes * len(self.sampler))))
 
     def _begin(self) -> None:
         """Run the phases before training proper (see `Pretraining`).
