@@ -201,7 +201,7 @@ def test_scores_equal_the_plain_forward_pass(city: City) -> None:
     package = open_package(str(city.work / "model"))
     items = pq.ParquetFile(run / "items" / "part-0.parquet").read()
     images, titles = (Contents(manifest.paths(f"contents_{kind}s"), f"{kind}_key") for kind in ("image", "title"))
-    items_table = ItemTable(items, images, titles).encode(package.space)
+    items_table = ItemTable(items, images, titles, config=package.config).encode(package.space)
     audience = pq.ParquetFile(run / "audience" / "part-0.parquet").read().to_pandas()
     rows = AudienceRows.read(pq.ParquetFile(run / "audience_features" / "part-0.parquet").read())
     snapshot, attributes = Snapshot.read(str(run / "snapshot")), item_attributes(items)
