@@ -403,9 +403,11 @@ class ItemTokens(nn.Module):
         The features are identity, image and text embedding, [G, 3 d], the entries [G, d].
         """
         identity = self.identity(history.cats)
-        vectors = self.tastes(history.image, history.has_image, history.text, history.has_text)
-        image = project_present(self.patch, history.image, history.has_image, self.no_image)
-        text = project_present(self.text, history.text, history.has_text, self.no_text)
+        # Converted once for both maps.
+        photo, title = history.image.float(), history.text.float()
+        vectors = self.tastes(photo, history.has_image, title, history.has_text)
+        image = project_present(self.patch, photo, history.has_image, self.no_image)
+        text = project_present(self.text, title, history.has_text, self.no_text)
         return torch.cat([identity, *vectors], dim=-1), self.entry(identity, image, text)
 
 
