@@ -39,7 +39,7 @@ from camenn_model.training.optimizer import WeightAverage, build_optimizer, set_
 from camenn_model.training.pretraining import Pretraining, fit_inputs
 from schemas.errors import InputError
 
-CLICKS_PER_PAIR = 16
+CLICKS_PER_PAIR = 32
 """Clicks for each ITA pair, and for each TIA pair, where a log has so many listings"""
 ALIGNED_STEP = 4
 """Steps of which one includes alignment, for all of them: small batches are mostly overhead, and the
