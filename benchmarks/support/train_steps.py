@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 WARM_STEPS = 3
+PROFILED_STEPS = 4
 PRODUCT = 1_024
 """Rows and columns of the matrices by which the machine's own pace is measured"""
 PRODUCTS = 24
@@ -79,10 +80,13 @@ def run_steps(job: dict[str, Any], out: str) -> dict[str, Any]:
             if examples >= job["examples"]:
                 break
     found["examples"] = examples
-    share = next(stream)
+    # Not every step includes alignment.
+    shares = list(itertools.islice(stream, PROFILED_STEPS))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
-        trainer.step(share)
-    found["operations"] = sum(event.flops for event in profile.key_averages()) / share.examples
+        for share in shares:
+            trainer.step(share)
+    operations = sum(event.flops for event in profile.key_averages())
+    found["operations"] = operations / sum(share.examples for share in shares)
     found["products"] = {name: product_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     return found
 
