@@ -396,6 +396,8 @@ def main(argv: list[str] | None = None) -> int:
         shards = arguments.shards or prepare_shards(work, arguments)
         for part in arguments.parts:
             found |= MEASURES[part](shards, work / "models", arguments)
+    # Where the work directory was a temporary one, so was the revision's tree.
+    subprocess.run(["git", "worktree", "prune"], cwd=HERE, check=False)
     found |= {
         "embeddings": "real" if arguments.shards else "stub, of real sizes",
         "repeats": arguments.repeats,
