@@ -124,9 +124,11 @@ class ModelConfig:
     their order here. ``text_width`` and ``image_width`` are the frozen encoders' widths,
     ``patch_grid`` the side of the patch grid, ``position_size`` the rows of the display position's
     table (0 = unknown), ``base_rate`` the share of training clicks with an order (the CVR head
-    starts at its logit). ``cvr_tokens``: with ``pooled`` a listing's title, its photo and the pair have
-    one token each in the CVR task. With ``all`` each title token, each patch and each group of the
-    pair's counts has one. The alignment tasks always see all. Rates of dropout are probabilities of dropping.
+    starts at its logit). Rates of dropout are probabilities of dropping.
+
+    ``cvr_tokens``: with ``pooled`` a listing's title, photo and fields, the audience's fields and
+    the pair have one token each in the CVR task. With ``all`` each title token, each patch, each
+    field and each group of the pair's counts has one. The alignment tasks always see all.
     """
 
     profile_name: str
@@ -212,6 +214,11 @@ class ModelConfig:
             attention=attention,
             **sizes,
         )
+
+    @property
+    def pooled(self) -> bool:
+        """Return whether the CVR task pools its tokens."""
+        return self.cvr_tokens == "pooled"
 
     @property
     def patches(self) -> int:

@@ -35,6 +35,19 @@ PROCESSES = ("benchmarks.support.stage_process", "benchmarks.plant_stage")
 """Module that runs one stage, and its name in checkouts older than the move into rooms"""
 
 
+def run_in(tree: Path, *arguments: str, **environment: str) -> dict[str, Any]:
+    """Run Python on a checkout and return its last line's JSON."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree)} | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def run_stage(tree: Path, place: Path, stage: str, out: str, *, rebuild: bool = False) -> dict[str, Any]:
     """Run one stage of a checkout and return its result.
 
@@ -53,15 +66,7 @@ def run_stage(tree: Path, place: Path, stage: str, out: str, *, rebuild: bool = 
     defaults = {field.name: field.default for field in fields(job)}
     given = {name: value for name, value in asdict(job).items() if value != defaults[name]}
     module = next(name for name in PROCESSES if (tree / name.replace(".", "/")).with_suffix(".py").exists())
-    done = subprocess.run(
-        [sys.executable, "-m", module, json.dumps(given)],
-        cwd=tree,
-        env=os.environ | {"PYTHONPATH": str(tree)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return run_in(tree, "-m", module, json.dumps(given))
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -58,6 +58,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.speed.against import run_in
 from benchmarks.speed.against import run_stage as run_in_tree
 from benchmarks.support.city import make_city
 from benchmarks.support.command import machine, names_of, progress_log, work_directory
@@ -240,15 +241,7 @@ def _in_tree(tree: Path, script: Path, job: dict[str, Any]) -> dict[str, Any]:
 
     It is a process of one thread. Returns its result.
     """
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)],
-        cwd=tree,
-        env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return run_in(tree, str(script), json.dumps(job), OMP_NUM_THREADS="1")
 
 
 def _rate(found: dict[str, Any]) -> float:

@@ -61,7 +61,7 @@ class ItemTable:
         config: ModelConfig | None = None,
     ) -> None:
         self.items, self.keep = items, keep
-        self.pooled = config is not None and config.cvr_tokens == "pooled"
+        self.pooled = config is not None and config.pooled
         if config is not None:
             images.expect((config.patches, config.image_width))
             titles.expect((config.text_tokens, config.text_width))

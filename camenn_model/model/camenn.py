@@ -26,7 +26,7 @@ from camenn_model.model.bilinear import Affinity
 from camenn_model.model.count_network import Counts
 from camenn_model.model.experts import Gate, GateOutput, Mixed, Mixture
 from camenn_model.model.layers import EncoderLayer, Side, init_linear, layers_of
-from camenn_model.model.tokens import AudienceTokens, Content, ItemTokens, PairTokens, masked_mean
+from camenn_model.model.tokens import AudienceTokens, Content, ItemTokens, PairTokens, SideTokens, masked_mean
 from camenn_model.model.towers import Tower, init_tower
 from camenn_model.model.wide import Wide
 
@@ -145,10 +145,8 @@ class CameNN(nn.Module):
             Side.of(items.tokens, items.mask, pairs.item),
             Side.of(audience.tokens, audience.mask, pairs.audience, audience.memory),
         )
-        assert items.entry is not None
-        ours, our_task = self.affinity.vectors(items.summary, side=0)
-        our_task = our_task + items.entry
-        theirs, their_task = self.affinity.vectors(audience.summary, side=1)
+        ours, our_task = self.vectors(items, side=0)
+        theirs, their_task = self.vectors(audience, side=1)
         context = our_task.index_select(0, pairs.item) + their_task.index_select(0, pairs.audience)
         factors = (
             torch.cat([self.affinity.of_orders(ours), self.wide.item_factors(batch.items)], dim=1),
@@ -163,6 +161,15 @@ class CameNN(nn.Module):
         logits = self.cvr_tower(mixed) + direct + self.affinity.of_token(x[:, 0])
         choice = self.affinity.choice(ours, theirs, pairs.item, pairs.audience, self._stores(batch))
         return CvrOutput(logits, gate, mixed.computed, choice)
+
+    def vectors(self, tokens: SideTokens, side: int) -> tuple[Tensor, Tensor]:
+        """Return a side's factors and its part of ``[CVR]``.
+
+        The factors are those of ``Affinity.vectors``, [R, 3 d]. The part is [R, d], for items with
+        the item's entry. Side 0 is the items.
+        """
+        factors, task = self.affinity.vectors(tokens.summary, side)
+        return factors, task if tokens.entry is None else task + tokens.entry
 
     def choose(self, batch: Batch) -> Tensor:
         """Return ``CvrOutput.choice`` alone, [B].

@@ -264,11 +264,12 @@ def attend(query: Tensor, parts: list[Keys], dropout: float, training: bool) -> 
         scores.append(score)
     joint = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     weights = drop(joint.softmax(dim=-1), dropout, training)
-    mixed = None
-    for weight, part in zip(weights.split([score.shape[-1] for score in scores], dim=-1), parts, strict=True):
-        read = _per_pair(weight, part.kv[:, :, 1].transpose(1, 2), part.index, part.layout)
-        mixed = read if mixed is None else mixed + read
-    assert mixed is not None
+    split = weights.split([score.shape[-1] for score in scores], dim=-1)
+    reads = [
+        _per_pair(weight, part.kv[:, :, 1].transpose(1, 2), part.index, part.layout)
+        for weight, part in zip(split, parts, strict=True)
+    ]
+    mixed = sum(reads[1:], start=reads[0])
     return mixed.transpose(1, 2).reshape(rows, queries, heads * head_width)
 
 

@@ -312,8 +312,7 @@ class ItemTokens(nn.Module):
         )
 
     def _every_token(self, items: ItemBatch, has_text: Tensor, has_image: Tensor) -> Content:
-        text_mask = items.text_mask
-        text_mask = text_mask & has_text[:, None]
+        text_mask = items.text_mask & has_text[:, None]
         patch_mask = has_image[:, None].expand(-1, items.patches.shape[1])
 
         text = self.text(items.text)
@@ -354,8 +353,7 @@ class ItemTokens(nn.Module):
         if self.training and rate > 0.0:
             has_text = has_text & (torch.rand(has_text.shape, device=has_text.device) >= rate)
             has_image = has_image & (torch.rand(has_image.shape, device=has_image.device) >= rate)
-        pooled = self.config.cvr_tokens == "pooled"
-        content = (self._pooled if pooled else self._every_token)(items, has_text, has_image)
+        content = (self._pooled if self.config.pooled else self._every_token)(items, has_text, has_image)
         values = []
         for column, table in enumerate(self.tables):
             ids = items.cats[:, column]
@@ -367,7 +365,7 @@ class ItemTokens(nn.Module):
         fields += self.groups(items.values, items.buckets)
         field_tokens = self.field_norm(torch.stack(fields, dim=1))
         mean_field = field_tokens.mean(1)
-        if pooled:
+        if self.config.pooled:
             field_tokens = mean_field[:, None]
         field_tokens = drop(field_tokens, self.config.dropout, self.training)
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=field_tokens.device)
@@ -452,10 +450,9 @@ class AudienceTokens(nn.Module):
             fields.append(table(ids) + self.field_type[column])
         if self.counts is not None:
             fields.append(self.counts(audience.values, audience.buckets))
-        pooled = self.config.cvr_tokens == "pooled"
         field_tokens = self.field_norm(torch.stack(fields, dim=1))
         mean_field = field_tokens.mean(1)
-        if pooled:
+        if self.config.pooled:
             field_tokens = mean_field[:, None]
 
         gap = (audience.history_gap * GAPS_PER_UNIT).long().clamp(max=GAPS - 1)
@@ -473,7 +470,7 @@ class AudienceTokens(nn.Module):
             mask=torch.cat([real, past_mask], dim=1),
             gate=torch.cat([mean_field, masked_mean(past, past_mask)], dim=-1),
             summary=torch.cat([mean_field, *kinds], dim=-1),
-            memory=past.shape[1] if pooled else 0,
+            memory=past.shape[1] if self.config.pooled else 0,
         )
 
 
@@ -533,5 +530,5 @@ class PairTokens(nn.Module):
         """
         groups = self.groups(values, buckets)
         task, place = sum(groups, self.task + context), self.position(position)
-        tokens = [task + place] if self.config.cvr_tokens == "pooled" else [task, *groups, place]
+        tokens = [task + place] if self.config.pooled else [task, *groups, place]
         return self.norm(torch.stack(tokens, dim=-2))

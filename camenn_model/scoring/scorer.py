@@ -172,9 +172,7 @@ class Scorer:
                 shared.append(keys_values(kv, kv.shape[-1] ** -0.5, side_tokens.mask))
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
         filled = torch.zeros(gate.shape[1], gate.shape[0], dtype=torch.bool, device=gate.device)
-        vector, task = self.model.affinity.vectors(side_tokens.summary, side)
-        if side_tokens.entry is not None:
-            task = task + side_tokens.entry
+        vector, task = self.model.vectors(side_tokens, side)
         if side == 0:
             vector = self.model.affinity.of_orders(vector)
         vector = torch.cat([vector, wide], dim=1)

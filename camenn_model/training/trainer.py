@@ -151,7 +151,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.device = torch.device(self.processes.device)
         self.model = CameNN(corpus.config)
-        corpus.table.pooled = corpus.config.cvr_tokens == "pooled"
+        corpus.table.pooled = corpus.config.pooled
         penalty = corpus.space.agreement.penalty
         fit_inputs(self.model, corpus.table, options.seed, aligned=options.alignment, penalty=penalty)
         self.model.to(self.device)

@@ -109,9 +109,7 @@ def make_log(journey: Journey, half: str, seed: int) -> HalfLog:
 def conversion_rate(journey: Journey, log: HalfLog) -> float:
     """Compute the share of clicks with a purchase.
 
-    It must follow within a day.
-
-    It is a purchase of the same product by the same household, in whatever basket.
+    It is one of the same product by the same household within a day, in whatever basket.
     """
     products = len(journey.products)
     # Seconds of the year fit into 25 bits, pairs of household and product into 27.
