@@ -69,8 +69,8 @@ def feature_frame(rows: Rows, table: ItemTable, space: FeatureSpace, *, ids: boo
         names = [field.name for group in groups for field in space.fields if field.group == group]
         for place, name in enumerate(names):
             columns[name] = np.where(buckets[:, place] == 0, np.nan, values[:, place])
-    columns["history_purchases"] = (rows.history_kind == 2).sum(axis=1)
-    columns["history_clicks"] = (rows.history_kind == 1).sum(axis=1)
+    columns["history_purchases"] = (rows.history.kind == 2).sum(axis=1)[rows.session]
+    columns["history_clicks"] = (rows.history.kind == 1).sum(axis=1)[rows.session]
     return pd.DataFrame(columns)
 
 

@@ -86,9 +86,24 @@ class _ProfileSizes:
     text_tokens: int
     patch_grid: int
     cvr_tokens: Tokens
+    history_tokens: int
+    cvr_layers: bool = True
 
 
 PROFILES: dict[str, _ProfileSizes] = {
+    "fast": _ProfileSizes(
+        width=64,
+        heads=4,
+        ffn=256,
+        shared_layers=1,
+        experts=4,
+        top_k=2,
+        text_tokens=16,
+        patch_grid=4,
+        cvr_tokens="pooled",
+        history_tokens=64,
+        cvr_layers=False,
+    ),
     "small": _ProfileSizes(
         width=64,
         heads=4,
@@ -99,6 +114,7 @@ PROFILES: dict[str, _ProfileSizes] = {
         text_tokens=16,
         patch_grid=4,
         cvr_tokens="pooled",
+        history_tokens=64,
     ),
     "base": _ProfileSizes(
         width=256,
@@ -110,6 +126,7 @@ PROFILES: dict[str, _ProfileSizes] = {
         text_tokens=32,
         patch_grid=8,
         cvr_tokens="pooled",
+        history_tokens=64,
     ),
 }
 
@@ -129,6 +146,16 @@ class ModelConfig:
     ``cvr_tokens``: with ``pooled`` a listing's title, photo and fields, the audience's fields and
     the pair have one token each in the CVR task. With ``all`` each title token, each patch, each
     field and each group of the pair's counts has one. The alignment tasks always see all.
+
+    ``dropout`` and ``attention_dropout`` are those of the phases before orders are learned, which see
+    photos, titles and clicks several times; orders are learned with ``order_dropout``.
+
+    ``history_length``: entries of a history, which target attention reads. The layers read the
+    latest ``history_tokens`` of them.
+
+    ``cvr_layers``: whether orders are predicted with the shared layers, the experts and the tower.
+    Without them ``[CVR]`` (both sides, the pair's counts and target attention) is all that is added
+    to the direct parts. The alignment tasks always use them.
     """
 
     profile_name: str
@@ -148,8 +175,11 @@ class ModelConfig:
     base_rate: float
     attention: Attention = "prefix"
     cvr_tokens: Tokens = "all"
+    history_tokens: int = 64
+    cvr_layers: bool = True
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    order_dropout: float = 0.0
     id_dropout: float = 0.1
     modality_dropout: float = 0.1
     position_dropout: float = 0.5
@@ -173,7 +203,14 @@ class ModelConfig:
             raise ValueError(f"cvr_tokens {self.cvr_tokens!r}: 'pooled' or 'all'")
         if not 0.0 < self.base_rate < 1.0:
             raise ValueError(f"base_rate {self.base_rate} must lie strictly between 0 and 1")
-        for name in ("dropout", "attention_dropout", "id_dropout", "modality_dropout", "position_dropout"):
+        for name in (
+            "dropout",
+            "attention_dropout",
+            "order_dropout",
+            "id_dropout",
+            "modality_dropout",
+            "position_dropout",
+        ):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1)")
 
@@ -186,13 +223,13 @@ class ModelConfig:
         text_width: int,
         image_width: int,
         base_rate: float,
-        history_length: int = 20,
+        history_length: int = 100,
         position_size: int = 32,
         text_tokens: int | None = None,
         patch_grid: int | None = None,
         attention: Attention = "prefix",
     ) -> ModelConfig:
-        """Make a config from a profile (``small`` or ``base``).
+        """Make a config from a profile.
 
         ``text_tokens`` and ``patch_grid`` override the profile's.
         """

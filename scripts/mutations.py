@@ -296,6 +296,27 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("dropout-in-scoring", "return model.eval()", "return model", CHECKPOINT),
     ),
     *of(
+        "camenn_model/model/target_attention.py",
+        ("padding-answers", "torch.where(real, 0.0, MASKED)", "torch.zeros(())", MODEL),
+        ("answers-have-no-age", "(self.age(age) + self.kind(kind))", "self.kind(kind)", MODEL),
+        (
+            "likeness-of-any-listing",
+            "self.ask(entry).index_select(0, item)",
+            "self.ask(entry)[:1].expand(len(item), -1, -1)",
+            MODEL,
+        ),
+    ),
+    *of(
+        "camenn_model/data/examples.py",
+        ("histories-lose-their-end", ".max(initial=0)) + 1", ".max(initial=0))", DATASET),
+        (
+            "joined-histories-shift",
+            "joined([piece.item for piece in pieces], -1)",
+            "joined([piece.item for piece in pieces], 0)",
+            DATASET,
+        ),
+    ),
+    *of(
         "camenn_model/scoring/scorer.py",
         ("unwanted-are-scored", ".masked_fill_(~wanted, -torch.inf)", "", SCORER),
         (
@@ -325,10 +346,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("position-is-the-first", "unknown = torch.zeros(len(buckets)", "unknown = torch.ones(len(buckets)", SCORER),
         (
             "counts-forgotten",
-            "below = below + model.counts(audience.counts.index_select(0, by_audience), values, buckets)",
+            "below = below + model.counts(counted + model.counts.found(found), values, buckets)",
             "pass",
             SCORER,
         ),
+        ("nothing-has-no-weight", "F.pad(past.values, (0, 1), value=1.0)", "F.pad(past.values, (0, 1))", SCORER),
         (
             "padding-has-mass",
             "states.tower.values[..., -1] = states.mask[:, None]",
@@ -549,8 +571,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "history-knows-later-orders",
-            "(converted[event] >= time[:, None])",
-            "(converted[event] == NEVER)",
+            "(log.converted[event] >= time[:, None])",
+            "(log.converted[event] == NEVER)",
             HISTORY,
         ),
         ("history-ties-by-falling-item", "np.lexsort((-item[event], kind", "np.lexsort((item[event], kind", TIES),

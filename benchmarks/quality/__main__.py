@@ -1,6 +1,7 @@
 """Compare CameNN's quality with baselines, ablations and controls.
 
     python -m benchmarks.quality --work DIR --image_weights FILE --text_encoder DIR [--real DIR --image_root DIR]
+                                [--log_a DIR --log_b DIR]
 
 The comparison is made in cities with known truth and on a real log.
 
@@ -9,8 +10,9 @@ Models are trained in processes of one thread each, `--jobs` at a time. Finished
 Tables and plots go to WORK/quality.md and quality.png and, with --docs, into
 docs/results/quality.md.
 
-`--quick` is one seed, a small city (and the real log where it is given), one JSON line with
-`beats_lightgbm`, and exit code 1 if a claim does not hold. Needs the extra `baselines`.
+`--summary` prints one JSON line of the results' main figures. `--quick` is one seed, a small city
+(and the real log where it is given), one JSON line with `beats_lightgbm`, and exit code 1 if a claim
+does not hold. Needs the extra `baselines`.
 """
 
 import argparse
@@ -28,7 +30,8 @@ from pathlib import Path
 from benchmarks.quality.claims import quick_claims
 from benchmarks.quality.job import Job, log
 from benchmarks.quality.plan import PARTS, list_jobs
-from benchmarks.quality.publish import publish
+from benchmarks.quality.publish import DOCS, publish
+from benchmarks.quality.summary import summarize
 from benchmarks.quality.worlds import World
 from benchmarks.support.command import names_of, work_directory
 from benchmarks.support.processes import Children
@@ -44,9 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image_weights", default="random:0", help="InceptionV4, as for camenn embed (default %(default)s)"
     )
-    parser.add_argument("--text_encoder", required=True, help="BERT, as for camenn embed")
+    parser.add_argument("--text_encoder", help="BERT, as for camenn embed (required, but for --summary)")
     parser.add_argument("--real", type=Path, help="data directory of a real log")
     parser.add_argument("--image_root", type=Path, help="where the real log's photos lie")
+    for half in "ab":
+        parser.add_argument(
+            f"--log_{half}",
+            type=Path,
+            help=f"data directory of the full log's half {half} (python -m examples.complete_journey)",
+        )
     parser.add_argument(
         "--parts", type=names_of(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)} (default: all)"
     )
@@ -66,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model later than this")
     parser.add_argument("--docs", action="store_true", help="put tables and plots into docs/results/quality.md")
+    parser.add_argument(
+        "--summary",
+        action="store_true",
+        help="train nothing: print the main figures of --results (default: docs/results/data) as one JSON line",
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, a small city, one JSON line")
     return parser
 
@@ -134,7 +148,14 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns 1 where a job failed or a claim of --quick does not hold.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.summary:
+        directory = arguments.results or DOCS / "data"
+        print(json.dumps(summarize([json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))])))
+        return 0
+    if arguments.text_encoder is None:
+        parser.error("--text_encoder is required.")
     deadline = time.monotonic() + 60 * arguments.minutes
     with work_directory(arguments.work, "quality") as work:
         arguments.work = work

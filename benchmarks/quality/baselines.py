@@ -135,9 +135,18 @@ def _draw_lightgbm(rng: np.random.Generator, first: bool) -> dict[str, Any]:
 
 
 def _try_lightgbm(
-    inputs: Inputs, content: NDArray[np.float32] | None, given: dict[str, Any], seed: int, threads: int
+    inputs: Inputs,
+    content: NDArray[np.float32] | None,
+    given: dict[str, Any],
+    seed: int,
+    threads: int,
+    columns: list[str] | None = None,
 ) -> tuple[float, Callable[[str], Floats]]:
     import lightgbm
+
+    def frame(split: str) -> pd.DataFrame:
+        every = inputs.frame(split, content=content, ids=given["ids"])
+        return every if columns is None else every[columns]
 
     parameters = {name: value for name, value in given.items() if name != "ids"} | {
         "objective": "binary",
@@ -149,7 +158,7 @@ def _try_lightgbm(
         "force_row_wise": True,
         "num_threads": threads,
     }
-    frames = {split: inputs.frame(split, content=content, ids=given["ids"]) for split in SPLITS[:2]}
+    frames = {split: frame(split) for split in SPLITS[:2]}
     train = lightgbm.Dataset(frames["train"], inputs.labels("train"), free_raw_data=False)
     stop = train.create_valid(frames["early_stop"], inputs.labels("early_stop"))
     booster = lightgbm.train(
@@ -158,9 +167,25 @@ def _try_lightgbm(
     loss = float(booster.best_score["valid_0"]["binary_logloss"])
 
     def raw(split: str) -> Floats:
-        return np.asarray(booster.predict(inputs.frame(split, content=content, ids=given["ids"]), raw_score=True))
+        return np.asarray(booster.predict(frame(split), raw_score=True))
 
     return loss, raw
+
+
+PLAIN = [
+    f"{key}_{count}" for key in ("item", "pair", "store_item", "user_subcategory") for count in ("clicks", "orders")
+] + ["user_clicks_per_day", "user_orders_per_day"]
+"""As-of counts that anybody's first attempt has"""
+
+
+def _try_plain(
+    inputs: Inputs, content: NDArray[np.float32] | None, given: dict[str, Any], seed: int, threads: int
+) -> tuple[float, Callable[[str], Floats]]:
+    return _try_lightgbm(inputs, content, given, seed, threads, PLAIN)
+
+
+def _draw_plain(rng: np.random.Generator, first: bool) -> dict[str, Any]:
+    return {"learning_rate": 0.1, "num_leaves": 63, "ids": False}
 
 
 def _draw_mmoe(rng: np.random.Generator, first: bool) -> dict[str, Any]:
@@ -281,8 +306,14 @@ def draw_settings(name: str) -> dict[str, Any]:
     return DRAW[name](np.random.default_rng(0), True)
 
 
-DRAW = {"lightgbm": _draw_lightgbm, "lightgbm_content": _draw_lightgbm, "mmoe": _draw_mmoe}
-TRY = {"lightgbm": _try_lightgbm, "lightgbm_content": _try_lightgbm, "mmoe": _try_mmoe}
+DRAW = {
+    "lightgbm": _draw_lightgbm,
+    "lightgbm_content": _draw_lightgbm,
+    "lightgbm_plain": _draw_plain,
+    "mmoe": _draw_mmoe,
+}
+TRY = {"lightgbm": _try_lightgbm, "lightgbm_content": _try_lightgbm, "lightgbm_plain": _try_plain, "mmoe": _try_mmoe}
+UNTUNED = ("lightgbm_plain",)
 WITH_CONTENT = ("lightgbm_content", "mmoe")
 
 
@@ -307,10 +338,12 @@ def tune(
     """
     rng = np.random.default_rng([seed, 19])
     content = content_features(inputs.table) if name in WITH_CONTENT else None
+    trials = 1 if name in UNTUNED else trials
     drawn = [settings] if settings is not None else [DRAW[name](rng, number == 0) for number in range(trials)]
     tried: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
     best_loss, best = min((trial["early_stop_log_loss"] for trial in tried), default=np.inf), None
-    few = inputs if share == 1.0 or settings is not None else inputs.latest(share)
+    share = 1.0 if len(drawn) == 1 else share
+    few = inputs if share == 1.0 else inputs.latest(share)
     for number in range(len(tried), len(drawn)):
         started = time.monotonic()
         loss, raw = TRY[name](few, content, drawn[number], seed, threads)

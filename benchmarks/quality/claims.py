@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from benchmarks.quality.figures import (
     shown,
     surely_above,
 )
-from benchmarks.quality.job import BASELINES
+from benchmarks.quality.job import BASELINES, TUNED
 from benchmarks.quality.judge import content_efficiency
 from benchmarks.quality.variants import VARIANTS
 
@@ -155,7 +155,9 @@ def city_claims(found: Results) -> dict[str, Claim]:
     )
     _representation_claims(claims, found)
     _alignment_claims(claims, found)
-    _real_claims(claims, found)
+    _log_claims(claims, found, "real", "real log", TUNED)
+    for kind, title in (("log_a", "full log"), ("log_b", "full log, the other half")):
+        _log_claims(claims, found, kind, title, [other for other in BASELINES if (kind, other) in found])
     _control_claims(claims, found)
     return claims
 
@@ -260,31 +262,30 @@ def _alignment_claims(claims: _Claims, found: Results) -> None:
             )
 
 
-def _real_claims(claims: _Claims, found: Results) -> None:
+def _log_claims(claims: _Claims, found: Results, kind: str, title: str, others: Iterable[str]) -> None:
     def compare(other: str, figure: str) -> None:
-        above = paired(found, "real", "full", other, "test", figure)
-        bar = _bar(found, other, figure, above) if above else math.nan
+        above = paired(found, kind, "full", other, "test", figure)
+        bar = bar_of(found, kind, other, figure, above) if above else math.nan
         claims.judge(
-            f"real log: {figure.replace('_', ' ').replace('auc', 'AUC')} above {other} by 2 SE of seeds and users",
+            f"{title}: {figure.replace('_', ' ').replace('auc', 'AUC')} above {other} by 2 SE of seeds and users",
             above,
             lambda values: statistics.mean(values) > bar,
             lambda values: f"{shown(values)}, must exceed {bar:.4f}",
         )
 
-    for other in BASELINES:
+    for other in others:
         for figure in ("auc", "session_auc"):
             compare(other, figure)
 
 
-def _bar(found: Results, other: str, figure: str, differences: list[float]) -> float:
+def bar_of(found: Results, kind: str, other: str, figure: str, differences: list[float]) -> float:
     """Return twice the standard error of a difference.
 
-    The difference is between CameNN and a baseline. The error covers the choice of seeds, and of
+    The difference is between CameNN and another model of a log. The error covers the choice of seeds, and of
     users.
     """
     drawn = [
-        {r["seed"]: np.array(r["test"][f"{figure}_of_draws"]) for r in found["real", model]}
-        for model in ("full", other)
+        {r["seed"]: np.array(r["test"][f"{figure}_of_draws"]) for r in found[kind, model]} for model in ("full", other)
     ]
     of_users = statistics.mean(
         float(np.std(drawn[0][seed] - drawn[1][seed], ddof=1)) for seed in drawn[0].keys() & drawn[1].keys()

@@ -31,6 +31,7 @@ from camenn_model.data.alignment_sampler import AlignmentSampler
 from camenn_model.data.batching import collate, concat_rows
 from camenn_model.data.examples import Rows
 from camenn_model.data.item_table import ItemTable
+from camenn_model.data.shard_set import ShardSet
 from camenn_model.evaluation.predictions import CALIBRATED_ON, Predictions, calibrate, predict
 from camenn_model.evaluation.representation import align_pairs
 from camenn_model.model.camenn import CameNN
@@ -43,15 +44,20 @@ from schemas.errors import InputError
 
 log = progress_log("quality")
 
-BASELINES = ("lightgbm", "lightgbm_content", "mmoe")
+TUNED = ("lightgbm", "lightgbm_content", "mmoe")
+BASELINES = (*TUNED, "lightgbm_plain")
 POPULARITY = "popularity"
 FROZEN = "frozen"
 """No model of clicks: maps between the frozen encoders' features, for representation"""
 GATE_SAMPLE = 2_048
+OF = "-latest_"
+"""Between the name of a log and its part that is learned from"""
+NEW = (("part", 1), ("tuned_on", 1.0))
+"""Fields of a job, with the values that `asked` leaves out"""
 VERSION = 2
 """Raised by one whenever a change alters all figures: of the city, of shards, of the baselines or
 of the figures' computation. Results of an earlier version are not reused."""
-MODEL_VERSION = 4
+MODEL_VERSION = 5
 """The same for a change that alters CameNN's figures alone: of the model or its training."""
 
 
@@ -73,11 +79,20 @@ class Job:
     trials: int = 30
     learning_rate: float = 1e-3
     threads: int = 1
+    part: int = 1
+    """The latest 1/part of the training examples is learned from"""
+    tuned_on: float = 1.0
+    """Latest share of the training examples that a baseline's trials are fitted on"""
+
+    @property
+    def log(self) -> str:
+        """Return the name of the log, or of its part, that the model learns from."""
+        return self.world.name if self.part == 1 else f"{self.world.name}{OF}{self.part}th"
 
     @property
     def name(self) -> str:
         """Return the name of the job's files."""
-        return f"{self.world.name}-{self.model}-{self.seed}"
+        return f"{self.log}-{self.model}-{self.seed}"
 
     def result(self) -> Path:
         """Return the path of the result, which is written last."""
@@ -107,9 +122,10 @@ class Job:
     def tuned_by(self) -> str | None:
         """Return the name of the job that tunes this baseline.
 
-        It is None where this very job tunes, or nothing is tuned.
+        It is None where this very job tunes, or nothing is tuned. A part of a log is learned with
+        the whole log's settings.
         """
-        if self.model not in BASELINES or self.seed == 0:
+        if self.model not in BASELINES or (self.seed == 0 and self.part == 1):
             return None
         return f"{re.sub(r'[0-9]+$', '0', self.world.name)}-{self.model}-0"
 
@@ -133,6 +149,8 @@ class Job:
     def asked(self) -> dict[str, Any]:
         """Return everything that the result depends on."""
         given = {name: value for name, value in asdict(self).items() if name not in ("threads", "results")}
+        # Results from before these were there are of their defaults.
+        given = {name: value for name, value in given.items() if (name, value) not in NEW}
         encoders = {name: Path(getattr(self.world, name)).name for name in ("image_weights", "text_encoder")}
         of_world = {name: getattr(self.world, name) for name in ("name", "preset", "city", "flags")}
         return given | encoders | {"world": of_world, "version": MODEL_VERSION if self.model in VARIANTS else VERSION}
@@ -321,6 +339,7 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
             job.open_scratch() / "trials.json",
             lambda text: log(f"{job.name}: {text}"),
             job.settings(),
+            job.tuned_on,
         )
     found = {}
     for split, logits in raw.items():
@@ -330,12 +349,32 @@ def run_baseline(job: Job, corpus: Corpus) -> tuple[dict[str, Predictions], dict
     return found, more
 
 
+@dataclass(frozen=True)
+class _LatestPart(ShardSet):
+    """A shard set of which only the latest training files are seen."""
+
+    part: int = 1
+
+    def examples(self, split: str) -> list[tuple[str, int]]:
+        """List (path, rows) of a split."""
+        every = super().examples(split)
+        if split != "train":
+            return every
+        rows = np.cumsum([count for _, count in every[::-1]])
+        return every[len(every) - int(np.searchsorted(rows, rows[-1] / self.part)) - 1 :]
+
+
+def latest_part(job: Job) -> ShardSet | None:
+    """Return the job's part of its log, None for all."""
+    return None if job.part == 1 else _LatestPart(job.world.shards, part=job.part)
+
+
 def run(job: Job) -> dict[str, Any]:
     """Train, evaluate, and write and return the result."""
     started = time.monotonic()
     torch.set_num_threads(job.threads)
-    corpus = open_corpus(TrainOptions(shards=job.world.shards, out=""))
-    result = {"asked": job.asked(), "model": job.model, "world": job.world.name, "seed": job.seed}
+    corpus = open_corpus(TrainOptions(shards=job.world.shards, out=""), latest_part(job))
+    result = {"asked": job.asked(), "model": job.model, "world": job.log, "seed": job.seed}
     path = job.result()
     path.parent.mkdir(parents=True, exist_ok=True)
     if job.model == FROZEN:

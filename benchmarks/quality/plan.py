@@ -8,12 +8,33 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.quality.job import BASELINES, FROZEN, POPULARITY, Job
+from benchmarks.quality.job import FROZEN, POPULARITY, TUNED, Job
 from benchmarks.quality.worlds import World
 
-PARTS = ("city", "real", "controls", "ablations")
-CITY_MODELS = ("full", "no_content", "displayed", "no_alignment", "no_ids", FROZEN, POPULARITY, *BASELINES)
-REAL_MODELS = ("full", "no_alignment", "no_history", FROZEN, POPULARITY, *BASELINES)
+PARTS = ("city", "real", "controls", "ablations", "log")
+CITY_MODELS = ("full", "no_content", "displayed", "no_alignment", "no_ids", FROZEN, POPULARITY, *TUNED)
+REAL_MODELS = ("full", "no_alignment", "no_history", FROZEN, POPULARITY, *TUNED)
+LOG_MODELS = (
+    "full",
+    "lightgbm",
+    "direct_parts",
+    "no_layers",
+    "no_target_attention",
+    "one_expert",
+    "dense_gate",
+    "no_history",
+    "no_alignment",
+    POPULARITY,
+    "lightgbm_plain",
+    "mmoe",
+)
+LOG_HISTORY = 400
+"""Entries of a history in the full log, for all models"""
+LOG_PARTS = (16, 4)
+"""Parts of the full log that are learned from for the learning curve, of CameNN and LightGBM"""
+OTHER_HALF = ("full", "lightgbm", "direct_parts")
+TRIED_ON = 0.25
+"""Share of the full log that baselines are tuned on"""
 ABLATIONS = (
     "full",
     "no_alignment",
@@ -50,6 +71,13 @@ QUICK_EPOCHS = 3
 """Epochs in the demo's city: with fewer steps nothing is learned yet"""
 QUICK_MODELS = ("full", "permuted_labels", POPULARITY, "lightgbm")
 QUICK_TRIALS = 3
+
+
+def full_log(arguments: argparse.Namespace, half: str) -> World:
+    """Return one half of the households' full log, which `examples.complete_journey` made."""
+    given = world(arguments, f"log_{half}", None)
+    flags = {"shards": ["--history", str(LOG_HISTORY)]}
+    return replace(given, data_directory=str(getattr(arguments, f"log_{half}")), flags=flags)
 
 
 def world(arguments: argparse.Namespace, name: str, city: dict[str, Any] | None, preset: str = "default") -> World:
@@ -97,6 +125,8 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[Job]:
             real = world(arguments, "real", None)
             for model in REAL_MODELS:
                 yield Job(world=real, model=model, seed=seed, epochs=arguments.real_epochs)
+    if "log" in arguments.parts:
+        yield from _log_jobs(arguments)
     for seed in range(min(arguments.seeds, arguments.ablation_seeds)):
         small = world(arguments, f"small{seed}", {**SMALL_CITY, "seed": seed})
         if "controls" in arguments.parts:
@@ -113,3 +143,17 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[Job]:
             for model in ABLATIONS:
                 if model != "full" or "controls" not in arguments.parts:
                     yield Job(world=small, model=model, seed=seed, epochs=epochs)
+
+
+def _log_jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    if arguments.log_a:
+        log = full_log(arguments, "a")
+        for seed in range(min(arguments.seeds, arguments.ablation_seeds)):
+            for model in LOG_MODELS:
+                yield Job(world=log, model=model, seed=seed, tuned_on=TRIED_ON)
+        for part in LOG_PARTS:
+            for model in ("full", "lightgbm"):
+                yield Job(world=log, model=model, seed=0, part=part, tuned_on=TRIED_ON)
+    if arguments.log_b:
+        for model in OTHER_HALF:
+            yield Job(world=full_log(arguments, "b"), model=model, seed=0, tuned_on=TRIED_ON)

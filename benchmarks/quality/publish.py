@@ -3,9 +3,9 @@
 import math
 from pathlib import Path
 
-from benchmarks.quality.claims import city_claims
+from benchmarks.quality.claims import bar_of, city_claims
 from benchmarks.quality.figures import Result, Results, by_model, over_truth, p_value, paired, shown
-from benchmarks.quality.job import FROZEN
+from benchmarks.quality.job import FROZEN, OF
 from benchmarks.quality.judge import holm
 from benchmarks.quality.plots import draw
 from benchmarks.quality.variants import VARIANTS
@@ -105,25 +105,58 @@ def _representation(found: Results, kind: str) -> list[str]:
     return _table(head, rows) if rows else []
 
 
-def _real(found: Results) -> list[str]:
-    models = [model for kind, model in found if kind == "real" and model != FROZEN]
+def _log(found: Results, log: str) -> list[str]:
+    models = [model for kind, model in found if kind == log and model != FROZEN]
     rows = []
     for model in models:
-        tests = [result["test"] for result in found["real", model]]
+        tests = [result["test"] for result in found[log, model]]
         names = (("auc", 4), ("gauc", 4), ("session_auc", 4), ("log_loss", 4), ("ne", 4), ("pcoc", 3), ("ece", 4))
         rows.append(
             [model, str(len(tests)), *(shown([test[name] for test in tests], digits) for name, digits in names)]
         )
     head = ["model", "seeds", "AUC", "GAUC", "session AUC", "log loss", "NE", "PCOC", "ECE"]
-    return [*_table(head, rows), *_real_strata(found, models)] if rows else []
+    return [*_table(head, rows), *_worth(found, log), *_strata_of_log(found, log, models)] if rows else []
 
 
-def _real_strata(found: Results, models: list[str]) -> list[str]:
+def _worth(found: Results, log: str) -> list[str]:
+    """Compare CameNN with the models of its parts."""
+    rows = []
+    for kind, model in found:
+        if kind != log or model not in VARIANTS or model == "full":
+            continue
+        row = [model, VARIANTS[model].about]
+        for figure in ("auc", "session_auc"):
+            above = paired(found, log, "full", model, "test", figure)
+            row.append(f"{shown(above)}, must exceed {bar_of(found, log, model, figure, above):.4f}" if above else "-")
+        rows.append(row)
+    lines = ["What CameNN is above models of some of its parts by, and twice the standard error of seeds and users:"]
+    return [*lines, "", *_table(["model", "", "AUC", "session AUC"], rows)] if rows else []
+
+
+def _curve(found: Results) -> list[str]:
+    logs = sorted({kind for kind, _ in found if kind.startswith(f"log_a{OF}")}, key=lambda kind: -_part(kind))
+    logs += ["log_a"] if ("log_a", "full") in found else []
+    rows = []
+    for log in logs:
+        row = ["all" if log == "log_a" else f"the latest {log.partition(OF)[2]}"]
+        for model in ("full", "lightgbm"):
+            tests = [result["test"] for result in found.get((log, model), [])]
+            row += [shown([test[name] for test in tests]) if tests else "-" for name in ("auc", "session_auc")]
+        rows.append(row)
+    head = ["training clicks", "CameNN: AUC", "session AUC", "LightGBM: AUC", "session AUC"]
+    return _table(head, rows) if len(rows) > 1 else []
+
+
+def _part(kind: str) -> int:
+    return int(kind.partition(OF)[2].removesuffix("th"))
+
+
+def _strata_of_log(found: Results, log: str, models: list[str]) -> list[str]:
     # Results from before strata were reported have none.
     tests = {
         model: of_seeds
         for model in models
-        if (of_seeds := [result["test"] for result in found["real", model] if "strata" in result["test"]])
+        if (of_seeds := [result["test"] for result in found[log, model] if "strata" in result["test"]])
     }
     if not tests:
         return []
@@ -197,7 +230,10 @@ def publish(results: list[Result], work: Path, *, docs: bool) -> None:
     for title, part in (
         ("Known truth: the default city", _city(found)),
         ("Representation, held-out listings of the city", _representation(found, "city")),
-        ("The real log", _real(found)),
+        ("The full log, half a", _log(found, "log_a")),
+        ("The full log: what more clicks are worth", _curve(found)),
+        ("The full log, half b", _log(found, "log_b")),
+        ("The real log", _log(found, "real")),
         ("Representation, held-out listings of the real log", _representation(found, "real")),
         ("Ablations and controls, a city of 60,000 clicks", _ablations(found)),
         ("Representation in that city, with and without alignment", _representation(aligned_or_not, "small")),

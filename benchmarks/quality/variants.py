@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.quality.worlds import World
 from camenn_model.config import ITEM_HASH, LossConfig
 from camenn_model.content.agreement import Agreement
-from camenn_model.data.examples import ExampleReader, Rows
+from camenn_model.data.examples import ExampleReader, Rows, pack_history
 from camenn_model.data.feature_space import NUMERIC_GROUPS, FeatureSpace
 from camenn_model.data.field_encoders import MISSING, Numeric
 from camenn_model.data.item_table import Ints, ItemTable
@@ -176,12 +176,10 @@ class _ChangedReader(ExampleReader):
 
 
 def _forget(rows: Rows) -> Rows:
-    return replace(
-        rows,
-        history=np.full_like(rows.history, -1),
-        history_kind=np.zeros_like(rows.history_kind),
-        history_gap=np.zeros_like(rows.history_gap),
+    nothing = pack_history(
+        np.zeros(0, np.int64), np.zeros(0, np.int8), np.zeros(0, np.float32), np.zeros(len(rows.history), np.int64), 1
     )
+    return replace(rows, history=nothing)
 
 
 def _without_user(rows: Rows) -> Rows:
@@ -215,6 +213,8 @@ class Variant:
     """The same, in training and early stop only"""
     displayed: bool = False
     gate_mask: bool = False
+    silences: tuple[str, ...] = ()
+    """Linear maps of the model that stay 0"""
     shuffled_alignment: bool = False
     """True where alignment is trained on other listings' photos"""
     shuffled_images: bool = False
@@ -248,6 +248,17 @@ VARIANTS: dict[str, Variant] = {
     "one_expert": Variant(about="one expert, no choice", config={"experts": 1, "top_k": 1}),
     "no_ids": Variant(about="without hashed ids of listings and users", hides_ids=True, reader=_without_user),
     "no_history": Variant(about="without the user's history", reader=_forget),
+    "direct_parts": Variant(
+        about="the direct parts alone: linear part, counts, preferences",
+        config={"cvr_layers": False},
+        silences=("affinity.deep",),
+    ),
+    "no_layers": Variant(
+        about="target attention and the direct parts, without layers and experts", config={"cvr_layers": False}
+    ),
+    "no_target_attention": Variant(
+        about="the layers read the latest entries, nothing reads the long history", silences=("target_attention.out",)
+    ),
     "full_attention": Variant(about="all tokens attend to all", options={"attention": "full"}),
     "gate_without_content": Variant(about="the CVR gate sees fields and history, not photo and title", gate_mask=True),
     "permuted_labels": Variant(about="control: training labels permuted", train_reader=_permute),
@@ -258,6 +269,15 @@ VARIANTS: dict[str, Variant] = {
         shuffled_alignment=True,
     ),
 }
+
+
+def _silence(trainer: Trainer, names: tuple[str, ...]) -> None:
+    """Keep linear maps at 0."""
+    for name in names:
+        part = trainer.model.get_submodule(name)
+        for weight in part.parameters():
+            torch.nn.init.zeros_(weight)
+            weight.requires_grad_(False)
 
 
 def _mask_gate(trainer: Trainer) -> None:
@@ -304,5 +324,7 @@ def make_trainer(corpus: Corpus, variant: Variant, options: TrainOptions, world:
         trainer.corpus = replace(corpus, reader=_ChangedReader(corpus.reader, variant.train_reader))
     if variant.gate_mask:
         _mask_gate(trainer)
+    if variant.silences:
+        _silence(trainer, variant.silences)
     test = with_shuffled_images(corpus, options.seed) if variant.shuffled_images else corpus
     return trainer, test

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from camenn_model.batch import AudienceBatch, Batch, PairBatch
-from camenn_model.data.examples import ExampleReader, Rows, Unit
+from camenn_model.data.examples import ExampleReader, Histories, Rows, Unit
 from camenn_model.data.item_table import Ints, ItemTable
 from camenn_model.data.prefetch import prefetch
 from camenn_model.data.shard_set import UNIT_ROWS, date_of
@@ -18,25 +18,25 @@ BUFFER_ROWS = 65_536
 
 
 def audience_batch(
-    cats: Ints, values: NDArray[np.float32], buckets: Ints, history: Ints, kind: Ints, gap: NDArray[np.float32]
+    cats: Ints, values: NDArray[np.float32], buckets: Ints, history: Histories
 ) -> tuple[AudienceBatch, Ints]:
     """Build an AudienceBatch of S rows.
 
     Returns it with the item rows [G] that its histories point to. In the batch, table rows become
     places in [G].
     """
-    distinct, place = np.unique(history, return_inverse=True)
-    place = place.reshape(history.shape)
+    distinct, place = np.unique(history.item, return_inverse=True)
+    place = place.reshape(history.item.shape)
     offset = int(len(distinct) > 0 and distinct[0] == -1)
     batch = AudienceBatch(
         cats=torch.from_numpy(cats),
         values=torch.from_numpy(values),
         buckets=torch.from_numpy(buckets),
         history=torch.from_numpy(place - offset if offset else place),
-        history_kind=torch.from_numpy(kind),
-        history_gap=torch.from_numpy(gap),
+        history_kind=torch.from_numpy(history.kind.astype(np.int64)),
+        history_gap=torch.from_numpy(np.ascontiguousarray(history.gap)),
     )
-    return batch, distinct[offset:]
+    return batch, distinct[offset:].astype(np.int64)
 
 
 def collate(rows: Rows, table: ItemTable) -> Batch:
@@ -45,14 +45,12 @@ def collate(rows: Rows, table: ItemTable) -> Batch:
     It has each distinct item and session once.
     """
     items, item = np.unique(rows.item, return_inverse=True)
-    _, first, session = np.unique(rows.session, return_index=True, return_inverse=True)
+    sessions, first, session = np.unique(rows.session, return_index=True, return_inverse=True)
     audience, history_items = audience_batch(
         rows.audience_cats[first],
         rows.audience_values[first],
         rows.audience_buckets[first],
-        rows.history[first],
-        rows.history_kind[first],
-        rows.history_gap[first],
+        rows.history.take(sessions),
     )
     return Batch(
         items=table.batch(items),
@@ -77,13 +75,15 @@ def concat_rows(pieces: list[Rows]) -> Rows:
     offset, sessions = 0, []
     for piece in pieces:
         sessions.append(piece.session + offset)
-        offset += int(piece.session.max(initial=-1)) + 1
+        offset += len(piece.history)
     columns = {
         name: np.concatenate([getattr(piece, name) for piece in pieces])
         for name in vars(pieces[0])
-        if name != "session"
+        if name not in ("session", "history")
     }
-    return Rows(session=np.concatenate(sessions), **columns)
+    return Rows(
+        session=np.concatenate(sessions), history=Histories.concat([piece.history for piece in pieces]), **columns
+    )
 
 
 def list_units(files: list[tuple[str, int]], size: int = UNIT_ROWS) -> list[Unit]:

@@ -6,8 +6,9 @@ encoded once.
 Shapes: B examples, S sessions, H history, N items of the table.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,50 @@ from numpy.typing import NDArray
 from camenn_model.data.feature_space import FeatureSpace
 from camenn_model.data.field_encoders import to_float
 from camenn_model.data.item_table import Ints, ItemTable
+from schemas.training import NO_HISTORY
 
 Unit = tuple[tuple[str, int, int], ...]
 """Successive examples of a day, read at a time: (path, first row, rows) of each file that has some of them."""
+
+Numbers = tuple[NDArray[np.float32], Ints]
+HISTORY = ["history_item", "history_kind", "history_hours"]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Histories of audience rows, padded to the longest.
+
+    They are in small types, as a history may have hundreds of entries.
+    """
+
+    item: NDArray[np.int32]  # [S, H] rows of the item table, -1 = padding
+    kind: NDArray[np.int8]  # [S, H]
+    gap: NDArray[np.float32]  # [S, H] log1p of the hours before
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def take(self, rows: Ints | slice) -> "Histories":
+        """Take some rows, without the places that none of them fills."""
+        item = self.item[rows]
+        length = int(np.flatnonzero((item >= 0).any(axis=0)).max(initial=0)) + 1
+        return Histories(item[:, :length], self.kind[rows, :length], self.gap[rows, :length])
+
+    @classmethod
+    def concat(cls, pieces: "Sequence[Histories]") -> "Histories":
+        """Concatenate the rows of several, padded to the longest."""
+        length = max(piece.item.shape[1] for piece in pieces)
+
+        def joined(arrays: list[NDArray[Any]], padding: int) -> NDArray[Any]:
+            return np.concatenate(
+                [np.pad(a, ((0, 0), (0, length - a.shape[1])), constant_values=padding) for a in arrays]
+            )
+
+        return cls(
+            joined([piece.item for piece in pieces], -1),
+            joined([piece.kind for piece in pieces], NO_HISTORY),
+            joined([piece.gap for piece in pieces], 0),
+        )
 
 
 @dataclass(frozen=True)
@@ -31,7 +73,7 @@ class Rows:
     """
 
     item: Ints
-    session: Ints
+    session: Ints  # row of ``history``
     audience_cats: Ints
     audience_values: NDArray[np.float32]
     audience_buckets: Ints
@@ -39,19 +81,29 @@ class Rows:
     buckets: Ints
     position: Ints
     label: NDArray[np.float32]
-    history: Ints
-    history_kind: Ints
-    history_gap: NDArray[np.float32]
     user: NDArray[np.uint64]
     store: NDArray[np.uint64]
     start: Ints
+    history: Histories  # of each session, shared by everything that is taken of the rows
 
     def __len__(self) -> int:
         return len(self.item)
 
     def take(self, rows: Ints) -> "Rows":
         """Take some rows, in the given order."""
-        return Rows(**{name: values[rows] for name, values in vars(self).items()})
+        columns = {name: values[rows] for name, values in vars(self).items() if name != "history"}
+        return Rows(**columns, history=self.history)
+
+
+@dataclass(frozen=True)
+class NumberRows:
+    """What the count network reads of examples, [B] each."""
+
+    audience_values: NDArray[np.float32]
+    audience_buckets: NDArray[np.uint8]
+    values: NDArray[np.float32]
+    buckets: NDArray[np.uint8]
+    label: NDArray[np.float32]
 
 
 class ExampleReader:
@@ -83,6 +135,29 @@ class ExampleReader:
         """
         return self.encode(read_examples(unit))
 
+    def read_numbers(self, unit: Unit) -> NumberRows:
+        """Read the numbers of a unit, in order."""
+        examples = read_examples(unit, ["label", *self._numbers(unit[0][0])])
+        audience, pairs = self._encode_numbers(examples)
+        return NumberRows(
+            audience_values=audience[0],
+            audience_buckets=audience[1].astype(np.uint8),
+            values=pairs[0],
+            buckets=pairs[1].astype(np.uint8),
+            label=examples["label"].to_numpy().astype(np.float32),
+        )
+
+    def _numbers(self, path: str) -> list[str]:
+        return [name for name in pq.read_schema(path).names if name in self.space.numbers]
+
+    def _encode_numbers(self, examples: pa.Table) -> tuple[Numbers, Numbers]:
+        """Return values and buckets of the audience's numbers, and of the pair's."""
+        columns = {name: to_float(examples[name]) for name in self.space.numbers if name in examples.column_names}
+        return (
+            self.space.encode_numbers(("audience_counts",), columns),
+            self.space.encode_numbers(("item_counts", "pair_counts"), columns),
+        )
+
     def encode(self, examples: pa.Table) -> Rows:
         """Encode rows of a table under the contract `EXAMPLES`."""
         from camenn_model.hashing import stable_hash
@@ -92,15 +167,12 @@ class ExampleReader:
         fields = self.users.take(pa.array(user_row, mask=user_row < 0))
         hour, weekday = examples["hour"].to_numpy(), examples["weekday"].to_numpy()
         audience_cats = self.space.encode_audience(examples["user_id"], examples["store_id"], hour, weekday, fields)
-        columns = {name: to_float(examples[name]) for name in self.space.numbers if name in examples.column_names}
-        audience_values, audience_buckets = self.space.encode_numbers(("audience_counts",), columns)
-        values, buckets = self.space.encode_numbers(("item_counts", "pair_counts"), columns)
+        (audience_values, audience_buckets), (values, buckets) = self._encode_numbers(examples)
         position = np.nan_to_num(to_float(examples["position"]), nan=-1).astype(np.int64)
-        history, kind, gap = self._history(examples)
         user, store = stable_hash(examples["user_id"]), stable_hash(examples["store_id"])
         # A session that goes on in another store is another audience row: store and local hour differ.
         key = np.stack([user, stable_hash(examples["session_id"]), store], axis=1)
-        _, session = np.unique(key, axis=0, return_inverse=True)
+        _, first, session = np.unique(key, axis=0, return_index=True, return_inverse=True)
         return Rows(
             item=item,
             session=session.astype(np.int64),
@@ -111,15 +183,13 @@ class ExampleReader:
             buckets=buckets,
             position=np.clip(position + 1, 0, self.position_size - 1),
             label=examples["label"].to_numpy().astype(np.float32),
-            history=history,
-            history_kind=kind,
-            history_gap=gap,
             user=user,
             store=store,
             start=examples["session_start"].cast(pa.int64()).to_numpy(),
+            history=self._history(examples.select(HISTORY).take(first)),
         )
 
-    def _history(self, examples: pa.Table) -> tuple[Ints, Ints, NDArray[np.float32]]:
+    def _history(self, examples: pa.Table) -> Histories:
         column = examples["history_item"].combine_chunks()
         lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
         item = _codes(pa.chunked_array([column.flatten()]), self.table.ids)
@@ -128,25 +198,25 @@ class ExampleReader:
         return pack_history(item, kind, hours, lengths, self.history_length)
 
 
-def pack_history(
-    item: Ints, kind: NDArray[np.int8], hours: NDArray[np.float32], lengths: Ints, size: int
-) -> tuple[Ints, Ints, NDArray[np.float32]]:
-    """Pack flat histories into rows of `size` places.
+def pack_history(item: Ints, kind: NDArray[np.int8], hours: NDArray[np.float32], lengths: Ints, size: int) -> Histories:
+    """Pack flat histories into rows of at most `size` places.
 
-    Returns ([S, H] item row, -1 = padding; [S, H] kind; [S, H] log1p of hours). Items that are no
-    longer listed become padding.
+    Items that are no longer listed become padding.
     """
     count = len(lengths)
+    size = min(size, max(1, int(lengths.max(initial=0))))
     row = np.repeat(np.arange(count), lengths)
     place = np.arange(len(item)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     keep = (place < size) & (item >= 0)
-    history = np.full((count, size), -1, dtype=np.int64)
-    kinds = np.zeros((count, size), dtype=np.int64)
-    gap = np.zeros((count, size), dtype=np.float32)
-    history[row[keep], place[keep]] = item[keep]
-    kinds[row[keep], place[keep]] = kind[keep]
-    gap[row[keep], place[keep]] = np.log1p(np.maximum(hours[keep], 0))
-    return history, kinds, gap
+    packed = Histories(
+        np.full((count, size), -1, dtype=np.int32),
+        np.full((count, size), NO_HISTORY, dtype=np.int8),
+        np.zeros((count, size), dtype=np.float32),
+    )
+    packed.item[row[keep], place[keep]] = item[keep]
+    packed.kind[row[keep], place[keep]] = kind[keep]
+    packed.gap[row[keep], place[keep]] = np.log1p(np.maximum(hours[keep], 0))
+    return packed
 
 
 def _codes(column: pa.ChunkedArray, known: pa.Array) -> Ints:

@@ -26,6 +26,7 @@ from camenn_model.model.bilinear import Affinity
 from camenn_model.model.count_network import Counts
 from camenn_model.model.experts import Gate, GateOutput, Mixed, Mixture
 from camenn_model.model.layers import EncoderLayer, Side, init_linear, layers_of
+from camenn_model.model.target_attention import TargetAttention
 from camenn_model.model.tokens import AudienceTokens, Content, ItemTokens, PairTokens, SideTokens, masked_mean
 from camenn_model.model.towers import Tower, init_tower
 from camenn_model.model.wide import Wide
@@ -79,6 +80,7 @@ class CameNN(nn.Module):
         self.affinity = Affinity(config)
         self.wide = Wide(config)
         self.counts = Counts(config)
+        self.target_attention = TargetAttention(config)
         self.cvr_tower = Tower(config, config.base_rate)
         self.ita_tower = Tower(config, 0.5)
         self.tia_tower = Tower(config, 0.5)
@@ -90,6 +92,13 @@ class CameNN(nn.Module):
         for tower in (self.cvr_tower, self.ita_tower, self.tia_tower):
             init_tower(tower)
         init_heads(self.contrastive)
+
+    def set_dropout(self, rate: float) -> None:
+        """Set every dropout of the model to a rate, in place."""
+        for module in self.modules():
+            for name in ("dropout", "attention_dropout"):
+                if name in vars(module):
+                    setattr(module, name, rate)
 
     @torch.no_grad()
     def fit_features(self, items: ItemBatch) -> None:
@@ -139,7 +148,8 @@ class CameNN(nn.Module):
         """
         pairs = batch.pairs
         items = self.item_tokens(batch.items)
-        audience = self.audience_tokens(batch.audience, *self.item_tokens.liked(batch.history))
+        liked, entries = self.item_tokens.liked(batch.history)
+        audience = self.audience_tokens(batch.audience, liked, entries)
         gate = self.cvr_gate((items.gate, audience.gate), (pairs.item, pairs.audience))
         sides = (
             Side.of(items.tokens, items.mask, pairs.item),
@@ -148,6 +158,9 @@ class CameNN(nn.Module):
         ours, our_task = self.vectors(items, side=0)
         theirs, their_task = self.vectors(audience, side=1)
         context = our_task.index_select(0, pairs.item) + their_task.index_select(0, pairs.audience)
+        past = self.target_attention.remember(batch.audience, entries)
+        found = self.target_attention(items.entry, past, pairs.item, pairs.audience, sides[1].layout)
+        context = context + self.target_attention.out(found)
         factors = (
             torch.cat([self.affinity.of_orders(ours), self.wide.item_factors(batch.items)], dim=1),
             torch.cat([theirs, self.wide.audience_factors(batch.audience)], dim=1),
@@ -155,12 +168,17 @@ class CameNN(nn.Module):
         direct = (factors[0].index_select(0, pairs.item) * factors[1].index_select(0, pairs.audience)).sum(-1)
         direct = direct + self.wide.of_pairs(pairs.values, pairs.buckets)
         counted = self.counts.of_audience(batch.audience).index_select(0, pairs.audience)
-        direct = direct + self.counts(counted, pairs.values, pairs.buckets)
+        direct = direct + self.counts(counted + self.counts.found(found), pairs.values, pairs.buckets)
         x = self.pair_tokens(pairs, context)
-        mixed = self._bottom_and_experts(sides, x, gate)
-        logits = self.cvr_tower(mixed) + direct + self.affinity.of_token(x[:, 0])
+        if self.config.cvr_layers:
+            mixed = self._bottom_and_experts(sides, x, gate)
+            above, computed = self.cvr_tower(mixed), mixed.computed
+        else:
+            above = self.cvr_tower.head.bias.expand(len(pairs))
+            computed = torch.zeros(self.config.experts, 1 + len(sides), dtype=torch.int64)
+        logits = above + direct + self.affinity.of_token(x[:, 0])
         choice = self.affinity.choice(ours, theirs, pairs.item, pairs.audience, self._stores(batch))
-        return CvrOutput(logits, gate, mixed.computed, choice)
+        return CvrOutput(logits, gate, computed, choice)
 
     def vectors(self, tokens: SideTokens, side: int) -> tuple[Tensor, Tensor]:
         """Return a side's factors and its part of ``[CVR]``.
@@ -192,8 +210,8 @@ class CameNN(nn.Module):
         They are items' [I, 3 d] and audience rows' [S, 3 d].
         """
         items = self.item_tokens(batch.items)
-        audience = self.audience_tokens(batch.audience, *self.item_tokens.liked(batch.history))
-        return self.affinity.vectors(items.summary, side=0)[0], self.affinity.vectors(audience.summary, side=1)[0]
+        audience = self.audience_tokens.summary(batch.audience, self.item_tokens.liked(batch.history)[0])
+        return self.affinity.vectors(items.summary, side=0)[0], self.affinity.vectors(audience, side=1)[0]
 
     def _stores(self, batch: Batch) -> Tensor:
         """Return the store of each audience row, int64 [S].

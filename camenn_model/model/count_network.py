@@ -25,7 +25,7 @@ from camenn_model.batch import AudienceBatch
 from camenn_model.config import FieldSpec, ModelConfig
 from camenn_model.model.layers import drop
 
-HIDDEN = 128
+HIDDEN = 256
 MEASURES = 4
 """Number of inputs for each field"""
 
@@ -74,16 +74,17 @@ class Counts(nn.Module):
         super().__init__()
         self.audience = Measures(config.audience_numeric)
         self.pairs = Measures(config.pair_numeric)
-        inputs = MEASURES * (len(config.audience_numeric) + len(config.pair_numeric))
+        parts = (self.audience, self.pairs)
+        inputs = sum(len(part.weight) for part in parts)
+        self.found = nn.Linear(3 * config.width + config.heads, HIDDEN, bias=False)
         self.bias = nn.Parameter(torch.zeros(HIDDEN))
         self.hidden = nn.Linear(HIDDEN, HIDDEN)
         self.out = nn.Linear(HIDDEN, 1)
-        for part in (self.audience, self.pairs):
+        for part in parts:
             # Torch's default initialization of a linear map of all inputs.
             nn.init.uniform_(part.weight, -(max(1, inputs) ** -0.5), max(1, inputs) ** -0.5)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-        self.requires_grad_(False)
+        for weight in (self.found.weight, self.out.weight, self.out.bias):
+            nn.init.zeros_(weight)
 
     def of_audience(self, audience: AudienceBatch) -> Tensor:
         """Return the audience rows' first-layer part, [S, h] float32."""
@@ -91,17 +92,18 @@ class Counts(nn.Module):
             part: Tensor = self.audience(audience.values, audience.buckets)
         return part
 
-    def forward(self, of_audience: Tensor, values: Tensor, buckets: Tensor, dropout: float = 0.0) -> Tensor:
+    def forward(self, given: Tensor, values: Tensor, buckets: Tensor, dropout: float = 0.0) -> Tensor:
         """Return the logits [B] float32 of pairs.
 
         Args:
-            of_audience: the part of the pairs' audience rows, [B, h].
+            given: of the first layer, the part of the pairs' audience rows, and what `found` makes of
+                what target attention found, [B, h].
             values: the pairs' numbers, [B, n].
             buckets: the buckets of the pairs' numbers, [B, n].
             dropout: share of the hidden numbers that is dropped.
         """
         with torch.autocast(values.device.type, enabled=False):
-            first = F.gelu(of_audience + self.pairs(values, buckets) + self.bias)
+            first = F.gelu(given + self.pairs(values, buckets) + self.bias)
             second = F.gelu(self.hidden(drop(first, dropout, True)))
             logits: Tensor = self.out(drop(second, dropout, True))
         return logits.squeeze(-1)

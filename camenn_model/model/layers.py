@@ -161,17 +161,17 @@ class Side:
 
         [B, h, d] gives [B, h, N].
         """
-        return _per_pair(query, self.tokens.transpose(1, 2), self.index, self.layout)
+        return per_pair(query, self.tokens.transpose(1, 2), self.index, self.layout)
 
     def read(self, weights: Tensor) -> Tensor:
         """Sum rows' tokens by their pairs' weights.
 
         [B, h, N] gives [B, h, d].
         """
-        return _per_pair(weights, self.tokens, self.index, self.layout)
+        return per_pair(weights, self.tokens, self.index, self.layout)
 
 
-def _per_pair(x: Tensor, rows: Tensor, index: Tensor | None, layout: Layout | None) -> Tensor:
+def per_pair(x: Tensor, rows: Tensor, index: Tensor | None, layout: Layout | None) -> Tensor:
     """Multiply each pair's matrix with its row's.
 
     They are [..., n, k] and [..., k, m].
@@ -257,7 +257,7 @@ def attend(query: Tensor, parts: list[Keys], dropout: float, training: bool) -> 
     query = query.transpose(1, 2) * head_width**-0.5  # [B, h, Q, c]
     scores = []
     for part in parts:
-        score = _per_pair(query, part.kv[:, :, 0].permute(0, 2, 3, 1), part.index, part.layout)  # [B, h, Q, N]
+        score = per_pair(query, part.kv[:, :, 0].permute(0, 2, 3, 1), part.index, part.layout)  # [B, h, Q, N]
         if part.mask is not None:
             mask = part.mask if part.index is None else part.mask.index_select(0, part.index)
             score = score + mask_bias(mask)[:, None, None, :]
@@ -266,7 +266,7 @@ def attend(query: Tensor, parts: list[Keys], dropout: float, training: bool) -> 
     weights = drop(joint.softmax(dim=-1), dropout, training)
     split = weights.split([score.shape[-1] for score in scores], dim=-1)
     reads = [
-        _per_pair(weight, part.kv[:, :, 1].transpose(1, 2), part.index, part.layout)
+        per_pair(weight, part.kv[:, :, 1].transpose(1, 2), part.index, part.layout)
         for weight, part in zip(split, parts, strict=True)
     ]
     mixed = sum(reads[1:], start=reads[0])

@@ -56,6 +56,11 @@ def forget_ids(ids: Tensor, rate: float, training: bool) -> Tensor:
     return torch.where(torch.rand(ids.shape, device=ids.device) < rate, torch.zeros_like(ids), ids)
 
 
+def age_bucket(audience: AudienceBatch) -> Tensor:
+    """Return the bucket of each entry's age, int64 [S, H]."""
+    return (audience.history_gap * GAPS_PER_UNIT).long().clamp(max=GAPS - 1)
+
+
 def init_tables(tables: Iterable[nn.Module]) -> None:
     """Initialize the tables' rows from a truncated normal."""
     for table in tables:
@@ -257,6 +262,7 @@ class ItemTokens(nn.Module):
         super().__init__()
         width = config.width
         self.config = config
+        self.dropout = config.dropout
         self.text = FrozenProjection(config.text_width, width)
         self.patch = FrozenProjection(config.image_width, width)
         self.text_summary = nn.Parameter(torch.empty(width))
@@ -299,9 +305,9 @@ class ItemTokens(nn.Module):
         image_vectors, text_vectors = self.tastes(photo, has_image, title, has_text)
         always = torch.ones_like(has_text)[:, None]
         return Content(
-            text=drop(text, self.config.dropout, self.training)[:, None],
+            text=drop(text, self.dropout, self.training)[:, None],
             text_mask=always,
-            image=drop(image, self.config.dropout, self.training)[:, None],
+            image=drop(image, self.dropout, self.training)[:, None],
             image_mask=always,
             text_gate=text,
             image_gate=image,
@@ -332,9 +338,9 @@ class ItemTokens(nn.Module):
         mean_patch = torch.where(has_image[:, None], masked_mean(image[:, 1:], patch_mask), image[:, 0])
         always = torch.ones_like(has_text)[:, None]
         return Content(
-            text=drop(text, self.config.dropout, self.training),
+            text=drop(text, self.dropout, self.training),
             text_mask=torch.cat([always, text_mask], dim=1),
-            image=drop(image, self.config.dropout, self.training),
+            image=drop(image, self.dropout, self.training),
             image_mask=torch.cat([always, patch_mask], dim=1),
             text_gate=text[:, 0],
             image_gate=mean_patch,
@@ -367,7 +373,7 @@ class ItemTokens(nn.Module):
         mean_field = field_tokens.mean(1)
         if self.config.pooled:
             field_tokens = mean_field[:, None]
-        field_tokens = drop(field_tokens, self.config.dropout, self.training)
+        field_tokens = drop(field_tokens, self.dropout, self.training)
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=field_tokens.device)
         gate = torch.cat([mean_field, content.text_gate, content.image_gate], dim=-1)
         return SideTokens(
@@ -419,6 +425,7 @@ class AudienceTokens(nn.Module):
         super().__init__()
         width = config.width
         self.config = config
+        self.dropout = config.dropout
         self.tables = nn.ModuleList(nn.Embedding(field.size, width) for field in config.audience_categorical)
         self.field_type = nn.Parameter(torch.empty(len(config.audience_categorical), width))
         counts = config.audience_numeric
@@ -439,9 +446,34 @@ class AudienceTokens(nn.Module):
     def forward(self, audience: AudienceBatch, liked: Tensor, entries: Tensor) -> SideTokens:
         """Return all audience tokens: fields and history.
 
-        ``liked`` [G, 3 d] and ``entries`` [G, d] are the output of ``ItemTokens.liked``. The gate
-        input is mean of fields ‖ mean of history, [S, 2 d].
+        ``liked`` [G, 3 d] and ``entries`` [G, d] are the output of ``ItemTokens.liked``. The
+        history's tokens are its latest ``history_tokens`` entries. The gate input is mean of fields
+        ‖ mean of their tokens, [S, 2 d].
         """
+        field_tokens = self._fields(audience)
+        mean_field = field_tokens.mean(1)
+        if self.config.pooled:
+            field_tokens = mean_field[:, None]
+        latest = slice(self.config.history_tokens)
+        history, kind = audience.history[:, latest], audience.history_kind[:, latest]
+        past = _padded(entries, history) + self.kind(kind) + self.gap(age_bucket(audience)[:, latest])
+        past = self.history_norm(past + self.history_type)
+        past_mask = history >= 0
+        real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=past.device)
+        return SideTokens(
+            tokens=drop(torch.cat([field_tokens, past], dim=1), self.dropout, self.training),
+            mask=torch.cat([real, past_mask], dim=1),
+            gate=torch.cat([mean_field, masked_mean(past, past_mask)], dim=-1),
+            summary=self._summary(audience, mean_field, liked),
+            memory=past.shape[1] if self.config.pooled else 0,
+        )
+
+    def summary(self, audience: AudienceBatch, liked: Tensor) -> Tensor:
+        """Return the input of ``Affinity`` alone, [S, 7 d]."""
+        return self._summary(audience, self._fields(audience).mean(1), liked)
+
+    def _fields(self, audience: AudienceBatch) -> Tensor:
+        """Return a token for each field, [S, F, d]."""
         fields = []
         for column, table in enumerate(self.tables):
             ids = audience.cats[:, column]
@@ -450,28 +482,16 @@ class AudienceTokens(nn.Module):
             fields.append(table(ids) + self.field_type[column])
         if self.counts is not None:
             fields.append(self.counts(audience.values, audience.buckets))
-        field_tokens = self.field_norm(torch.stack(fields, dim=1))
-        mean_field = field_tokens.mean(1)
-        if self.config.pooled:
-            field_tokens = mean_field[:, None]
+        tokens: Tensor = self.field_norm(torch.stack(fields, dim=1))
+        return tokens
 
-        gap = (audience.history_gap * GAPS_PER_UNIT).long().clamp(max=GAPS - 1)
-        past = _padded(entries, audience.history) + self.kind(audience.history_kind) + self.gap(gap) + self.history_type
-        past = self.history_norm(past)
-        past_mask = audience.history >= 0
+    def _summary(self, audience: AudienceBatch, mean_field: Tensor, liked: Tensor) -> Tensor:
         doubts, gains = self.log_doubt.exp(), self.log_gain.exp()
         kinds = [
             gain * _mean_of_kind(liked, audience, kind, doubt)
             for kind, doubt, gain in zip((PURCHASED, CLICKED), doubts, gains, strict=True)
         ]
-        real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=past.device)
-        return SideTokens(
-            tokens=drop(torch.cat([field_tokens, past], dim=1), self.config.dropout, self.training),
-            mask=torch.cat([real, past_mask], dim=1),
-            gate=torch.cat([mean_field, masked_mean(past, past_mask)], dim=-1),
-            summary=torch.cat([mean_field, *kinds], dim=-1),
-            memory=past.shape[1] if self.config.pooled else 0,
-        )
+        return torch.cat([mean_field, *kinds], dim=-1)
 
 
 def _padded(known: Tensor, history: Tensor) -> Tensor:
@@ -504,6 +524,7 @@ class PairTokens(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.dropout = config.dropout
         self.task = nn.Parameter(torch.empty(config.width))
         self.position = nn.Embedding(config.position_size, config.width)
         self.groups = NumericTokens(config, ("item_counts", "pair_counts"))
@@ -521,7 +542,7 @@ class PairTokens(nn.Module):
             position = forget_ids(pairs.position, self.config.position_dropout, True)
         else:
             position = torch.zeros_like(pairs.position)
-        return drop(self.embed(pairs.values, pairs.buckets, position, context), self.config.dropout, self.training)
+        return drop(self.embed(pairs.values, pairs.buckets, position, context), self.dropout, self.training)
 
     def embed(self, values: Tensor, buckets: Tensor, position: Tensor, context: Tensor) -> Tensor:
         """Embed the pairs without any dropout, [..., X, d].

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from camenn_model.batch import AudienceBatch, Batch, HistoryItems, ItemBatch
@@ -50,7 +51,10 @@ class SideStates:
     filled: Tensor  # [E, R] bool: expert computed for this row
     vector: Tensor  # [R, 3 d + C + 2] float32: factors of ``Affinity`` and of ``Wide``
     task: Tensor  # [R, d]: the side's part of the ``[CVR]`` token's input
-    counts: Tensor | None  # [R, h] float32, ``Counts.of_audience``; items have none
+    counts: Tensor | None  # [S, ``HIDDEN``] float32, ``Counts.of_audience``; None for items, like ``past``
+    entry: Tensor | None  # [I, d]: items as entries of a history; None for audience rows, like the next
+    asked: Tensor | None  # [I, h, c + 1]: the items' queries of target attention
+    past: Part | None  # keys [S, h, c + 1, H + 1] and values [S, h, H + 1, c + 2] of target attention; None for items
     experts: dict[int, Part] = field(default_factory=dict)  # rows not filled are 0
     tower: Part | None = None  # of all experts: keys [R, h, E c, N], values [R, h, N, E c + 1]; not filled: 0
 
@@ -80,7 +84,7 @@ class Scorer:
             ValueError: training mode or ``full`` attention.
         """
         self._check()
-        return self._states(self.model.item_tokens(items), self.model.wide.item_factors(items), None, side=0)
+        return self._states(self.model.item_tokens(items), self.model.wide.item_factors(items), None, None, side=0)
 
     @torch.inference_mode()
     def audience_states(self, audience: AudienceBatch, history: HistoryItems) -> SideStates:
@@ -90,9 +94,13 @@ class Scorer:
             ValueError: training mode or ``full`` attention.
         """
         self._check()
-        tokens = self.model.audience_tokens(audience, *self.model.item_tokens.liked(history))
+        liked, entries = self.model.item_tokens.liked(history)
+        tokens = self.model.audience_tokens(audience, liked, entries)
         counts = self.model.counts.of_audience(audience)
-        return self._states(tokens, self.model.wide.audience_factors(audience), counts, side=1)
+        past = self.model.target_attention.remember(audience, entries)
+        # A column of ones, as all weights are divided by their sum.
+        part = Part(past.keys, F.pad(past.values, (0, 1), value=1.0))
+        return self._states(tokens, self.model.wide.audience_factors(audience), counts, part, side=1)
 
     @torch.inference_mode()
     def score_tile(
@@ -163,11 +171,13 @@ class Scorer:
         if self.model.config.attention != "prefix":
             raise ValueError("Scorer: states need attention='prefix'; use score_pairs with 'full'")
 
-    def _states(self, side_tokens: SideTokens, wide: Tensor, counts: Tensor | None, side: int) -> SideStates:
+    def _states(
+        self, side_tokens: SideTokens, wide: Tensor, counts: Tensor | None, past: Part | None, side: int
+    ) -> SideStates:
         """Run the shared bottom on one side."""
         tokens, shared = side_tokens.tokens, []
         with self._layers():
-            for layer in layers_of(self.model.shared):
+            for layer in layers_of(self.model.shared) if self.model.config.cvr_layers else []:
                 tokens, kv = layer.own(tokens, side_tokens.mask, side_tokens.memory)
                 shared.append(keys_values(kv, kv.shape[-1] ** -0.5, side_tokens.mask))
         gate = self.model.cvr_gate.part(side, side_tokens.gate)
@@ -186,6 +196,9 @@ class Scorer:
             vector=vector,
             task=task,
             counts=counts,
+            entry=side_tokens.entry,
+            asked=None if side_tokens.entry is None else self.model.target_attention.ask(side_tokens.entry),
+            past=past,
         )
 
     def _layers(self) -> torch.autocast:
@@ -200,13 +213,18 @@ class Scorer:
         """
         model = self.model
         by_item, by_audience = some.nonzero(as_tuple=True)
+        all_i, all_s = find_places(some, model.config.heads)
         with torch.autocast(values.device.type, enabled=False):
             unknown = torch.zeros(len(buckets), dtype=torch.int64, device=values.device)
             context = items.task.index_select(0, by_item) + audience.task.index_select(0, by_audience)
+            found = self._found(items, audience, by_item, all_s)
+            context = context + model.target_attention.out(found)
             x = model.pair_tokens.embed(values, buckets, unknown, context)  # [n, X, d]
             below = model.affinity.of_token(x[:, 0]) + model.wide.of_pairs(values, buckets)
-            below = below + model.counts(audience.counts.index_select(0, by_audience), values, buckets)
-        all_i, all_s = find_places(some, model.config.heads)
+            counted = audience.counts.index_select(0, by_audience)
+            below = below + model.counts(counted + model.counts.found(found), values, buckets)
+        if not model.config.cvr_layers:
+            return below + model.cvr_tower.head.bias
         for number, layer in enumerate(layers_of(model.shared)):
             x = run_layer(layer, x, ((items.shared(number), all_i), (audience.shared(number), all_s)))
 
@@ -231,6 +249,18 @@ class Scorer:
             mixed.index_add_(0, pairs, tokens * share[:, None, None])
         sides = ((items.tower(), all_i), (audience.tower(), all_s))
         return self._tower(mixed, weights, sides) + below
+
+    def _found(self, items: _Rows, audience: _Rows, by_item: Tensor, places: Places) -> Tensor:
+        """Return what target attention finds for the pairs, [n, 3 d + h]."""
+        query = items.asked.index_select(0, by_item)[:, None]  # [n, 1, h, c + 1]
+        past = audience.past
+
+        def read(dtype: torch.dtype | None) -> Tensor:
+            asked = query if dtype is None else query.to(dtype)
+            answer = read_part(asked, past.to(dtype), places)
+            return answer.reshape(-1, *answer.shape[-2:])  # [n, h, c + 2]
+
+        return self.model.target_attention.compare(items.entry.index_select(0, by_item), divide(read).to(query.dtype))
 
     def _tower(self, mixed: Tensor, weights: Tensor, sides: tuple[tuple[Part, Places], ...]) -> Tensor:
         """Return the logits [n] from mixed tokens and gate weights.
@@ -287,6 +317,21 @@ class _Rows:
     def counts(self) -> Tensor:
         assert self.states.counts is not None  # computed for audience rows alone
         return self.states.counts[self.rows]
+
+    @property
+    def entry(self) -> Tensor:
+        assert self.states.entry is not None  # items have entries
+        return self.states.entry[self.rows]
+
+    @property
+    def asked(self) -> Tensor:
+        assert self.states.asked is not None  # items ask
+        return self.states.asked[self.rows]
+
+    @property
+    def past(self) -> Part:
+        assert self.states.past is not None  # audience rows remember
+        return self._of(self.states.past)
 
     def shared(self, number: int) -> Part:
         return self._of(self.states.shared[number])

@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from camenn_model.config import BATCH_SIZES, Attention, LossConfig, ModelConfig
+from camenn_model.config import Attention, LossConfig, ModelConfig
 from camenn_model.content.agreement import Agreement
 from camenn_model.data.batching import list_units
-from camenn_model.data.examples import ExampleReader, Rows, Unit, count_rows, read_examples
+from camenn_model.data.examples import ExampleReader, NumberRows, Rows, Unit, count_rows, read_examples
 from camenn_model.data.feature_space import FeatureSpace
 from camenn_model.data.item_table import ItemTable
 from camenn_model.data.shard_set import BLOCK_ROWS, ShardSet
-from camenn_model.training.optimizer import OptimizerConfig
+from camenn_model.training.optimizer import OptimizerConfig, choose_batch_size
 from schemas.errors import InputError
 
 Progress = Callable[[str, int, int, str], None]
@@ -29,8 +29,8 @@ FIT_ROWS = 1_000_000
 """Training examples that vocabularies and quantiles are fitted on: the latest whole blocks."""
 LATEST_ROWS = 500_000
 """Training examples that the preference space and the linear part are fitted on: the latest whole blocks."""
-LEAST_STEPS = 400
-"""Steps of an epoch that a batch size must leave"""
+COUNTED_ROWS = 2_000_000
+"""Training examples that the count network is fitted on: the latest whole blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +101,8 @@ class Corpus:
         return sum(rows for _, rows in self.files(split))
 
     def batch_size(self, options: TrainOptions) -> int:
-        """Return the examples of a step.
-
-        Large steps take less time for each example, but a log that gives too few of them is learned
-        less well.
-        """
-        if options.batch_size:
-            return options.batch_size
-        fitting = [size for size in BATCH_SIZES if self.rows("train") >= LEAST_STEPS * size]
-        return fitting[-1] if fitting else BATCH_SIZES[0]
+        """Return the examples of a step."""
+        return options.batch_size or choose_batch_size(self.rows("train"))
 
     def latest(self, split: str) -> Iterator[Rows]:
         """Yield whole blocks of a split, the latest first.
@@ -117,6 +110,13 @@ class Corpus:
         They hold up to `LATEST_ROWS` examples.
         """
         return map(self.reader.read_unit, _latest_blocks(self.blocks(split), LATEST_ROWS))
+
+    def latest_numbers(self, split: str) -> Iterator[NumberRows]:
+        """Yield the numbers of whole blocks of a split.
+
+        They are the latest, up to `COUNTED_ROWS` examples.
+        """
+        return map(self.reader.read_numbers, _latest_blocks(self.blocks(split), COUNTED_ROWS))
 
 
 def open_corpus(options: TrainOptions, shards: ShardSet | None = None) -> Corpus:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from camenn_model.model.count_network import Counts
 from camenn_model.model.wide import WideRows
-from camenn_model.training.optimizer import OptimizerConfig, build_schedule
+from camenn_model.training.optimizer import OptimizerConfig, build_schedule, choose_batch_size
 
 DROPOUT = 0.2
-EPOCHS = 12
-"""Epochs over the training examples"""
-BATCH_SIZE = 128
+EPOCHS, LEAST_EPOCHS, EXAMPLES = 12, 3, 6_000_000
+"""Most and least epochs over the training examples, and examples of all epochs in between"""
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 EVALUATED = 65_536
 """Examples computed at once without gradients"""
@@ -24,7 +23,10 @@ EVALUATED = 65_536
 
 @dataclass(frozen=True)
 class CountRows:
-    """The input of ``Counts``, [B] each."""
+    """The input of ``Counts``, [B] each.
+
+    Buckets may be of any integer type.
+    """
 
     audience_values: Tensor
     audience_buckets: Tensor
@@ -35,7 +37,7 @@ class CountRows:
     @classmethod
     def of(cls, rows: WideRows) -> CountRows:
         """Take the same examples from the linear part's input."""
-        return cls(rows.audience_values, rows.audience_buckets, rows.values, rows.buckets, rows.label)
+        return cls(**{name: getattr(rows, name) for name in cls.__dataclass_fields__})
 
     def __len__(self) -> int:
         return len(self.label)
@@ -46,7 +48,8 @@ class CountRows:
 
     def said_by(self, counts: Counts, dropout: float = 0.0) -> Tensor:
         """Return the logits [B], with gradients where there are any."""
-        return counts(counts.audience(self.audience_values, self.audience_buckets), self.values, self.buckets, dropout)
+        given = counts.audience(self.audience_values, self.audience_buckets.long())
+        return counts(given, self.values, self.buckets.long(), dropout)
 
 
 @torch.no_grad()
@@ -84,27 +87,26 @@ def fit_counts(
         return float(F.binary_cross_entropy_with_logits(base + predict_logits(counts, rows), rows.label))
 
     best, kept = loss_of(stop), {name: tensor.clone() for name, tensor in counts.state_dict().items()}
-    steps = EPOCHS * -(-len(train) // BATCH_SIZE)
+    epochs = max(LEAST_EPOCHS, min(EPOCHS, EXAMPLES // len(train)))
+    size = choose_batch_size(len(train))
+    steps = epochs * -(-len(train) // size)
+    config = OPTIMIZER.of_batch(size)
     torch.manual_seed(seed)
-    counts.requires_grad_(True)
-    try:
-        optimizer = torch.optim.AdamW(counts.parameters(), lr=OPTIMIZER.learning_rate)
-        schedule = build_schedule(optimizer, steps, OPTIMIZER)
-        for number in range(EPOCHS):
-            order = torch.randperm(len(train)).to(train.label.device)
-            for some in order.split(BATCH_SIZE):
-                rows = train.take(some)
-                optimizer.zero_grad()
-                F.binary_cross_entropy_with_logits(base + rows.said_by(counts, DROPOUT), rows.label).backward()
-                optimizer.step()
-                schedule.step()
-            found = loss_of(stop)
-            progress(number + 1, EPOCHS, f"early-stop log loss {found:.4f}")
-            if found < best:
-                best, kept = found, {name: tensor.clone() for name, tensor in counts.state_dict().items()}
-    finally:
-        counts.requires_grad_(False)
-        for weight in counts.parameters():
-            weight.grad = None
+    optimizer = torch.optim.AdamW(counts.parameters(), lr=config.learning_rate, fused=True)
+    schedule = build_schedule(optimizer, steps, config)
+    for number in range(epochs):
+        order = torch.randperm(len(train)).to(train.label.device)
+        for some in order.split(size):
+            rows = train.take(some)
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(base + rows.said_by(counts, DROPOUT), rows.label).backward()
+            optimizer.step()
+            schedule.step()
+        found = loss_of(stop)
+        progress(number + 1, epochs, f"early-stop log loss {found:.4f}")
+        if found < best:
+            best, kept = found, {name: tensor.clone() for name, tensor in counts.state_dict().items()}
+    for weight in counts.parameters():
+        weight.grad = None
     counts.load_state_dict(kept)
     return best

@@ -14,8 +14,20 @@ from torch import Tensor, nn
 
 from camenn_model.config import BATCH_SIZES
 
+LEAST_STEPS = 400
+"""Steps of an epoch that a batch size must leave"""
 BATCH = BATCH_SIZES[0]
 """Examples of the steps that rates are given for. Smaller steps have the same."""
+
+
+def choose_batch_size(examples: int) -> int:
+    """Return the examples of a step for an epoch's size.
+
+    Large steps take less time for each example, but a log that gives too few of them is learned
+    less well.
+    """
+    fitting = [size for size in BATCH_SIZES if examples >= LEAST_STEPS * size]
+    return fitting[-1] if fitting else BATCH_SIZES[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,9 @@ START_ITEMS = 8_192
 """Listings whose mean embeddings the projections' first directions are computed from."""
 CHOICE_CLICKS = 512
 """Clicks of a step that learns preferences: each clicked listing is contrasted with the other listings of its batch."""
+MOST_CHOICES = 2_000_000
+"""Clicks that preferences are learned from at most, over all epochs: more taught no more (see
+docs/decisions/0044-target-attention.md)"""
 ALIGNMENT_PAIRS = 64
 """ITA pairs, and as many TIA pairs, of a step of alignment alone ..."""
 ALIGNMENT_LISTINGS = 256
@@ -121,11 +124,13 @@ class Pretraining:
         units = list_units(self.corpus.files("train"))
         self.model.train()
         optimizer = build_optimizer((self.model,), options.optimizer)
-        total, done = options.choice_passes * self.corpus.rows("train"), 0
+        total, done = min(options.choice_passes * self.corpus.rows("train"), MOST_CHOICES), 0
         for number in range(options.choice_passes):
             rng = np.random.default_rng([options.seed, 6, number])
             stream = stream_batches(self.corpus.reader, units, CHOICE_CLICKS, rng, by_store=True)
             for rows, batch in map_ahead(lambda r: (r, collate(r, self.corpus.table)), stream, options.workers):
+                if done >= total:
+                    return
                 torch.manual_seed(options.seed * 1_000_003 + done)
                 loss = nn.functional.softplus(-self.model.choose(batch.to(self.device))).mean()
                 share = min(1.0, (done + len(rows) / 2) / total)
@@ -139,23 +144,24 @@ class Pretraining:
         """Fit the count network and the linear part.
 
         The linear part's fit includes the coefficients of the counts' logit and of the preferences.
-        Both are fitted on the latest training examples.
+        Both are fitted on the latest training examples, the network on more of them.
         """
         wide, counts, rate = self.model.wide, self.model.counts, self.corpus.config.base_rate
         base = math.log(rate / (1 - rate))
-        train, stop = self.wide_rows("train"), self.wide_rows("early_stop")
+        catalog = wide.see(self.corpus.table)
         fit_counts(
             counts,
             base,
-            CountRows.of(train),
-            CountRows.of(stop),
+            self.count_rows("train"),
+            self.count_rows("early_stop"),
             self.options.seed,
             lambda done, total, note: self.progress("counts", done, total, note),
         )
+        train, stop = self.wide_rows("train"), self.wide_rows("early_stop")
         fitted = fit_wide(
             wide,
             base,
-            wide.see(self.corpus.table),
+            catalog,
             _with_count_logits(counts, train),
             _with_count_logits(counts, stop),
             lambda done, total, note: self.progress("wide", done, total, note),
@@ -164,6 +170,12 @@ class Pretraining:
         counts.scale(of_counts)
         # Where clicks predict little of orders, their loss should have little weight.
         self.loss.choices_count.copy_(self.model.affinity.start_coefficients(torch.tensor(preferences)))
+
+    def count_rows(self, split: str) -> CountRows:
+        """Gather the numbers of the latest examples of a split."""
+        pieces = [vars(rows).values() for rows in self.corpus.latest_numbers(split)]
+        columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*pieces, strict=True))
+        return CountRows(*(column.to(self.device) for column in columns))
 
     def wide_rows(self, split: str) -> WideRows:
         """Gather the latest examples of a split."""
@@ -187,9 +199,8 @@ class Pretraining:
 
 
 def _with_count_logits(counts: Counts, rows: WideRows) -> WideRows:
-    return replace(
-        rows, part_logits=torch.cat([rows.part_logits, predict_logits(counts, CountRows.of(rows))[:, None]], dim=1)
-    )
+    counted = predict_logits(counts, CountRows.of(rows))
+    return replace(rows, part_logits=torch.cat([rows.part_logits, counted[:, None]], dim=1))
 
 
 def _descend(

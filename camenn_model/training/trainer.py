@@ -186,6 +186,7 @@ class Trainer:
         self._check_same_step(self.state.step if restored else -1)
         if not restored:
             self._begin()
+        self.model.set_dropout(self.corpus.config.order_dropout)
         state = self.state
         every = max(1, self.corpus.rows("train") // options.evaluations)
         due = (state.examples // every + 1) * every

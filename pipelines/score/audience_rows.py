@@ -22,8 +22,8 @@ class AudienceRows:
     cats: Ints
     values: NDArray[np.float32]
     buckets: Ints
-    history: Ints
-    kind: Ints
+    history: NDArray[np.int32]
+    kind: NDArray[np.int8]
     gap: NDArray[np.float32]
 
     def table(self) -> pa.Table:
@@ -57,7 +57,7 @@ class AudienceRows:
         The result is (AudienceBatch, item rows of its histories).
         """
         from camenn_model.data.batching import audience_batch
+        from camenn_model.data.examples import Histories
 
-        return audience_batch(
-            self.cats[rows], self.values[rows], self.buckets[rows], self.history[rows], self.kind[rows], self.gap[rows]
-        )
+        history = Histories(self.history, self.kind, self.gap).take(rows)
+        return audience_batch(self.cats[rows], self.values[rows], self.buckets[rows], history)

@@ -131,7 +131,7 @@ def encode_audience(package: "Package", pairs: Pairs) -> AudienceRows:
         values=values,
         buckets=buckets,
         history=history,
-        kind=kind.astype(np.int64),
+        kind=kind,
         gap=gap,
     )
 

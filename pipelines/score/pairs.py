@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from camenn_model.data.range_contents import GAP
 from pipelines.features.time_index import Ints
@@ -108,7 +109,7 @@ def cut_tiles(chunks: list[Chunk]) -> list[Tile]:
     ]
 
 
-def ranges_pay(chunks: list[Chunk], history: Ints, contents: Iterable[tuple[int, int]]) -> bool:
+def ranges_pay(chunks: list[Chunk], history: NDArray[np.int32], contents: Iterable[tuple[int, int]]) -> bool:
     """Return whether workers read contents by ranges.
 
     They do where all tiles together read less than half of the contents' bytes that way. A row costs
@@ -116,7 +117,7 @@ def ranges_pay(chunks: list[Chunk], history: Ints, contents: Iterable[tuple[int,
 
     Args:
         chunks: of the pairs to score.
-        history: item rows of each audience row's history, int64 [S, H], -1 = none.
+        history: item rows of each audience row's history, [S, H], -1 = none.
         contents: (rows, bytes) of the photos, and of the titles.
     """
     tiles: list[int] = []

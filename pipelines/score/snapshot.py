@@ -354,7 +354,9 @@ def _distinct(left: Ints, right: Ints) -> tuple[Ints, Ints]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def audience_features(log: Log, users: Ints, length: int) -> tuple[dict[str, Floats], Ints, NDArray[np.int8], Floats]:
+def audience_features(
+    log: Log, users: Ints, length: int
+) -> tuple[dict[str, Floats], NDArray[np.int32], NDArray[np.int8], Floats]:
     """Compute audience rows' features at the log's time.
 
     Returns (columns of `AUDIENCE_COUNTS` [S], history item rows [S, length], kinds, hours) of

@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=24.0,
         help="an order within so many hours after a click is credited to it (default %(default)s)",
     )
-    parser.add_argument("--history", type=int, default=20, help="entries of a user's history (default %(default)s)")
+    parser.add_argument("--history", type=int, default=100, help="entries of a user's history (default %(default)s)")
     parser.add_argument("--as_of", help="read nothing after this time, UTC (default: the smaller of both logs' ends)")
     parser.add_argument(
         "--timezone",

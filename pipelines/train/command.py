@@ -19,7 +19,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", required=True, help="shard set that `camenn shards` wrote")
     parser.add_argument("--out", required=True, help="model directory; made if it is not there")
     parser.add_argument(
-        "--profile", default="small", choices=sorted(PROFILES), help="size of the model (default %(default)s)"
+        "--profile",
+        default="small",
+        choices=sorted(PROFILES),
+        help="size of the model (default %(default)s); fast predicts orders without the transformer layers",
     )
     parser.add_argument(
         "--attention",

@@ -25,8 +25,9 @@ from scipy.spatial.distance import cdist
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import baselines, figures, judge, plan, representation
 from benchmarks.quality import job as quality_job
-from benchmarks.quality.job import Job, held_out, run
+from benchmarks.quality.job import Job, held_out, latest_part, run
 from benchmarks.quality.publish import BEGIN, END, publish
+from benchmarks.quality.summary import summarize
 from benchmarks.quality.variants import VARIANTS, hide, make_trainer, shuffle_images
 from benchmarks.quality.worlds import Truth, World, read_keys, read_truth
 from benchmarks.support.processes import Children
@@ -391,6 +392,44 @@ def test_baselines(world: World, model: str, tmp_path: Path, monkeypatch: pytest
             run(replace(again, results=str(tmp_path)))
 
 
+def test_the_plain_baseline_is_not_tuned(world: World) -> None:
+    result = run(Job(world=world, model="lightgbm_plain", seed=0, trials=30))
+    assert len(result["trials"]) == 1
+    assert 0.4 < result["expected"]["auc"] < result["expected"]["auc_of_truth"]
+
+
+def test_a_part_of_a_log_is_its_latest_files(world: World, corpus: Corpus) -> None:
+    every = corpus.shards.examples("train")
+    rows = [count for _, count in every]
+    for part in (2, 3, 4):
+        shards = latest_part(Job(world=world, model="full", seed=0, part=part))
+        assert shards is not None
+        kept = shards.examples("train")
+        assert kept == every[-len(kept) :]
+        assert sum(rows[-len(kept) :]) >= sum(rows) / part > sum(rows[len(rows) - len(kept) + 1 :])
+        assert shards.examples("test") == corpus.shards.examples("test")
+
+
+def test_jobs_of_parts_have_names_and_settings_of_their_own(world: World) -> None:
+    whole = Job(world=world, model="lightgbm", seed=0)
+    part = replace(whole, part=4)
+    assert whole.tuned_by is None and part.tuned_by == whole.name != part.name
+    # Results from before there were parts stay valid.
+    assert {"part", "tuned_on"}.isdisjoint(whole.asked()) and part.asked()["part"] == 4
+
+
+def test_a_silenced_model_is_its_direct_parts(world: World, corpus: Corpus, tmp_path: Path) -> None:
+    trainer, test = steps(world, corpus, "direct_parts", tmp_path)
+    model = trainer.model
+    found = predict(model, test.reader, test.table, test.blocks("test")).logits
+    with torch.no_grad():
+        for weight in [*model.pair_tokens.parameters(), *model.target_attention.parameters()]:
+            weight.normal_()
+        for weight in [*model.shared.parameters(), *model.mixture.parameters()]:
+            weight.normal_()
+    assert np.array_equal(found, predict(model, test.reader, test.table, test.blocks("test")).logits)
+
+
 def test_a_killed_tuning_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(world=world, model="lightgbm", seed=0, trials=4, results=str(tmp_path / "whole"))
     whole = run(job)
@@ -559,6 +598,29 @@ with ThreadPoolExecutor(2) as pool, Children() as children:
             os.kill(pid, 0)
 
 
+def test_summary_of_made_up_results() -> None:
+    def result(world: str, model: str, seed: int, auc: float) -> dict[str, Any]:
+        test = dict.fromkeys(("session_auc", "gauc", "log_loss", "ne", "pcoc"), 0.5) | {"auc": auc}
+        return {"world": world, "model": model, "seed": seed, "test": test}
+
+    found = summarize(
+        [
+            result("log_a", "full", 0, 0.80),
+            result("log_a", "full", 1, 0.82),
+            result("log_a", "lightgbm", 0, 0.79),
+            result("log_a-latest_16th", "full", 0, 0.7),
+            result("log_b", "full", 0, 0.81),
+            result("small0", "full", 0, 0.6),
+            {"world": "city0", "model": "frozen", "seed": 0},
+        ]
+    )
+    assert found["full_log.seeds"] == 2
+    assert (found["full_log.camenn.auc"], found["full_log.camenn.auc_se"]) == (0.81, 0.01)
+    assert found["full_log.lightgbm.auc"] == 0.79 and "full_log.lightgbm.auc_se" not in found
+    assert found["full_log.16th.camenn.auc"] == 0.7 and found["other_half.camenn.auc"] == 0.81
+    assert {name.split(".")[0] for name in found} == {"full_log", "other_half"}
+
+
 def test_tables_of_made_up_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -633,6 +695,14 @@ def test_tables_of_made_up_results(
                 few = {"rows": 50, "orders": 9, "auc": None}
                 on_test["strata"] = {"pair_first_click": {"rows": 900, "orders": 90, "auc": auc}, "with_photo": few}
             results.append({"world": "real", "model": model, "seed": seed, "test": on_test})
+            results.append({"world": "log_a", "model": model, "seed": seed, "test": on_test})
+            if seed == 0 and model in ("full", "lightgbm"):
+                results += [
+                    {"world": f"log_a-latest_{part}th", "model": model, "seed": 0, "test": on_test} for part in (4, 16)
+                ]
+        direct = test | {name: [0.69, 0.695] for name in ("auc_of_draws", "session_auc_of_draws")}
+        direct |= {"auc": 0.69 - 0.001 * seed, "session_auc": 0.69, "rows": 1_000, "positives": 180}
+        results.append({"world": "log_a", "model": "direct_parts", "seed": seed, "test": direct})
     for result in results:
         if result["model"] == "full":
             result |= {"gates": {"cvr": [0.4, 0.6], "ita": [0.6, 0.4]}, "representation": learned | {"states": learned}}
@@ -665,7 +735,7 @@ def test_tables_of_made_up_results(
     )
     assert (
         reported["no dead expert in any run"]["figure"]
-        == "least mean gate weight 0.3000, city0-no_alignment-0 of 24 runs"
+        == "least mean gate weight 0.3000, city0-no_alignment-0 of 29 runs"
     )
     assert "(0.450 to 0.600), 0.5 is required" in reported["content efficiency ≥ 0.65"]["figure"], "by their mean"
     text = (tmp_path / "quality.md").read_text()
@@ -674,6 +744,8 @@ def test_tables_of_made_up_results(
     assert "| AUC by what is known | of the clicks | of the orders | full | lightgbm | lightgbm_content |\n" in text
     assert "| pair first click | 90.0% | 50.0% | 0.7000 ± 0.0000 | 0.6800 ± 0.0000 |" in text
     assert "| with photo | 5.0% | 5.0% | - | - | - |" in text
+    assert "| direct_parts | the direct parts alone: linear part, counts, preferences | 0.0110 ± 0.0006, must " in text
+    assert "| the latest 16th | 0.7000 | 0.7000 | 0.6800 | 0.6800 |\n| the latest 4th | 0.7000" in text
     assert "0.7510 ± 0.0006" in text and "content efficiency" in text and "listing quality of full" in text
     for result in small:
         if result["model"] == "full" and "expected" in result:

@@ -26,7 +26,7 @@ def test_profile_holds_the_documented_sizes() -> None:
         4,
         2,
     )
-    assert (small.text_tokens, small.patches, small.history_length) == (16, 16, 20)
+    assert (small.text_tokens, small.patches, small.history_length) == (16, 16, 100)
     base = ModelConfig.profile("base", fields=FIELDS, text_width=768, image_width=1536, base_rate=0.2, patch_grid=4)
     assert (base.width, base.heads, base.ffn, base.shared_layers, base.experts, base.top_k) == (256, 8, 1024, 2, 8, 2)
     assert (base.text_tokens, base.patches) == (32, 16)

@@ -24,6 +24,9 @@ def reference_logits(model: CameNN, batch: Batch) -> Tensor:
     for pair in range(len(batch.pairs)):
         i, u = int(batch.pairs.item[pair]), int(batch.pairs.audience[pair])
         x, affinity = embed_pair(model, batch, pair)
+        if not model.config.cvr_layers:
+            logits.append(model.cvr_tower.head.bias[0] + affinity)
+            continue
         item, user, tokens = items.tokens[i][items.mask[i]], audience.tokens[u][audience.mask[u]], x
         memory = int(audience.mask[u][len(audience.mask[u]) - audience.memory :].sum())
         for layer in layers_of(model.shared):
@@ -80,7 +83,7 @@ def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     ours = [fields, image_vectors, text_vectors]
     identity = model.item_tokens.identity(history.cats)
     user = model.audience_tokens(batch.audience, *model.item_tokens.liked(history)).tokens[u]
-    theirs = [user[: len(user) - batch.audience.history.shape[1]].mean(0)]
+    theirs = [user[: len(user) - min(batch.audience.history.shape[1], model.config.history_tokens)].mean(0)]
     for place, kind in enumerate((2, 1)):  # bought, clicked
         count, total = 0, [torch.zeros_like(fields) for _ in range(3)]
         for entry, what in zip(batch.audience.history[u], batch.audience.history_kind[u], strict=True):
@@ -112,18 +115,48 @@ def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
         else sides[0].no_text
     )
     extra = model.affinity.item_task.weight @ vectors[0] + model.affinity.audience_task.weight @ vectors[1]
-    extra = extra + layer_norm(model.item_tokens.entry_norm, known)
+    entry = layer_norm(model.item_tokens.entry_norm, known)
+    found = remembered(model, batch, u, entry)
+    extra = extra + entry + model.target_attention.out.weight @ found
     groups = part.groups(batch.pairs.values[pair], batch.pairs.buckets[pair])
     parts = [part.task + extra + sum(groups), *groups, part.position.weight[0]]
     tokens = layer_norm(part.norm, torch.stack([parts[0] + parts[-1]] if pooled else parts))
     deep = model.affinity.deep.weight[0] @ F.gelu(linear(model.affinity.deep_hidden, tokens[0]))
-    return tokens, product.sum() + deep + wide_logit(model, batch, pair) + counts_logit(model, batch, pair)
+    return tokens, product.sum() + deep + wide_logit(model, batch, pair) + counts_logit(model, batch, pair, found)
 
 
-def counts_logit(model: CameNN, batch: Batch, pair: int) -> Tensor:
-    """The count network's logit of one pair and its audience row, number by number."""
+def remembered(model: CameNN, batch: Batch, u: int, entry: Tensor) -> Tensor:
+    """Target attention of one listing's entry to one history, head by head and entry by entry."""
+    part, audience = model.target_attention, batch.audience
+    entries = model.item_tokens.liked(batch.history)[1]
+    width = len(entry) // part.heads
+    found, masses = [], []
+    for head in range(part.heads):
+        own = slice(head * width, (head + 1) * width)
+        query = part.query.weight[own] @ entry
+        scores, values = [part.nothing[head]], [torch.zeros(width)]
+        for place, number in enumerate(audience.history[u].tolist()):
+            if number < 0:
+                continue
+            kind = int(audience.history_kind[u, place])
+            age = min(31, int(audience.history_gap[u, place] * 3.4))
+            match = query @ (part.key.weight[own] @ entries[number]) * part.log_sharpness.exp() / width**0.5
+            scores.append(match + part.age_bias.weight[age, head] + part.kind_bias.weight[kind, head])
+            value = part.value.weight[own] @ entries[number]
+            values.append(value + part.age.weight[age, own] + part.kind.weight[kind, own])
+        weights = torch.softmax(torch.stack(scores), dim=0)
+        found.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
+        masses.append(weights[1:].sum())
+    read = torch.cat(found)
+    return torch.cat([entry, read, read * entry, torch.stack(masses)])
+
+
+def counts_logit(model: CameNN, batch: Batch, pair: int, found: Tensor) -> Tensor:
+    """The count network's logit of one pair, its audience row and what target attention found for it,
+    number by number.
+    """
     counts, u = model.counts, int(batch.pairs.audience[pair])
-    first = counts.bias.clone()
+    first = counts.bias + counts.found.weight @ found
     for part, fields, values, buckets in (
         (counts.audience, model.config.audience_numeric, batch.audience.values[u], batch.audience.buckets[u]),
         (counts.pairs, model.config.pair_numeric, batch.pairs.values[pair], batch.pairs.buckets[pair]),

@@ -34,6 +34,7 @@ def tiny_config(
     heads: int = 2,
     fields: tuple[FieldSpec, ...] = FIELDS,
     cvr_tokens: Tokens = "all",
+    cvr_layers: bool = True,
 ) -> ModelConfig:
     """A model that runs in milliseconds."""
     return ModelConfig(
@@ -50,10 +51,12 @@ def tiny_config(
         patch_grid=2,
         image_width=10,
         history_length=4,
+        history_tokens=3,
         position_size=7,
         base_rate=0.2,
         attention=attention,
         cvr_tokens=cvr_tokens,
+        cvr_layers=cvr_layers,
     )
 
 

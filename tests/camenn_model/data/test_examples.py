@@ -9,7 +9,7 @@ import pytest
 
 from camenn_model.data.alignment_sampler import AlignmentSampler
 from camenn_model.data.batching import audience_batch
-from camenn_model.data.examples import ExampleReader, pack_history
+from camenn_model.data.examples import ExampleReader, Histories, pack_history
 from schemas.training import EXAMPLES
 
 
@@ -66,10 +66,21 @@ def test_histories_are_cut_and_listings_that_are_gone_are_padding() -> None:
     item = np.array([7, -1, 5, 3, 2, 9])
     kind = np.array([1, 2, 2, 1, 2, 1], dtype=np.int8)
     hours = np.array([0.0, 1.0, 2.0, -0.5, 3.0, 4.0], dtype=np.float32)
-    history, kinds, gap = pack_history(item, kind, hours, np.array([4, 0, 2]), 3)
-    assert history.tolist() == [[7, -1, 5], [-1, -1, -1], [2, 9, -1]]
-    assert kinds.tolist() == [[1, 0, 2], [0, 0, 0], [2, 1, 0]]
-    assert gap == pytest.approx(np.log([[1, 1, 3], [1, 1, 1], [4, 5, 1]]))
+    packed = pack_history(item, kind, hours, np.array([4, 0, 2]), 3)
+    assert packed.item.tolist() == [[7, -1, 5], [-1, -1, -1], [2, 9, -1]]
+    assert packed.kind.tolist() == [[1, 0, 2], [0, 0, 0], [2, 1, 0]]
+    assert packed.gap == pytest.approx(np.log([[1, 1, 3], [1, 1, 1], [4, 5, 1]]))
+
+
+def test_histories_are_padded_to_the_longest_of_those_taken() -> None:
+    lengths, entries = np.array([1, 3, 0]), np.array([5, 6, 7, 8])
+    packed = pack_history(entries, np.full(4, 2, np.int8), np.ones(4, np.float32), lengths, 9)
+    assert packed.item.tolist() == [[5, -1, -1], [6, 7, 8], [-1, -1, -1]]
+    assert packed.take(np.array([0, 2])).item.tolist() == [[5], [-1]]
+    joined = Histories.concat([packed.take(np.array([2])), packed])
+    assert joined.item.tolist() == [[-1, -1, -1], *packed.item.tolist()]
+    assert joined.kind.tolist() == [[0, 0, 0], *packed.kind.tolist()]
+    assert (joined.gap > 0).sum() == 4
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -78,9 +89,8 @@ def test_histories_point_to_the_listings_that_come_with_them(padded: bool) -> No
     rows = len(history)
     nothing = np.zeros((rows, 0), dtype=np.int64)
     kind = (history >= 0).astype(np.int64)
-    batch, listings = audience_batch(
-        nothing, nothing.astype(np.float32), nothing, history, kind, kind.astype(np.float32)
-    )
+    packed = Histories(history.astype(np.int32), kind.astype(np.int8), kind.astype(np.float32))
+    batch, listings = audience_batch(nothing, nothing.astype(np.float32), nothing, packed)
     assert listings.tolist() == sorted({int(row) for row in history.flat if row >= 0})
     assert [[int(listings[place]) if place >= 0 else -1 for place in row] for row in batch.history] == history.tolist()
 

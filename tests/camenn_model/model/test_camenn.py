@@ -40,6 +40,7 @@ def test_forward_starts_at_the_base_rate() -> None:
     layers=st.integers(1, 3),
     routing=st.sampled_from([(1, 1), (3, 1), (4, 2), (3, 3)]),
     cvr_tokens=st.sampled_from(["all", "pooled"]),
+    cvr_layers=st.sampled_from([True, True, False]),
 )
 def test_prefix_forward_equals_the_plain_reference(
     seed: int,
@@ -50,8 +51,11 @@ def test_prefix_forward_equals_the_plain_reference(
     layers: int,
     routing: tuple[int, int],
     cvr_tokens: Tokens,
+    cvr_layers: bool,
 ) -> None:
-    config = tiny_config(shared_layers=layers, experts=routing[0], top_k=routing[1], cvr_tokens=cvr_tokens)
+    config = tiny_config(
+        shared_layers=layers, experts=routing[0], top_k=routing[1], cvr_tokens=cvr_tokens, cvr_layers=cvr_layers
+    )
     model = woken_model(config, seed)
     batch = random_batch(config, items=items, audience=audience, history=history, pairs=pairs, seed=seed)
     check_batch(batch, config)
@@ -184,9 +188,27 @@ def test_gradient_reaches_every_parameter() -> None:
     total = output.logits.square().sum() + aligned.ita.square().sum() + aligned.tia.square().sum()
     (total + aligned.similarities.diagonal().sum() + output.choice.square().sum()).backward()
     unreached = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
-    # The count network, the linear part and the preference space are fitted before, and stay fixed.
-    found = ("wide.", "counts.", "item_tokens.tastes.image.", "item_tokens.tastes.text.")
+    # The linear part and the preference space are fitted before, and stay fixed.
+    found = ("wide.", "item_tokens.tastes.image.", "item_tokens.tastes.text.")
     assert unreached == {name for name, _ in model.named_parameters() if name.startswith(found)}
+
+
+def test_dropout_is_set_in_every_part() -> None:
+    """With all rates 0 a model in training says what it says in evaluation, but for what is forgotten or noise."""
+    config = dataclasses.replace(
+        tiny_config(), dropout=0.5, attention_dropout=0.5, id_dropout=0.0, modality_dropout=0.0, position_dropout=0.0
+    )
+    model = woken_model(config)
+    batch = random_batch(config)
+    batch = dataclasses.replace(batch, pairs=dataclasses.replace(batch.pairs, position=batch.pairs.position * 0))
+    with torch.no_grad():
+        exact = model(batch).logits
+        model.train()
+        # Softplus of 0 is not 0: without this the gate would be noisy.
+        model.cvr_gate.eval()
+        assert not torch.allclose(model(batch).logits, exact, atol=1e-3)
+        model.set_dropout(0.0)
+        assert torch.allclose(model(batch).logits, exact, atol=1e-6)
 
 
 def test_forward_runs_in_bf16_autocast() -> None:

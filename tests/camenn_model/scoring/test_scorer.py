@@ -43,6 +43,7 @@ def grid_batch(config: ModelConfig, items: int, audience: int, history: int, see
     routing=st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3)]),
     tile=st.sampled_from([1, 5, 4096]),
     cvr_tokens=st.sampled_from(["all", "pooled"]),
+    cvr_layers=st.sampled_from([True, True, False]),
 )
 def test_score_tile_equals_the_plain_forward(
     seed: int,
@@ -53,8 +54,11 @@ def test_score_tile_equals_the_plain_forward(
     routing: tuple[int, int],
     tile: int,
     cvr_tokens: Tokens,
+    cvr_layers: bool,
 ) -> None:
-    config = tiny_config(shared_layers=layers, experts=routing[0], top_k=routing[1], cvr_tokens=cvr_tokens)
+    config = tiny_config(
+        shared_layers=layers, experts=routing[0], top_k=routing[1], cvr_tokens=cvr_tokens, cvr_layers=cvr_layers
+    )
     model = woken(config, seed)
     batch = grid_batch(config, items, audience, history, seed)
     scorer = Scorer(model)
@@ -70,7 +74,7 @@ def test_score_tile_equals_the_plain_forward(
         scorer_module.TILE_PAIRS = before
     settled = scorer.margin(item_states, audience_states) > 1e-5
     plain = scorer.score_pairs(batch).view(audience, items)
-    assert torch.allclose(scores[settled], plain[settled], atol=1e-5), (scores - plain).abs().max()
+    assert torch.allclose(scores[settled], plain[settled], atol=3e-5), (scores - plain).abs().max()
     assert torch.allclose(scores, again, atol=1e-6)
 
 

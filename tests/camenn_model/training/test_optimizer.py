@@ -15,8 +15,8 @@ def test_build_optimizer_decays_linear_weights_only() -> None:
     model, loss = CameNN(tiny_config()), MultiTaskLoss(LossConfig(weighting="uncertainty"))
     decayed, free = build_optimizer([model, loss], OptimizerConfig()).param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)
-    # The count network, the linear part and the preference space are fitted before, not learned with the rest.
-    found = ("wide.", "counts.", "item_tokens.tastes.image.", "item_tokens.tastes.text.")
+    # The linear part and the preference space are fitted before, not learned with the rest.
+    found = ("wide.", "item_tokens.tastes.image.", "item_tokens.tastes.text.")
     learned = [(name, p) for name, p in model.named_parameters() if not name.startswith(found)]
     names = {id(p): name for name, p in (*learned, *loss.named_parameters())}
     assert len(decayed["params"]) + len(free["params"]) == len(names)

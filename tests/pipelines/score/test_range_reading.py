@@ -21,7 +21,7 @@ from tests.support.object_stores import LocalStores
 from tests.support.random_batches import tiny_config
 
 MB = 10**6
-NO_HISTORY = np.full((600, 4), -1)
+NO_HISTORY = np.full((600, 4), -1, dtype=np.int32)
 
 
 def chunks_of(*sizes: int) -> list[Chunk]:
@@ -47,7 +47,7 @@ def chunks_of(*sizes: int) -> list[Chunk]:
     ],
 )
 def test_ranges_are_read_where_few_rows_are_needed(chunks: list[Chunk], heard: int, pays: bool) -> None:
-    history = NO_HISTORY if not heard else np.arange(heard).reshape(100, -1)
+    history = NO_HISTORY if not heard else np.arange(heard, dtype=np.int32).reshape(100, -1)
     assert ranges_pay(chunks, history, [(100_000, 5_000 * MB), (100_000, 2_500 * MB)]) is pays
 
 
