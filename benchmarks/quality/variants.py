@@ -251,13 +251,14 @@ VARIANTS: dict[str, Variant] = {
     "direct_parts": Variant(
         about="the direct parts alone: linear part, counts, preferences",
         config={"cvr_layers": False},
-        silences=("affinity.deep",),
+        silences=("affinity.deep", "counts.found"),
     ),
     "no_layers": Variant(
         about="target attention and the direct parts, without layers and experts", config={"cvr_layers": False}
     ),
     "no_target_attention": Variant(
-        about="the layers read the latest entries, nothing reads the long history", silences=("target_attention.out",)
+        about="the layers read the latest entries, nothing reads the long history",
+        silences=("target_attention.out", "counts.found"),
     ),
     "full_attention": Variant(about="all tokens attend to all", options={"attention": "full"}),
     "gate_without_content": Variant(about="the CVR gate sees fields and history, not photo and title", gate_mask=True),
