@@ -86,36 +86,23 @@ class _ProfileSizes:
     text_tokens: int
     patch_grid: int
     cvr_tokens: Tokens
-    history_tokens: int
     cvr_layers: bool = True
 
 
+_SMALL = _ProfileSizes(
+    width=64,
+    heads=4,
+    ffn=256,
+    shared_layers=1,
+    experts=4,
+    top_k=2,
+    text_tokens=16,
+    patch_grid=4,
+    cvr_tokens="pooled",
+)
 PROFILES: dict[str, _ProfileSizes] = {
-    "fast": _ProfileSizes(
-        width=64,
-        heads=4,
-        ffn=256,
-        shared_layers=1,
-        experts=4,
-        top_k=2,
-        text_tokens=16,
-        patch_grid=4,
-        cvr_tokens="pooled",
-        history_tokens=64,
-        cvr_layers=False,
-    ),
-    "small": _ProfileSizes(
-        width=64,
-        heads=4,
-        ffn=256,
-        shared_layers=1,
-        experts=4,
-        top_k=2,
-        text_tokens=16,
-        patch_grid=4,
-        cvr_tokens="pooled",
-        history_tokens=64,
-    ),
+    "fast": dataclasses.replace(_SMALL, cvr_layers=False),
+    "small": _SMALL,
     "base": _ProfileSizes(
         width=256,
         heads=8,
@@ -126,7 +113,6 @@ PROFILES: dict[str, _ProfileSizes] = {
         text_tokens=32,
         patch_grid=8,
         cvr_tokens="pooled",
-        history_tokens=64,
     ),
 }
 

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.baselines import feature_frame
+from benchmarks.quality.job import TUNED
 from camenn_model.data.batching import concat_rows
 from camenn_model.data.examples import ExampleReader, Rows
 from camenn_model.data.feature_space import FeatureSpace
@@ -178,12 +180,6 @@ PLAIN = [
 """As-of counts that anybody's first attempt has"""
 
 
-def _try_plain(
-    inputs: Inputs, content: NDArray[np.float32] | None, given: dict[str, Any], seed: int, threads: int
-) -> tuple[float, Callable[[str], Floats]]:
-    return _try_lightgbm(inputs, content, given, seed, threads, PLAIN)
-
-
 def _draw_plain(rng: np.random.Generator, first: bool) -> dict[str, Any]:
     return {"learning_rate": 0.1, "num_leaves": 63, "ids": False}
 
@@ -312,8 +308,12 @@ DRAW = {
     "lightgbm_plain": _draw_plain,
     "mmoe": _draw_mmoe,
 }
-TRY = {"lightgbm": _try_lightgbm, "lightgbm_content": _try_lightgbm, "lightgbm_plain": _try_plain, "mmoe": _try_mmoe}
-UNTUNED = ("lightgbm_plain",)
+TRY: dict[str, Callable[..., tuple[float, Callable[[str], Floats]]]] = {
+    "lightgbm": _try_lightgbm,
+    "lightgbm_content": _try_lightgbm,
+    "lightgbm_plain": partial(_try_lightgbm, columns=PLAIN),
+    "mmoe": _try_mmoe,
+}
 WITH_CONTENT = ("lightgbm_content", "mmoe")
 
 
@@ -338,7 +338,7 @@ def tune(
     """
     rng = np.random.default_rng([seed, 19])
     content = content_features(inputs.table) if name in WITH_CONTENT else None
-    trials = 1 if name in UNTUNED else trials
+    trials = trials if name in TUNED else 1
     drawn = [settings] if settings is not None else [DRAW[name](rng, number == 0) for number in range(trials)]
     tried: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
     best_loss, best = min((trial["early_stop_log_loss"] for trial in tried), default=np.inf), None

@@ -6,6 +6,7 @@ It is ordered: seed 0 of everything comes first, so that a table is complete ear
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.job import FROZEN, POPULARITY, TUNED, Job
@@ -75,24 +76,33 @@ QUICK_TRIALS = 3
 
 def full_log(arguments: argparse.Namespace, half: str) -> World:
     """Return one half of the households' full log, which `examples.complete_journey` made."""
-    given = world(arguments, f"log_{half}", None)
-    flags = {"shards": ["--history", str(LOG_HISTORY)]}
-    return replace(given, data_directory=str(getattr(arguments, f"log_{half}")), flags=flags)
+    return world(arguments, f"log_{half}", None, data=getattr(arguments, f"log_{half}"), history=LOG_HISTORY)
 
 
-def world(arguments: argparse.Namespace, name: str, city: dict[str, Any] | None, preset: str = "default") -> World:
-    """Return a log with the encoders of the command line."""
+def world(
+    arguments: argparse.Namespace,
+    name: str,
+    city: dict[str, Any] | None,
+    preset: str = "default",
+    *,
+    data: Path | None = None,
+    history: int = HISTORY,
+) -> World:
+    """Return a log with the encoders of the command line.
+
+    Where there is no city, it is a data directory: the real log's, or the given one.
+    """
     real = city is None
     return World(
         name=name,
         work=str(arguments.work),
         preset=preset,
         city=city,
-        data_directory=str(arguments.real) if real else None,
+        data_directory=str(data or arguments.real) if real else None,
         image_root=str(arguments.image_root) if real and arguments.image_root else None,
         image_weights=arguments.image_weights,
         text_encoder=arguments.text_encoder,
-        flags={"shards": ["--history", str(HISTORY)]},
+        flags={"shards": ["--history", str(history)]},
     )
 
 

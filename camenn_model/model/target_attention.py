@@ -69,7 +69,7 @@ class TargetAttention(nn.Module):
             audience: S rows.
             entries: the history items as entries, [G, d].
         """
-        history, kind, age = audience.history, audience.history_kind, age_bucket(audience)
+        history, kind, age = audience.history, audience.history_kind, age_bucket(audience.history_gap)
         projected = F.linear(entries, torch.cat([self.key.weight, self.value.weight]))
         padded = F.embedding(history + 1, F.pad(projected, (0, 0, 1, 0)))  # [S, H, 2 d]
         key, value = (part.unflatten(-1, (self.heads, -1)) for part in padded.chunk(2, dim=-1))

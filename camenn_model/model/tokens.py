@@ -56,9 +56,9 @@ def forget_ids(ids: Tensor, rate: float, training: bool) -> Tensor:
     return torch.where(torch.rand(ids.shape, device=ids.device) < rate, torch.zeros_like(ids), ids)
 
 
-def age_bucket(audience: AudienceBatch) -> Tensor:
-    """Return the bucket of each entry's age, int64 [S, H]."""
-    return (audience.history_gap * GAPS_PER_UNIT).long().clamp(max=GAPS - 1)
+def age_bucket(gap: Tensor) -> Tensor:
+    """Return the bucket of each entry's age, int64 [S, H], of ``AudienceBatch.history_gap``."""
+    return (gap * GAPS_PER_UNIT).long().clamp(max=GAPS - 1)
 
 
 def init_tables(tables: Iterable[nn.Module]) -> None:
@@ -456,7 +456,7 @@ class AudienceTokens(nn.Module):
             field_tokens = mean_field[:, None]
         latest = slice(self.config.history_tokens)
         history, kind = audience.history[:, latest], audience.history_kind[:, latest]
-        past = _padded(entries, history) + self.kind(kind) + self.gap(age_bucket(audience)[:, latest])
+        past = _padded(entries, history) + self.kind(kind) + self.gap(age_bucket(audience.history_gap[:, latest]))
         past = self.history_norm(past + self.history_type)
         past_mask = history >= 0
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=past.device)

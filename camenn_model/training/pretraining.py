@@ -35,8 +35,7 @@ START_ITEMS = 8_192
 CHOICE_CLICKS = 512
 """Clicks of a step that learns preferences: each clicked listing is contrasted with the other listings of its batch."""
 MOST_CHOICES = 2_000_000
-"""Clicks that preferences are learned from at most, over all epochs: more taught no more (see
-docs/decisions/0044-target-attention.md)"""
+"""Clicks that preferences are learned from at most, over all epochs: a bound on their time"""
 ALIGNMENT_PAIRS = 64
 """ITA pairs, and as many TIA pairs, of a step of alignment alone ..."""
 ALIGNMENT_LISTINGS = 256
@@ -148,7 +147,6 @@ class Pretraining:
         """
         wide, counts, rate = self.model.wide, self.model.counts, self.corpus.config.base_rate
         base = math.log(rate / (1 - rate))
-        catalog = wide.see(self.corpus.table)
         fit_counts(
             counts,
             base,
@@ -161,7 +159,7 @@ class Pretraining:
         fitted = fit_wide(
             wide,
             base,
-            catalog,
+            wide.see(self.corpus.table),
             _with_count_logits(counts, train),
             _with_count_logits(counts, stop),
             lambda done, total, note: self.progress("wide", done, total, note),
@@ -173,9 +171,9 @@ class Pretraining:
 
     def count_rows(self, split: str) -> CountRows:
         """Gather the numbers of the latest examples of a split."""
-        pieces = [vars(rows).values() for rows in self.corpus.latest_numbers(split)]
-        columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*pieces, strict=True))
-        return CountRows(*(column.to(self.device) for column in columns))
+        pieces = [vars(rows) for rows in self.corpus.latest_numbers(split)]
+        columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        return CountRows(**{name: torch.from_numpy(column).to(self.device) for name, column in columns.items()})
 
     def wide_rows(self, split: str) -> WideRows:
         """Gather the latest examples of a split."""
