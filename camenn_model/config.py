@@ -18,6 +18,8 @@ Tokens = Literal["pooled", "all"]
 
 BATCH_SIZES = (128, 256, 512, 1_024)
 """Examples of a step, of which training chooses by the size of the log"""
+NO_CONTENTS = (1, 1)
+"""Tokens and width of the photos, or titles, of a log without any"""
 ITEM_HASH = "item_hash"
 """Name of the field in group ``item`` that holds the hashed item id (id dropout applies; shared with the history)."""
 CATEGORY = "category"
@@ -242,6 +244,16 @@ class ModelConfig:
     def pooled(self) -> bool:
         """Return whether the CVR task pools its tokens."""
         return self.cvr_tokens == "pooled"
+
+    @property
+    def reads_images(self) -> bool:
+        """Return whether the log that it learned from had photos."""
+        return (self.patches, self.image_width) != NO_CONTENTS
+
+    @property
+    def reads_titles(self) -> bool:
+        """Return whether the log that it learned from had titles."""
+        return (self.text_tokens, self.text_width) != NO_CONTENTS
 
     @property
     def patches(self) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from camenn_model.config import NO_CONTENTS
 from schemas.embeddings import embedding_shape
 
 MEANS_AT_A_TIME = 4_096
@@ -60,6 +61,11 @@ class Contents:
                 self.map_of.append(self.maps[-1])
                 keys.append(batch.column(batch.schema.get_field_index(key)))
         self._arrange(keys, wanted)
+
+    @classmethod
+    def none(cls, key: str) -> "Contents":
+        """Return contents of which there are none."""
+        return cls([], key, NO_CONTENTS)
 
     def _arrange(self, keys: list[pa.Array], wanted: pa.ChunkedArray | None) -> None:
         """Put the rows in order of their keys, which are given for each view."""

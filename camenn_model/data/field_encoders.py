@@ -94,7 +94,9 @@ class Numeric:
     NaN is bucket 0. A common value has a bucket of its own, and quantiles divide the others.
 
     A value beyond the training range is clipped to its end. A slope would extrapolate there without
-    data, and some columns leave the range as the log grows, such as a listing's age.
+    data, and some columns leave the range as the log grows, such as a listing's age. Of a column
+    that was never known in training the range is empty, and each value is missing: nothing was
+    learned of it.
     """
 
     boundaries: tuple[float, ...]
@@ -121,7 +123,7 @@ class Numeric:
         """
         finite = values[np.isfinite(values)].astype(np.float64)
         if not len(finite):
-            return cls((), False, 0.0, 1.0, 0.0, 0.0)
+            return cls((), False, 0.0, 1.0, 0.0, -1.0)
         distinct, counts = np.unique(finite, return_counts=True)
         # Most counts are 0 most of the time: a value that alone would fill whole quantile buckets
         # gets one of its own, and the others share the rest.
@@ -142,7 +144,7 @@ class Numeric:
 
         Values are float32 [n], clipped to ±5, 0 where missing. Buckets are int64 [n].
         """
-        missing = ~np.isfinite(values)
+        missing = ~np.isfinite(values) | (self.lowest > self.highest)
         safe = np.clip(np.where(missing, self.lowest, values).astype(np.float64), self.lowest, self.highest)
         shown = np.log1p(safe) if self.log else safe
         normalised = np.clip((shown - self.mean) / self.std, -5, 5)

@@ -43,7 +43,8 @@ class ItemTable:
         keep: keep the mean features of all photos and titles in memory, and the columns after they
             are encoded. Scoring needs few of them.
         config: of the model that will read them, which gives the shape of contents where there are
-            none. None for a model that does not exist yet.
+            none. Contents that it learned nothing of are not read. None for a model that does not
+            exist yet.
     """
 
     cats: Ints
@@ -63,6 +64,8 @@ class ItemTable:
         self.items, self.keep = items, keep
         self.pooled = config is not None and config.pooled
         if config is not None:
+            images = images if config.reads_images else Contents.none("image_key")
+            titles = titles if config.reads_titles else Contents.none("title_key")
             images.expect((config.patches, config.image_width))
             titles.expect((config.text_tokens, config.text_width))
         self.ids: pa.Array = items["item_id"].combine_chunks()

@@ -105,21 +105,19 @@ class CameNN(nn.Module):
         """Set the standardisation of the frozen features.
 
         It is computed from a sample of training items (some hundred are enough). Call it once,
-        before training. Without it the features are not standardised.
-
-        Raises:
-            ValueError: the sample holds no photo or no title.
+        before training. Without it the features are not standardised, nor are those of a modality
+        that no item has.
         """
-        if not items.has_image.any() or not items.has_text.any():
-            raise ValueError("fit_features: the sample must hold at least one photo and one title")
         text, mask = items.text.float(), items.text_mask & items.has_text[:, None]
         patches = items.patches[items.has_image].float()
         titled = mask.any(1)
         pooled = (text * mask[..., None]).sum(1)[titled] / mask.sum(1)[titled, None]
-        self.item_tokens.text.fit(text[mask])
-        self.item_tokens.patch.fit(patches.flatten(0, 1))
-        self.contrastive.text_frozen.fit(pooled)
-        self.contrastive.image_frozen.fit(patches.mean(1))
+        if len(pooled):
+            self.item_tokens.text.fit(text[mask])
+            self.contrastive.text_frozen.fit(pooled)
+        if len(patches):
+            self.item_tokens.patch.fit(patches.flatten(0, 1))
+            self.contrastive.image_frozen.fit(patches.mean(1))
 
     @torch.no_grad()
     def start_projections(

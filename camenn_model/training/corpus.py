@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from camenn_model.config import Attention, LossConfig, ModelConfig
 from camenn_model.content.agreement import Agreement
 from camenn_model.data.batching import list_units
+from camenn_model.data.contents import Contents
 from camenn_model.data.examples import ExampleReader, NumberRows, Rows, Unit, count_rows, read_examples
 from camenn_model.data.feature_space import FeatureSpace
 from camenn_model.data.item_table import ItemTable
@@ -127,7 +128,7 @@ def open_corpus(options: TrainOptions, shards: ShardSet | None = None) -> Corpus
 
     Raises:
         InputError: a part is empty, labels are of one class only, or no listing has a photo or a
-            title.
+            title. A log without one of them is learned without it, and nothing is aligned.
     """
     shards = shards or ShardSet(options.shards)
     for split in ("train", "early_stop", "calibration", "test"):
@@ -146,20 +147,22 @@ def open_corpus(options: TrainOptions, shards: ShardSet | None = None) -> Corpus
         )
         _check_classes(options.shards, split, float(labels.mean()))
     _check_classes(options.shards, "train", base_rate)
-    if not len(shards.images) or not len(shards.titles):
-        missing = "photo" if not len(shards.images) else "title"
+    if not len(shards.images) and not len(shards.titles):
         raise InputError(
-            f"--shards {options.shards}: no listing has a {missing} that could be encoded: "
-            "CameNN needs both. See the store's `defects`."
+            f"--shards {options.shards}: no listing has a photo or a title that could be encoded: "
+            "CameNN needs one of them. See the store's `defects`."
         )
-    table = ItemTable(shards.items, shards.images, shards.titles)
+    # Files may hold contents of listings that are gone: a model that saw none must not read any later.
+    images = shards.images if len(shards.images) else Contents.none("image_key")
+    titles = shards.titles if len(shards.titles) else Contents.none("title_key")
+    table = ItemTable(shards.items, images, titles)
     likeness = table.fit_likeness()
     agreement = table.fit_agreement() if options.alignment else Agreement.none()
     catalog_features = table.compute_catalog_features(likeness, agreement)
     space = FeatureSpace.fit(shards.items, shards.users, examples, likeness, agreement, catalog_features)
     table.encode(space, catalog_features)
-    patches, image_width = shards.images.shape
-    tokens, text_width = shards.titles.shape
+    patches, image_width = images.shape
+    tokens, text_width = titles.shape
     config = ModelConfig.profile(
         options.profile,
         fields=space.fields,

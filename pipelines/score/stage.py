@@ -37,7 +37,7 @@ from pipelines.score.gates import (
 from pipelines.score.inputs import STAGE, ScoreInputs, ScoreOptions, open_inputs
 from pipelines.score.needs import worker_needs
 from pipelines.score.pairs import Pairs
-from pipelines.score.pipeline import ScoreCatalog, prepare
+from pipelines.score.pipeline import Prepared, ScoreCatalog, prepare
 from pipelines.score.tiles import WorkerInput, measure_pace
 from schemas.audience import AUDIENCE
 from schemas.manifest import RUNS
@@ -46,6 +46,7 @@ from schemas.scores import LISTING_QUALITY, SCORES
 from schemas.training import ITEMS
 
 if TYPE_CHECKING:
+    from camenn_model.config import ModelConfig
     from camenn_model.evaluation.challenge import Calibration
     from camenn_model.package import Package
 
@@ -96,6 +97,16 @@ def check_containers(out: str, beam_flags: list[str]) -> None:
         )
 
 
+def warn_of_unread_contents(config: "ModelConfig", prepared: Prepared) -> None:
+    """Warn where the catalog has photos, or titles, that the model never saw."""
+    for kind, reads, records in (
+        ("photos", config.reads_images, prepared.images),
+        ("titles", config.reads_titles, prepared.titles),
+    ):
+        if records and not reads:
+            _LOG.warning("the model was trained without %s, so those of the catalog are not read. Train again.", kind)
+
+
 def score_pairs(
     context: RunContext, inputs: ScoreInputs, pairs: Pairs, top_k: int, precision: str, beam_flags: list[str]
 ) -> dict[str, Any]:
@@ -105,6 +116,7 @@ def score_pairs(
     """
     local = is_local_run(beam_flags)
     prepared = prepare(inputs, pairs, context.latest, context.request.out, context.directory, local=local)
+    warn_of_unread_contents(inputs.package.config, prepared)
     if pairs.count > PAIRS_FOR_ALL_CORES:
         beam_flags = use_all_cores(beam_flags)
     with watch(STAGE, pairs.count, "pairs", local) as progress:

@@ -101,6 +101,7 @@ def run(options: TrainFlags) -> dict[str, Any] | None:
         if context is None:
             train(training, workplace(out), _nothing, processes, shards=shard_set, checkpoints=checkpoints)
             return None
+        warn_of_missing_contents(shard_set)
         clear_workplace(out)
         package = workplace(out) / RUNS / context.name
         package.mkdir(parents=True, exist_ok=True)
@@ -125,6 +126,17 @@ def check_same_shards(processes: "Processes", run: str) -> None:
     number = float(int(hashlib.sha256(run.encode()).hexdigest()[:8], 16))
     if processes.sums([number])[0] != number * processes.count:
         raise InputError("--shards: another run was published while the training's processes started. Run again.")
+
+
+def warn_of_missing_contents(shards: "ShardSet") -> None:
+    """Warn where no listing has a photo, or a title."""
+    for kind, contents in (("photo", shards.images), ("title", shards.titles)):
+        if not len(contents):
+            _LOG.warning(
+                "no listing has a %s that could be encoded: orders are learned without them, nothing is aligned, and "
+                "no mismatch is known. See the store's `defects`.",
+                kind,
+            )
 
 
 def resolve_training(options: TrainFlags, out: str, shards: str) -> "TrainOptions":

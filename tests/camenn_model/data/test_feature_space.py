@@ -64,7 +64,11 @@ def test_missing_values_have_their_own_bucket() -> None:
     number = Numeric.fit(np.array([1, np.nan, 2], dtype=np.float32))
     values, buckets = number.encode(np.array([np.nan, 1.5], dtype=np.float32))
     assert buckets[0] == MISSING and values[0] == 0 and buckets[1] > MISSING
-    assert Numeric.fit(np.array([np.nan], dtype=np.float32)).size == 2
+    unknown = Numeric.fit(np.array([np.nan], dtype=np.float32))
+    assert unknown.size == 2
+    # Nothing was learned of its values.
+    value, bucket = unknown.encode(np.array([np.nan, 0, 7], dtype=np.float32))
+    assert value.tolist() == [0, 0, 0] and bucket.tolist() == [0, 0, 0]
 
 
 def test_a_listing_offered_since_training_is_not_taken_for_one_that_nobody_wants() -> None:

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
+from camenn_model.data.contents import Contents
+from camenn_model.data.item_table import ItemTable
 from camenn_model.data.shard_set import ShardSet, date_of
 from camenn_model.evaluation import challenge
 from camenn_model.evaluation.challenge import (
@@ -22,12 +24,14 @@ from camenn_model.evaluation.challenge import (
     latest_closed_days,
 )
 from camenn_model.package import Package, open_package
+from camenn_model.training.corpus import TrainOptions, open_corpus
 from pipelines.runner.exit_codes import run_main
 from pipelines.runs.manifest import read_latest
 from pipelines.runs.publication import publications
 from pipelines.score import command as score_command
 from pipelines.shards import command as shards_command
 from pipelines.train import command as train_command
+from schemas.errors import InputError
 from tests.support.small_city import catalog_table, random_city, write_data, write_store
 
 
@@ -55,7 +59,6 @@ def by_hand(package: Package, shards: ShardSet) -> tuple[np.ndarray, np.ndarray]
     """Labels and calibrated probabilities of the latest closed days, click by click."""
     from camenn_model.data.batching import collate
     from camenn_model.data.examples import ExampleReader
-    from camenn_model.data.item_table import ItemTable
 
     days = latest_closed_days(shards)
     assert days is not None
@@ -157,7 +160,7 @@ def test_a_challenger_that_is_worse_is_kept_and_not_published(
 def test_a_city_without_photos_has_shards_and_is_scored_by_a_model_of_before(
     city: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No listing has a readable photo. A model cannot be trained on it."""
+    """No listing has a readable photo: a model of before still scores it, and one is trained without photos."""
     catalog = catalog_table()
     catalog = catalog.set_column(
         catalog.column_names.index("image_uri"), "image_uri", pa.nulls(len(catalog), pa.string())
@@ -168,9 +171,6 @@ def test_a_city_without_photos_has_shards_and_is_scored_by_a_model_of_before(
     shards = [*places, "--out", str(tmp_path / "shards"), "--attribution_hours", "6"]
     assert run_main(shards_command.main, shards) == 0
     assert len(ShardSet(str(tmp_path / "shards")).images) == 0
-    capsys.readouterr()
-    assert train(tmp_path) == 2
-    assert "no listing has a photo that could be encoded: CameNN needs both" in capsys.readouterr().err
     # Its calibration is judged on shards without photos, too.
     scores = ["--model", str(city / "model"), "--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "scores")]
     assert run_main(score_command.main, [*places, *scores, "--top_k", "0"]) == 0
@@ -183,6 +183,37 @@ def test_a_city_without_photos_has_shards_and_is_scored_by_a_model_of_before(
     assert set(found["item_id"]) == set(quality["item_id"]) == set(catalog["item_id"].to_pylist())
     assert found["cvr"].between(0, 1, inclusive="neither").all()
     assert quality["mismatch"].isna().all()
+
+    capsys.readouterr()
+    assert train(tmp_path) == 0
+    assert "no listing has a photo that could be encoded" in capsys.readouterr().err
+    plain = open_package(tmp_path / "model")
+    assert not plain.config.reads_images and plain.config.reads_titles
+    # Photos that come later were never learned from: they are named, and change nothing.
+    places = ["--data", str(city / "data"), "--store", str(city / "store"), "--max_reject_rate", "1"]
+    out = tmp_path / "later"
+    assert run_main(score_command.main, [*places, "--model", str(tmp_path / "model"), "--out", str(out)]) == 0
+    assert "trained without photos" in capsys.readouterr().err
+    before = ShardSet(str(city / "shards"))
+    bare = before.items
+    for name in ("image_key", "blur", "luminance", "megapixels"):
+        place = bare.column_names.index(name)
+        bare = bare.set_column(place, bare.schema.field(name), pa.nulls(len(bare), bare.schema.field(name).type))
+    shown, hidden = (
+        ItemTable(items, before.images, before.titles, config=plain.config).encode(plain.space)
+        for items in (before.items, bare)
+    )
+    assert (before.images.rows_of(before.items["image_key"]) >= 0).any()
+    for name in ("image_row", "cats", "values", "buckets"):
+        np.testing.assert_array_equal(getattr(shown, name), getattr(hidden, name))
+
+
+def test_a_log_without_photos_and_titles_is_refused(city: Path) -> None:
+    shards = ShardSet(str(city / "shards"))
+    # Both are properties that are computed once.
+    vars(shards).update({name: Contents.none("key") for name in ("images", "titles")})
+    with pytest.raises(InputError, match="no listing has a photo or a title that could be encoded"):
+        open_corpus(TrainOptions(shards="shards", out=""), shards)
 
 
 def strings(value: Any) -> Iterator[str]:
