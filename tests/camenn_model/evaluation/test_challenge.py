@@ -187,7 +187,7 @@ def test_a_city_without_photos_has_shards_and_is_scored_by_a_model_of_before(
     capsys.readouterr()
     assert train(tmp_path) == 0
     assert "no listing has a photo that could be encoded" in capsys.readouterr().err
-    plain = open_package(tmp_path / "model")
+    plain = open_package(str(tmp_path / "model"))
     assert not plain.config.reads_images and plain.config.reads_titles
     # Photos that come later were never learned from: they are named, and change nothing.
     places = ["--data", str(city / "data"), "--store", str(city / "store"), "--max_reject_rate", "1"]
