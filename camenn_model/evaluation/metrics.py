@@ -58,6 +58,19 @@ def gauc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> GroupedAuc:
     It is taken within each group (user or session), and the groups' numbers of examples are the
     weights.
     """
+    within, size = auc_of_groups(labels, scores, groups)
+    both = np.isfinite(within)
+    if not both.any():
+        return GroupedAuc(value=float("nan"), groups=0, left_out=len(within))
+    value = float(np.average(within[both], weights=size[both]))
+    return GroupedAuc(value=value, groups=int(both.sum()), left_out=int((~both).sum()))
+
+
+def auc_of_groups(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> tuple[Floats, Floats]:
+    """Compute the AUC and the examples of each group.
+
+    Both are [g], in order of the groups' keys. The AUC of a group of one class is NaN.
+    """
     y, s = _pair(labels, scores)
     keys = _keys(groups, len(y))
     count = int(keys.max()) + 1 if len(keys) else 0
@@ -65,13 +78,10 @@ def gauc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> GroupedAuc:
     size = np.bincount(keys, minlength=count).astype(np.float64)
     positives = np.bincount(keys, weights=y, minlength=count)
     rank_sum = np.bincount(keys, weights=ranks * y, minlength=count)
-    both = (positives > 0) & (positives < size)
-    if not both.any():
-        return GroupedAuc(value=float("nan"), groups=0, left_out=count)
-    p, n = positives[both], size[both] - positives[both]
-    within = (rank_sum[both] - p * (p + 1) / 2) / (p * n)
-    value = float(np.average(within, weights=size[both]))
-    return GroupedAuc(value=value, groups=int(both.sum()), left_out=int(count - both.sum()))
+    pairs = positives * (size - positives)
+    with np.errstate(invalid="ignore"):
+        within = np.where(pairs > 0, (rank_sum - positives * (positives + 1) / 2) / pairs, np.nan)
+    return within, size
 
 
 def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
