@@ -16,6 +16,7 @@ Numeric fields come twice: ``buckets`` (int64, 0 = missing, else 1 .. size-1) an
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -32,12 +33,23 @@ class _Tensors:
     """
 
     def to(self, device: torch.device | str) -> Self:
-        """Return a copy with all tensors on ``device``."""
-        moved = {
-            field.name: getattr(self, field.name).to(device)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]  # its subclasses are dataclasses
+        """Return a copy with all tensors on ``device``.
+
+        Those in pinned memory are copied beside the device's work.
+        """
+        return self._map(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Return a copy in pinned memory, for a CUDA device."""
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # its subclasses are dataclasses
+        parts = {field.name: getattr(self, field.name) for field in fields}
+        changed = {
+            name: part._map(change) if isinstance(part, _Tensors) else change(part) for name, part in parts.items()
         }
-        return type(self)(**moved)
+        return type(self)(**changed)
 
 
 @dataclass(frozen=True, kw_only=True)

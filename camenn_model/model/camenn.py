@@ -13,6 +13,8 @@ experts, d width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -92,13 +94,26 @@ class CameNN(nn.Module):
         for tower in (self.cvr_tower, self.ita_tower, self.tia_tower):
             init_tower(tower)
         init_heads(self.contrastive)
+        self.set_dropout(config.order_dropout)
 
-    def set_dropout(self, rate: float) -> None:
-        """Set every dropout of the model to a rate, in place."""
+    def set_dropout(self, rate: float, of_attention: float | None = None) -> None:
+        """Set every dropout of the model, in place.
+
+        ``of_attention``: the rate of attention's weights, where it is another one.
+        """
+        rates = {"dropout": rate, "attention_dropout": rate if of_attention is None else of_attention}
         for module in self.modules():
-            for name in ("dropout", "attention_dropout"):
-                if name in vars(module):
-                    setattr(module, name, rate)
+            for name in rates.keys() & vars(module).keys():
+                setattr(module, name, rates[name])
+
+    @contextmanager
+    def before_orders(self) -> Iterator[None]:
+        """Drop as the phases before orders do, inside the block."""
+        self.set_dropout(self.config.dropout, self.config.attention_dropout)
+        try:
+            yield
+        finally:
+            self.set_dropout(self.config.order_dropout)
 
     @torch.no_grad()
     def fit_features(self, items: ItemBatch) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from camenn_model.batch import AudienceBatch
 from camenn_model.config import ModelConfig
 from camenn_model.model.layers import INIT_STD, MASKED, Layout, init_embedding, init_linear, per_pair
-from camenn_model.model.tokens import GAPS, age_bucket
+from camenn_model.model.tokens import AgeTable
 
 SHARPNESS = 2.0
 """Initial factor on scores, over that of a product of random vectors"""
@@ -50,16 +50,14 @@ class TargetAttention(nn.Module):
         self.heads = heads
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(SHARPNESS)))
-        self.age_bias, self.kind_bias = nn.Embedding(GAPS, heads), nn.Embedding(3, heads)
-        self.age, self.kind = nn.Embedding(GAPS, width), nn.Embedding(3, width)
+        self.age_bias, self.kind_bias = AgeTable(heads, zero=True), nn.Embedding(3, heads)
+        self.age, self.kind = AgeTable(width), nn.Embedding(3, width)
         self.nothing = nn.Parameter(torch.zeros(heads))
         self.out = nn.Linear(3 * width + heads, width, bias=False)
         for part in (self.query, self.key, self.value):
             nn.init.eye_(part.weight)
-        for table in (self.age_bias, self.kind_bias):
-            nn.init.zeros_(table.weight)
-        for table in (self.age, self.kind):
-            init_embedding(table.weight)
+        nn.init.zeros_(self.kind_bias.weight)
+        init_embedding(self.kind.weight)
         init_linear(self.out, self.out.in_features**-0.5 / INIT_STD)
 
     def remember(self, audience: AudienceBatch, entries: Tensor) -> Past:
@@ -69,7 +67,7 @@ class TargetAttention(nn.Module):
             audience: S rows.
             entries: the history items as entries, [G, d].
         """
-        history, kind, age = audience.history, audience.history_kind, age_bucket(audience.history_gap)
+        history, kind, age = audience.history, audience.history_kind, audience.history_gap
         projected = F.linear(entries, torch.cat([self.key.weight, self.value.weight]))
         padded = F.embedding(history + 1, F.pad(projected, (0, 0, 1, 0)))  # [S, H, 2 d]
         key, value = (part.unflatten(-1, (self.heads, -1)) for part in padded.chunk(2, dim=-1))

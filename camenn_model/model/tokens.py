@@ -61,6 +61,24 @@ def age_bucket(gap: Tensor) -> Tensor:
     return (gap * GAPS_PER_UNIT).long().clamp(max=GAPS - 1)
 
 
+class AgeTable(nn.Module):
+    """A table of an entry's age, by its bucket.
+
+    It holds each bucket's difference to the next younger one. So a history that is older than any in
+    training, as the log grows, is read like the oldest that was learned from.
+    """
+
+    def __init__(self, width: int, *, zero: bool = False) -> None:
+        super().__init__()
+        self.difference = nn.Parameter(torch.zeros(GAPS, width))
+        if not zero:
+            init_embedding(self.difference.data[:1])
+
+    def forward(self, gap: Tensor) -> Tensor:
+        """Return the rows [S, H, width] of ``AudienceBatch.history_gap``."""
+        return F.embedding(age_bucket(gap), self.difference.cumsum(0))
+
+
 def init_tables(tables: Iterable[nn.Module]) -> None:
     """Initialize the tables' rows from a truncated normal."""
     for table in tables:
@@ -432,7 +450,7 @@ class AudienceTokens(nn.Module):
         self.counts = NumericToken(counts, width) if counts else None
         self.history_type = nn.Parameter(torch.empty(width))
         self.kind = nn.Embedding(3, width)
-        self.gap = nn.Embedding(GAPS, width)
+        self.gap = AgeTable(width)
         self.log_doubt = nn.Parameter(torch.full((2,), math.log(DOUBT)))
         self.log_gain = nn.Parameter(torch.full((2,), math.log(GAIN)))
         self.field_norm = nn.LayerNorm(width)
@@ -441,7 +459,7 @@ class AudienceTokens(nn.Module):
         for name, weight in self.named_parameters(recurse=False):
             if not name.startswith("log_"):
                 init_embedding(weight)
-        init_tables([*self.tables, self.kind, self.gap])
+        init_tables([*self.tables, self.kind])
 
     def forward(self, audience: AudienceBatch, liked: Tensor, entries: Tensor) -> SideTokens:
         """Return all audience tokens: fields and history.
@@ -456,7 +474,7 @@ class AudienceTokens(nn.Module):
             field_tokens = mean_field[:, None]
         latest = slice(self.config.history_tokens)
         history, kind = audience.history[:, latest], audience.history_kind[:, latest]
-        past = _padded(entries, history) + self.kind(kind) + self.gap(age_bucket(audience.history_gap[:, latest]))
+        past = _padded(entries, history) + self.kind(kind) + self.gap(audience.history_gap[:, latest])
         past = self.history_norm(past + self.history_type)
         past_mask = history >= 0
         real = torch.ones(field_tokens.shape[:2], dtype=torch.bool, device=past.device)

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from camenn_model.batch import AlignmentBatch
 from camenn_model.content.canonical_directions import PENALTY
 from camenn_model.content.preference_directions import find_preferences
 from camenn_model.data.alignment_sampler import AlignmentSampler
 from camenn_model.data.batching import collate, cut_batches, list_units, stream_batches
+from camenn_model.data.examples import Unit
 from camenn_model.data.item_table import ItemTable
 from camenn_model.data.prefetch import map_ahead
 from camenn_model.model.camenn import CameNN
@@ -123,6 +125,11 @@ class Pretraining:
         units = list_units(self.corpus.files("train"))
         self.model.train()
         optimizer = build_optimizer((self.model,), options.optimizer)
+        with self.model.before_orders():
+            self._take_choice_steps(optimizer, units)
+
+    def _take_choice_steps(self, optimizer: torch.optim.Optimizer, units: list[Unit]) -> None:
+        options = self.options
         total, done = min(options.choice_passes * self.corpus.rows("train"), MOST_CHOICES), 0
         for number in range(options.choice_passes):
             rng = np.random.default_rng([options.seed, 6, number])
@@ -240,22 +247,28 @@ def train_alignment(
         return
     model.train()
     optimizer = build_optimizer((model,), options.optimizer)
+    with model.before_orders():
+        for step in range(steps):
+            seed = [options.seed, 4, step]
+            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+            batch = sampler.draw(min(ALIGNMENT_PAIRS, listings), listings, np.random.default_rng(seed))
+            assert batch is not None
+            loss = _alignment_loss(model, batch.to(options.device), options)
+            _descend(model, optimizer, loss, options.optimizer, (step + 0.5) / steps, f"alignment, step {step}")
+            progress(step + 1, steps)
+
+
+def _alignment_loss(model: CameNN, batch: AlignmentBatch, options: TrainOptions) -> Tensor:
+    """Return the loss of one step of alignment alone."""
     config = options.loss
-    for step in range(steps):
-        seed = [options.seed, 4, step]
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        batch = sampler.draw(min(ALIGNMENT_PAIRS, listings), listings, np.random.default_rng(seed))
-        assert batch is not None
-        batch = batch.to(options.device)
-        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
-            output = model.align(batch)
-        loss = (
-            config.ita * smoothed_bce(output.ita, batch.ita.label, config.label_smoothing)
-            + config.tia * smoothed_bce(output.tia, batch.tia.label, config.label_smoothing)
-        ) / 2
-        if config.contrastive:
-            loss = loss + contrastive_loss(output.similarities, output.group)
-        for gate in (output.ita_gate, output.tia_gate):
-            loss = loss + config.balance * balance_loss(gate) + config.z * z_loss(gate)
-        _descend(model, optimizer, loss, options.optimizer, (step + 0.5) / steps, f"alignment, step {step}")
-        progress(step + 1, steps)
+    with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
+        output = model.align(batch)
+    loss = (
+        config.ita * smoothed_bce(output.ita, batch.ita.label, config.label_smoothing)
+        + config.tia * smoothed_bce(output.tia, batch.tia.label, config.label_smoothing)
+    ) / 2
+    if config.contrastive:
+        loss = loss + contrastive_loss(output.similarities, output.group)
+    for gate in (output.ita_gate, output.tia_gate):
+        loss = loss + config.balance * balance_loss(gate) + config.z * z_loss(gate)
+    return loss

@@ -186,7 +186,6 @@ class Trainer:
         self._check_same_step(self.state.step if restored else -1)
         if not restored:
             self._begin()
-        self.model.set_dropout(self.corpus.config.order_dropout)
         state = self.state
         every = max(1, self.corpus.rows("train") // options.evaluations)
         due = (state.examples // every + 1) * every
@@ -295,7 +294,10 @@ class Trainer:
             weight = len(rows) / len(whole)
             # The last batch may have fewer rows than there are pieces, and every process takes part in every step.
             given = rows if len(rows) else whole.take(np.zeros(1, dtype=np.int64))
-            pieces.append(MicroBatch(number, given, weight, collate(given, self.corpus.table), alignment))
+            batch = collate(given, self.corpus.table)
+            if self.device.type == "cuda":
+                batch, alignment = batch.pin_memory(), alignment.pin_memory() if alignment is not None else None
+            pieces.append(MicroBatch(number, given, weight, batch, alignment))
         return Share(len(whole), pieces)
 
     def step(self, share: Share) -> None:
