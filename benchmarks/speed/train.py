@@ -63,6 +63,7 @@ from benchmarks.speed.against import run_stage as run_in_tree
 from benchmarks.support.city import make_city
 from benchmarks.support.command import machine, names_of, progress_log, work_directory
 from benchmarks.support.stage_process import Job, run_stage
+from benchmarks.support.train_steps import endless
 from camenn_model.batch import Batch
 from camenn_model.config import PROFILES
 from camenn_model.data.batching import collate, list_units, stream_batches
@@ -166,7 +167,7 @@ def measure_profile(corpus: Corpus, options: TrainOptions, steps: int, repeats: 
     full_options = replace(options, attention="full")
     full_corpus = replace(corpus, config=replace(corpus.config, attention="full"))
     full = Trainer(full_corpus, full_options, nothing)
-    stream: Iterator[Share] = itertools.chain.from_iterable(trainer.stream() for _ in itertools.count())
+    stream: Iterator[Share] = endless(trainer)
     kept = list(itertools.islice(stream, steps))
     doubled = [
         Share(share.examples, [replace(piece, batch=repeat_sides(piece.rows, corpus.table)) for piece in share.pieces])

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.speed.train import prepare
 from benchmarks.support.command import names_of, progress_log, work_directory
 from benchmarks.support.gpu import matrix_ceiling, watch_utilisation
+from benchmarks.support.train_steps import endless
 from camenn_model.config import PROFILES
 from camenn_model.training.corpus import TrainOptions, open_corpus
 from camenn_model.training.trainer import Share, Trainer
@@ -74,7 +75,7 @@ def on_device(trainer: Trainer, share: Share) -> Share:
 def measure(options: TrainOptions, steps: int) -> dict[str, Any]:
     """Measure one profile, precision and size of a step."""
     trainer = Trainer(open_corpus(options), options, lambda *_: None)
-    stream = itertools.chain.from_iterable(trainer.stream() for _ in itertools.count())
+    stream = endless(trainer)
     kept = [on_device(trainer, share) for share in itertools.islice(stream, WARM_STEPS)]
     pace(trainer, kept)
     with FlopCounterMode(display=False) as counter:

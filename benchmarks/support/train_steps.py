@@ -45,6 +45,14 @@ def measured(found: dict[str, Any], examples: int = 0) -> Iterator[None]:
         found["examples"] = examples
 
 
+def endless(trainer: Any) -> Iterator[Any]:
+    """Yield shares of pass after pass."""
+    while True:
+        # A stream goes on where the trainer's pass is.
+        trainer.state.batch = 0
+        yield from trainer.stream()
+
+
 def product_rate(dtype: torch.dtype) -> float:
     """Measure the operations a second of large products."""
     left, right = (torch.rand(PRODUCT, PRODUCT).to(dtype) for _ in range(2))
@@ -68,7 +76,7 @@ def run_steps(job: dict[str, Any], out: str) -> dict[str, Any]:
     options = corpora.TrainOptions(shards=job["shards"], out=out, profile=job["profile"], **given)
     corpus = corpora.open_corpus(options)
     trainer = trainers.Trainer(corpus, options, lambda *_: None)
-    stream = itertools.chain.from_iterable(trainer.stream() for _ in itertools.count())
+    stream = endless(trainer)
     for share in itertools.islice(stream, WARM_STEPS):
         trainer.step(share)
     found: dict[str, Any] = {"batch_size": getattr(trainer, "batch_size", options.batch_size)}

@@ -20,7 +20,7 @@ def test_pace_with_the_loader_and_from_the_device(tmp_path: Path) -> None:
     assert run_main(shards_command.main, [*shards, "--max_reject_rate", "1", "--attribution_hours", "6"]) == 0
     options = TrainOptions(shards=str(tmp_path / "shards"), out=str(tmp_path / "model"), batch_size=128)
     found = train_gpu.measure(options, 4)
-    assert 0 < found["loader_busy"] and found["megaflops"] > 0.1 and found["operations_per_second"] > 0
+    assert found["loader_busy"] > 0 and found["megaflops"] > 0.1 and found["operations_per_second"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
