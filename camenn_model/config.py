@@ -119,6 +119,10 @@ PROFILES: dict[str, _ProfileSizes] = {
 }
 
 
+DEFAULT_PROFILE = "fast"
+"""The one that predicts as well as any at the least CPU time (docs/decisions/0045)"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Every size and rate that CameNN is built from.

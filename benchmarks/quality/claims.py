@@ -128,7 +128,9 @@ def city_claims(found: Results) -> dict[str, Claim]:
         paired(found, "city", "full", "no_ids", "expected", "strata", "warm", "auc"),
         at_least(0),
     )
-    apart = [result["gates_apart"] for result in full if "gates_apart" in result]
+    # Only a model with layers in the CVR task has a gate for it.
+    mixed = [*full, *found.get(("city", "layers"), [])]
+    apart = [result["gates_apart"] for result in mixed if "gates_apart" in result]
     between, users = ([each[name] for each in apart] for name in ("ita_tia", "cvr_users"))
     claims.judge(
         "gates differ between tasks",
@@ -144,7 +146,7 @@ def city_claims(found: Results) -> dict[str, Claim]:
         paired(found, "city", "full", "no_alignment", "expected", "strata", "corrupted", "auc"),
         at_least(0),
     )
-    gated = [result for results in found.values() for result in results if "gates" in result]
+    gated = [result for results in found.values() for result in results if trained_gates(result)]
     claims.judge(
         "no dead expert in any run",
         [least_used(result) for result in gated],
@@ -186,14 +188,19 @@ def _name(result: Result) -> str:
     return f"{result['world']}-{result['model']}-{result['seed']}"
 
 
-def least_used(result: Result) -> float:
-    """Return the least mean weight of an expert.
+def trained_gates(result: Result) -> dict[str, list[float]]:
+    """Return the mean weights of experts in each gate that was trained.
 
-    Only gates that were trained count: without alignment, ITA's and TIA's are not.
+    Without alignment, ITA's and TIA's are not.
     """
-    gates = result["gates"]
-    trained = gates if VARIANTS[result["model"]].options.get("alignment", True) else ("cvr",)
-    return min(min(gates[task]) for task in trained)
+    gates: dict[str, list[float]] = result.get("gates", {})
+    aligned = gates and VARIANTS[result["model"]].options.get("alignment", True)
+    return {task: weights for task, weights in gates.items() if aligned or task == "cvr"}
+
+
+def least_used(result: Result) -> float:
+    """Return the least mean weight of an expert."""
+    return min(min(weights) for weights in trained_gates(result).values())
 
 
 def _representation_claims(claims: _Claims, found: Results) -> None:

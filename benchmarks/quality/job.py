@@ -57,7 +57,7 @@ NEW = (("part", 1), ("tuned_on", 1.0))
 VERSION = 2
 """Raised by one whenever a change alters all figures: of the city, of shards, of the baselines or
 of the figures' computation. Results of an earlier version are not reused."""
-MODEL_VERSION = 5
+MODEL_VERSION = 6
 """The same for a change that alters CameNN's figures alone: of the model or its training."""
 
 
@@ -207,20 +207,22 @@ def _dense(gate: GateOutput, experts: int) -> NDArray[np.float64]:
 def gate_use(model: CameNN, corpus: Corpus, seed: int) -> dict[str, dict[str, Any]]:
     """Return the use of experts by each task.
 
-    `gates` has the mean weight of each expert in the gate of each task, on some test examples and
-    some alignment pairs. `gates_apart` is that function's result, if it is defined.
+    `gates` has the mean weight of each expert in the gate of each task that uses experts, on some
+    test examples and some alignment pairs. `gates_apart` is that function's result, if it is defined.
     """
     experts, table = model.config.experts, corpus.table
     rows = concat_rows([corpus.reader.read(path) for path, _ in corpus.files("test")])
     shuffled = np.random.default_rng([seed, 23]).permutation(len(rows))
     chosen = collate(rows.take(np.sort(shuffled[:GATE_SAMPLE])), table)
-    weights = {"cvr": _dense(model(chosen).gate, experts)}
+    weights = {"cvr": _dense(model(chosen).gate, experts)} if model.config.cvr_layers else {}
     sampler = AlignmentSampler(table)
     batch = sampler.draw(512, 512, np.random.default_rng([seed, 29])) if len(sampler) >= 2 else None
     if batch is not None:
         output = model.align(batch)
         weights |= {"ita": _dense(output.ita_gate, experts), "tia": _dense(output.tia_gate, experts)}
     found: dict[str, dict[str, Any]] = {"gates": {task: each.mean(axis=0).tolist() for task, each in weights.items()}}
+    if not model.config.cvr_layers:
+        return found
     apart = gates_apart(model, table, rows.take(shuffled), np.random.default_rng([seed, 31]))
     return found | ({"gates_apart": apart} if apart else {})
 

@@ -13,13 +13,13 @@ from benchmarks.quality.job import FROZEN, POPULARITY, TUNED, Job
 from benchmarks.quality.worlds import World
 
 PARTS = ("city", "real", "controls", "ablations", "log")
-CITY_MODELS = ("full", "no_content", "displayed", "no_alignment", "no_ids", FROZEN, POPULARITY, *TUNED)
+CITY_MODELS = ("full", "layers", "no_content", "displayed", "no_alignment", "no_ids", FROZEN, POPULARITY, *TUNED)
 REAL_MODELS = ("full", "no_alignment", "no_history", FROZEN, POPULARITY, *TUNED)
 LOG_MODELS = (
     "full",
     "lightgbm",
     "direct_parts",
-    "no_layers",
+    "layers",
     "no_target_attention",
     "one_expert",
     "dense_gate",
@@ -46,6 +46,7 @@ ABLATIONS = (
     "no_choice",
     "no_images",
     "no_text",
+    "layers",
     "dense_gate",
     "one_expert",
     "no_history",

@@ -225,6 +225,9 @@ def _loss(**values: Any) -> dict[str, Any]:
     return {"loss": LossConfig(**values)}
 
 
+LAYERS = {"cvr_layers": True}
+"""What all variants of the mixture have"""
+
 VARIANTS: dict[str, Variant] = {
     "full": Variant(about="CameNN"),
     "no_alignment": Variant(
@@ -244,24 +247,26 @@ VARIANTS: dict[str, Variant] = {
     "no_choice": Variant(about="clicks train no preferences", options=_loss(choice=0.0)),
     "no_images": Variant(about="titles only", options={"alignment": False}, hides=("images",)),
     "no_text": Variant(about="photos only", options={"alignment": False}, hides=("titles",)),
-    "dense_gate": Variant(about="every expert for every pair", config={"top_k": 4}),
-    "one_expert": Variant(about="one expert, no choice", config={"experts": 1, "top_k": 1}),
+    "dense_gate": Variant(about="with layers, every expert for every pair", config=LAYERS | {"top_k": 4}),
+    "one_expert": Variant(about="with layers, one expert, no choice", config=LAYERS | {"experts": 1, "top_k": 1}),
     "no_ids": Variant(about="without hashed ids of listings and users", hides_ids=True, reader=_without_user),
     "no_history": Variant(about="without the user's history", reader=_forget),
     "direct_parts": Variant(
         about="the direct parts alone: linear part, counts, preferences",
-        config={"cvr_layers": False},
         silences=("affinity.deep", "counts.found"),
     ),
-    "no_layers": Variant(
-        about="target attention and the direct parts, without layers and experts", config={"cvr_layers": False}
-    ),
+    "layers": Variant(about="orders are also predicted with layers, experts and tower (`small`)", config=LAYERS),
     "no_target_attention": Variant(
-        about="the layers read the latest entries, nothing reads the long history",
+        about="with layers, which read the latest entries; nothing reads the long history",
+        config=LAYERS,
         silences=("target_attention.out", "counts.found"),
     ),
-    "full_attention": Variant(about="all tokens attend to all", options={"attention": "full"}),
-    "gate_without_content": Variant(about="the CVR gate sees fields and history, not photo and title", gate_mask=True),
+    "full_attention": Variant(
+        about="with layers, all tokens attend to all", config=LAYERS, options={"attention": "full"}
+    ),
+    "gate_without_content": Variant(
+        about="with layers, the CVR gate sees fields and history, not photo and title", config=LAYERS, gate_mask=True
+    ),
     "permuted_labels": Variant(about="control: training labels permuted", train_reader=_permute),
     "shuffled_patches": Variant(about="control: at test, photos belong to other listings", shuffled_images=True),
     "shuffled_alignment": Variant(

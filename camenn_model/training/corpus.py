@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from camenn_model.config import Attention, LossConfig, ModelConfig
+from camenn_model.config import DEFAULT_PROFILE, Attention, LossConfig, ModelConfig
 from camenn_model.content.agreement import Agreement
 from camenn_model.data.batching import list_units
 from camenn_model.data.contents import Contents
@@ -40,7 +40,7 @@ class TrainOptions:
 
     shards: str
     out: str
-    profile: str = "small"
+    profile: str = DEFAULT_PROFILE
     attention: Attention = "prefix"
     epochs: int = 1
     batch_size: int = 0

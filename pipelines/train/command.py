@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from camenn_model.config import PROFILES
+from camenn_model.config import DEFAULT_PROFILE, PROFILES
 from pipelines.runner.exit_codes import run_main
 from pipelines.runner.flags import add_json_flag
 
@@ -20,9 +20,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="model directory; made if it is not there")
     parser.add_argument(
         "--profile",
-        default="small",
+        default=DEFAULT_PROFILE,
         choices=sorted(PROFILES),
-        help="size of the model (default %(default)s); fast predicts orders without the transformer layers",
+        help="size of the model (default %(default)s, which predicts orders without layers and experts)",
     )
     parser.add_argument(
         "--attention",

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from camenn_model.config import BATCH_SIZES
+from camenn_model.config import BATCH_SIZES, DEFAULT_PROFILE
 from schemas.errors import InputError
 
 STAGE = "train"
@@ -19,7 +19,7 @@ class TrainFlags:
 
     shards: str
     out: str
-    profile: str = "small"
+    profile: str = DEFAULT_PROFILE
     attention: Literal["prefix", "full"] = "prefix"
     epochs: int = 1
     batch_size: int = 0
