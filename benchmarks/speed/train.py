@@ -9,12 +9,13 @@ It is measured against an earlier tree, and so are loader, deduplication, attent
 the same shards. Every measurement is a process of one thread, in turns, and seconds are CPU
 seconds of all of its threads:
 
-    small.vs_before, base.vs_before: examples/s of steps with their loader, over the revision's.
+    fast.vs_before, small.vs_before, base.vs_before: examples/s of steps with their loader, over the
+        revision's. Where it has no `fast`, its `small` is measured.
     small.share_of_products: operations/s of these steps (matrix products alone) over those of
         large float32 products. `small.operations` is a share of the revision's operations.
     whole.vs_before: CPU seconds of the revision's whole training over this tree's.
     vs_mmoe, vs_lightgbm: examples/s of `small` over those of deepctr-torch's MMoE (one epoch, its
-        defaults) and of LightGBM (a whole fit with early stop).
+        defaults) and of LightGBM (a whole fit with early stop). `fast.vs_mmoe` and so on likewise.
 
 The revision cannot read what a newer `camenn shards` publishes, so it makes the shards.
 
@@ -65,7 +66,7 @@ from benchmarks.support.command import machine, names_of, progress_log, work_dir
 from benchmarks.support.stage_process import Job, run_stage
 from benchmarks.support.train_steps import endless
 from camenn_model.batch import Batch
-from camenn_model.config import PROFILES
+from camenn_model.config import DEFAULT_PROFILE, PROFILES
 from camenn_model.data.batching import collate, list_units, stream_batches
 from camenn_model.data.examples import Rows
 from camenn_model.data.item_table import ItemTable
@@ -245,6 +246,12 @@ def _in_tree(tree: Path, script: Path, job: dict[str, Any]) -> dict[str, Any]:
     return run_in(tree, str(script), json.dumps(job), OMP_NUM_THREADS="1")
 
 
+def _job(tree: Path, way: str, shards: str, profile: str, **more: Any) -> dict[str, Any]:
+    """Describe a job on a tree, with a profile that it has."""
+    has_fast = (tree / "camenn_model" / "model" / "target_attention.py").exists()
+    return {"way": way, "shards": shards, "profile": profile if has_fast or profile != "fast" else "small", **more}
+
+
 def _rate(found: dict[str, Any]) -> float:
     return float(found["examples"] / found["cpu"])
 
@@ -258,10 +265,10 @@ def measure_against(shards: str, out: Path, arguments: argparse.Namespace) -> di
     rates: dict[str, list[float]] = {}
     for profile in arguments.profiles:
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
-        examples = arguments.examples if profile == "small" else max(1, arguments.examples // 16)
+        examples = arguments.examples if profile != "base" else max(1, arguments.examples // 16)
         for turn in range(arguments.turns):
             for name in list(trees)[:: 1 if turn % 2 == 0 else -1]:
-                job = {"way": "steps", "shards": shards, "profile": profile, "examples": examples}
+                job = _job(trees[name], "steps", shards, profile, examples=examples)
                 turns[name].append(_in_tree(trees[name], steps, job))
             log(f"{profile}: " + ", ".join(f"{name} {_rate(each[-1]):,.0f}/s" for name, each in turns.items()))
         rates[profile] = [_rate(each) for each in turns["now"]]
@@ -280,17 +287,19 @@ def measure_against(shards: str, out: Path, arguments: argparse.Namespace) -> di
             "megaflops": [round(each / 1e6, 1) for each in operations],
             "examples_per_cpu_second": round(statistics.median(rates[profile])),
         }
-    job = {"way": "whole", "shards": shards, "profile": "small"}
-    whole = {name: _in_tree(tree, steps, job) for name, tree in trees.items()} if arguments.whole else {}
+    jobs = {name: _job(tree, "whole", shards, DEFAULT_PROFILE) for name, tree in trees.items()}
+    whole = {name: _in_tree(tree, steps, jobs[name]) for name, tree in trees.items()} if arguments.whole else {}
     if whole:
         found["whole"] = {
             "vs_before": round(whole["before"]["cpu"] / whole["now"]["cpu"], 3),
             **{name: {key: each[key] for key in ("cpu", "wall", "phases", "auc")} for name, each in whole.items()},
         }
-    if "small" in rates:
-        peers = _in_tree(HERE, HERE / "benchmarks" / "support" / "peer_rates.py", {"shards": shards})
-        own = statistics.median(rates["small"])
-        found |= {f"vs_{name}": round(own / rate, 3) for name, rate in peers.items()} | {"peers": peers}
+    found["peers"] = _in_tree(HERE, HERE / "benchmarks" / "support" / "peer_rates.py", {"shards": shards})
+    for profile, of_turns in rates.items():
+        own = {f"vs_{name}": round(statistics.median(of_turns) / rate, 3) for name, rate in found["peers"].items()}
+        found[profile] |= own
+        if profile == "small":
+            found |= own
     return found
 
 
