@@ -9,8 +9,8 @@ loop.
 
 The pipelines are measured without the networks of the encoders. There is a simulated city whose
 photos are a few unique bytes. StubImageHandler and StubTitleHandler replace InceptionV4 and BERT,
-with small embeddings. `score` runs a `small` CameNN with untrained weights, on one thread to a
-worker.
+with small embeddings. `score` runs a CameNN of the default profile with untrained weights, on one
+thread to a worker.
 
 Every run is a process of its own. Variants alternate, so that a busy machine slows all of them.
 Medians are compared, and all outputs must be equal row by row.

@@ -128,7 +128,7 @@ def run_stage(job: Job) -> dict[str, Any]:
 
 
 def write_untrained_model(shards: str, out: str, seed: int) -> dict[str, Any]:
-    """Publish an untrained `small` model.
+    """Publish an untrained model of the default profile.
 
     Its weights are initial ones. It is as fast as a trained one, but its predictions are
     meaningless.

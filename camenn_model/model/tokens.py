@@ -472,7 +472,8 @@ class AudienceTokens(nn.Module):
         mean_field = field_tokens.mean(1)
         if self.config.pooled:
             field_tokens = mean_field[:, None]
-        latest = slice(self.config.history_tokens)
+        # Without layers nothing but target attention reads the history, and it reads entries.
+        latest = slice(self.config.history_tokens if self.config.cvr_layers else 0)
         history, kind = audience.history[:, latest], audience.history_kind[:, latest]
         past = _padded(entries, history) + self.kind(kind) + self.gap(audience.history_gap[:, latest])
         past = self.history_norm(past + self.history_type)

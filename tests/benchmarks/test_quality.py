@@ -162,7 +162,10 @@ def test_displayed_attributes_are_the_truths(world: World, corpus: Corpus, tmp_p
 
 
 def test_gates_are_compared_on_the_same_listings(world: World, corpus: Corpus, tmp_path: Path) -> None:
-    trainer, test = make_trainer(corpus, VARIANTS["full"], options(world, tmp_path), world)
+    # Without layers orders have no gate.
+    plain, test = make_trainer(corpus, VARIANTS["full"], options(world, tmp_path), world)
+    assert set(quality_job.gate_use(plain.model.eval(), test, 0)["gates"]) == {"ita", "tia"}
+    trainer, test = make_trainer(corpus, VARIANTS["layers"], options(world, tmp_path), world)
     model = trainer.model.eval()
     rows = concat_rows([test.reader.read(path) for path, _ in test.files("test")])
     users_of: dict[int, set[int]] = defaultdict(set)
