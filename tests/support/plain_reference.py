@@ -83,7 +83,8 @@ def embed_pair(model: CameNN, batch: Batch, pair: int) -> tuple[Tensor, Tensor]:
     ours = [fields, image_vectors, text_vectors]
     identity = model.item_tokens.identity(history.cats)
     user = model.audience_tokens(batch.audience, *model.item_tokens.liked(history)).tokens[u]
-    theirs = [user[: len(user) - min(batch.audience.history.shape[1], model.config.history_tokens)].mean(0)]
+    entries = min(batch.audience.history.shape[1], model.config.history_tokens) if model.config.cvr_layers else 0
+    theirs = [user[: len(user) - entries].mean(0)]
     for place, kind in enumerate((2, 1)):  # bought, clicked
         count, total = 0, [torch.zeros_like(fields) for _ in range(3)]
         for entry, what in zip(batch.audience.history[u], batch.audience.history_kind[u], strict=True):
