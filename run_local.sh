@@ -45,7 +45,7 @@ embed=(--data "$data" --store "$work/store" --image_weights "$(absolute "$IMAGE_
 
 step camenn embed "${embed[@]}"
 step camenn shards --data "$data" --store "$work/store" --out "$work/shards"
-step camenn train --shards "$work/shards" --out "$work/model" --profile "${PROFILE:-fast}" --epochs "$epochs"
+step camenn train --shards "$work/shards" --out "$work/model" ${PROFILE:+--profile "$PROFILE"} --epochs "$epochs"
 echo; echo "== baselines on the same features and the same parts of the log"
 python -m benchmarks.baselines --shards "$work/shards" --model "$work/model" --out "$work/metrics.json" >/dev/null
 step camenn score --data "$data" --store "$work/store" --model "$work/model" --out "$work/scores" --top_k "${TOP_K:-100}"

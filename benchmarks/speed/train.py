@@ -361,14 +361,19 @@ def measure_mixing(shards: str, out: Path, arguments: argparse.Namespace) -> dic
 MEASURES = {"against": measure_against, "speed": measure_speed, "mixing": measure_mixing}
 
 
+def add_shards_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the shard set, or of the city that one is made of."""
+    parser.add_argument("--shards", help="shard set that `camenn shards` wrote (default: one is made)")
+    parser.add_argument("--items", type=int, default=20_000, help="listings of the city (default %(default)s)")
+    parser.add_argument("--clicks", type=int, default=300_000, help="clicks of the city (default %(default)s)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.train", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--shards", help="shard set that `camenn shards` wrote (default: one is made)")
-    parser.add_argument("--items", type=int, default=20_000, help="listings of the city (default %(default)s)")
-    parser.add_argument("--clicks", type=int, default=300_000, help="clicks of the city (default %(default)s)")
+    add_shards_flags(parser)
     parser.add_argument(
         "--parts", type=names_of(PARTS), default=["against"], help=f"of {','.join(PARTS)} (default: against)"
     )

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed.train import prepare
+from benchmarks.speed.train import add_shards_flags, prepare
 from benchmarks.support.command import names_of, progress_log, work_directory
 from benchmarks.support.gpu import matrix_ceiling, watch_utilisation
 from benchmarks.support.train_steps import endless
@@ -100,9 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed.train_gpu", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--shards", help="shard set that `camenn shards` wrote (default: one is made)")
-    parser.add_argument("--items", type=int, default=20_000, help="listings of the city (default %(default)s)")
-    parser.add_argument("--clicks", type=int, default=300_000, help="clicks of the city (default %(default)s)")
+    add_shards_flags(parser)
     profiles = tuple(sorted(PROFILES, reverse=True))
     parser.add_argument("--profiles", type=names_of(profiles), default=list(profiles), help="(default: all)")
     parser.add_argument("--precisions", type=names_of(PRECISIONS), default=list(PRECISIONS), help="(default: both)")
