@@ -57,7 +57,7 @@ NEW = (("part", 1), ("tuned_on", 1.0))
 VERSION = 2
 """Raised by one whenever a change alters all figures: of the city, of shards, of the baselines or
 of the figures' computation. Results of an earlier version are not reused."""
-MODEL_VERSION = 6
+MODEL_VERSION = 7
 """The same for a change that alters CameNN's figures alone: of the model or its training."""
 
 

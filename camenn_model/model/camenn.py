@@ -29,7 +29,15 @@ from camenn_model.model.count_network import Counts
 from camenn_model.model.experts import Gate, GateOutput, Mixed, Mixture
 from camenn_model.model.layers import EncoderLayer, Side, init_linear, layers_of
 from camenn_model.model.target_attention import TargetAttention
-from camenn_model.model.tokens import AudienceTokens, Content, ItemTokens, PairTokens, SideTokens, masked_mean
+from camenn_model.model.tokens import (
+    AgeTable,
+    AudienceTokens,
+    Content,
+    ItemTokens,
+    PairTokens,
+    SideTokens,
+    masked_mean,
+)
 from camenn_model.model.towers import Tower, init_tower
 from camenn_model.model.wide import Wide
 
@@ -114,6 +122,15 @@ class CameNN(nn.Module):
             yield
         finally:
             self.set_dropout(self.config.order_dropout)
+
+    def limit_ages(self, oldest: int) -> None:
+        """Read every entry of a history as at most so old.
+
+        ``oldest`` is a bucket of ``age_bucket``, the last that training can learn from.
+        """
+        for module in self.modules():
+            if isinstance(module, AgeTable):
+                module.limit(oldest)
 
     @torch.no_grad()
     def fit_features(self, items: ItemBatch) -> None:

@@ -50,14 +50,16 @@ class TargetAttention(nn.Module):
         self.heads = heads
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(SHARPNESS)))
-        self.age_bias, self.kind_bias = AgeTable(heads, zero=True), nn.Embedding(3, heads)
+        self.age_bias, self.kind_bias = AgeTable(heads), nn.Embedding(3, heads)
         self.age, self.kind = AgeTable(width), nn.Embedding(3, width)
         self.nothing = nn.Parameter(torch.zeros(heads))
         self.out = nn.Linear(3 * width + heads, width, bias=False)
         for part in (self.query, self.key, self.value):
             nn.init.eye_(part.weight)
-        nn.init.zeros_(self.kind_bias.weight)
-        init_embedding(self.kind.weight)
+        for table in (self.age_bias, self.kind_bias):
+            nn.init.zeros_(table.weight)
+        for table in (self.age, self.kind):
+            init_embedding(table.weight)
         init_linear(self.out, self.out.in_features**-0.5 / INIT_STD)
 
     def remember(self, audience: AudienceBatch, entries: Tensor) -> Past:

@@ -61,22 +61,26 @@ def age_bucket(gap: Tensor) -> Tensor:
     return (gap * GAPS_PER_UNIT).long().clamp(max=GAPS - 1)
 
 
-class AgeTable(nn.Module):
+class AgeTable(nn.Embedding):
     """A table of an entry's age, by its bucket.
 
-    It holds each bucket's difference to the next younger one. So a history that is older than any in
-    training, as the log grows, is read like the oldest that was learned from.
+    Histories grow older as the log does. An entry older than those of training is read like the
+    oldest that were learned from (``limit``).
     """
 
-    def __init__(self, width: int, *, zero: bool = False) -> None:
-        super().__init__()
-        self.difference = nn.Parameter(torch.zeros(GAPS, width))
-        if not zero:
-            init_embedding(self.difference.data[:1])
+    oldest: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__(GAPS, width)
+        self.register_buffer("oldest", torch.tensor(GAPS - 1))
+
+    def limit(self, oldest: int) -> None:
+        """Set the last bucket that has a row of its own, in place."""
+        self.oldest.fill_(oldest)
 
     def forward(self, gap: Tensor) -> Tensor:
         """Return the rows [S, H, width] of ``AudienceBatch.history_gap``."""
-        return F.embedding(age_bucket(gap), self.difference.cumsum(0))
+        return super().forward(torch.minimum(age_bucket(gap), self.oldest))
 
 
 def init_tables(tables: Iterable[nn.Module]) -> None:
@@ -459,7 +463,7 @@ class AudienceTokens(nn.Module):
         for name, weight in self.named_parameters(recurse=False):
             if not name.startswith("log_"):
                 init_embedding(weight)
-        init_tables([*self.tables, self.kind])
+        init_tables([*self.tables, self.kind, self.gap])
 
     def forward(self, audience: AudienceBatch, liked: Tensor, entries: Tensor) -> SideTokens:
         """Return all audience tokens: fields and history.

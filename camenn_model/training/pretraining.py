@@ -22,6 +22,7 @@ from camenn_model.data.item_table import ItemTable
 from camenn_model.data.prefetch import map_ahead
 from camenn_model.model.camenn import CameNN
 from camenn_model.model.count_network import Counts
+from camenn_model.model.tokens import GAPS, age_bucket
 from camenn_model.model.wide import WideRows
 from camenn_model.training.corpus import Corpus, Progress, TrainOptions
 from camenn_model.training.fit_counts import CountRows, fit_counts, predict_logits
@@ -38,6 +39,8 @@ CHOICE_CLICKS = 512
 """Clicks of a step that learns preferences: each clicked listing is contrasted with the other listings of its batch."""
 MOST_CHOICES = 2_000_000
 """Clicks that preferences are learned from at most, over all epochs: a bound on their time"""
+LEAST_SHARE = 0.001
+"""Share of all entries above which an age is learned from"""
 ALIGNMENT_PAIRS = 64
 """ITA pairs, and as many TIA pairs, of a step of alignment alone ..."""
 ALIGNMENT_LISTINGS = 256
@@ -88,6 +91,7 @@ class Pretraining:
         Raises:
             InputError: a loss or its gradient is not finite.
         """
+        self._limit_ages()
         if self.sampler is not None:
             train_alignment(
                 self.model,
@@ -99,6 +103,16 @@ class Pretraining:
         self._find_preferences()
         self._learn_choices()
         self._fit_direct()
+
+    def _limit_ages(self) -> None:
+        """Find the oldest age of an entry that training can learn from."""
+        seen = torch.zeros(GAPS, dtype=torch.int64)
+        for rows in self.corpus.latest("train"):
+            gaps = torch.from_numpy(rows.history.gap[rows.history.item >= 0])
+            seen += torch.bincount(age_bucket(gaps), minlength=GAPS)
+        learned = (seen > LEAST_SHARE * seen.sum()).nonzero()
+        if len(learned):
+            self.model.limit_ages(int(learned.max()))
 
     def _find_preferences(self) -> None:
         """Fit the preference space on the latest training clicks."""

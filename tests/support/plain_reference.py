@@ -140,11 +140,11 @@ def remembered(model: CameNN, batch: Batch, u: int, entry: Tensor) -> Tensor:
             if number < 0:
                 continue
             kind = int(audience.history_kind[u, place])
-            age = min(31, int(audience.history_gap[u, place] * 3.4))
+            age = min(31, int(part.age.oldest), int(audience.history_gap[u, place] * 3.4))
             match = query @ (part.key.weight[own] @ entries[number]) * part.log_sharpness.exp() / width**0.5
-            scores.append(match + part.age_bias.difference[: age + 1, head].sum() + part.kind_bias.weight[kind, head])
+            scores.append(match + part.age_bias.weight[age, head] + part.kind_bias.weight[kind, head])
             value = part.value.weight[own] @ entries[number]
-            values.append(value + part.age.difference[: age + 1, own].sum(0) + part.kind.weight[kind, own])
+            values.append(value + part.age.weight[age, own] + part.kind.weight[kind, own])
         weights = torch.softmax(torch.stack(scores), dim=0)
         found.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
         masses.append(weights[1:].sum())

@@ -146,13 +146,14 @@ def awake(model: torch.nn.Module, seed: int = 0) -> None:
     """Scale every parameter so that mistakes show: initial gates are all zero and initial weights tiny."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Differences are summed up: their sums are as large as other parameters.
-            scale = 0.2 * len(parameter) ** -0.5 if name.endswith(".difference") else 0.2
-            parameter.add_(torch.randn(parameter.shape, generator=g) * scale)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith((".center", ".directions")):
                 buffer.add_(torch.randn(buffer.shape, generator=g) * 0.2)
+            if name.endswith(".oldest"):
+                # Of ages up to bucket 16 in random batches
+                buffer.fill_(12)
 
 
 def _indices(sizes: list[int], count: int, generator: torch.Generator) -> torch.Tensor:

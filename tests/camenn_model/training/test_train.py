@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,6 +36,7 @@ from camenn_model.evaluation.predictions import Predictions
 from camenn_model.model.bilinear import ENOUGH_COEFFICIENT, LEAST_COEFFICIENT
 from camenn_model.model.count_network import Counts
 from camenn_model.model.layers import FAST
+from camenn_model.model.tokens import AgeTable
 from camenn_model.model.wide import Catalog, Wide, WideRows
 from camenn_model.package import read_package
 from camenn_model.tensors import load_tensors, save_tensors
@@ -528,6 +530,21 @@ def test_processes_that_cannot_share_a_step_are_refused(shards: str, tmp_path: P
         Trainer(open_corpus(chosen), chosen, no_progress, Processes(0, 2))
 
 
+def test_ages_end_at_the_oldest_that_training_learns_from(shards: str, tmp_path: Path) -> None:
+    trainer = quick_trainer([], shards, tmp_path)
+    trainer.pretraining().run()
+    hours: dict[tuple[str, str], list[float]] = {}
+    for path, _ in trainer.corpus.files("train"):
+        rows = pq.read_table(path, columns=["user_id", "session_id", "history_hours"]).to_pylist()
+        hours |= {(row["user_id"], row["session_id"]): row["history_hours"] for row in rows}
+    buckets = [min(31, int(3.4 * np.float32(math.log1p(age)))) for ages in hours.values() for age in ages]
+    counts = np.bincount(buckets, minlength=32)
+    oldest = np.flatnonzero(counts > 0.001 * counts.sum()).max()
+    tables = [module for module in trainer.model.modules() if isinstance(module, AgeTable)]
+    assert len(tables) == 3 and 0 < oldest < 31
+    assert all(int(table.oldest) == oldest for table in tables)
+
+
 @pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_weights(shards: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.support.saving_train", shards]
@@ -563,11 +580,11 @@ def test_training_that_is_not_finite_stops_and_writes_the_batch(shards: str, tmp
     written = json.loads(path.read_text())
     assert len(written["item_id"]) == len(written["label"]) == len(written["session_start"]) > 0
     assert set(written["item_id"]) <= set(trainer.corpus.table.ids.to_pylist())
-    # No step was taken. The count network, the linear part, its coefficient of the preferences, and
-    # the preference space come before the first.
+    # No step was taken. The oldest age, the count network, the linear part, its coefficient of the
+    # preferences, and the preference space come before the first.
     after = trainer.model.state_dict()
     found = ("wide.", "counts.", "item_tokens.tastes.", "affinity.audience.out.")
-    fitted = {name, "affinity.worth", *(key for key in before if key.startswith(found))}
+    fitted = {name, "affinity.worth", *(key for key in before if key.startswith(found) or key.endswith(".oldest"))}
     assert all(torch.equal(after[key], value) for key, value in before.items() if key not in fitted)
 
 
